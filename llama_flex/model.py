@@ -1,0 +1,236 @@
+"""The LLaMA architecture (Touvron et al., arXiv:2302.13971; grouped-query attention arXiv:2305.13245).
+
+Dimension letters, here and in the whole package:
+B batch, T query tokens, S slots (keys), H query heads, K key/value heads, D head dim, E hidden size, F MLP size,
+V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from . import attention, hub, masks, rope, weights
+from .attention import Backend, Visible
+from .cache import Cache, store
+from .config import GenerationConfig, LlamaConfig
+from .masks import Mask, Tokens
+
+Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
+KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv:1910.07467), computed in float32 or wider and rounded once."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over slots; one product makes q, k and v."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.attention_bias)
+        self.o = nn.Linear(self.heads[0] * config.head_dim, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, rotary: Rotary, visible: Visible, kv: KV | None, slots: Tensor | None) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)  # [B, H or K, T, D]
+        q, k = rope.rotate(q, *rotary), rope.rotate(k, *rotary)
+        if kv is not None:
+            k, v = store(kv, slots, k, v)  # [B, K, S, D]
+        out = attention.attend(q, k, v, visible)
+        return self.o(out.transpose(1, 2).reshape(b, t, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202); one product makes gate and up."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each on a normalised input, each added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Rotary, visible: Visible, kv: KV | None, slots: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, visible, kv, slots)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """A LLaMA for causal language modelling. Parameters are fused (q, k, v; gate, up) and tied where the config says so."""
+
+    def __init__(self, config: LlamaConfig, generation_config: GenerationConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config = generation_config or GenerationConfig()
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._make_inv_freq()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Llama:
+        """Load a Hugging Face folder or hub repository of safetensors.
+
+        device: default the GPU if there is one. dtype: default the checkpoint's own. Raises ValueError, with the file
+        and the way out, for anything missing, malformed or not supported; see `weights.load` and `LlamaConfig`.
+        """
+        folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
+        config = LlamaConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config, GenerationConfig.from_pretrained(folder))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return weights.load(model, folder, device=torch.device(device), dtype=dtype).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and safetensors under Hugging Face's names; loading them back gives the same bits."""
+        weights.save(self, Path(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self.embed.weight.dtype
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The token ids that end a text: generation_config.json's, else config.json's."""
+        return self.generation_config.eos_token_ids or self.config.eos_token_ids
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """Slots for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
+        return Cache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        mask: Mask | None = None,
+        backend: Backend = "flex",
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Logits `[B, T, V]` of token ids `[B, T]`; with a cache the tokens are appended to what it holds.
+
+        lengths `[B]`: how many tokens of each row are real, the rest being padding on the right (default: all).
+        positions `[B, T]`: rotary positions (default: the order of arrival). segments `[B, T]`: default 0.
+        mask: default causal. logits_to_keep: compute only the last so many logits of each row's real tokens
+        (0: all), `[B, logits_to_keep, V]`.
+        Raises ValueError for shapes that do not fit and for a cache that is full.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[1] < 1:
+            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, found {list(input_ids.shape)}")
+        b, t = input_ids.shape
+        for name, value, shape in (
+            ("lengths", lengths, (b,)),
+            ("positions", positions, (b, t)),
+            ("segments", segments, (b, t)),
+        ):
+            if value is not None and value.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)} to fit input_ids, found {list(value.shape)}")
+        if not 0 <= logits_to_keep <= t:
+            raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
+        if cache is not None:
+            if cache.batch_size != b:
+                raise ValueError(f"the cache has {cache.batch_size} rows, input_ids has {b}")
+            cache.reserve(t)
+        given = (None if x is None else x.to(self.device) for x in (lengths, positions, segments))
+        return self.step(input_ids.to(self.device), *given, cache, mask, backend, logits_to_keep)
+
+    def step(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor | None,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        cache: Cache | None,
+        mask: Mask | None,
+        backend: Backend,
+        logits_to_keep: int,
+    ) -> Tensor:
+        """`forward` without its checks: tensor operations only, so that it compiles into one graph."""
+        b, t = input_ids.shape
+        column = torch.arange(t, dtype=torch.int32, device=input_ids.device).expand(b, t)
+        index = column if cache is None else cache.length[:, None] + column
+        tokens = Tokens(
+            index if lengths is None else torch.where(column < lengths[:, None], index, -1),
+            index if positions is None else positions.to(torch.int32),
+            torch.zeros_like(index) if segments is None else segments.to(torch.int32),
+        )
+        slots = None if cache is None else cache.append(tokens)
+        visible = attention.visible(
+            mask or masks.causal(), tokens, tokens if cache is None else cache.tokens, self.config.num_attention_heads, backend
+        )
+        rotary = rope.cos_sin(tokens.position, self.inv_freq)
+
+        x = self.embed(input_ids)  # [B, T, E]
+        for layer, block in enumerate(self.layers):
+            x = block(x, rotary, visible, None if cache is None else cache.layers[layer], slots)
+        if logits_to_keep:
+            end = torch.full((b,), t, device=x.device) if lengths is None else lengths
+            kept = end[:, None] - logits_to_keep + torch.arange(logits_to_keep, device=x.device)
+            x = x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
+        return nn.functional.linear(self.norm(x), self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix `[V, E]` from the last hidden state to the logits: the embedding itself where tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def _make_inv_freq(self) -> None:
+        # Computed on the CPU, where the reference computes it: one unit in the last place of a frequency is a visible
+        # angle at position 100,000.
+        dtype = torch.promote_types(torch.float32, self.dtype)
+        inv_freq = self.config.rope_parameters.inverse_frequencies(self.config.head_dim, dtype=dtype)
+        self.register_buffer("inv_freq", inv_freq.to(self.device), persistent=False)
+
+    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        # model.bfloat16() casts buffers too; frequencies in bfloat16 would be wrong.
+        super()._apply(*args, **kwargs)
+        self._make_inv_freq()
+        return self

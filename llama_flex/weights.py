@@ -1,0 +1,204 @@
+"""safetensors <-> model, under Hugging Face's names, strictly and without a second copy in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ConfigError, read_json
+
+if TYPE_CHECKING:
+    from .model import Llama
+
+    LlamaT = TypeVar("LlamaT", bound=Llama)
+
+MAX_SHARD_BYTES = 5 * 10**9
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class CheckpointError(ValueError):
+    """A folder whose weights are absent, damaged, or not those its config.json describes."""
+
+
+def tensors_by_name(model: Llama) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint by its Hugging Face name, each a view into the (fused) parameter that holds it."""
+    c = model.config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    views = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    for i, layer in enumerate(model.layers):
+        name = f"model.layers.{i}"
+        views[f"{name}.input_layernorm.weight"] = layer.attention_norm.weight
+        views[f"{name}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
+        for module, parts in (
+            (layer.attention.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
+            (layer.attention.o, {"self_attn.o_proj": c.hidden_size}),
+            (layer.mlp.gate_up, {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}),
+            (layer.mlp.down, {"mlp.down_proj": c.hidden_size}),
+        ):
+            for kind, parameter in module.named_parameters():  # weight and, where the config has it, bias
+                for part, view in zip(parts, parameter.detach().split(list(parts.values())), strict=True):
+                    views[f"{name}.{part}.{kind}"] = view
+    if model.lm_head is not None:
+        views["lm_head.weight"] = model.lm_head.weight
+    return {name: view.detach() for name, view in views.items()}
+
+
+def load(model: LlamaT, folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> LlamaT:
+    """Fill `model` (made on the meta device) from the safetensors in `folder`; returns it.
+
+    Each tensor is copied from its file straight into its place, converted on the way, so peak memory is about one copy
+    of the model. dtype: default config.json's, else the file's. Raises CheckpointError listing by name what is missing,
+    unexpected or misshapen, and for damaged files; warns of weights that are not finite.
+    """
+    files = _shards(folder)
+    expected = tensors_by_name(model)
+    found: dict[str, Path] = {}
+    problems: list[str] = []
+    stored: dict[str, torch.dtype] = {}
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # a buffer that old checkpoints saved; it follows from the config
+                if name in found:
+                    problems.append(f"twice: {name} (in {found[name].name} and {path.name})")
+                found[name] = path
+                meta = file.get_slice(name)
+                if meta.get_dtype() not in _DTYPES:
+                    problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
+                else:
+                    stored[name] = _DTYPES[meta.get_dtype()]
+                if name in expected and meta.get_shape() != list(expected[name].shape):
+                    problems.append(f"shape: {name} is {meta.get_shape()}, config.json says {list(expected[name].shape)}")
+    tied_copy = "lm_head.weight" if model.lm_head is None and "lm_head.weight" in found else None
+    problems += [f"missing: {name}" for name in sorted(set(expected) - set(found))]
+    problems += [f"unexpected: {name}" for name in sorted(set(found) - set(expected) - {tied_copy})]
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: " + "; ".join(shown))
+
+    model = model.to(dtype or _config_dtype(model) or stored[next(iter(expected))]).to_empty(device=device)
+    expected = tensors_by_name(model)
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in expected:
+                    expected[name].copy_(file.get_tensor(name))
+    if tied_copy:
+        with _opened(found[tied_copy]) as file:
+            if not torch.equal(file.get_tensor(tied_copy).to(model.device, model.dtype), model.embed.weight):
+                raise CheckpointError(
+                    f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "
+                    "set it to false there, or remove lm_head.weight"
+                )
+    _warn_if_not_finite(expected)
+    return model
+
+
+def save(model: Llama, folder: Path) -> None:
+    """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
+
+    Every file is written beside its place and renamed into it, the index last, so a crash leaves the old files whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in tensors_by_name(model).items():
+        if size and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        with _replacing(folder / file) as temporary:
+            # Cloned because parts of a fused parameter share storage, which the format refuses; one shard at a time.
+            save_file({name: t.clone() for name, t in shard.items()}, temporary, metadata={"format": "pt"})
+    documents = {
+        "config.json": model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")},
+        "generation_config.json": model.generation_config.to_dict(),
+    }
+    if len(shards) > 1:
+        documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for file, document in documents.items():
+        with _replacing(folder / file) as temporary:
+            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises CheckpointError if there are none, or the index is wrong."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if others:
+            raise CheckpointError(
+                f"{folder}: only pickled weights ({others[0]}), which can run code when read and are never opened here; "
+                "convert them with transformers: from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+            )
+        raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        # Plain names only. A file may itself be a link, as the hub's cache makes them.
+        if name != os.path.basename(name) or name in ("", ".", "..") or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: points to {name!r}; only safetensors files beside it are read")
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder}: missing {', '.join(absent)} (of {len(names)} files in {index.name})")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """An open safetensors file; its errors name it. Raises CheckpointError."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` once written, and is removed if writing fails."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _config_dtype(model: Llama) -> torch.dtype | None:
+    name = model.config.dtype
+    if name is None:
+        return None
+    dtype = {str(d).removeprefix("torch."): d for d in _DTYPES.values()}.get(name)
+    if dtype is None:
+        raise ConfigError(f"dtype {name!r} in config.json is not supported")
+    return dtype
+
+
+def _warn_if_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    # aminmax carries NaN through, needs no temporary, and the answers cross to the host together.
+    extremes = [torch.stack(t.aminmax()).isfinite().all() for t in tensors.values()]
+    finite: Iterable[bool] = torch.stack(extremes).tolist()
+    if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        warnings.warn(f"weights with NaN or infinity: {shown}", stacklevel=3)
