@@ -38,7 +38,7 @@ class Cache:
         ]
         self.tokens = Tokens(*(torch.full((batch_size, slots), free, dtype=torch.int32, device=device) for free in (-1, 0, 0)))
         self.length = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self._reserved = 0
+        self.reserved = 0  # tokens in the fullest row at most; kept on the host
 
     @property
     def batch_size(self) -> int:
@@ -50,12 +50,12 @@ class Cache:
 
         Raises ValueError if the slots do not suffice.
         """
-        if self._reserved + count > self.max_length:
+        if self.reserved + count > self.max_length:
             raise ValueError(
-                f"the cache holds {self.max_length} tokens per sequence; {self._reserved} are taken and {count} more "
+                f"the cache holds {self.max_length} tokens per sequence; {self.reserved} are taken and {count} more "
                 "do not fit: make it with a larger max_length"
             )
-        self._reserved += count
+        self.reserved += count
 
     def append(self, tokens: Tokens) -> Tensor:
         """Give slots `[B, T]` to new tokens and record their attributes. Padding (index -1) goes to the spare block."""
@@ -75,7 +75,7 @@ class Cache:
             raise ValueError(f"cannot keep {length} tokens; give 0 or more")
         self.tokens.index.masked_fill_(self.tokens.index >= length, -1)
         self.length.clamp_(max=length)
-        self._reserved = min(self._reserved, length)
+        self.reserved = min(self.reserved, length)
 
 
 def store(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

