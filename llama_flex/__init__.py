@@ -1,6 +1,35 @@
 """LLaMA on FlexAttention: Hugging Face checkpoints in, exact logits and fast text out."""
 
-from .cache import Cache
-from .config import GenerationConfig, LlamaConfig
-from .masks import Mask
-from .model import Llama
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import Cache as Cache
+    from .config import GenerationConfig as GenerationConfig
+    from .config import LlamaConfig as LlamaConfig
+    from .engine import Completion as Completion
+    from .engine import Engine as Engine
+    from .masks import Mask as Mask
+    from .model import Llama as Llama
+    from .sampling import Sampling as Sampling
+    from .tokenizer import Tokenizer as Tokenizer
+
+_HOME = {
+    "Cache": "cache",
+    "Completion": "engine",
+    "Engine": "engine",
+    "GenerationConfig": "config",
+    "Llama": "model",
+    "LlamaConfig": "config",
+    "Mask": "masks",
+    "Sampling": "sampling",
+    "Tokenizer": "tokenizer",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when first used: the command line refuses a wrong argument before it spends a second importing torch.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -36,7 +36,9 @@ class Cache:
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(config.num_hidden_layers)
         ]
-        self.tokens = Tokens(*(torch.full((batch_size, slots), free, dtype=torch.int32, device=device) for free in (-1, 0, 0)))
+        self.tokens = Tokens(
+            *(torch.full((batch_size, slots), free, dtype=torch.int32, device=device) for free in (-1, 0, 0))
+        )
         self.length = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.reserved = 0  # tokens in the fullest row at most; kept on the host
 

@@ -20,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
 MAX_SECONDS = 10.0
-MAX_CHARACTERS = 1 << 28  # built in one rendering, intermediate strings included
+MAX_CHARACTERS = 1 << 27  # built in one rendering, intermediate strings included
 MAX_INTEGER_BITS = 1 << 16
 
 # What a template can raise by being wrong about its input: Jinja's own errors and those of the Python operations it is
@@ -36,10 +36,8 @@ _TEMPLATE_FAULTS = (
     TypeError,
     ValueError,
 )
-_CAN_GROW = frozenset(
-    "* batch center expandtabs format indent join ljust pprint rjust slice sum to_bytes tojson translate urlencode "
-    "urlize wordwrap xmlattr zfill".split()
-)
+_CAN_GROW = {"*", "batch", "center", "expandtabs", "format", "indent", "join", "ljust", "pprint", "rjust", "slice"}
+_CAN_GROW |= {"sum", "to_bytes", "tojson", "translate", "urlencode", "urlize", "wordwrap", "xmlattr", "zfill"}
 _JINJA_ARGUMENTS = (jinja2.Environment, jinja2.runtime.Context, nodes.EvalContext)  # passed first to some filters
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -149,7 +147,7 @@ class _Budget:
 class _Meter(Extension):
     """What `_meter` puts into a template's tree, and the `{% generation %}` tag, which only marks its body."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (declared so by Jinja)
     environment: "_BoundedEnvironment"
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
@@ -198,7 +196,8 @@ class _BoundedFormatter(SandboxedFormatter):
         self._budget = environment.budget
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        _check_widths(format_spec)
+        if re.search(r"\d{5}", format_spec):
+            raise jinja2.TemplateRuntimeError(f"field width {format_spec!r} is out of bounds")
         self._budget.spend_text_of(value)
         text: str = super().format_field(value, format_spec)
         self._budget.spend(len(text))
@@ -223,11 +222,6 @@ class _Namespace(jinja2.utils.Namespace):
 def _check_attribute(name: str) -> None:
     if name.startswith("_"):
         raise jinja2.TemplateRuntimeError(f"a namespace attribute may not begin with an underscore: {name}")
-
-
-def _check_widths(format_spec: str) -> None:
-    if re.search(r"\d{5}|\*", format_spec):
-        raise jinja2.TemplateRuntimeError(f"field width in {format_spec!r:.40} is out of bounds")
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -267,26 +261,34 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         if name == "replace" and len(operands) >= 3 and all(isinstance(text, str) for text in operands[:3]):
             text, old, new = operands[:3]
             self.budget.spend(len(text) + text.count(old) * len(new))
+            return
+        if name == "format":
+            if re.search(r"%(?:\(.*?\))?[-+ #.\d]*(?:\d{5}|\*)", str(operands[0])):
+                raise jinja2.TemplateRuntimeError(f"a field width in {operands[0]!r:.40} is out of bounds")
+            growth = str(operands[0]).count("%") * (self.budget.spend_text_of(operands) + MAX_INTEGER_BITS)
         elif name in _CAN_GROW:
             growth = 1
-            for operand in (*operands, *named.values()):
-                growth *= 1 + (abs(operand) if isinstance(operand, int) else self.budget.spend_text_of(operand))
-            if name == "format":
-                _check_widths(str(operands[0]))
-            if growth > MAX_CHARACTERS:
-                raise jinja2.TemplateRuntimeError(f"the operands of {name!r} are out of bounds")
+            for place, operand in enumerate((*operands, *named.values())):
+                width = isinstance(operand, int) and (place > 0 or name == "*")
+                growth *= 1 + (abs(operand) if width else self.budget.spend_text_of(operand))
+        else:
+            return
+        if growth > MAX_CHARACTERS:
+            raise jinja2.TemplateRuntimeError(f"the operands of {name!r} are out of bounds")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if super().wrap_str_format(value) is None:
+        format_safely = super().wrap_str_format(value)
+        if format_safely is None:
             return None
-        text, is_map = value.__self__, value.__name__ == "format_map"
 
         def formatted(*args: Any, **kwargs: Any) -> str:
-            return _BoundedFormatter(self).vformat(text, () if is_map else args, args[0] if is_map else kwargs)
+            fields = ((), args[0]) if value.__name__ == "format_map" else (args, kwargs)
+            _BoundedFormatter(self).vformat(value.__self__, *fields)  # measures; what follows is Jinja's own
+            return format_safely(*args, **kwargs)
 
         return formatted
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, (str, bytes, int)):
             __self._check_growth(__obj.__name__, [owner, *args], kwargs)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .rope import RopeParameters
 
@@ -17,12 +17,34 @@ MAX_SIZE = 2**31 - 1
 
 # Keys that say nothing about what is computed at inference: bookkeeping, training, or the way transformers runs it.
 _INERT_KEYS = frozenset(
-    """
-    _name_or_path _attn_implementation architectures attention_dropout attn_implementation auto_map bos_token
-    chunk_size_feed_forward eos_token id2label initializer_range is_decoder is_llama_config label2id model_type
-    output_attentions output_hidden_states pretraining_tp problem_type return_dict
-    torchscript transformers.js_config transformers_version use_bfloat16 use_cache use_return_dict
-    """.split()
+    {
+        "_name_or_path",
+        "_attn_implementation",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token",
+        "chunk_size_feed_forward",
+        "eos_token",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_llama_config",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "use_bfloat16",
+        "use_cache",
+        "use_return_dict",
+    }
 )
 # Keys that change the mathematics: accepted only with the values under which they change nothing.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -43,7 +65,7 @@ class ConfigError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in `path`. Raises ConfigError naming the file if it is absent, too large or not an object."""
+    """The JSON object in `path`. Raises ConfigError naming the file if it is absent, too large or not an object."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which is no configuration file")
@@ -178,7 +200,7 @@ class GenerationConfig:
     max_new_tokens: int | None = None
 
     # Keys whose other values would change the generated text in ways this package does not offer.
-    _NEUTRAL = {
+    _NEUTRAL: ClassVar[dict[str, Any]] = {
         "num_beams": 1,
         "num_beam_groups": 1,
         "no_repeat_ngram_size": 0,

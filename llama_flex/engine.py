@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .masks import BLOCK
 from .model import Llama
 from .sampling import Sampling, sample, stack
 from .tokenizer import StopStrings, Tokenizer
 
 CHUNKS = (512, 128)  # rows of a prefill step: the largest that a prompt still fills, the last one padded
+DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json says how many
 MIN_SLOTS = 1024  # compiled graphs have static shapes, so caches come in few sizes: powers of two from here
 
 
@@ -43,6 +44,13 @@ class Completion:
     text: str = ""
     finish_reason: str | None = None
 
+    def add(self, step: Step) -> None:
+        """Append one step of this row."""
+        self.tokens.append(step.token)
+        self.logprobs.append(step.logprob)
+        self.text += step.text
+        self.finish_reason = step.finish_reason
+
 
 class Engine:
     """Generates with one model. Holds its compiled steps: keep the engine, and later calls compile nothing."""
@@ -52,17 +60,14 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.compile = compile
-        self.graphs: dict[tuple[int, ...], Callable[..., Tensor]] = {}
+        self.graphs: dict[tuple[int, ...], Callable[..., Tensor]] = {}  # by batch size, rows and slots
+        self.compile_seconds = 0.0
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
         """Complete every prompt; see `stream` for the options."""
         completions = [Completion() for _ in prompts]
         for step in self.stream(prompts, **options):
-            done = completions[step.row]
-            done.tokens.append(step.token)
-            done.logprobs.append(step.logprob)
-            done.text += step.text
-            done.finish_reason = step.finish_reason
+            completions[step.row].add(step)
         return completions
 
     @torch.no_grad()
@@ -86,8 +91,7 @@ class Engine:
         model's context.
         """
         model, device = self.model, self.model.device
-        held = 0 if cache is None else cache.reserved
-        max_new_tokens = self._check(prompts, max_new_tokens, held)
+        max_new_tokens = self._check(prompts, max_new_tokens, cache)
         if stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         if not isinstance(sampling, Sequence):
@@ -134,8 +138,11 @@ class Engine:
             max_length = max(MIN_SLOTS, 1 << (max_length - 1).bit_length())
         return self.model.new_cache(batch_size, max_length)
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, held: int) -> int:
+    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, cache: Cache | None) -> int:
         config = self.model.config
+        held, context = 0, config.max_position_embeddings
+        if cache is not None:
+            held, context = cache.reserved, min(context, cache.max_length)
         if not prompts:
             raise ValueError("no prompts given")
         for number, prompt in enumerate(prompts):
@@ -144,25 +151,22 @@ class Engine:
             if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
                 raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
         needed = held + max(map(len, prompts))
-        room = config.max_position_embeddings - needed
+        room = context - needed
         if room < 1:
-            raise ValueError(
-                f"a prompt of {needed} tokens leaves no room in the model's context of "
-                f"{config.max_position_embeddings} tokens; shorten it"
-            )
+            raise ValueError(f"{needed} prompt tokens leave no room in the context of {context} tokens; shorten them")
         if max_new_tokens is None:
-            return min(self.model.generation_config.max_new_tokens or 256, room)
+            return min(self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS, room)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if max_new_tokens > room:
             raise ValueError(
-                f"{needed} prompt tokens and {max_new_tokens} new ones exceed the model's context of "
-                f"{config.max_position_embeddings} tokens; ask for at most {room} new tokens"
+                f"{needed} prompt tokens and {max_new_tokens} new ones exceed the context of {context} tokens; "
+                f"ask for at most {room} new tokens"
             )
         return max_new_tokens
 
     def _prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
-        """Append the prompts to the cache, in chunks of fixed sizes; the logits `[B, V]` after each one's last token."""
+        """Append the prompts to the cache in chunks of fixed sizes; the logits `[B, V]` after each one's last token."""
         device = self.model.device
         length = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
         longest = max(map(len, prompts))
@@ -183,21 +187,33 @@ class Engine:
 
     def _step(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
         """Append ids `[B, T]`, of which `lengths` in each row are real; the logits `[B, V]` after each row's last."""
+        arguments = (ids, lengths, None, None, cache, None, "flex", 1)
+        if not self.compile:
+            return self.model.step(*arguments)[:, 0]
         key = (*ids.shape, cache.max_length)
         if key not in self.graphs:
-            self.graphs[key] = _compiled(self.model.step) if self.compile else self.model.step
-        return self.graphs[key](ids, lengths, None, None, cache, None, "flex", 1)[:, 0]
+            self.graphs[key] = _compiled(self.model.step)
+            started = time.perf_counter()
+            logits = self.graphs[key](*arguments)
+            self.compile_seconds += time.perf_counter() - started
+            return logits[:, 0]
+        return self.graphs[key](*arguments)[:, 0]
 
 
-def _compiled(method: types.MethodType) -> Callable[..., Tensor]:
+def _compiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile a method for one set of shapes.
 
-    torch keeps compiled code per code object, shared by all callers of a function and limited in number, beyond which it
-    runs uncompiled. A code object of its own keeps each graph apart; fullgraph makes a second one an error.
+    torch keeps compiled code per code object, shared by all callers of a function and limited in number, beyond
+    which it runs uncompiled. A code object of its own keeps each graph apart; fullgraph makes a second one an error.
     """
+    assert isinstance(method, types.MethodType)
     function = method.__func__
     own = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, dynamic=False)
 

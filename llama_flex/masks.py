@@ -26,7 +26,7 @@ class Tokens(NamedTuple):
     segment: a small integer for documents, prompts, generated text; 0 unless set.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     position: Tensor
     segment: Tensor
 
@@ -67,7 +67,7 @@ class Mask:
 
     def __init__(self, predicate: Predicate, name: str | None = None) -> None:
         self.predicate = predicate
-        self.name = name or getattr(predicate, "__name__", type(predicate).__name__)
+        self.name: str = name or str(getattr(predicate, "__name__", type(predicate).__name__))
 
     def __repr__(self) -> str:
         return self.name

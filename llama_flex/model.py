@@ -7,6 +7,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -48,9 +49,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, visible: Visible, kv: KV | None, slots: Tensor | None) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = self.qkv(x).view(b, t, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)  # [B, H or K, T, D]
+        q, k, v = (
+            self.qkv(x).view(b, t, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
+        )  # [B, H or K, T, D]
         q, k = rope.rotate(q, *rotary), rope.rotate(k, *rotary)
-        if kv is not None:
+        if kv is not None and slots is not None:
             k, v = store(kv, slots, k, v)  # [B, K, S, D]
         out = attention.attend(q, k, v, visible)
         return self.o(out.transpose(1, 2).reshape(b, t, -1))
@@ -86,7 +89,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LLaMA for causal language modelling. Parameters are fused (q, k, v; gate, up) and tied where the config says so."""
+    """A LLaMA for causal language modelling. Its parameters are fused (q, k, v; gate, up), and tied if so configured."""
+
+    inv_freq: Tensor  # [D/2], float32 whatever the parameters are
 
     def __init__(self, config: LlamaConfig, generation_config: GenerationConfig | None = None) -> None:
         super().__init__()
@@ -95,7 +100,9 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         self._make_inv_freq()
 
     @classmethod
@@ -117,13 +124,17 @@ class Llama(nn.Module):
         config = LlamaConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config, GenerationConfig.from_pretrained(folder))
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return weights.load(model, folder, device=torch.device(device), dtype=dtype).eval()
+        return weights.load(model, folder, device=_device(device), dtype=dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors under Hugging Face's names; loading them back gives the same bits."""
         weights.save(self, Path(folder))
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers in order, typed."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +154,14 @@ class Llama(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Slots for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
         return Cache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
+
+    def bytes_per_step(self, contexts: Sequence[int]) -> int:
+        """Bytes a decoding step must read at least: all weights once (of an untied embedding next to nothing), and the
+        keys and values of every sequence, whose lengths are given."""
+        c = self.config
+        weights = sum(p.nbytes for p in self.parameters()) - (0 if self.lm_head is None else self.embed.weight.nbytes)
+        per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
+        return weights + per_token * sum(contexts)
 
     def forward(
         self,
@@ -165,7 +184,9 @@ class Llama(nn.Module):
         Raises ValueError for shapes that do not fit and for a cache that is full.
         """
         if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, found {list(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must be [batch, tokens] with at least one token, found {list(input_ids.shape)}"
+            )
         b, t = input_ids.shape
         for name, value, shape in (
             ("lengths", lengths, (b,)),
@@ -180,8 +201,10 @@ class Llama(nn.Module):
             if cache.batch_size != b:
                 raise ValueError(f"the cache has {cache.batch_size} rows, input_ids has {b}")
             cache.reserve(t)
-        given = (None if x is None else x.to(self.device) for x in (lengths, positions, segments))
-        return self.step(input_ids.to(self.device), *given, cache, mask, backend, logits_to_keep)
+        lengths, positions, segments = (
+            None if x is None else x.to(self.device) for x in (lengths, positions, segments)
+        )
+        return self.step(input_ids.to(self.device), lengths, positions, segments, cache, mask, backend, logits_to_keep)
 
     def step(
         self,
@@ -205,13 +228,17 @@ class Llama(nn.Module):
         )
         slots = None if cache is None else cache.append(tokens)
         visible = attention.visible(
-            mask or masks.causal(), tokens, tokens if cache is None else cache.tokens, self.config.num_attention_heads, backend
+            mask or masks.causal(),
+            tokens,
+            tokens if cache is None else cache.tokens,
+            self.config.num_attention_heads,
+            backend,
         )
         rotary = rope.cos_sin(tokens.position, self.inv_freq)
 
         x = self.embed(input_ids)  # [B, T, E]
-        for layer, block in enumerate(self.layers):
-            x = block(x, rotary, visible, None if cache is None else cache.layers[layer], slots)
+        for i, block in enumerate(self.layers):
+            x = block(x, rotary, visible, None if cache is None else cache.layers[i], slots)
         if logits_to_keep:
             end = torch.full((b,), t, device=x.device) if lengths is None else lengths
             kept = end[:, None] - logits_to_keep + torch.arange(logits_to_keep, device=x.device)
@@ -235,3 +262,15 @@ class Llama(nn.Module):
         super()._apply(*args, **kwargs)
         self._make_inv_freq()
         return self
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -71,8 +71,8 @@ class RopeParameters:
 
         required, _ = _TYPES[values["rope_type"]]
         if "original_max_position_embeddings" in required:
-            # Phi-3's habit of keeping the length beside rope_scaling wins in the reference; else max_position_embeddings
-            # stands in for a missing value.
+            # A length beside rope_scaling, Phi-3's habit, wins in the reference; max_position_embeddings stands in
+            # where there is none.
             fallback = given.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
             given["original_max_position_embeddings"] = raw.get("original_max_position_embeddings", fallback)
         values |= {name: given.pop(name) for name in required if name in given}
@@ -98,12 +98,14 @@ def _default(inv_freq: Tensor, _: RopeParameters) -> Tensor:
 
 def _linear(inv_freq: Tensor, p: RopeParameters) -> Tensor:
     """Position interpolation (arXiv:2306.15595)."""
+    assert p.factor is not None
     return inv_freq / p.factor
 
 
 def _llama3(inv_freq: Tensor, p: RopeParameters) -> Tensor:
-    """Llama 3.1: wavelengths beyond the trained context are stretched by `factor`, short ones kept, between them a ramp."""
-    assert p.factor and p.low_freq_factor and p.high_freq_factor and p.original_max_position_embeddings
+    """Llama 3.1: stretch wavelengths beyond the trained context by `factor`, keep short ones, a ramp in between."""
+    assert p.factor is not None and p.low_freq_factor is not None and p.high_freq_factor is not None  # noqa: PT018
+    assert p.original_max_position_embeddings is not None
     wavelength = 2 * math.pi / inv_freq
     turns = p.original_max_position_embeddings / wavelength  # turns of the pair within the trained context
     ramp = (turns - p.low_freq_factor) / (p.high_freq_factor - p.low_freq_factor)

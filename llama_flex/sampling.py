@@ -58,7 +58,7 @@ class Sampling:
 
 
 class SamplingTensors(NamedTuple):
-    """The parameters of a batch of requests, each `[B]`, on the device; what no request uses is None and costs nothing."""
+    """The parameters of a batch of requests, each `[B]`, on the device; None for what no request uses."""
 
     temperature: Tensor | None
     top_k: Tensor | None

@@ -177,8 +177,8 @@ class Tokenizer:
 
 
 class _JsonBackend:
-    """tokenizer.json through `tokenizers`. The file alone says how text is split and which ids are put around it: like
-    transformers 5, this does not heed tokenizer_config.json's add_bos_token, add_eos_token, add_prefix_space, legacy."""
+    """tokenizer.json through `tokenizers`. The file alone says how text is split and which ids are put around it; as
+    in transformers 5, tokenizer_config.json's add_bos_token, add_eos_token and add_prefix_space change nothing."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class _JsonBackend:
     ) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-        except Exception as error:  # noqa: BLE001  (tokenizers raises nothing more precise)
+        except Exception as error:  # tokenizers raises nothing more precise
             raise ValueError(f"{path} cannot be read as a tokenizer ({error}); fetch the file again") from error
         if self._tokenizer.padding is not None:
             special_tokens.setdefault("pad_token", self._tokenizer.padding["pad_token"])
@@ -377,7 +377,7 @@ class StreamDecoder:
         self._run = bytearray()
         self._strip_left = decoding.strip_left
         self._separator = ""
-        # Decoding the prompt alone shows an unfinished tail in some way: text that is printed already, and not due again.
+        # Decoding the prompt alone shows an unfinished tail in some way: that is printed already, and not due again.
         self._printed = self._waiting = ""
         for id in prompt_ids:
             self._feed(id)

@@ -34,8 +34,11 @@ def tensors_by_name(model: Llama) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its Hugging Face name, each a view into the (fused) parameter that holds it."""
     c = model.config
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    views = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    for i, layer in enumerate(model.layers):
+    views: dict[str, Tensor] = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+    }
+    for i, layer in enumerate(model.blocks()):
         name = f"model.layers.{i}"
         views[f"{name}.input_layernorm.weight"] = layer.attention_norm.weight
         views[f"{name}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
@@ -79,7 +82,9 @@ def load(model: LlamaT, folder: Path, *, device: torch.device, dtype: torch.dtyp
                 else:
                     stored[name] = _DTYPES[meta.get_dtype()]
                 if name in expected and meta.get_shape() != list(expected[name].shape):
-                    problems.append(f"shape: {name} is {meta.get_shape()}, config.json says {list(expected[name].shape)}")
+                    problems.append(
+                        f"shape: {name} is {meta.get_shape()}, config.json says {list(expected[name].shape)}"
+                    )
     tied_copy = "lm_head.weight" if model.lm_head is None and "lm_head.weight" in found else None
     problems += [f"missing: {name}" for name in sorted(set(expected) - set(found))]
     problems += [f"unexpected: {name}" for name in sorted(set(found) - set(expected) - {tied_copy})]
@@ -147,8 +152,8 @@ def _shards(folder: Path) -> list[Path]:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if others:
             raise CheckpointError(
-                f"{folder}: only pickled weights ({others[0]}), which can run code when read and are never opened here; "
-                "convert them with transformers: from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+                f"{folder}: only pickled weights ({others[0]}); they can run code when read and are never opened. "
+                "Convert them: transformers' LlamaForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
         raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
     weight_map = read_json(index).get("weight_map")

@@ -1,0 +1,345 @@
+"""The command line: `python -m llama_flex.generate --model FOLDER --prompt TEXT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:  # torch and the rest of the package are imported once the arguments are known to be good
+    from .cache import Cache
+    from .engine import Completion, Engine, Step
+    from .sampling import Sampling
+    from .tokenizer import Tokenizer
+
+COMPILE_FROM = 32  # new tokens from which `--compile auto` expects compiling to pay for itself
+
+
+class UsageError(ValueError):
+    """Something about the arguments or their files that the user can put right."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt as given: a text, or a conversation for the chat template."""
+
+    id: Any
+    prompt: str | list[dict[str, Any]]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = _Parser(prog="python -m llama_flex.generate", description="Generate text with a LLaMA on FlexAttention.")
+    p.add_argument("--model", required=True, help="Hugging Face folder, or hub repository owner/name")
+    p.add_argument("--revision", help="of the hub repository")
+    what = p.add_argument_group("what to complete")
+    what.add_argument("--prompt", action="append", default=[], help="text to continue; repeat for several")
+    what.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help=".jsonl (prompt or messages, id), else a line each"
+    )
+    what.add_argument("--chat", action="store_true", help="talk: reads messages from the terminal, keeps the history")
+    what.add_argument("--instruct", action="store_true", help="put each prompt into the model's chat template")
+    what.add_argument("--system", metavar="TEXT", help="system message; implies --instruct")
+    how = p.add_argument_group("how", "defaults: the model's generation_config.json, else greedy")
+    how.add_argument("--max-new-tokens", type=int, metavar="N")
+    how.add_argument("--temperature", type=float, help="0: greedy")
+    how.add_argument("--top-k", type=int)
+    how.add_argument("--top-p", type=float)
+    how.add_argument("--min-p", type=float)
+    how.add_argument("--repetition-penalty", type=float)
+    how.add_argument("--seed", type=int, help="prompt number i (from 0) uses seed + i")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeat for several")
+    run = p.add_argument_group("running")
+    run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+    run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
+    run.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together (default 8)")
+    run.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
+    run.add_argument("--json", action="store_true", help="one JSON object a prompt: id, prompt, text, tokens, logprobs")
+    run.add_argument("--quiet", action="store_true", help="no statistics on stderr")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, 2 for what the user can put right, 130 on Ctrl-C."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        args = _parser().parse_args(argv)
+        requests = _requests(args)
+        with _Output(args.output) as output:
+            _run(args, requests, output)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _requests(args: argparse.Namespace) -> list[Request]:
+    """The prompts asked for. Raises UsageError for none, an empty one, or a malformed file."""
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
+    requests = [Request(i, text) for i, text in enumerate(args.prompt)]
+    if args.prompts_file:
+        requests += _read_prompts(args.prompts_file, len(requests))
+    if args.chat and (requests or args.json):
+        raise UsageError("--chat reads its messages from the terminal; leave out --prompt, --prompts-file and --json")
+    if not args.chat and not requests:
+        raise UsageError("nothing to complete: give --prompt, --prompts-file or --chat")
+    for request in requests:
+        if not request.prompt:
+            raise UsageError(f"prompt {request.id} is empty; give it some text, such as the model's first token")
+    return requests
+
+
+def _read_prompts(path: Path, first_id: int) -> Iterator[Request]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --prompts-file {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            yield Request(first_id + number - 1, line)
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UsageError(f"{path}, line {number}: not JSON ({error})") from None
+        prompt = row.get("messages", row.get("prompt")) if isinstance(row, dict) else row
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
+            raise UsageError(f"{path}, line {number}: needs a text 'prompt' or a list 'messages'")
+        yield Request(row.get("id", first_id + number - 1) if isinstance(row, dict) else first_id + number - 1, prompt)
+
+
+class _Output:
+    """stdout or a file, opened before the model loads; what the file held stays until there is something to write."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.written = False
+        try:
+            self.file: IO[str] = sys.stdout if path is None else path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write to --output {path}: {error.strerror}") from None
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path is not None:
+            self.file.close()
+
+    def write(self, text: str) -> None:
+        if self.path is not None and not self.written and self.path.is_file():
+            self.file.truncate(0)
+        self.written = True
+        self.file.write(text)
+        self.file.flush()
+
+
+def _run(args: argparse.Namespace, requests: list[Request], output: _Output) -> None:
+    import torch
+
+    from . import hub
+    from .engine import DEFAULT_NEW_TOKENS, Engine
+    from .model import Llama
+    from .sampling import Sampling
+    from .tokenizer import Tokenizer
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    asked = {name: getattr(args, name) for name in names}
+    Sampling(**{name: value for name, value in asked.items() if value is not None})  # refuse before loading
+
+    started = time.perf_counter()
+    folder = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES, revision=args.revision)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = Llama.from_pretrained(folder, device=args.device, dtype=dtype)
+    load_seconds = time.perf_counter() - started
+    sampling = Sampling.recommended(model.generation_config, **asked)
+
+    expected = args.max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+    batches = -(-len(requests) // args.batch_size)
+    compile = args.compile == "on" or (args.compile == "auto" and (args.chat or expected * batches >= COMPILE_FROM))
+    engine = Engine(model, tokenizer, compile=compile)
+    statistics = _Statistics(engine, load_seconds)
+    options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
+    try:
+        if args.chat:
+            options |= {"sampling": sampling, "max_new_tokens": expected}
+            _chat(engine, tokenizer, args.system, options, output, statistics)
+            return
+        prompts = [_encode(tokenizer, request, args) for request in requests]
+        for start in range(0, len(requests), args.batch_size):
+            rows = range(start, min(start + args.batch_size, len(requests)))
+            seeds = [sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i) for i in rows]
+            _complete(
+                engine,
+                [requests[i] for i in rows],
+                [prompts[i] for i in rows],
+                seeds,
+                options,
+                args,
+                output,
+                statistics,
+            )
+    finally:
+        if not args.quiet:
+            statistics.print()
+
+
+def _encode(tokenizer: Tokenizer, request: Request, args: argparse.Namespace) -> list[int]:
+    if isinstance(request.prompt, str) and not (args.instruct or args.system is not None):
+        return tokenizer.encode(request.prompt)
+    messages = request.prompt if isinstance(request.prompt, list) else [{"role": "user", "content": request.prompt}]
+    if args.system is not None:
+        messages = [{"role": "system", "content": args.system}, *messages]
+    return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+
+def _complete(
+    engine: Engine,
+    requests: list[Request],
+    prompts: list[list[int]],
+    sampling: list[Sampling],
+    options: dict[str, Any],
+    args: argparse.Namespace,
+    output: _Output,
+    statistics: _Statistics,
+) -> None:
+    """Complete one batch and write it: the text of a single prompt as it comes, of several when all are done."""
+    from .engine import Completion
+
+    live = len(requests) == 1 and len(args.prompt) == 1 and not args.json and not args.prompts_file
+    done = [Completion() for _ in requests]
+    try:
+        for step in statistics.timed(engine.stream(prompts, sampling=sampling, **options), [len(p) for p in prompts]):
+            done[step.row].add(step)
+            if live and step.text:
+                output.write(step.text)
+    finally:
+        if live:
+            output.write("\n")
+        else:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
+            for request, completion in zip(requests, done, strict=True):
+                output.write(_row(request, completion, args.json))
+
+
+def _row(request: Request, completion: Completion, as_json: bool) -> str:
+    if not as_json:
+        title = request.prompt if isinstance(request.prompt, str) else request.prompt[-1].get("content", "")
+        return f"### {request.id}: {' '.join(str(title).split())[:70]}\n{completion.text}\n\n"
+    row = {"id": request.id, "prompt": request.prompt, "text": completion.text, "tokens": completion.tokens}
+    row |= {"logprobs": [lp if math.isfinite(lp) else None for lp in completion.logprobs]}
+    return json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False) + "\n"
+
+
+def _chat(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    system: str | None,
+    options: dict[str, Any],
+    output: _Output,
+    statistics: _Statistics,
+) -> None:
+    """Read messages, a line each, until the end of input; slots of what the conversation already computed are kept."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    cache: Cache | None = None
+    held: list[int] = []  # the tokens in the cache
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        needed = min(len(prompt) + options["max_new_tokens"], engine.model.config.max_position_embeddings)
+        if cache is None or needed > cache.max_length:
+            cache, held = engine.new_cache(1, needed), []
+        shared = next((i for i, (a, b) in enumerate(zip(held, prompt[:-1], strict=False)) if a != b), None)
+        shared = min(len(held), len(prompt) - 1) if shared is None else shared
+        cache.truncate(shared)
+        reply, tokens = "", []
+        try:
+            for step in statistics.timed(
+                engine.stream([prompt[shared:]], cache=cache, **options), [len(prompt) - shared]
+            ):
+                tokens.append(step.token)
+                reply += step.text
+                output.write(step.text)
+        except KeyboardInterrupt:  # ends the reply, not the conversation
+            pass
+        # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
+        held = prompt + tokens[:-1] if tokens else prompt[:shared]
+        output.write("\n")
+        messages.append({"role": "assistant", "content": reply})
+
+
+class _Statistics:
+    """What a run took, for stderr. Compiling is counted apart, so that speeds are those of a run that is under way."""
+
+    def __init__(self, engine: Engine, load_seconds: float) -> None:
+        self.engine = engine
+        self.load_seconds = load_seconds
+        self.first_seconds: float | None = None
+        self.prompt_tokens = self.decoded_tokens = self.bytes_read = 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    def timed(self, steps: Iterator[Step], prompt_lengths: Sequence[int]) -> Iterator[Step]:
+        """Pass on the steps of one batch, taking times."""
+        counts = [0] * len(prompt_lengths)
+        started, compiled = time.perf_counter(), self.engine.compile_seconds
+        for step in steps:
+            elapsed = time.perf_counter() - started
+            working = elapsed - (self.engine.compile_seconds - compiled)
+            if not any(counts):
+                self.first_seconds = elapsed if self.first_seconds is None else self.first_seconds
+                self.prefill_seconds += working
+                self.prompt_tokens += sum(prompt_lengths)
+            else:
+                self.decode_seconds += working
+            if counts[step.row]:  # the first token of a row comes from the prefill
+                self.decoded_tokens += 1
+                if counts[step.row] == max(counts):  # the first row to go ahead: the weights were read once more
+                    contexts = [n + c for n, c in zip(prompt_lengths, counts, strict=True)]
+                    self.bytes_read += self.engine.model.bytes_per_step(contexts)
+            counts[step.row] += 1
+            yield step
+            started, compiled = time.perf_counter(), self.engine.compile_seconds
+
+    def print(self) -> None:
+        """One line: load, compile, time to first token, prefill and decode speed, bytes read per second decoding."""
+        parts = [f"load {self.load_seconds:.2f} s"]
+        if self.engine.compile_seconds:
+            parts.append(f"compile {self.engine.compile_seconds:.2f} s")
+        if self.first_seconds is not None:
+            parts.append(f"first token {self.first_seconds:.2f} s")
+        if self.prefill_seconds > 1e-3:
+            parts.append(f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_seconds:.1f} tok/s")
+        if self.decode_seconds > 1e-3:
+            speed, rate = self.decoded_tokens / self.decode_seconds, self.bytes_read / self.decode_seconds / 1e9
+            parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate:.1f} GB/s")
+        print("; ".join(parts), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Models the tests share: tiny random ones beside their transformers twins, and the demo weights."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers  # before anything compiles: it registers pytree nodes, and every graph would recompile once
+
+from llama_flex import Llama
+
+DEMO = Path(__file__).parent.parent / "weights" / "SmolLM2-135M-Instruct"
+TEST_INPUTS = DEMO.parent / "test-inputs"
+
+# The shapes that differ in kind: (heads, key/value heads, head_dim or None), and switches.
+TINY = {
+    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gqa": {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "mqa": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "group3": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "head_dim": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "biases": {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "odd_vocab": {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 509},
+}
+
+
+def tiny_reference(**overrides) -> transformers.LlamaForCausalLM:
+    """A two-layer random LLaMA of transformers, float32, eager attention; weights large enough to matter."""
+    values = {
+        "vocab_size": 512,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | overrides
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**values)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:  # initialised to ones and zeros, which would hide a mistake
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory):
+    """A function from the name of a TINY shape to (its transformers model, the same weights loaded here)."""
+    made = {}
+
+    def pair(name: str) -> tuple[transformers.LlamaForCausalLM, Llama]:
+        if name not in made:
+            overrides = TINY[name]
+            if "head_dim" not in overrides:
+                overrides = overrides | {"head_dim": 32, "hidden_size": 32 * overrides["num_attention_heads"]}
+            reference = tiny_reference(**overrides)
+            folder = tmp_path_factory.mktemp(name)
+            reference.save_pretrained(folder)
+            made[name] = reference, Llama.from_pretrained(folder, device="cpu", dtype=torch.float32)
+        return made[name]
+
+    return pair
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The demo weights; the test is skipped if they are not there."""
+    if not DEMO.is_dir():
+        pytest.skip(f"no demo weights in {DEMO}: python -m tools.fetch_smollm2")
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def demo(demo_folder) -> Llama:
+    """The demo model, float32."""
+    return Llama.from_pretrained(demo_folder, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def demo_reference(demo_folder) -> transformers.LlamaForCausalLM:
+    """The demo model in transformers, float32, eager attention."""
+    return transformers.LlamaForCausalLM.from_pretrained(
+        demo_folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()

@@ -1,0 +1,388 @@
+"""Chat templates against transformers' rendering, and templates that would not end."""
+
+import datetime
+import json
+import time
+from pathlib import Path
+
+import jinja2
+import pytest
+import tokenizers
+
+from llama_flex import chat
+from llama_flex.chat import render_chat
+from llama_flex.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+LLAMA_2 = """\
+{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
+{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}\
+{% set system_message = false %}{% endif %}
+{% for message in loop_messages %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+    {% endif %}
+    {% if loop.index0 == 0 and system_message is not false %}
+        {% set content = '<<SYS>>\\n' ~ system_message ~ '\\n<</SYS>>\\n\\n' ~ message['content'] %}
+    {% else %}
+        {% set content = message['content'] %}
+    {% endif %}
+    {% if message['role'] == 'user' %}
+        {{- bos_token + '[INST] ' + content.strip() + ' [/INST]' -}}
+    {% elif message['role'] == 'assistant' %}
+        {{- ' ' ~ content.strip() ~ ' ' ~ eos_token -}}
+    {% endif %}
+{% endfor %}"""
+LLAMA_3 = """\
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{%- endif %}
+{%- macro header(role) -%}{{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}{%- endmacro %}
+{{- header('system') }}
+{{- "Cutting Knowledge Date: December 2023\\nToday Date: " + date_string + "\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Respond with a JSON function call. Do not use variables.\\n\\n" }}
+    {%- for t in tools %}{{- t | tojson(indent=4) }}{{- "\\n\\n" }}{%- endfor %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] | trim }}{%- set messages = messages[1:] %}\
+{%- endif %}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if message.tool_calls %}
+        {%- if message.tool_calls | length != 1 %}
+            {{- raise_exception("This model only supports single tool-calls at once!") }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- header('assistant') + '{"name": "' + call.name + '", "parameters": ' }}
+        {{- call.arguments | tojson }}{{- "}" }}
+    {%- elif message.role in ["tool", "ipython"] %}
+        {{- header('ipython') }}
+        {%- if message.content is mapping or message.content is iterable and message.content is not string %}
+            {{- message.content | tojson }}
+        {%- else %}{{- message.content }}{%- endif %}
+    {%- else %}
+        {{- header(message['role']) + message['content'] | trim }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- header('assistant') }}{%- endif %}"""
+CHATML = """\
+{%- set ns = namespace(system='You are a helpful assistant.', seen=0) %}
+{% for message in messages if message.role == 'system' %}{% set ns.system = message.content %}{% endfor %}
+<|im_start|>system
+{{ ns.system }}{% if tools %}
+
+# Tools
+{% for tool in tools %}{{ '\\n' ~ tool.function.name ~ ': ' ~ (tool | tojson) }}{% endfor %}
+{% endif %}
+<|im_end|>
+{% for message in messages %}
+{% if message.role == 'system' %}{% continue %}{% endif %}
+{% if message.reasoning_content %}<think>{{ message.thinking }}</think>{% endif %}
+{{ '<|im_start|>' + message.role + '\\n' }}{% generation %}{{ message.content }}{% endgeneration %}
+{{ '<|im_end|>\\n' }}
+{%- set ns.seen = ns.seen + 1 %}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+MISTRAL = """\
+{{ bos_token }}{% set user = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for message in messages if message.role != 'system' %}
+    {%- if message.role == 'user' %}
+        {%- if message == user[-1] and tools %}[AVAILABLE_TOOLS] {{ tools | map(attribute='function') | list \
+| tojson }}[/AVAILABLE_TOOLS]{%- endif %}
+        {{- '[INST] %s[/INST]' % message.content }}
+    {%- else %}{{- ' {}{}'.format(message.content | replace('\\n', ' '), eos_token) }}{%- endif %}
+{%- endfor %}"""
+ZEPHYR = """\
+{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if documents and loop.first %}
+{% for d in documents %}{{ [d.title, d.text | upper] | join(': ') }}
+{% endfor %}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+TEMPLATES = {"llama2": LLAMA_2, "llama3": LLAMA_3, "chatml": CHATML, "mistral": MISTRAL, "zephyr": ZEPHYR}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "wetter",
+            "description": 'Wie ist\'s in <Köln> & "Umgebung"? 天气',
+            "parameters": {"type": "object", "properties": {"ort": {"type": "string"}}, "required": ["ort"]},
+        },
+    }
+]
+SYSTEM = {"role": "system", "content": "  Be brief.\nAlways. "}
+TURNS = [
+    {"role": "user", "content": " Grüße! <b>&'\"\n你好 👋 {{ not a variable }} {% nor a tag %}"},
+    {"role": "assistant", "content": "Hello </s>\n there", "reasoning": "be polite"},
+    {"role": "user", "content": "And the weather?"},
+]
+CALL = [
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "wetter", "arguments": {"ort": "Köln"}}}],
+    },
+    {"role": "tool", "content": {"temperature": 21.5, "sky": None, "dry": True}},
+]
+CONVERSATIONS = {"one": TURNS[:1], "turns": TURNS, "system": [SYSTEM, *TURNS], "call": [SYSTEM, *TURNS, *CALL]}
+
+
+def reference(template: str, messages: list, **arguments) -> str:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_is_the_references(name, conversation, tools, prompt):
+    messages = CONVERSATIONS[conversation]
+    documents = [{"title": "Ä", "text": "straße"}]
+    arguments = {"tools": tools, "documents": documents, "add_generation_prompt": prompt}
+    try:
+        expected = reference(TEMPLATES[name], messages, **arguments)
+    except (jinja2.TemplateError, TypeError):
+        assert conversation == "call"
+        with pytest.raises(ValueError, match="the chat template failed"):
+            render_chat(TEMPLATES[name], messages, bos_token="<s>", eos_token="</s>", **arguments)
+        return
+    ours = render_chat(TEMPLATES[name], messages, bos_token="<s>", eos_token="</s>", **arguments)
+    assert ours == expected
+    # The parity means something only if white space control and the template's own environment matter.
+    if name in ("zephyr", "llama2"):
+        plain = jinja2.Template(TEMPLATES[name])
+        assert plain.render(messages=messages, bos_token="<s>", eos_token="</s>", **arguments) != expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 2 ** 10 }} {{ 7 % 4 }} {{ 'ab' * 3 }} {{ [1] * 2 + [3] }} {{ 1.5 * 2 }} {{ '%05.1f|%s' % (2.25, 'x') }}",
+        "{{ 1700000000 | tojson }} {{ '%d' % 4000000000 }} {{ [4000000000] | join }} {{ 4000000000 | center(12) }}",
+        "{{ 1700000000 * 1000 }} {{ 1700000000 | int }} {{ 4000000000 | string }} {{ -3 | abs }}",
+        "{{ 'a,b'.split(',') | join('; ') }} {{ 'x'.center(9, '*') }} {{ 'x' | center(5) }}|{{ 'a\nb' | indent(4) }}",
+        "{{ {'b': 1, 'a': [none, true, 'é<']} | tojson(indent=2, sort_keys=true) }}",
+        "{{ 'é' | tojson(ensure_ascii=true) }}",
+        "{% macro m(x, y='d') %}<{{ x }}{{ y }}{{ caller() if caller else '' }}>{% endmacro %}"
+        "{{ m(1) }}{% call m(2) %}c{% endcall %}",
+        "{% for a in [1, [2, [3]]] recursive %}{{ '(' ~ loop(a) ~ ')' if a is iterable else a }}{% endfor %}",
+        "{% set x %}block {{ 1 }}{% endset %}{{ x | upper }}{% filter upper %}low{% endfilter %}",
+        "{% set x = 'a' ~ 1 ~ none ~ [2] %}{{ x ~ (x ~ 'b') ~ {'k': x ~ 'c'} }}{{ [x ~ 1] }}",
+        "{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}{{ missing }}{{ range(3) | list }}",
+        "{% set ns = namespace(a=1, self=2) %}{% set ns.a = ns.a + ns.self %}{{ ns.a }}{{ dict(x=1) }}{{ 'a' 'b' }}",
+        "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+        "{{ '{:>8}|{a!r}'.format(5, a='x') }}{{ 'k={k}'.format_map({'k': 1}) }}{{ messages[0].content[::-1] }}",
+        "{{ messages | map(attribute='content') | join('\n') | replace('e', '') | truncate(12) | wordwrap(5) }}",
+        "{{ 'since 20240101: %s, %-9.3f%%' % ('x', 2.5) }}{{ '%(k)s' % {'k': 1} }}{{ '%s' | format('20240101') }}",
+        "{{ ('<{}>' | safe).format('<') }}{{ '{:>{}}'.format('x', 5) }}{{ '20240101{}'.format('12345678') }}",
+        "{{ '<' | e ~ '<' }}{{ ('<' | e) + '<' }}{{ messages | tojson }}{{ messages | length }}{{ 'abc' | list }}",
+        "{{ 'x' if messages is defined and missing is undefined }}{{ messages[0].get('nothing', 'default') }}",
+    ],
+)
+def test_the_language_is_the_references(template):
+    messages = [{"role": "user", "content": "Were there <eels>?"}]
+    assert render_chat(template, messages, bos_token="<s>", eos_token="</s>") == reference(template, messages)
+
+
+def test_a_difference_in_the_template_shows():
+    assert render_chat(ZEPHYR, TURNS, eos_token="</s>") != reference(ZEPHYR.replace("\\n", " "), TURNS)
+
+
+def test_dates(monkeypatch):
+    assert render_chat("{{ strftime_now('%d %B %Y') }}", TURNS) == datetime.datetime.now().strftime("%d %B %Y")
+    dated = render_chat(LLAMA_3, TURNS, bos_token="<s>", date_string="26 Jul 2024")
+    assert "Today Date: 26 Jul 2024\n\n<|eot_id|>" in dated
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Only user\nand assistant roles') }}", "Only user and assistant roles"),
+        ("line\n{% if %}", r"\(line 2\)"),
+        ("{% for x in y %}", r"\(line 1\)"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "not safely callable|unsafe"),
+        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "underscore"),
+        ("{{ namespace(_x=1) }}", "underscore"),
+        ("{% include 'other' %}", "no loader"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ messages | nofilter }}", "nofilter"),
+        ("{{ strftime_now(1) }}", "must be str"),
+    ],
+)
+def test_faulty_templates_end_in_one_line(template, reason):
+    with pytest.raises(ValueError, match=f"^the chat template failed.*(?:{reason})") as error:
+        render_chat(template, TURNS)
+    assert "\n" not in str(error.value)
+
+
+ENDLESS = [
+    "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for a in [1] recursive %}{{ loop([1, 1]) if loop.depth < 60 }}{% endfor %}",
+    "{% set ns = namespace(n=[]) %}{% for a in range(60) %}{% set ns.n = [ns.n, ns.n] %}{% endfor %}{{ ns.n }}",
+]
+GROWING = [
+    "{{ 'x' * 10000000000 }}",
+    "{{ 10000000000 * 'x' }}",
+    "{{ [0] * 10000000000 }}",
+    "{{ 'x' | center(10000000000) }}",
+    "{{ 'x'.ljust(10000000000) }}",
+    "{{ 'x'.encode().zfill(10000000000) }}",
+    "{{ (1).to_bytes(10000000000, 'big') }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '%10000000000d' | format(1) }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10000000000) }}",
+    "{{ '{x:10000000000}'.format_map({'x': 1}) }}",
+    "{{ '\t'.expandtabs(10000000000) }}",
+    "{{ [1] | tojson(indent=10000000000) }}",
+    "{{ 'a\nb' | indent(10000000000) }}",
+    "{{ [1] | batch(10000000000, 'x') | list }}",
+    "{{ range(10000000000) }}",
+    "{{ 9 ** 9 ** 9 ** 9 ** 9 ** 9 }}",
+    "{% set ns = namespace(n=3) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.replace('', ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s.join(ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s | replace('', ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] | join %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = '%s%s' % (ns.s, ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = '{0}{0}'.format(ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ '' ~ ns.s | tojson %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}"
+    "{% set ns.s = x %}{% endfor %}",
+    "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% for a in range(100000) %}{% for b in range(1000) %}" + "literal text " * 200 + "{% endfor %}{% endfor %}",
+    "{% macro m() %}{% for a in range(100000) %}" + "x" * 9000 + "{% endfor %}{% endmacro %}{{ m() | length }}",
+    "{% set s = 'x' * 1000000 %}{% for a in range(100000) %}{{ s }}{% endfor %}",
+    "{% set s = 'x' * 1000000 %}{{ ([{'a': s}] * 100000) | map(attribute='a') | join }}",
+    "{{ lipsum(n=100000) }}",
+]
+
+
+@pytest.mark.parametrize("template", [*ENDLESS, *GROWING])
+def test_templates_that_would_not_end_are_stopped(template, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(chat, "MAX_CHARACTERS", 1 << 25)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="the chat template failed"):
+        render_chat(template, TURNS)
+    assert time.monotonic() - start < 5
+
+
+def test_long_conversations_are_not_stopped():
+    long = [{"role": role, "content": "word " * 2000} for _ in range(50) for role in ("user", "assistant")]
+    for name, template in TEMPLATES.items():
+        arguments = {"date_string": "today"} if name == "llama3" else {}
+        ours = render_chat(template, long, bos_token="<s>", eos_token="</s>", **arguments)
+        assert ours == reference(template, long, add_generation_prompt=True, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"messages": []}, "non-empty list of messages"),
+        ({"messages": "Hi"}, "non-empty list of messages"),
+        ({"messages": {"role": "user", "content": "Hi"}}, "non-empty list of messages"),
+        ({"messages": ["Hi"]}, "every message must be a dict, not str"),
+        ({"messages": TURNS, "tools": [len]}, "is a Python function; pass its JSON schema"),
+        ({"messages": TURNS, "tools": ["name"]}, "every tool must be a dict"),
+        ({"messages": TURNS, "documents": ["text"]}, "every document must be a dict"),
+        ({"messages": [{"role": "user", "content": object()}]}, "messages holds a object"),
+        ({"messages": TURNS, "when": datetime.date(2024, 1, 1)}, "when holds a date"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        render_chat(CHATML, **arguments)
+
+
+# --- where the template comes from
+
+
+def folder_with(path: Path, config: dict, **files: str) -> Path:
+    path.mkdir(parents=True)
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.add_special_tokens(["<s>", "</s>", "<pad>"])
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **config})
+    )
+    for name, content in files.items():
+        file = path / name.replace("__", ".").replace("DIR_", "additional_chat_templates/")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    return path
+
+
+def test_the_folders_template(tmp_path):
+    named = [{"name": "default", "template": "D {{ bos_token }}"}, {"name": "tool_use", "template": "T {{ tools }}"}]
+    folders = {
+        "config": folder_with(tmp_path / "config", {"chat_template": "C {{ eos_token }}{{ pad_token }}"}),
+        "named": folder_with(tmp_path / "named", {"chat_template": named}),
+        "file": folder_with(tmp_path / "file", {"chat_template": "C"}, chat_template__jinja="F {{ bos_token }}"),
+        "extra": folder_with(tmp_path / "extra", {}, chat_template__jinja="F", DIR_tool_use__jinja="X {{ extra }}"),
+    }
+    for folder in folders.values():
+        ours, theirs = Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        for arguments in ({}, {"tools": TOOLS}, {"chat_template": "own {{ bos_token }}"}, {"bos_token": "other"}):
+            assert ours.apply_chat_template(TURNS, **arguments) == theirs.apply_chat_template(
+                TURNS, tokenize=False, add_generation_prompt=True, **arguments
+            )
+    assert Tokenizer.from_pretrained(folders["named"]).chat_template == "D {{ bos_token }}"
+    assert Tokenizer.from_pretrained(folders["file"]).chat_template == "F {{ bos_token }}"
+    named_one = Tokenizer.from_pretrained(folders["extra"]).apply_chat_template(
+        TURNS, chat_template="tool_use", extra=1
+    )
+    assert named_one == "X 1"
+    processor = folder_with(tmp_path / "json", {}, chat_template__json=json.dumps({"chat_template": "J"}))
+    assert Tokenizer.from_pretrained(processor).chat_template == "J"
+
+
+def test_no_template(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(folder_with(tmp_path / "a", {}))
+    assert tokenizer.chat_template is None
+    with pytest.raises(ValueError, match=r"no chat template; pass chat_template=..., or put a chat_template\.jinja"):
+        tokenizer.apply_chat_template(TURNS)
+    assert tokenizer.apply_chat_template(TURNS, chat_template="{{ messages | length }}") == "3"
+    only = folder_with(tmp_path / "b", {"chat_template": [{"name": "rag", "template": "R"}]})
+    with pytest.raises(ValueError, match=r"named ones it has: rag"):
+        Tokenizer.from_pretrained(only).apply_chat_template(TURNS)
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("path", ["SmolLM2-135M-Instruct", "test-inputs/llama3"])
+def test_the_template_of_a_real_folder(path):
+    folder = WEIGHTS / path
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: see weights/README.md")
+    ours, theirs = Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for messages in (TURNS, [SYSTEM, *TURNS]):
+        for prompt in (True, False):
+            text = ours.apply_chat_template(messages, add_generation_prompt=prompt)
+            assert text == theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+            ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+            assert ours.encode(text, add_special_tokens=False) == ids
