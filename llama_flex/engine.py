@@ -187,17 +187,15 @@ class Engine:
 
     def _step(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
         """Append ids `[B, T]`, of which `lengths` in each row are real; the logits `[B, V]` after each row's last."""
-        arguments = (ids, lengths, None, None, cache, None, "flex", 1)
-        if not self.compile:
-            return self.model.step(*arguments)[:, 0]
-        key = (*ids.shape, cache.max_length)
-        if key not in self.graphs:
-            self.graphs[key] = _compiled(self.model.step)
-            started = time.perf_counter()
-            logits = self.graphs[key](*arguments)
+        step, started, key = self.model.step, None, (*ids.shape, cache.max_length)
+        if self.compile and key not in self.graphs:
+            self.graphs[key], started = _compiled(self.model.step), time.perf_counter()
+        if self.compile:
+            step = self.graphs[key]
+        logits = step(ids, lengths, None, None, cache, None, "flex", 1)
+        if started is not None:
             self.compile_seconds += time.perf_counter() - started
-            return logits[:, 0]
-        return self.graphs[key](*arguments)[:, 0]
+        return logits[:, 0]
 
 
 def _compiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:

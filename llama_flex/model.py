@@ -89,7 +89,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LLaMA for causal language modelling. Its parameters are fused (q, k, v; gate, up), and tied if so configured."""
+    """A LLaMA for causal language modelling. Parameters are fused (q, k, v; gate, up) and tied if so configured."""
 
     inv_freq: Tensor  # [D/2], float32 whatever the parameters are
 
