@@ -5,7 +5,6 @@ Dimensions: B batch, H query heads, T query tokens, S slots, D head dim; K heads
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal, TypeAlias
 
 import torch
@@ -16,10 +15,6 @@ from .masks import Mask, Tokens
 
 Backend: TypeAlias = Literal["flex", "dense"]
 Visible: TypeAlias = BlockMask | Tensor
-
-# Run eagerly, flex_attention is the readable reference and says so once; whoever runs this package eagerly chose to.
-warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-
 
 def visible(mask: Mask, q: Tokens, kv: Tokens, num_heads: int, backend: Backend) -> Visible:
     """What each query may attend to, computed once per mask and step and shared by all layers.
@@ -40,6 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     nothing gets 0.
     """
     if isinstance(visible, BlockMask):
+        # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return flex_attention(q, k, v, block_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
     return _dense(q, k, v, visible)
 

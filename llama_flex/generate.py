@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 for what the user can put right, 130 on Ctrl-C."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")  # --compile off means it
     try:
         args = _parser().parse_args(argv)
         requests = _requests(args)

@@ -187,8 +187,9 @@ class _JsonBackend:
         added: Mapping[int, tokenizers.AddedToken],
         special_tokens: dict[str, str],
     ) -> None:
+        serialized = path.read_bytes()
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(serialized)
         except Exception as error:  # tokenizers raises nothing more precise
             raise ValueError(f"{path} cannot be read as a tokenizer ({error}); fetch the file again") from error
         if self._tokenizer.padding is not None:
@@ -197,7 +198,8 @@ class _JsonBackend:
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
         known = self._tokenizer.get_added_tokens_decoder().values()
-        new = [token for _, token in sorted(added.items()) if repr(token) not in set(map(repr, known))]
+        known_exactly = {repr(token) for token in known}  # contents and flags
+        new = [token for _, token in sorted(added.items()) if repr(token) not in known_exactly]
         contents = {token.content for token in (*known, *new)}
         for key, content in special_tokens.items():
             if content not in contents:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import time
+import tracemalloc
 from pathlib import Path
 
 import jinja2
@@ -291,6 +292,16 @@ def test_templates_that_would_not_end_are_stopped(template, monkeypatch):
     with pytest.raises(ValueError, match="the chat template failed"):
         render_chat(template, TURNS)
     assert time.monotonic() - start < 5
+
+
+def test_growth_is_stopped_before_the_memory_is_taken(monkeypatch):
+    monkeypatch.setattr(chat, "MAX_CHARACTERS", 1 << 22)
+    for template in GROWING:
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="the chat template failed"):
+            render_chat(template, TURNS)
+        assert tracemalloc.get_traced_memory()[1] < 100 << 20, template
+        tracemalloc.stop()
 
 
 def test_long_conversations_are_not_stopped():

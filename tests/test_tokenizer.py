@@ -65,6 +65,7 @@ CORPUS = [
     " <s> spaces <s>around ",
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>",
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+    "added é日 and é日本 before [INST] and [INST]</s>",
     "<unk><0x41><pad>[INST] x [/INST]<|endoftext|>",
     "I'm you're WE'LL it's don't 'quoted' \"double\" . , ? !",
     "\ufffd replacement \U0010ffff \ue000",
@@ -387,6 +388,8 @@ def test_model_follows_its_configuration(tmp_path, tiny_model):
     assert strict.encode("a <tool> b") == strict.encode("a<tool>b")
     assert size + 1 not in strict.encode("widest")
     assert strict.decode(strict.encode("a<tool>b")) == "a b"
+    nested = load({"extra_special_tokens": ["<t", "<t>", "<t>>"]})
+    assert nested.encode("<t>>", add_special_tokens=False) == [size + 2]
     assert {0, 1, 2, size, size + 2} == strict.special_ids
 
 
@@ -503,7 +506,7 @@ def stopped(stops: list[str], chunks: list[str]) -> tuple[str, bool]:
     return out + finder.flush(), False
 
 
-@settings(deadline=None, derandomize=True)
+@settings(max_examples=1500, deadline=None, derandomize=True)
 @given(
     stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
     chunks=st.lists(st.text("ab\n", max_size=5), max_size=8),
@@ -546,7 +549,7 @@ def test_folders_that_hold_no_tokenizer(tmp_path, folders):
 def test_broken_files_are_named(tmp_path, folders, content):
     raw = content.encode("latin-1")
     whole = (folders["byte_level"] / "tokenizer.json").read_bytes()
-    for broken in (raw, whole[: len(whole) // 2]):
+    for broken in (raw, whole[: len(whole) // 2], whole.replace(b"<|im_end|>", b"<|im\xff|>")):
         with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer .*fetch"):
             Tokenizer.from_pretrained(write_folder(tmp_path / "json", None, tokenizer__json=broken))
     with pytest.raises(ValueError, match=r"tokenizer.model is no sentencepiece model.*tokenizer.json beside it"):

@@ -1,0 +1,690 @@
+"""The engine: the tokens of the reference, in chunks, batches, streams, compiled; stops, limits and errors."""
+
+import dataclasses
+
+import pytest
+import tokenizers
+import torch
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_flex import GenerationConfig, Llama, LlamaConfig, Sampling, Tokenizer, attention
+from llama_flex.engine import Completion, Engine
+
+BORDERS = (1, 127, 128, 129, 300, 511, 512, 513, 640, 900)  # around the chunks of 128 and 512 rows
+VISIBLE = attention.visible
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny models are faster without a second thread, and ten times faster if others use the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if "demo" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def dense(monkeypatch):
+    """Attention by its dense definition: flex_attention run eagerly takes ten times as long. `flex` switches back."""
+    monkeypatch.setattr(attention, "visible", lambda mask, q, kv, heads, backend: VISIBLE(mask, q, kv, heads, "dense"))
+
+
+@pytest.fixture
+def flex(dense, monkeypatch):
+    monkeypatch.setattr(attention, "visible", VISIBLE)
+
+
+def random_ids(length: int, seed: int, vocabulary: int = 500) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+
+def reference_tokens(reference, prompt: list[int], new: int, **options) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0, **options
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def assert_same(one: Completion, other: Completion) -> None:
+    assert one.tokens == other.tokens
+    assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+    torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=2e-5, rtol=2e-5)
+
+
+@pytest.fixture
+def tiny(tiny_pair) -> Llama:
+    return tiny_pair("gqa")[1]
+
+
+@pytest.fixture
+def engine(tiny) -> Engine:
+    return Engine(tiny)
+
+
+# --- A model whose text is known: after each token comes the next piece of this list, and after the last the first ---
+
+PIECES = ["<unk>", "<s>", "</s>", "One", "Ġtwo", "Ġthree", "Ġc", "af", "Ã", "©", "!", "Ġstop", "Ġhere", "<end>"]
+ONE, TWO, THREE, CAFE_C, CAFE_AF, E1, E2, BANG, STOP, HERE, END = range(3, len(PIECES))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(PIECES)}, []))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<end>"])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_pretrained(folder)
+
+
+def walk(eos: int | tuple[int, ...] | None = 2, generation: GenerationConfig | None = None, context: int = 200) -> Llama:
+    """A LLaMA after whose token n comes token n + 1 (after the last: <unk>), from its weights alone."""
+    size = len(PIECES)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=16,
+        max_position_embeddings=context,
+        eos_token_id=eos,
+    )
+    model = Llama(config, generation).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(float("norm" in name))
+        model.embed.weight[:, :size] = torch.eye(size)
+        model.lm_head.weight[:, :size] = torch.eye(size).roll(1, 0)
+    return model
+
+
+@pytest.fixture
+def spoken(tokenizer) -> Engine:
+    return Engine(walk(), tokenizer)
+
+
+# --- The reference's tokens ---
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize("length", BORDERS)
+def test_greedy_tokens_are_transformers_at_every_chunk_border(tiny_pair, length):
+    reference, model = tiny_pair("gqa")
+    prompt = random_ids(length, 1)
+    (done,) = Engine(model).generate([prompt], max_new_tokens=6)
+    assert done.tokens == reference_tokens(reference, prompt, 6)
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize("shape", TINY)
+def test_greedy_tokens_are_transformers_for_every_shape_in_one_ragged_batch(tiny_pair, shape):
+    reference, model = tiny_pair(shape)
+    prompts = [random_ids(length, 2) for length in (1, 140, 17)]
+    for prompt, done in zip(prompts, Engine(model).generate(prompts, max_new_tokens=8), strict=True):
+        assert done.tokens == reference_tokens(reference, prompt, 8)
+
+
+def test_repetition_penalty_gives_transformers_tokens(tiny_pair):
+    reference, model = tiny_pair("mha")
+    prompts = [random_ids(length, 3) for length in (3, 131)]
+    options = Sampling(repetition_penalty=1.4)
+    for prompt, done in zip(prompts, Engine(model).generate(prompts, max_new_tokens=12, sampling=options), strict=True):
+        assert done.tokens == reference_tokens(reference, prompt, 12, repetition_penalty=1.4)
+        assert done.tokens != reference_tokens(reference, prompt, 12)
+
+
+def test_the_default_stop_token_stops_where_transformers_stops(tiny_pair):
+    reference, model = tiny_pair("gqa")
+    prompt = random_ids(9, 4)
+    eos = reference_tokens(reference, prompt, 8)[3]
+    changed = Llama(dataclasses.replace(model.config, eos_token_id=eos)).eval()
+    changed.load_state_dict(model.state_dict())
+    (done,) = Engine(changed).generate([prompt], max_new_tokens=8)
+    assert done.tokens == reference_tokens(reference, prompt, 8, eos_token_id=eos)
+    assert done.tokens[-1] == eos
+    assert done.finish_reason == "stop"
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize("length", [1, 128, 300, 513])
+def test_logprobs_are_those_of_the_full_forward(tiny, length):
+    prompt = random_ids(length, 5)
+    sampling = Sampling(temperature=1.5, top_k=50, seed=3)  # filters and temperature leave the logprob the model's own
+    (done,) = Engine(tiny).generate([prompt], max_new_tokens=5, sampling=sampling, stop_token_ids=[])
+    with torch.no_grad():
+        logits = tiny(torch.tensor([prompt + done.tokens]), backend="dense")[0, length - 1 : -1]
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(done.tokens)[:, None])[:, 0]
+    # On these weights transformers' own eager and sdpa differ by up to 3.1e-5.
+    torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=2e-5, rtol=1e-5)
+
+
+# --- Batches ---
+
+RAGGED = (1, 300, 127, 5, 128, 129)
+
+
+@pytest.mark.usefixtures("flex")
+def test_a_ragged_batch_in_flex_attention_gives_the_tokens_of_the_dense_definition(engine, monkeypatch):
+    prompts = [random_ids(length, 6) for length in RAGGED]
+    sampling = [Sampling()] * 3 + [Sampling(temperature=1.0, seed=4)] * 3
+    cache = engine.model.new_cache(len(prompts), 640)
+    found = engine.generate(prompts, max_new_tokens=4, sampling=sampling, cache=cache)
+    cache.truncate(100)
+    found += engine.generate(prompts, max_new_tokens=4, sampling=sampling, cache=cache)
+    monkeypatch.setattr(attention, "visible", lambda mask, q, kv, heads, backend: VISIBLE(mask, q, kv, heads, "dense"))
+    expected = engine.generate(prompts, max_new_tokens=4, sampling=sampling)
+    kept = [p[:100] + t.tokens[:3][: max(0, 100 - len(p))] for p, t in zip(prompts, expected, strict=True)]
+    whole = [k + p for k, p in zip(kept, prompts, strict=True)]
+    expected += engine.generate(whole, max_new_tokens=4, sampling=sampling)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(repetition_penalty=1.3),
+        Sampling(temperature=1.0, top_p=0.95, top_k=100, seed=11),
+        Sampling(temperature=1.2, min_p=0.01, repetition_penalty=1.2, seed=-5),
+    ],
+    ids=["greedy", "penalty", "sampled", "sampled with penalty"],
+)
+def test_a_ragged_batch_gives_each_prompt_its_own_tokens(engine, sampling):
+    prompts = [random_ids(length, 6) for length in RAGGED]
+    together = engine.generate(prompts, max_new_tokens=6, sampling=sampling)
+    for prompt, done in zip(prompts, together, strict=True):
+        (alone,) = engine.generate([prompt], max_new_tokens=6, sampling=sampling)
+        assert_same(done, alone)
+
+
+def test_each_prompt_of_a_batch_follows_its_own_sampling(engine):
+    prompt = random_ids(20, 7)
+    each = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=1),
+        Sampling(temperature=1.0, seed=2),
+        Sampling(repetition_penalty=2.0),
+        Sampling(temperature=0.7, top_k=3, seed=1),
+        Sampling(temperature=1.3, top_p=0.5, seed=1),
+    ]
+    together = engine.generate([prompt] * len(each), max_new_tokens=6, sampling=each)
+    for sampling, done in zip(each, together, strict=True):
+        (alone,) = engine.generate([prompt], max_new_tokens=6, sampling=sampling)
+        assert_same(done, alone)
+    assert together[1].tokens != together[2].tokens
+
+
+def test_a_seed_repeats_and_no_seed_does_not(engine):
+    prompt = random_ids(4, 8)
+    seeded = [engine.generate([prompt], max_new_tokens=6, sampling=Sampling(temperature=1.0, seed=5)) for _ in "ab"]
+    assert seeded[0] == seeded[1]
+    unseeded = engine.generate([prompt] * 4, max_new_tokens=6, sampling=Sampling(temperature=1.5), stop_token_ids=[])
+    assert len({tuple(done.tokens) for done in unseeded}) == 4
+
+
+def test_rows_that_stop_do_not_disturb_the_others(engine):
+    prompts = [random_ids(length, 9) for length in (6, 130, 33)]
+    free = engine.generate(prompts, max_new_tokens=9, stop_token_ids=[])
+    stops = [free[0].tokens[1], free[1].tokens[5]]
+    together = engine.generate(prompts, max_new_tokens=9, stop_token_ids=stops)
+    assert len({len(done.tokens) for done in together}) > 1
+    for prompt, done, longest in zip(prompts, together, free, strict=True):
+        assert done.tokens == longest.tokens[: len(done.tokens)]
+        (alone,) = engine.generate([prompt], max_new_tokens=9, stop_token_ids=stops)
+        assert_same(done, alone)
+
+
+# --- Streams ---
+
+
+def test_stream_yields_the_steps_that_generate_collects(engine):
+    prompts = [random_ids(length, 10) for length in (3, 40)]
+    steps = list(engine.stream(prompts, max_new_tokens=5, stop_token_ids=[]))
+    assert [step.row for step in steps] == [0, 1] * 5
+    collected = [Completion(), Completion()]
+    for step in steps:
+        assert collected[step.row].finish_reason is None
+        collected[step.row].add(step)
+    assert collected == engine.generate(prompts, max_new_tokens=5, stop_token_ids=[])
+    assert [done.finish_reason for done in collected] == ["length", "length"]
+    assert all(isinstance(step.token, int) and isinstance(step.logprob, float) for step in steps)
+
+
+def test_stream_computes_no_further_than_it_is_asked(engine, monkeypatch):
+    calls = []
+    step = engine.model.step
+    monkeypatch.setattr(engine.model, "step", lambda ids, *rest: calls.append(tuple(ids.shape)) or step(ids, *rest))
+    stream = engine.stream([random_ids(200, 11)], max_new_tokens=50)
+    assert calls == []
+    next(stream)
+    assert calls == [(1, 128), (1, 128)]
+    next(stream)
+    assert calls == [(1, 128), (1, 128), (1, 1)]
+    stream.close()
+
+
+def test_the_last_token_is_not_fed(engine, monkeypatch):
+    calls = []
+    step = engine.model.step
+    monkeypatch.setattr(engine.model, "step", lambda ids, *rest: calls.append(ids.shape[1]) or step(ids, *rest))
+    engine.generate([random_ids(5, 12)], max_new_tokens=1)
+    assert calls == [128]
+
+
+def test_closing_a_stream_leaves_the_engine_as_it_was(engine):
+    prompt = random_ids(30, 13)
+    before = engine.generate([prompt], max_new_tokens=5)
+    stream = engine.stream([prompt], max_new_tokens=50)
+    next(stream), next(stream)
+    stream.close()
+    assert torch.is_grad_enabled()
+    assert engine.generate([prompt], max_new_tokens=5) == before
+
+
+def test_streams_side_by_side_do_not_mix(engine):
+    prompts = [random_ids(30, 14), random_ids(7, 14)]
+    streams = [engine.stream([prompt], max_new_tokens=5, stop_token_ids=[]) for prompt in prompts]
+    tokens = [[step.token for step in pair] for pair in zip(*streams, strict=True)]
+    alone = [engine.generate([p], max_new_tokens=5, stop_token_ids=[])[0].tokens for p in prompts]
+    assert [list(t) for t in zip(*tokens, strict=True)] == alone
+
+
+def test_an_interrupt_midway_leaves_the_engine_usable(engine, monkeypatch):
+    prompt = random_ids(30, 15)
+    before = engine.generate([prompt], max_new_tokens=5)
+    step, calls = engine.model.step, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([prompt], max_new_tokens=5)
+    assert torch.is_grad_enabled()
+    assert engine.generate([prompt], max_new_tokens=5) == before
+
+
+def test_gradients_are_neither_computed_nor_switched_off_for_the_caller(engine):
+    for _ in engine.stream([random_ids(3, 16)], max_new_tokens=2):
+        assert torch.is_grad_enabled()
+
+
+# --- Stops and text ---
+
+
+def test_text_is_whole_characters_and_joins_to_the_decoded_tokens(spoken, tokenizer):
+    steps = list(spoken.stream([[ONE]], max_new_tokens=8))
+    assert [step.text for step in steps] == [" two", " three", " c", "af", "", "é", "!", " stop"]
+    assert "".join(step.text for step in steps) == tokenizer.decode([step.token for step in steps])
+
+
+def test_an_unfinished_character_comes_out_at_the_end(spoken):
+    (done,) = spoken.generate([[CAFE_C]], max_new_tokens=2)
+    assert done.tokens == [CAFE_AF, E1]
+    assert done.text == "af\ufffd"
+
+
+def test_without_a_tokenizer_there_are_tokens_and_no_text(spoken):
+    (done,) = Engine(spoken.model).generate([[ONE]], max_new_tokens=2)
+    assert (done.tokens, done.text) == ([TWO, THREE], "")
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation_eos", "given", "last"),
+    [
+        (END, None, None, END),
+        (HERE, END, None, END),  # generation_config.json goes first
+        (HERE, (END, BANG), None, BANG),
+        ((E2, END), None, None, E2),
+        (HERE, END, [THREE], THREE),
+        (HERE, END, [END, STOP, 0], STOP),
+    ],
+)
+def test_stop_tokens_are_generation_configs_then_configs_unless_given(tokenizer, config_eos, generation_eos, given, last):
+    model = walk(config_eos, GenerationConfig(eos_token_id=generation_eos))
+    (done,) = Engine(model, tokenizer).generate([[ONE]], max_new_tokens=40, stop_token_ids=given)
+    assert done.tokens == list(range(TWO, last + 1))
+    assert done.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("given", [None, []])
+def test_with_no_stop_token_only_the_length_ends_the_text(tokenizer, given):
+    model = walk(eos=None if given is None else END)
+    (done,) = Engine(model, tokenizer).generate([[ONE]], max_new_tokens=20, stop_token_ids=given)
+    assert len(done.tokens) == 20
+    assert done.finish_reason == "length"
+
+
+def test_a_stop_token_is_in_the_tokens_and_not_in_the_text(tokenizer):
+    (done,) = Engine(walk(eos=END), tokenizer).generate([[BANG]], max_new_tokens=9)
+    assert done.tokens == [STOP, HERE, END]
+    assert len(done.logprobs) == 3
+    assert done.text == " stop here"
+
+
+def test_a_stop_token_as_the_very_last_one_is_a_stop(tokenizer):
+    (done,) = Engine(walk(eos=END), tokenizer).generate([[BANG]], max_new_tokens=3)
+    assert (done.tokens[-1], done.finish_reason) == (END, "stop")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "tokens"),
+    [
+        ([" three"], " two", 2),
+        (["wo thr"], " t", 2),  # across two tokens
+        (["two three café!"], " ", 7),  # across all of them, with a character that two tokens share
+        (["é"], " two three caf", 6),
+        (["!"], " two three café", 7),
+        ([" two"], "", 1),  # all of the first token
+        ([" "], "", 1),
+        (["here", "three", "stop"], " two ", 2),  # the first to be complete counts
+        (["three café stop", "café!"], " two three ", 7),  # one that began earlier never ends
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it(spoken, stop, text, tokens):
+    steps = list(spoken.stream([[ONE]], max_new_tokens=10, stop=stop))
+    assert "".join(step.text for step in steps) == text
+    assert len(steps) == tokens
+    assert [step.finish_reason for step in steps] == [None] * (tokens - 1) + ["stop"]
+
+
+def test_what_may_begin_a_stop_string_is_held_back_until_it_does_not(spoken):
+    steps = list(spoken.stream([[ONE]], max_new_tokens=4, stop=["three cat"]))
+    assert [step.text for step in steps] == [" two", " ", "", "three caf"]
+
+
+def test_what_was_held_back_is_released_when_the_length_ends_the_text(spoken):
+    (done,) = spoken.generate([[ONE]], max_new_tokens=2, stop=["three cafés"])
+    assert (done.text, done.finish_reason) == (" two three", "length")
+
+
+def test_what_was_held_back_is_released_when_a_stop_token_ends_the_text(spoken):
+    (done,) = spoken.generate([[BANG]], max_new_tokens=9, stop=["here and there"], stop_token_ids=[END])
+    assert (done.text, done.finish_reason) == (" stop here", "stop")
+
+
+def test_a_stop_string_in_the_prompt_does_not_stop(spoken):
+    (done,) = spoken.generate([[ONE, TWO]], max_new_tokens=2, stop=["two", "One"])
+    assert done.text == " three c"
+
+
+def test_rows_stop_each_at_its_own_stop_string_token_or_length(spoken):
+    rows = spoken.generate([[ONE], [E2], [CAFE_AF, E1]], max_new_tokens=4, stop=[" three"], stop_token_ids=[HERE])
+    assert [done.text for done in rows] == [" two", "! stop here", "é! stop here"]
+    assert [len(done.tokens) for done in rows] == [2, 3, 4]
+    assert [done.finish_reason for done in rows] == ["stop", "stop", "stop"]
+
+
+# --- Limits ---
+
+
+@pytest.mark.parametrize("new", [1, 2, 7])
+def test_exactly_max_new_tokens_come(spoken, new):
+    (done,) = spoken.generate([[ONE]], max_new_tokens=new, stop_token_ids=[])
+    assert len(done.tokens) == len(done.logprobs) == new
+    assert done.finish_reason == "length"
+
+
+def test_max_new_tokens_defaults_to_generation_config(tokenizer):
+    model = walk(generation=GenerationConfig(max_new_tokens=3))
+    (done,) = Engine(model, tokenizer).generate([[ONE]])
+    assert len(done.tokens) == 3
+
+
+def test_by_default_the_context_is_the_limit_where_it_is_short(tokenizer):
+    model = walk(eos=None, context=12)
+    (done,) = Engine(model, tokenizer).generate([[ONE] * 8])
+    assert len(done.tokens) == 4
+
+
+def test_the_context_can_be_filled_to_the_last_token(tokenizer):
+    engine = Engine(walk(eos=None, context=12), tokenizer)
+    assert len(engine.generate([[ONE] * 8], max_new_tokens=4)[0].tokens) == 4
+    assert len(engine.generate([[ONE] * 11], max_new_tokens=1)[0].tokens) == 1
+
+
+def test_generation_configs_sampling_is_the_default(tokenizer):
+    model = walk(generation=GenerationConfig(do_sample=True, temperature=30.0, max_new_tokens=20), eos=None)
+    engine = Engine(model, tokenizer)
+    rows = engine.generate([[ONE]] * 2)
+    assert rows[0].tokens != rows[1].tokens  # drawn, not greedy
+    (greedy,) = engine.generate([[ONE]], sampling=Sampling(), max_new_tokens=3)
+    assert greedy.tokens == [TWO, THREE, CAFE_C]
+
+
+# --- Errors, before any work ---
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([[]], {}, "prompt 0 is empty"),
+        ([[5], []], {}, "prompt 1 is empty"),
+        ([[5, 512]], {}, "prompt 0 .*vocabulary of 512"),
+        ([[5], [6, -1]], {}, "prompt 1 .*vocabulary"),
+        ([[5] * 1025], {}, "1025 .*context of 1024"),
+        ([[5] * 1024], {}, "1024 .*context of 1024"),
+        ([[5], [5] * 1000], {"max_new_tokens": 25}, "1000 .*25 .*1024.* at most 24"),
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ([[5]], {"max_new_tokens": -1}, "max_new_tokens must be at least 1, not -1"),
+        ([[5], [6]], {"sampling": [Sampling()]}, "1 samplings for 2 prompts"),
+        ([[5]], {"sampling": [Sampling()] * 2}, "2 samplings for 1 prompts"),
+        ([[5]], {"sampling": []}, "0 samplings for 1 prompts"),
+        ([[5]], {"stop": ["x"]}, "stop strings need a tokenizer"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_before_any_work(engine, monkeypatch, prompts, options, message):
+    monkeypatch.setattr(engine.model, "step", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        engine.generate(prompts, **options)
+    with pytest.raises(ValueError, match=message):
+        next(engine.stream(prompts, **options))
+
+
+@pytest.mark.parametrize("stop", ["One", [""], ["a", ""]])
+def test_malformed_stop_strings_are_refused_before_any_work(spoken, monkeypatch, stop):
+    monkeypatch.setattr(spoken.model, "step", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="stop string"):
+        spoken.generate([[ONE]], stop=stop)
+
+
+@pytest.mark.parametrize(
+    ("slots", "prompt", "new"), [(128, 200, 5), (128, 128, 1), (128, 120, 9), (128, 129, None), (256, 250, 100)]
+)
+def test_a_cache_that_is_too_small_is_refused_before_any_work_and_named(engine, monkeypatch, slots, prompt, new):
+    cache = engine.model.new_cache(1, slots)
+    monkeypatch.setattr(engine.model, "step", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=rf"cache.*{slots}|{slots}.*cache"):
+        engine.generate([random_ids(prompt, 17)], max_new_tokens=new, cache=cache)
+    assert cache.reserved == 0
+
+
+@pytest.mark.parametrize(("rows", "prompts"), [(1, 2), (2, 1), (3, 2)])
+def test_a_cache_of_another_batch_size_is_refused_before_any_work(engine, monkeypatch, rows, prompts):
+    cache = engine.model.new_cache(rows, 128)
+    monkeypatch.setattr(engine.model, "step", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=f"{rows} row"):
+        engine.generate([[5, 6]] * prompts, max_new_tokens=2, cache=cache)
+
+
+# --- A cache given ---
+
+
+@pytest.mark.parametrize("first", [5, 128, 200])
+def test_two_calls_with_one_cache_are_one_call_on_the_whole(engine, first):
+    cache = engine.model.new_cache(1, 512)
+    start, more = random_ids(first, 18), random_ids(135, 19)
+    (one,) = engine.generate([start], max_new_tokens=4, stop_token_ids=[], cache=cache)
+    assert cache.length.tolist() == [first + 3]  # the last token was never fed
+    (two,) = engine.generate([one.tokens[-1:] + more], max_new_tokens=4, stop_token_ids=[], cache=cache)
+    (whole,) = engine.generate([start + one.tokens + more], max_new_tokens=4, stop_token_ids=[])
+    assert_same(two, whole)
+
+
+def test_a_ragged_batch_continues_in_its_cache(engine):
+    cache = engine.model.new_cache(2, 512)
+    starts, more = [random_ids(9, 20), random_ids(140, 20)], [random_ids(150, 21), random_ids(2, 21)]
+    ones = engine.generate(starts, max_new_tokens=3, stop_token_ids=[], cache=cache)
+    nexts = [one.tokens[-1:] + m for one, m in zip(ones, more, strict=True)]
+    twos = engine.generate(nexts, max_new_tokens=3, stop_token_ids=[], cache=cache)
+    for start, one, m, two in zip(starts, ones, more, twos, strict=True):
+        (whole,) = engine.generate([start + one.tokens + m], max_new_tokens=3, stop_token_ids=[])
+        assert_same(two, whole)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 127, 128, 150])
+def test_a_truncated_cache_continues_as_a_fresh_one(engine, kept):
+    cache = engine.model.new_cache(1, 256)
+    start, more = random_ids(160, 22), random_ids(10, 23)
+    engine.generate([start], max_new_tokens=3, cache=cache)
+    cache.truncate(kept)
+    (continued,) = engine.generate([more], max_new_tokens=4, cache=cache)
+    (fresh,) = engine.generate([start[:kept] + more], max_new_tokens=4)
+    assert_same(continued, fresh)
+
+
+def test_an_interrupted_cache_is_good_again_once_truncated(engine, monkeypatch):
+    cache = engine.model.new_cache(1, 256)
+    prompt = random_ids(40, 24)
+    step, calls = engine.model.step, []
+
+    def interrupted(*args):
+        logits = step(*args)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([prompt], max_new_tokens=9, cache=cache)
+    cache.truncate(30)
+    (continued,) = engine.generate([prompt[30:]], max_new_tokens=4, cache=cache)
+    assert_same(continued, engine.generate([prompt], max_new_tokens=4)[0])
+
+
+# --- Pieces: any split of a text gives the logits of the whole ---
+
+
+@st.composite
+def pieces(draw, most: int) -> list[list[int]]:
+    """For every piece, how many tokens each row gets; rows have different numbers, none included."""
+    rows = draw(st.integers(1, 3))
+    count = st.one_of(st.integers(0, 9), st.sampled_from([0, 1, 63, 127, 128, 129]))
+    return draw(st.lists(st.lists(count, min_size=rows, max_size=rows), min_size=1, max_size=most))
+
+
+def check_pieces(model: Llama, pieces: list[list[int]], padding: list[int], seed: int, backend: str) -> None:
+    totals = [sum(counts) for counts in zip(*pieces, strict=True)]
+    widths = [max(1, max(counts) + pad) for counts, pad in zip(pieces, padding, strict=False)]
+    rows = [random_ids(total, seed + i) for i, total in enumerate(totals)]
+    cache = model.new_cache(len(rows), sum(widths))
+    found: list[list[torch.Tensor]] = [[] for _ in rows]
+    done = [0] * len(rows)
+    with torch.no_grad():
+        for counts, width in zip(pieces, widths, strict=False):
+            ids = torch.full((len(rows), width), 499)
+            for row, count in enumerate(counts):
+                ids[row, :count] = torch.tensor(rows[row][done[row] : done[row] + count])
+            logits = model(ids, cache=cache, lengths=torch.tensor(counts), backend=backend)
+            for row, count in enumerate(counts):
+                found[row].append(logits[row, :count])
+                done[row] += count
+        assert cache.length.tolist() == totals
+        for row, parts in zip(rows, found, strict=True):
+            if row:
+                expected = model(torch.tensor([row]), backend="dense")[0]
+                spread = (expected.max() - expected.min()).item()
+                torch.testing.assert_close(torch.cat(parts), expected, atol=2e-5 * spread, rtol=0)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=pieces(5), padding=st.lists(st.integers(0, 40), min_size=5, max_size=5), seed=st.integers(0, 99))
+def test_a_text_split_at_random_gives_the_logits_of_the_whole(tiny, pieces, padding, seed):
+    check_pieces(tiny, pieces, padding, seed, "dense")
+
+
+@pytest.mark.usefixtures("flex")
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=pieces(3), padding=st.lists(st.integers(0, 40), min_size=3, max_size=3), seed=st.integers(0, 99))
+def test_a_text_split_at_random_gives_the_logits_of_the_whole_in_flex_attention(tiny, pieces, padding, seed):
+    check_pieces(tiny, pieces, padding, seed, "flex")
+
+
+# --- Compiled ---
+
+
+@pytest.mark.usefixtures("flex")
+def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(tiny):
+    eager, compiled = Engine(tiny), Engine(tiny, compile=True)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (1, 5, 127, 128, 129, 300, 600):
+            prompt = random_ids(length, 25)
+            (done,) = compiled.generate([prompt], max_new_tokens=3, stop_token_ids=[])
+            (expected,) = eager.generate([prompt], max_new_tokens=3, stop_token_ids=[])
+            assert_same(done, expected)
+        seconds = compiled.compile_seconds
+        compiled.generate([prompt], max_new_tokens=2, sampling=Sampling(temperature=1.0, top_p=0.9, seed=1))
+        compiled.generate([prompt], max_new_tokens=2, sampling=Sampling(repetition_penalty=1.1))
+        cache = compiled.new_cache(1, 700)
+        compiled.generate([prompt[:50]], max_new_tokens=2, cache=cache)
+        cache.truncate(20)
+        (done,) = compiled.generate([prompt[20:200]], max_new_tokens=3, stop_token_ids=[], cache=cache)
+        assert_same(done, eager.generate([prompt[:200]], max_new_tokens=3, stop_token_ids=[])[0])
+    assert sorted(compiled.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert compiled.compile_seconds == seconds > 0
+    assert eager.graphs == {}
+
+
+# --- Real weights ---
+
+TEXTS = {
+    "one word": "Gravity",
+    "prose": "The old lighthouse keeper climbed the stairs every evening, and",
+    "question": "Question: What is the capital of France?\nAnswer:",
+    "code": "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return",
+    "json": '{"name": "Ada", "age": 36, "languages": ["',
+    "digits": "3.14159265358979323846264338327950288419716939937510, 1000000007, 0x7fffffff, 12345678901234567890",
+    "accents": "À Noël, où Zoë naïve œuvrait près d'un garçon çà et là, l'été déjà",
+    "emoji": "Weather report 🌦️: today ☀️🌡️ 31°C, tomorrow ⛈️. Family 👨‍👩‍👧‍👦 says",
+    "scripts": "日本語の文章と русский текст и ελληνικά και العربية:",
+    "spaces": "a\t\tb   c\r\n\r\n\r\n      d        ",
+    "chat": "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
+    "repetition": "spam " * 60,
+}
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.weights
+def test_greedy_text_of_the_demo_weights_is_transformers_token_for_token(demo_folder, demo, demo_reference):
+    tokenizer = Tokenizer.from_pretrained(demo_folder)
+    prompts = {name: tokenizer.encode(text) for name, text in TEXTS.items()}
+    prompts["empty"] = [tokenizer.bos_token_id]
+    long = tokenizer.encode(" ".join(f"Item {i}: {text}" for i in range(5) for text in TEXTS.values()))
+    prompts["a long one"] = long[:900]
+    assert {len(prompt) for prompt in prompts.values()} >= {1, 900}
+
+    engine = Engine(demo, tokenizer, compile=True)
+    differ = {}
+    for name, prompt in prompts.items():
+        (done,) = engine.generate([prompt], max_new_tokens=64)
+        expected = reference_tokens(demo_reference, prompt, 64)
+        if done.tokens != expected:
+            differ[name] = (done.tokens, expected)
+        assert done.text == "".join(tokenizer.decode(prompt + expected).removeprefix(tokenizer.decode(prompt)))
+    assert not differ
+    assert sorted(engine.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]

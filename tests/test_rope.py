@@ -1,0 +1,325 @@
+"""Rotary embedding alone: against the reference's functions to the bit, and against plain complex numbers."""
+
+import cmath
+import dataclasses
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import TINY
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from llama_flex import Llama, LlamaConfig, rope
+from llama_flex.rope import RopeParameters
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+PARAMETERS = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "default, integer base": {"rope_type": "default", "rope_theta": 100000},
+    "default, large base": {"rope_type": "default", "rope_theta": 1e6},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "linear, odd factor": {"rope_type": "linear", "rope_theta": 12345.6, "factor": 2.7},
+    "llama3": LLAMA3,
+    "llama3.2": LLAMA3 | {"factor": 32.0},
+    "llama3, other ramp": LLAMA3
+    | {"low_freq_factor": 1.5, "high_freq_factor": 9.0, "original_max_position_embeddings": 4096},
+}
+HEAD_DIMS = [2, 4, 64, 80, 96, 128, 256]
+# The start, the powers of two around which a narrow dtype loses its grip, and the longest context of Llama 3.
+POSITIONS = [0, 1, 2, 3, 127, 128, 129, 255, 256, 257, 258, 259, 1000, 2047, 8191, 8192, 32768, 65537, 131071, 131072]
+
+
+def reference(parameters: dict, head_dim: int) -> LlamaRotaryEmbedding:
+    return LlamaRotaryEmbedding(
+        transformers.LlamaConfig(
+            hidden_size=2 * head_dim,
+            num_attention_heads=2,
+            head_dim=head_dim,
+            rope_parameters=dict(parameters),
+            max_position_embeddings=131072,
+        )
+    )
+
+
+def frequencies_by_hand(parameters: dict, head_dim: int) -> list[float]:
+    """The definition, in Python's float64 arithmetic."""
+    out = []
+    for pair in range(head_dim // 2):
+        f = math.exp(-2 * pair / head_dim * math.log(parameters["rope_theta"]))
+        if parameters["rope_type"] == "linear":
+            f /= parameters["factor"]
+        if parameters["rope_type"] == "llama3":
+            turns = parameters["original_max_position_embeddings"] * f / (2 * math.pi)
+            low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+            # 1: turned often within the trained context, kept; 0: turned rarely, stretched; linear in between
+            keep = min(1.0, max(0.0, (turns - low) / (high - low)))
+            f *= keep + (1 - keep) / parameters["factor"]
+        out.append(f)
+    return out
+
+
+def rotate_by_hand(x: torch.Tensor, positions: list[int], frequencies: list[float]) -> torch.Tensor:
+    """x `[B, H, T, D]`: each pair (d, d + D/2) is a complex number, turned by position * frequency."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x, dtype=torch.float64)
+    for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:3])).tolist():
+        for d, f in enumerate(frequencies):
+            turned = complex(x[b, h, t, d], x[b, h, t, d + half]) * cmath.exp(1j * positions[t] * f)
+            out[b, h, t, d], out[b, h, t, d + half] = turned.real, turned.imag
+    return out
+
+
+def rotated(x: torch.Tensor, positions: list[int], inv_freq: torch.Tensor) -> torch.Tensor:
+    return rope.rotate(x, *rope.cos_sin(torch.tensor([positions]).expand(x.shape[0], -1), inv_freq))
+
+
+def random_heads(head_dim: int, dtype: torch.dtype = torch.float32, tokens: int = len(POSITIONS)) -> torch.Tensor:
+    return torch.randn(1, 2, tokens, head_dim, generator=torch.Generator().manual_seed(head_dim), dtype=dtype)
+
+
+# ---- mutants: each is a mistake somebody could make, and must be caught by the checks below
+
+
+def wrong_theta(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    theta = parameters.rope_theta * (1 + 1e-6)
+    return dataclasses.replace(parameters, rope_theta=theta).inverse_frequencies(head_dim, dtype=dtype)
+
+
+def ignored_scaling(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return RopeParameters(rope_theta=parameters.rope_theta).inverse_frequencies(head_dim, dtype=dtype)
+
+
+def inverted_ramp(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    plain = ignored_scaling(parameters, head_dim, dtype)
+    right = parameters.inverse_frequencies(head_dim, dtype=dtype)
+    between = (right != plain) & (right != plain / parameters.factor)
+    return torch.where(between, plain + plain / parameters.factor - right, right)
+
+
+def interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return rope.rotate(x, cos, -sin)
+
+
+# ---- the checks, over the thing tested
+
+
+def own(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return parameters.inverse_frequencies(head_dim, dtype=dtype)
+
+
+def check_frequencies_have_the_references_bits(make, parameters: dict, head_dim: int) -> None:
+    ours = make(RopeParameters(**parameters), head_dim)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, reference(parameters, head_dim).inv_freq)
+
+
+def check_frequencies_are_the_definition(make, parameters: dict, head_dim: int) -> None:
+    by_hand = torch.tensor(frequencies_by_hand(parameters, head_dim), dtype=torch.float64)
+    # In float32 the blend of llama3 cancels some digits, in the reference as here.
+    for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 4e-6)):
+        ours = make(RopeParameters(**parameters), head_dim, dtype)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), by_hand, rtol=rtol, atol=0)
+
+
+def check_rotation_has_the_references_bits(rotate, parameters: dict, head_dim: int) -> None:
+    module = reference(parameters, head_dim)
+    q, k = random_heads(head_dim), random_heads(head_dim).flip(0, 1)
+    position = torch.tensor([POSITIONS])
+    ref_cos, ref_sin = module(q, position)
+    cos, sin = rope.cos_sin(position, module.inv_freq)
+    for ours, theirs in ((cos, ref_cos), (sin, ref_sin)):
+        assert ours.shape == (1, 1, len(POSITIONS), head_dim // 2)
+        assert torch.equal(torch.cat((ours, ours), -1)[:, 0], theirs)
+    for x, theirs in zip((q, k), apply_rotary_pos_emb(q, k, ref_cos, ref_sin), strict=True):
+        assert torch.equal(rotate(x, cos, sin), theirs)
+
+
+def check_rotation_turns_complex_numbers(rotate, parameters: dict, head_dim: int) -> None:
+    x = random_heads(head_dim, torch.float64)
+    by_hand = rotate_by_hand(x, POSITIONS, frequencies_by_hand(parameters, head_dim))
+    inv_freq = RopeParameters(**parameters).inverse_frequencies(head_dim, dtype=torch.float64)
+    ours = rotate(x, *rope.cos_sin(torch.tensor([POSITIONS]), inv_freq))
+    # A frequency's relative error of a few ulp becomes an angle's absolute error: 131072 * 4 * 2.2e-16.
+    torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_frequencies_have_the_references_bits_in_float32(name, head_dim):
+    check_frequencies_have_the_references_bits(own, PARAMETERS[name], head_dim)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_frequencies_are_the_definition_in_python_arithmetic(name, head_dim):
+    check_frequencies_are_the_definition(own, PARAMETERS[name], head_dim)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_cos_sin_and_rotation_have_the_references_bits_in_float32(name, head_dim):
+    check_rotation_has_the_references_bits(rope.rotate, PARAMETERS[name], head_dim)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("head_dim", [2, 16, 64])
+def test_rotation_turns_complex_numbers_in_float64(name, head_dim):
+    check_rotation_turns_complex_numbers(rope.rotate, PARAMETERS[name], head_dim)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_rotation_in_float32_strays_no_further_than_rounded_frequencies_allow(name):
+    x = random_heads(64, torch.float64)
+    frequencies = frequencies_by_hand(PARAMETERS[name], 64)
+    by_hand = rotate_by_hand(x, POSITIONS, frequencies)
+    ours = rotated(x.float(), POSITIONS, RopeParameters(**PARAMETERS[name]).inverse_frequencies(64)).double()
+    angle = torch.tensor(POSITIONS)[:, None] * torch.tensor(frequencies)  # [T, D/2]
+    bound = (angle * 8 + 8).repeat(1, 2) * 2.0**-24 * x.abs().max()
+    assert ((ours - by_hand).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("mutant", [wrong_theta, ignored_scaling, inverted_ramp])
+def test_checks_of_frequencies_catch(mutant, name):
+    kind = PARAMETERS[name]["rope_type"]
+    if (mutant is ignored_scaling and kind == "default") or (mutant is inverted_ramp and kind != "llama3"):
+        pytest.skip("no mutation of this type")
+    for check in (check_frequencies_have_the_references_bits, check_frequencies_are_the_definition):
+        with pytest.raises(AssertionError):
+            check(mutant, PARAMETERS[name], 128)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("mutant", [interleaved, backwards])
+def test_checks_of_rotation_catch(mutant, name):
+    for check in (check_rotation_has_the_references_bits, check_rotation_turns_complex_numbers):
+        with pytest.raises(AssertionError):
+            check(mutant, PARAMETERS[name], 16)
+
+
+def test_every_supported_type_is_tested_here():
+    assert {p["rope_type"] for p in PARAMETERS.values()} == set(rope._TYPES)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_scores_depend_on_the_distance_alone(name):
+    inv_freq = RopeParameters(**PARAMETERS[name]).inverse_frequencies(64, dtype=torch.float64)
+    q, k = random_heads(64, torch.float64, 1), random_heads(64, torch.float64, 2)[:, :, 1:]
+    scores = [
+        (rotated(q, [start + 17], inv_freq) * rotated(k, [start], inv_freq)).sum(-1) for start in (0, 5, 900, 131000)
+    ]
+    for score in scores[1:]:
+        torch.testing.assert_close(score, scores[0], rtol=0, atol=1e-8)
+    further = (rotated(q, [18], inv_freq) * rotated(k, [0], inv_freq)).sum(-1)
+    assert (further - scores[0]).abs().min() > 1e-4
+
+
+def test_rows_of_a_batch_have_their_own_positions():
+    inv_freq = RopeParameters().inverse_frequencies(32)
+    position = torch.tensor([[5, 6, 7], [0, 100, 7]])
+    x = random_heads(32, tokens=3).expand(2, -1, -1, -1)
+    both = rope.rotate(x, *rope.cos_sin(position, inv_freq))
+    for row in range(2):
+        alone = rope.rotate(x[row : row + 1], *rope.cos_sin(position[row : row + 1], inv_freq))
+        assert torch.equal(both[row : row + 1], alone)
+    assert torch.equal(both[0, :, 2], both[1, :, 2])
+    assert not torch.equal(both[0, :, 1], both[1, :, 1])
+
+
+def test_positions_may_be_of_any_integer_dtype():
+    inv_freq = RopeParameters().inverse_frequencies(32)
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        cos, _ = rope.cos_sin(torch.tensor([[0, 1, 32767]], dtype=dtype), inv_freq)
+        assert torch.equal(cos, rope.cos_sin(torch.tensor([[0, 1, 32767]]), inv_freq)[0])
+
+
+# ---- narrow dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_queries_are_rotated_in_float32_and_rounded_once(dtype):
+    x = random_heads(64, dtype)
+    inv_freq = RopeParameters(**LLAMA3).inverse_frequencies(64)
+    ours = rotated(x, POSITIONS, inv_freq)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, rotated(x.float(), POSITIONS, inv_freq).to(dtype))
+    exact = rotate_by_hand(x, POSITIONS, frequencies_by_hand(LLAMA3, 64))
+    cos, sin = reference(LLAMA3, 64)(x, torch.tensor([POSITIONS]))
+    theirs, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    assert (ours - exact).abs().mean() < (theirs - exact).abs().mean()
+
+
+def test_bfloat16_frequencies_would_lose_the_positions():
+    """The trap that the float32 buffer avoids: in bfloat16 neighbours beyond 256 are one position."""
+    right = RopeParameters().inverse_frequencies(64)
+    position = torch.tensor([[256, 257, 1000, 1001]])
+    cos, _ = rope.cos_sin(position, right)
+    assert (cos[0, 0, 0] != cos[0, 0, 1]).any()
+    assert (cos[0, 0, 2] != cos[0, 0, 3]).any()
+    trapped, _ = rope.cos_sin(position, right.bfloat16())
+    assert torch.equal(trapped[0, 0, 0], trapped[0, 0, 1])
+    assert torch.equal(trapped[0, 0, 2], trapped[0, 0, 3])
+
+
+def tiny_model(parameters: dict | None = None) -> Llama:
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, **TINY["gqa"], rope_parameters=RopeParameters(**parameters or LLAMA3))
+    torch.manual_seed(0)
+    return Llama(config)
+
+
+CASTS = {
+    "bfloat16": (lambda m: m.bfloat16(), torch.float32),
+    "half": (lambda m: m.half(), torch.float32),
+    "float": (lambda m: m.float(), torch.float32),
+    "double": (lambda m: m.double(), torch.float64),
+    "to(bfloat16)": (lambda m: m.to(torch.bfloat16), torch.float32),
+    "bfloat16 and back": (lambda m: m.bfloat16().float(), torch.float32),
+    "double and back": (lambda m: m.double().float(), torch.float32),
+    "bfloat16 to double": (lambda m: m.bfloat16().double(), torch.float64),
+    "through meta": (lambda m: m.to("meta").to_empty(device="cpu"), torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_casting_the_model_never_rounds_its_frequencies(name):
+    cast, dtype = CASTS[name]
+    model = cast(tiny_model())
+    head_dim = model.config.head_dim
+    assert model.inv_freq.dtype == dtype
+    assert torch.equal(model.inv_freq, RopeParameters(**LLAMA3).inverse_frequencies(head_dim, dtype=dtype))
+    by_hand = torch.tensor(frequencies_by_hand(LLAMA3, head_dim), dtype=torch.float64)
+    rtol = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(model.inv_freq.double(), by_hand, rtol=rtol, atol=0)
+
+
+def test_the_frequencies_are_no_part_of_the_weights():
+    assert "inv_freq" in dict(tiny_model().named_buffers())
+    assert not [name for name in tiny_model().state_dict() if "inv_freq" in name]
+
+
+def test_a_bfloat16_model_tells_far_positions_apart():
+    model = tiny_model({"rope_type": "default", "rope_theta": 10000.0}).bfloat16()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        near = model(ids, positions=torch.arange(8)[None] + torch.tensor([0] * 7 + [993]), backend="dense")
+        next_one = model(ids, positions=torch.arange(8)[None] + torch.tensor([0] * 7 + [994]), backend="dense")
+        shifted = model(ids, positions=torch.arange(8)[None] + 4096, backend="dense")
+        plain = model(ids, backend="dense")
+    assert not torch.equal(near[:, -1], next_one[:, -1])
+    # and a shift of all positions changes nothing but rounding
+    torch.testing.assert_close(shifted.float(), plain.float(), rtol=0.05, atol=0.05)
