@@ -16,16 +16,10 @@ from .masks import Mask, Tokens
 Backend: TypeAlias = Literal["flex", "dense"]
 Visible: TypeAlias = BlockMask | Tensor
 
-def visible(mask: Mask, q: Tokens, kv: Tokens, num_heads: int, backend: Backend) -> Visible:
-    """What each query may attend to, computed once per mask and step and shared by all layers.
 
-    Raises ValueError for an unknown backend.
-    """
-    if backend == "flex":
-        return mask.block_mask(q, kv, num_heads)
-    if backend == "dense":
-        return mask.dense(q, kv, num_heads)
-    raise ValueError(f"backend {backend!r} is not known; choose 'flex' or 'dense'")
+def visible(mask: Mask, q: Tokens, kv: Tokens, num_heads: int, backend: Backend) -> Visible:
+    """What each query may attend to, computed once per mask and step and shared by all layers."""
+    return mask.block_mask(q, kv, num_heads) if backend == "flex" else mask.dense(q, kv, num_heads)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:

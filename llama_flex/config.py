@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from .rope import RopeParameters
 # config.json is a few kilobytes; anything much larger is not one.
 MAX_JSON_BYTES = 16 * 2**20
 MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 10_000  # modules are made before any tensor is seen
 
 # Keys that say nothing about what is computed at inference: bookkeeping, training, or the way transformers runs it.
 _INERT_KEYS = frozenset(
@@ -70,9 +72,11 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which is no configuration file")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -129,9 +133,16 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
-        if not isinstance(self.rms_norm_eps, int | float) or not 0 <= self.rms_norm_eps < 1:
+        if not _is_number(self.rms_norm_eps) or not 0 <= self.rms_norm_eps < 1:
             raise ConfigError(f"rms_norm_eps must be a small number, found {self.rms_norm_eps!r}")
         _token_ids("eos_token_id", self.eos_token_id)
+        for name in ("bos_token_id", "pad_token_id"):
+            if not isinstance(getattr(self, name), int | None):
+                raise ConfigError(f"{name} must be a token id, found {getattr(self, name)!r}")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ConfigError(f"num_hidden_layers={self.num_hidden_layers} is more than {MAX_LAYERS}")
+        if not isinstance(self.dtype, str | None):
+            raise ConfigError(f"dtype must be a name, found {self.dtype!r}")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -165,14 +176,15 @@ class LlamaConfig:
             if key in raw and raw[key] not in neutral:
                 raise ConfigError(f"{key}={raw[key]!r} is not supported (only {neutral[0]!r})")
 
-        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
+        names = [f.name for f in dataclasses.fields(cls)]
+        fields = {name: raw[name] for name in names if raw.get(name) is not None}
         fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if key in raw:  # an explicit null means none, not the default
                 fields[key] = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
         fields["rope_parameters"] = RopeParameters.from_config(raw)
 
-        known = {*cls.__dataclass_fields__, *_INERT_KEYS, *_NEUTRAL_VALUES, *RopeParameters.CONFIG_KEYS, "torch_dtype"}
+        known = {*names, *_INERT_KEYS, *_NEUTRAL_VALUES, *RopeParameters.CONFIG_KEYS, "torch_dtype"}
         if unknown := sorted(set(raw) - known):
             warnings.warn(f"config.json has keys LlamaForCausalLM does not use: {', '.join(unknown)}", stacklevel=2)
         return cls(**fields)
@@ -180,7 +192,7 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The object to write as `config.json`; transformers and this package read it back."""
         out: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        out |= {name: getattr(self, name) for name in self.__dataclass_fields__}
+        out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         return out | {"rope_parameters": self.rope_parameters.to_dict()}
@@ -218,6 +230,9 @@ class GenerationConfig:
         "forced_eos_token_id": None,
         "sequence_bias": None,
         "guidance_scale": None,
+        "top_h": None,
+        "stop_strings": None,
+        "exponential_decay_length_penalty": None,
     }
 
     @classmethod
@@ -230,14 +245,19 @@ class GenerationConfig:
         ignored = [key for key, neutral in cls._NEUTRAL.items() if raw.get(key) not in (None, neutral)]
         if ignored:
             warnings.warn(f"{path}: not supported and ignored: {', '.join(ignored)}", stacklevel=2)
-        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
-        if isinstance(fields.get("eos_token_id"), list):
-            fields["eos_token_id"] = tuple(fields["eos_token_id"])
+        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
+        if isinstance(values.get("eos_token_id"), list):
+            values["eos_token_id"] = tuple(values["eos_token_id"])
         try:
-            _token_ids("eos_token_id", fields.get("eos_token_id"))
+            _token_ids("eos_token_id", values.get("eos_token_id"))
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+                if not _is_number(values.get(name, 0)):
+                    raise ConfigError(f"{name} must be a number, found {values[name]!r}")
+            if "max_new_tokens" in values:
+                _require_size("max_new_tokens", values["max_new_tokens"])
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        return cls(**fields)
+        return cls(**values)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -246,8 +266,14 @@ class GenerationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The object to write as `generation_config.json`: only what is set."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v not in (None, False)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None and v is not False
+        }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require_size(name: str, value: Any) -> None:

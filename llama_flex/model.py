@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +119,13 @@ class Llama(nn.Module):
 
         device: default the GPU if there is one. dtype: default the checkpoint's own. Raises ValueError, with the file
         and the way out, for anything missing, malformed or not supported; see `weights.load` and `LlamaConfig`.
+        The parameters do not require gradients until `requires_grad_()` is called.
         """
         folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
         config = LlamaConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config, GenerationConfig.from_pretrained(folder))
-        return weights.load(model, folder, device=_device(device), dtype=dtype).eval()
+        return weights.load(model, folder, device=_device(device), dtype=dtype).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors under Hugging Face's names; loading them back gives the same bits."""
@@ -181,12 +182,12 @@ class Llama(nn.Module):
         positions `[B, T]`: rotary positions (default: the order of arrival). segments `[B, T]`: default 0.
         mask: default causal. logits_to_keep: compute only the last so many logits of each row's real tokens
         (0: all), `[B, logits_to_keep, V]`.
-        Raises ValueError for shapes that do not fit and for a cache that is full.
+        Raises ValueError for shapes that do not fit, for a cache that is full, and for gradients on the CPU, where
+        FlexAttention has none and only backend "dense" does.
         """
-        if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-            raise ValueError(
-                f"input_ids must be [batch, tokens] with at least one token, found {list(input_ids.shape)}"
-            )
+        if input_ids.dim() != 2 or input_ids.shape[1] < 1 or input_ids.dtype not in (torch.int32, torch.int64):
+            found = f"{list(input_ids.shape)} {input_ids.dtype}"
+            raise ValueError(f"input_ids must be integers [batch, tokens] with at least one token, found {found}")
         b, t = input_ids.shape
         for name, value, shape in (
             ("lengths", lengths, (b,)),
@@ -197,6 +198,15 @@ class Llama(nn.Module):
                 raise ValueError(f"{name} must be {list(shape)} to fit input_ids, found {list(value.shape)}")
         if not 0 <= logits_to_keep <= t:
             raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend {backend!r} is not known; choose 'flex' or 'dense'")
+        if (
+            backend == "flex"
+            and self.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and any(p.requires_grad for p in self.parameters())
+        ):
+            raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
         if cache is not None:
             if cache.batch_size != b:
                 raise ValueError(f"the cache has {cache.batch_size} rows, input_ids has {b}")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class RopeParameters:
         required, _ = _TYPES[self.rope_type]
         for name in ("rope_theta", *required):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FLOAT32:
                 raise ValueError(f"rope_type {self.rope_type!r} needs a positive number {name}, found {value!r}")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
             raise ValueError(
@@ -63,7 +65,7 @@ class RopeParameters:
         given = dict(given)
         old_name = given.pop("type", "default")
         values = {"rope_type": given.pop("rope_type", old_name)}
-        values["rope_theta"] = given.pop("rope_theta", None) or raw.get("rope_theta", cls.rope_theta)
+        values["rope_theta"] = given.pop("rope_theta", raw.get("rope_theta", cls.rope_theta))
         if (partial := given.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (None, 1, 1.0):
             raise ValueError(f"partial_rotary_factor={partial!r} is not supported (only 1.0)")
         if not isinstance(values["rope_type"], str) or values["rope_type"] not in _TYPES:
@@ -83,7 +85,7 @@ class RopeParameters:
 
     def to_dict(self) -> dict[str, Any]:
         """The `rope_parameters` object of a `config.json`."""
-        return {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     def inverse_frequencies(self, head_dim: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Angle per position of each pair of dimensions, `[D/2]`, radians."""

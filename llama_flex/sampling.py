@@ -7,6 +7,7 @@ batched with, on any device. Dimensions: B batch, V vocabulary.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -38,13 +39,13 @@ class Sampling:
         for name, valid, rule in (
             ("repetition_penalty", self.repetition_penalty > 0, "a positive number"),
             ("temperature", self.temperature >= 0, "0 (greedy) or a positive number"),
-            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "0 (off) or a positive whole number"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "0 (off) or a positive whole number"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
         ):
             if not valid or not math.isfinite(getattr(self, name)):  # NaN compares false
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+        if self.seed is not None and (not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
 
     @classmethod
@@ -75,12 +76,13 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
         values = [getattr(r, name) for r in requests]
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
-    requests = [r if r.seed is not None else replace(r, seed=torch.seed() % 2**63) for r in requests]
+    requests = [r if r.seed is not None else replace(r, seed=secrets.randbits(63)) for r in requests]
     if all(r.temperature == 0 for r in requests):
         penalty = column("repetition_penalty", torch.float32, 1.0)
         return SamplingTensors(None, None, None, None, penalty, None)
     return SamplingTensors(
-        temperature=torch.tensor([r.temperature for r in requests], device=device),
+        # Next to 0 is greedy too, and dividing by it would overflow.
+        temperature=torch.tensor([r.temperature if r.temperature > 1e-30 else 0.0 for r in requests], device=device),
         top_k=column("top_k", torch.int64, 0),
         top_p=column("top_p", torch.float32, 1.0),
         min_p=column("min_p", torch.float32, 0.0),
@@ -121,7 +123,9 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
             logits, ordered = (x.masked_fill(x < least, -torch.inf) for x in (logits, ordered))
         if p.top_p is not None:
             probability = ordered.softmax(-1)
-            kept = (probability.cumsum(-1) - probability < p.top_p[:, None]).sum(-1, keepdim=True)
+            # At 1 everything stays; the running sum reaches 1 early, by rounding.
+            kept = (probability.cumsum(-1) - probability < p.top_p[:, None]) | (p.top_p == 1)[:, None]
+            kept = kept.sum(-1, keepdim=True)
             logits = logits.masked_fill(logits < ordered.gather(-1, kept.clamp(min=1) - 1), -torch.inf)
     if p.min_p is not None:
         # A threshold on probabilities relative to the largest is one on logits: log(p / p_max) = logit - logit_max.
@@ -133,7 +137,7 @@ def _gumbel(seed: Tensor, step: Tensor, size: int) -> Tensor:
     """Standard Gumbel noise `[B, size]`, float32, from counters."""
     stream = _mix(_mix(seed) + step)[:, None]
     bits = _mix(stream + torch.arange(size, device=seed.device)) & 0xFFFFFFFF
-    uniform = (bits.float() + 0.5) * 2.0**-32
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # float32 would round up to 1: noise -inf
     # -log1p(-u) is exponential, and exact where it is small, which is where the largest noise comes from.
     return -(-torch.log1p(-uniform)).log()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -113,7 +114,8 @@ def load(model: LlamaT, folder: Path, *, device: torch.device, dtype: torch.dtyp
 def save(model: Llama, folder: Path) -> None:
     """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
 
-    Every file is written beside its place and renamed into it, the index last, so a crash leaves the old files whole.
+    Everything is written beside its place and renamed when all of it is there, the index last; then weight files that
+    an earlier save left in another layout are removed. If writing fails, the old files are whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -125,22 +127,31 @@ def save(model: Llama, folder: Path) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        with _replacing(folder / file) as temporary:
-            # Cloned because parts of a fused parameter share storage, which the format refuses; one shard at a time.
-            save_file({name: t.clone() for name, t in shard.items()}, temporary, metadata={"format": "pt"})
-    documents = {
+    stem = "model" if len(shards) == 1 else f"model-{{:05}}-of-{len(shards):05}"
+    files = {f"{stem.format(i)}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+    documents: dict[str, dict[str, Any]] = {
         "config.json": model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")},
         "generation_config.json": model.generation_config.to_dict(),
     }
-    if len(shards) > 1:
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
         documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    for file, document in documents.items():
-        with _replacing(folder / file) as temporary:
-            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    partial = {name: folder / f".{name}.partial" for name in (*files, *documents)}
+    try:
+        for file, shard in files.items():
+            # Cloned because parts of a fused parameter share storage, which the format refuses; one shard at a time.
+            save_file({name: t.clone() for name, t in shard.items()}, partial[file], metadata={"format": "pt"})
+        for file, document in documents.items():
+            partial[file].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        for file, temporary in partial.items():
+            os.replace(temporary, folder / file)
+    finally:
+        for temporary in partial.values():
+            temporary.unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors*"):
+        if path.name not in partial and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+            path.unlink()
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -162,7 +173,7 @@ def _shards(folder: Path) -> list[Path]:
     names = sorted(set(map(str, weight_map.values())))
     for name in names:
         # Plain names only. A file may itself be a link, as the hub's cache makes them.
-        if name != os.path.basename(name) or name in ("", ".", "..") or not name.endswith(".safetensors"):
+        if name != os.path.basename(name) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise CheckpointError(f"{index}: points to {name!r}; only safetensors files beside it are read")
     if absent := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(f"{folder}: missing {', '.join(absent)} (of {len(names)} files in {index.name})")
@@ -177,17 +188,6 @@ def _opened(path: Path) -> Iterator[safe_open]:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` once written, and is removed if writing fails."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _config_dtype(model: Llama) -> torch.dtype | None:

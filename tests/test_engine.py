@@ -81,7 +81,9 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return Tokenizer.from_pretrained(folder)
 
 
-def walk(eos: int | tuple[int, ...] | None = 2, generation: GenerationConfig | None = None, context: int = 200) -> Llama:
+def walk(
+    eos: int | tuple[int, ...] | None = 2, generation: GenerationConfig | None = None, context: int = 200
+) -> Llama:
     """A LLaMA after whose token n comes token n + 1 (after the last: <unk>), from its weights alone."""
     size = len(PIECES)
     config = LlamaConfig(
@@ -350,7 +352,9 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text(spoken):
         (HERE, END, [END, STOP, 0], STOP),
     ],
 )
-def test_stop_tokens_are_generation_configs_then_configs_unless_given(tokenizer, config_eos, generation_eos, given, last):
+def test_stop_tokens_are_generation_configs_then_configs_unless_given(
+    tokenizer, config_eos, generation_eos, given, last
+):
     model = walk(config_eos, GenerationConfig(eos_token_id=generation_eos))
     (done,) = Engine(model, tokenizer).generate([[ONE]], max_new_tokens=40, stop_token_ids=given)
     assert done.tokens == list(range(TWO, last + 1))
@@ -629,21 +633,22 @@ def test_a_text_split_at_random_gives_the_logits_of_the_whole_in_flex_attention(
 @pytest.mark.usefixtures("flex")
 def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(tiny):
     eager, compiled = Engine(tiny), Engine(tiny, compile=True)
-    torch._dynamo.utils.counters.clear()
+    prompts = [random_ids(length, 25) for length in (1, 5, 127, 128, 129, 300, 600)]
+    options = {"max_new_tokens": 3, "stop_token_ids": []}
+    expected = [eager.generate([prompt], **options)[0] for prompt in [*prompts, prompts[-1][:200]]]
+    torch._dynamo.utils.counters.clear()  # run eagerly, flex_attention traces itself too
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for length in (1, 5, 127, 128, 129, 300, 600):
-            prompt = random_ids(length, 25)
-            (done,) = compiled.generate([prompt], max_new_tokens=3, stop_token_ids=[])
-            (expected,) = eager.generate([prompt], max_new_tokens=3, stop_token_ids=[])
-            assert_same(done, expected)
+        found = [compiled.generate([prompt], **options)[0] for prompt in prompts]
         seconds = compiled.compile_seconds
-        compiled.generate([prompt], max_new_tokens=2, sampling=Sampling(temperature=1.0, top_p=0.9, seed=1))
-        compiled.generate([prompt], max_new_tokens=2, sampling=Sampling(repetition_penalty=1.1))
+        long = prompts[-1]
+        compiled.generate([long], max_new_tokens=2, sampling=Sampling(temperature=1.0, top_p=0.9, seed=1))
+        compiled.generate([long], max_new_tokens=2, sampling=Sampling(repetition_penalty=1.1))
         cache = compiled.new_cache(1, 700)
-        compiled.generate([prompt[:50]], max_new_tokens=2, cache=cache)
+        compiled.generate([long[:50]], max_new_tokens=2, cache=cache)
         cache.truncate(20)
-        (done,) = compiled.generate([prompt[20:200]], max_new_tokens=3, stop_token_ids=[], cache=cache)
-        assert_same(done, eager.generate([prompt[:200]], max_new_tokens=3, stop_token_ids=[])[0])
+        found += compiled.generate([long[20:200]], cache=cache, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
     assert sorted(compiled.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert compiled.compile_seconds == seconds > 0

@@ -8,13 +8,14 @@ between the two.
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import TINY
 
-from llama_flex import Llama, Mask
+from llama_flex import Llama, Mask, Tokenizer
 from llama_flex.engine import _compiled
 from llama_flex.rope import RopeParameters
 
@@ -131,12 +132,16 @@ def test_compiled_chunks_and_steps_equal_the_reference(tiny_pair, step_budget, n
 
 
 @pytest.mark.parametrize("length", [1, 129, 700])
-def test_compiled_full_forward_equals_the_reference(tiny_pair, budget, length):
+@torch.no_grad()
+def test_compiled_full_forward_is_no_further_from_float64_than_the_reference(tiny_pair, length):
+    """Fused kernels round elsewhere than eager ones, the reference's own compiled run too: so float64 decides."""
     reference, model = tiny_pair("gqa")
     ids = token_ids(model.config.vocab_size, length)
-    with torch.no_grad():
-        logits = compiled_forward(model)(ids)
-    torch.testing.assert_close(logits, reference_logits(reference, ids), rtol=0, atol=budget("gqa"))
+    truth = copy.deepcopy(model).double()(ids, backend="dense")
+    error = (compiled_forward(model)(ids) - truth).abs()
+    theirs = (reference_logits(reference, ids) - truth).abs()
+    assert error.mean() <= 1.1 * theirs.mean()
+    assert error.max() <= 1.25 * theirs.max()
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -254,6 +259,13 @@ def test_wrong_arguments_are_named(tiny_pair, arguments, message):
         model(**{"input_ids": torch.zeros(1, 4, dtype=torch.long)} | arguments)
 
 
+def test_gradients_without_a_backward_name_the_way_out(tiny_pair):
+    _, model = tiny_pair("gqa")
+    model = copy.deepcopy(model).requires_grad_()
+    with pytest.raises(ValueError, match="backend='dense'"):
+        model(token_ids(512, 4))
+
+
 @torch.no_grad()
 def test_a_full_cache_says_so(tiny_pair):
     _, model = tiny_pair("gqa")
@@ -268,8 +280,8 @@ def test_a_full_cache_says_so(tiny_pair):
 def test_gradients_flow_through_dense_and_equal_the_reference(tiny_pair):
     reference, model = tiny_pair("group3")
     ids = token_ids(512, 40)
-    for each in (reference, model):
-        each.zero_grad()
+    model = copy.deepcopy(model).requires_grad_()
+    reference.zero_grad()
     reference(ids).logits.pow(2).mean().backward()
     model(ids, backend="dense").pow(2).mean().backward()
     expected, found = reference.model.embed_tokens.weight.grad, model.embed.weight.grad
@@ -277,7 +289,7 @@ def test_gradients_flow_through_dense_and_equal_the_reference(tiny_pair):
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 129, 700])
 @torch.no_grad()
 def test_demo_logits_equal_the_reference(demo, demo_reference, length):
     ids = token_ids(49152, length, batch=1)
@@ -307,11 +319,14 @@ def test_demo_bfloat16_is_no_further_from_float64_than_the_reference(demo, demo_
     exact = copy.deepcopy(demo).double()
     model = Llama.from_pretrained(demo_folder, device="cpu", dtype=torch.bfloat16)
     reference = type(demo_reference).from_pretrained(demo_folder, dtype=torch.bfloat16, attn_implementation="eager")
+    mutant = mutated(model, frequencies_in_bfloat16)
     errors = torch.zeros(3)  # mean over sequences: a single largest error is chance, in either model
-    for length in (150, 200, 250, 300):
-        ids = token_ids(49152, length, batch=1)
+    tokenizer = Tokenizer.from_pretrained(demo_folder)
+    text = (Path(__file__).parent.parent / "LICENSE").read_text()
+    for start in range(0, len(text), 900):
+        ids = torch.tensor([tokenizer.encode(text[start : start + 900])])
         truth = exact(ids, backend="dense")
-        found = [model(ids), reference(ids).logits, mutated(model, frequencies_in_bfloat16)(ids, backend="dense")]
+        found = [model(ids, backend="dense"), reference(ids).logits, mutant(ids, backend="dense")]
         errors += torch.tensor([(logits - truth).abs().mean().item() for logits in found])
-    ours, theirs, mutant = errors.tolist()
-    assert ours <= theirs < mutant
+    ours, theirs, wrong = errors.tolist()
+    assert ours <= theirs < wrong
