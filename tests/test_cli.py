@@ -177,9 +177,8 @@ def test_several_prompts_are_titled(cli, engine):
 
 
 def test_a_small_batch_size_changes_nothing(cli):
-    prompts = [
-        argument for text in ("one", "a longer prompt", "3", "four", "five 5") for argument in ("--prompt", text)
-    ]
+    texts = ("one", "a longer prompt", "3", "four", "five 5")
+    prompts = [argument for text in texts for argument in ("--prompt", text)]
     sampled = ("--max-new-tokens", 4, "--temperature", 1.0, "--seed", 1)
     outputs = [cli(*prompts, *sampled, "--batch-size", size)[1] for size in (1, 2, 5, 8)]
     assert outputs == [outputs[0]] * 4

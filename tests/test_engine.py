@@ -687,9 +687,17 @@ def test_greedy_text_of_the_demo_weights_is_transformers_token_for_token(demo_fo
     differ = {}
     for name, prompt in prompts.items():
         (done,) = engine.generate([prompt], max_new_tokens=64)
-        expected = reference_tokens(demo_reference, prompt, 64)
-        if done.tokens != expected:
-            differ[name] = (done.tokens, expected)
-        assert done.text == "".join(tokenizer.decode(prompt + expected).removeprefix(tokenizer.decode(prompt)))
+        # If each token is the most likely one after those before it, they are the reference's greedy tokens; one
+        # forward pass tells, where `generate` takes 64.
+        with torch.no_grad():
+            logits = demo_reference(torch.tensor([prompt + done.tokens])).logits[0, len(prompt) - 1 : -1]
+        best, second = logits.topk(2).values.T
+        for i in (logits.argmax(-1) != torch.tensor(done.tokens)).nonzero().flatten().tolist()[:1]:
+            differ[name] = f"at token {i}: {done.tokens[i]}, not {logits[i].argmax()}, ahead by {best[i] - second[i]}"
+        assert len(done.tokens) == 64 or done.tokens[-1] in demo.eos_token_ids
+        assert not set(done.tokens[:-1]) & set(demo.eos_token_ids)
+        assert done.text == tokenizer.decode(prompt + done.tokens).removeprefix(tokenizer.decode(prompt))
+        if name in ("chat", "empty", "emoji"):
+            assert done.tokens == reference_tokens(demo_reference, prompt, 64)
     assert not differ
     assert sorted(engine.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
