@@ -104,8 +104,11 @@ class Mask:
             grid = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
             kinds.append((grid.all(5).all(3) & whole, grid.any(5).any(3)))
         full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))  # [B, 1 or H, Tb, Sb]
-        partial_num, partial_idx = _list_blocks(some & ~full, at_least_one=True)
+        partial_num, partial_idx = _list_blocks(some & ~full)
         full_num, full_idx = _list_blocks(full)
+        # A row of blocks with none listed at all is NaN in the compiled CPU kernel, so it lists one, for mask_mod to
+        # mask. Not a row with full blocks: a block in both lists would count twice.
+        partial_num = partial_num.masked_fill(~some.any(-1), 1)
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return self._allows(Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
@@ -126,17 +129,10 @@ def _range(n: int, like: Tokens) -> Tensor:
     return torch.arange(n, device=like.index.device)
 
 
-def _list_blocks(listed: Tensor, *, at_least_one: bool = False) -> tuple[Tensor, Tensor]:
-    """The number of listed blocks in each row and their indices, in order: int32 `[B, H, Tb]` and `[B, H, Tb, Sb]`.
-
-    With `at_least_one`, a row without any lists its block 0 (which mask_mod then masks): a row with no block at all is
-    NaN in the compiled CPU kernel.
-    """
-    num = listed.sum(-1, dtype=torch.int32)
-    if at_least_one:
-        num = num.clamp(min=1)
+def _list_blocks(listed: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of listed blocks in each row and their indices, in order: int32 `[B, H, Tb]` and `[B, H, Tb, Sb]`."""
     order = torch.argsort(listed.to(torch.int8), dim=-1, descending=True, stable=True)
-    return num, order.to(torch.int32)
+    return listed.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def causal() -> Mask:

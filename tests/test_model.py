@@ -120,14 +120,15 @@ def test_full_forward_equals_token_by_token(tiny_pair, step_budget, backend):
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "group3"])
 def test_compiled_chunks_and_steps_equal_the_reference(tiny_pair, step_budget, name):
-    """The two graphs of generation: a chunk of 128, then tokens one by one across a block border."""
+    """The two graphs of generation: chunks of 128, then tokens one by one across a block border, so that the last
+    block is partly filled, then full, then followed by another."""
     reference, model = tiny_pair(name)
-    ids = token_ids(model.config.vocab_size, 260)
+    ids = token_ids(model.config.vocab_size, 386)
     forward = compiled_forward(model)
     with torch.no_grad():
-        cache = model.new_cache(2, 260)
+        cache = model.new_cache(2, 386)
         parts = [forward(ids[:, start : start + 128], cache=cache) for start in (0, 128)]
-        parts += [forward(ids[:, i : i + 1], cache=cache) for i in range(256, 260)]
+        parts += [forward(ids[:, i : i + 1], cache=cache) for i in range(256, 386)]
     torch.testing.assert_close(torch.cat(parts, 1), reference_logits(reference, ids), rtol=0, atol=step_budget(name))
 
 
