@@ -17,10 +17,10 @@ VISIBLE = attention.visible
 
 
 @pytest.fixture(autouse=True)
-def one_thread(request):
-    """Tiny models are faster without a second thread, and ten times faster if others use the machine."""
+def one_thread():
+    """Tiny models are faster without a second thread, and ten times faster where other processes take the cores."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if "demo" in request.fixturenames else 1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

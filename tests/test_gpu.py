@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-
 from conftest import TINY
+
 from llama_flex import Engine
 from llama_flex.engine import _compiled
 
