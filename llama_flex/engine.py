@@ -14,7 +14,8 @@ from torch import Tensor
 from .cache import Cache
 from .model import Llama
 from .sampling import Sampling, sample, stack
-from .tokenizer import StopStrings, Tokenizer
+from .streaming import StopStrings
+from .tokenizer import Tokenizer
 
 CHUNKS = (512, 128)  # rows of a prefill step: the largest that a prompt still fills, the last one padded
 DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json says how many

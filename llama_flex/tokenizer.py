@@ -1,43 +1,22 @@
 """Text to token ids and back: `tokenizer.json` or sentencepiece's `tokenizer.model`, and text streamed exactly."""
 
-import codecs
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sentencepiece
 import tokenizers
 
 from .chat import render_chat
+from .config import read_json
+from .streaming import Decoding, StreamDecoder
 
 # NormalizerSpec.add_dummy_prefix = false as protobuf bytes; appended to a model they are merged into it.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACES = re.compile(r"\s*")
 _CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: a printable Latin-1 byte stands for itself, the others, in order, are
-    the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_LEVEL = _byte_level_alphabet()
-
-
-class _Decoding(NamedTuple):
-    """How pieces become text, as far as LLaMA's tokenizers go; see `StreamDecoder`."""
-
-    byte_level: bool = False
-    replacements: tuple[tuple[str, str], ...] = ()
-    byte_fallback: bool = False
-    strip_left: int = 0
-    separator: str = ""
 
 
 class Tokenizer:
@@ -78,11 +57,15 @@ class Tokenizer:
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; pass the folder that holds tokenizer.json or tokenizer.model")
-        config = _read_json(folder / "tokenizer_config.json") or {}
+        config = _read_if_there(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # older folders spread this over two more files
-            config |= _read_json(folder / "special_tokens_map.json") or {}
-        special_tokens = _special_tokens(config)
-        added = _added_tokens(folder, config, special_tokens)
+            config |= _read_if_there(folder / "special_tokens_map.json")
+        try:
+            special_tokens = _special_tokens(config)
+            added = _added_tokens(folder, config, special_tokens)
+            templates = _chat_templates(folder, config)
+        except (AttributeError, KeyError, TypeError) as error:  # JSON, but not of the form these files have
+            raise ValueError(f"{folder}: malformed tokenizer_config.json or its companions ({error!r})") from error
         backend: _JsonBackend | _SentencePieceBackend
         if (folder / "tokenizer.json").is_file():
             if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
@@ -94,7 +77,7 @@ class Tokenizer:
             backend = _SentencePieceBackend(folder / "tokenizer.model", config, added, special_tokens)
         else:
             raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch one of them into it")
-        return cls(backend, special_tokens, _chat_templates(folder, config))
+        return cls(backend, special_tokens, templates)
 
     def _named(self, key: str) -> tuple[str | None, int | None]:
         token = self._special_tokens.get(key)
@@ -129,7 +112,7 @@ class Tokenizer:
             raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size} tokens")
         return piece
 
-    def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> "StreamDecoder":
+    def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for ids that arrive one by one, as the continuation of `prompt_ids`, whose text it leaves out.
 
         Raises:
@@ -229,17 +212,17 @@ class _JsonBackend:
                 text = text.replace(spaced, spaced.strip(" "))
         return text
 
-    def decoding(self) -> _Decoding:
+    def decoding(self) -> Decoding:
         if self._clean_up:
             raise ValueError("clean_up_tokenization_spaces=true does not stream; use decode on the whole sequence")
         decoder = self._tokenizer.decoder
         if decoder is None:
-            return _Decoding(separator=" ")
+            return Decoding(separator=" ")
         spec = json.loads(decoder.__getstate__())
         steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
         if [step["type"] for step in steps] == ["ByteLevel"]:
-            return _Decoding(byte_level=True)
-        decoding, order = _Decoding(), []
+            return Decoding(byte_level=True)
+        decoding, order = Decoding(), []
         for step in steps:
             match step:
                 case {"type": "Replace", "pattern": {"String": old}, "content": new}:
@@ -346,8 +329,8 @@ class _SentencePieceBackend:
         decoder = StreamDecoder(self._pieces.__getitem__, self.decoding(), skipped)
         return "".join(map(decoder.put, ids)) + decoder.flush()
 
-    def decoding(self) -> _Decoding:
-        return _Decoding(replacements=(("▁", " "),), byte_fallback=True, strip_left=int(self._prefix))
+    def decoding(self) -> Decoding:
+        return Decoding(replacements=(("▁", " "),), byte_fallback=True, strip_left=int(self._prefix))
 
 
 def _not_sentencepiece(path: Path) -> str:
@@ -357,152 +340,8 @@ def _not_sentencepiece(path: Path) -> str:
     )
 
 
-class StreamDecoder:
-    """Text of ids that arrive one by one: what `put` and `flush` return, joined, is exactly what `decode` returns.
-
-    Text comes out as soon as no later id can change it. For byte-level vocabularies only an unfinished character waits
-    (three bytes at most). In sentencepiece ones a run of byte pieces such as <0xE4> waits for its end, since one bad
-    byte turns the whole run into U+FFFD. The work per id does not grow with the text.
-    """
-
-    def __init__(
-        self,
-        piece_of: Callable[[int], str | None],
-        decoding: _Decoding,
-        skipped: frozenset[int],
-        prompt_ids: Sequence[int] = (),
-    ) -> None:
-        self._piece_of = piece_of
-        self._decoding = decoding
-        self._skipped = skipped
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._run = bytearray()
-        self._strip_left = decoding.strip_left
-        self._separator = ""
-        # Decoding the prompt alone shows an unfinished tail in some way: that is printed already, and not due again.
-        self._printed = self._waiting = ""
-        for id in prompt_ids:
-            self._feed(id)
-        self._printed = self._utf8.getstate()[0].decode("utf-8", "replace") + _text_of_run(self._run)
-
-    def put(self, token_id: int) -> str:
-        """The text that is certain with this id; "" while there is none."""
-        return self._without_printed(self._feed(token_id))
-
-    def flush(self) -> str:
-        """The rest of the text, once no more ids come."""
-        text = self._without_printed(self._utf8.decode(b"", final=True) + self._end_run())
-        rest, self._waiting = self._waiting, ""
-        return text + rest
-
-    def _feed(self, token_id: int) -> str:
-        piece = self._piece_of(token_id)
-        assert piece is not None
-        if token_id in self._skipped:
-            return ""
-        if self._decoding.byte_level:
-            return self._utf8.decode(_bytes_of(piece))
-        for old, new in self._decoding.replacements:
-            piece = piece.replace(old, new)
-        if self._decoding.byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
-            self._run.append(int(match[1], 16))
-            return ""
-        text = self._end_run() + self._separator + piece
-        self._separator = self._decoding.separator
-        return self._stripped(text)
-
-    def _end_run(self) -> str:
-        text = _text_of_run(self._run)
-        self._run.clear()
-        return text
-
-    def _stripped(self, text: str) -> str:
-        while self._strip_left and text:
-            if text[0] != " ":
-                self._strip_left = 0
-            else:
-                self._strip_left -= 1
-                text = text[1:]
-        return text
-
-    def _without_printed(self, text: str) -> str:
-        if not self._printed:
-            return text
-        self._waiting += text
-        if self._printed.startswith(self._waiting) and self._printed != self._waiting:
-            return ""
-        # A character that the prompt's end cut in two: what stood there for it is not a prefix of the text any more.
-        text = self._waiting.removeprefix(self._printed)
-        self._printed = self._waiting = ""
-        return text
-
-
-def _bytes_of(piece: str) -> bytes:
-    try:
-        return bytes([_BYTE_LEVEL[character] for character in piece])
-    except KeyError:  # an added token, written as it is
-        return piece.encode("utf-8")
-
-
-def _text_of_run(run: bytearray) -> str:
-    """As `tokenizers` decodes byte pieces: a run that is not UTF-8 throughout becomes one U+FFFD per byte."""
-    try:
-        return run.decode("utf-8")
-    except UnicodeDecodeError:
-        return "\ufffd" * len(run)
-
-
-class StopStrings:
-    """Finds stop strings in streamed text, however it is cut. Of several, the one that is complete first counts.
-
-    Args:
-        stops: non-empty strings; none at all is fine.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str):
-            raise ValueError(f"stop strings come as a list: [{stops!r}]")
-        if "" in stops:
-            raise ValueError("a stop string may not be empty: it would stop before the first token")
-        self._stops = tuple(stops)
-        self._held = ""
-        self._found = False
-
-    def put(self, text: str) -> tuple[str, bool]:
-        """The text that is safe to print, and whether a stop string was found: the text ends before it, then and for
-        good. What may be the beginning of a stop string is held back."""
-        if self._found:
-            return "", True
-        text = self._held + text
-        ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if ends:
-            self._found, self._held = True, ""
-            return text[: min(ends)[1]], True
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
-
-    def flush(self) -> str:
-        """What was held back, once no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The most characters at the end of the text that begin the stop string, short of all of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch the file again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} should hold a JSON object, not a {type(content).__name__}; fetch the file again")
-    return content
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -537,7 +376,7 @@ def _added_tokens(
     if "added_tokens_decoder" in config:
         return {int(id): _as_added_token(t, special=False) for id, t in config["added_tokens_decoder"].items()}
     special = {*special_tokens.values(), *(token.content for token in _extra_special_tokens(config))}
-    contents = _read_json(folder / "added_tokens.json") or {}
+    contents = _read_if_there(folder / "added_tokens.json")
     return {id: _as_added_token(content, special=content in special) for content, id in contents.items()}
 
 
@@ -550,7 +389,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         return {name: path.read_text("utf-8") for name, path in paths.items()}
     template = config.get("chat_template")
     if template is None:
-        template = (_read_json(folder / "chat_template.json") or {}).get("chat_template")
+        template = _read_if_there(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     return template if isinstance(template, dict) else {} if template is None else {"default": template}
