@@ -86,13 +86,14 @@ class Engine:
 
         max_new_tokens: default what generation_config.json says, else 256, at most what the context leaves room for.
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
-        stop: strings that end a text (and are cut from it). stop_token_ids: default the model's end-of-text ids.
+        stop: strings that end a text. stop_token_ids: default the model's end-of-text ids. Neither appears in the text;
+        the tokens do.
         cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context.
         """
         model, device = self.model, self.model.device
-        max_new_tokens = self._check(prompts, max_new_tokens, cache)
+        max_new_tokens = self.check(prompts, max_new_tokens, cache)
         if stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         if not isinstance(sampling, Sequence):
@@ -122,7 +123,7 @@ class Engine:
             for row, (id, lp) in enumerate(zip(token.tolist(), logprob.tolist(), strict=True)):
                 if not alive[row]:
                     continue
-                text, stopped = texts[row].put(id)
+                text, stopped = ("", False) if id in stop_ids else texts[row].put(id)
                 reason = "stop" if stopped or id in stop_ids else "length" if count + 1 == max_new_tokens else None
                 if reason is not None:
                     running[row] = 0
@@ -139,13 +140,20 @@ class Engine:
             max_length = max(MIN_SLOTS, 1 << (max_length - 1).bit_length())
         return self.model.new_cache(batch_size, max_length)
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None, cache: Cache | None) -> int:
+    def check(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None, cache: Cache | None = None
+    ) -> int:
+        """How many new tokens there will be at most; raises the ValueErrors of `stream`."""
         config = self.model.config
-        held, context = 0, config.max_position_embeddings
-        if cache is not None:
-            held, context = cache.reserved, min(context, cache.max_length)
+        held, context, what = 0, config.max_position_embeddings, "context"
         if not prompts:
             raise ValueError("no prompts given")
+        if cache is not None:
+            if cache.batch_size != len(prompts):
+                raise ValueError(f"the cache has {cache.batch_size} rows for {len(prompts)} prompts; give one row each")
+            held = cache.reserved
+            if cache.max_length < context:
+                context, what = cache.max_length, "cache"
         for number, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompt {number} is empty; give at least one token, such as the beginning-of-text id")
@@ -154,14 +162,14 @@ class Engine:
         needed = held + max(map(len, prompts))
         room = context - needed
         if room < 1:
-            raise ValueError(f"{needed} prompt tokens leave no room in the context of {context} tokens; shorten them")
+            raise ValueError(f"{needed} prompt tokens leave no room in the {what} of {context} tokens; shorten them")
         if max_new_tokens is None:
             return min(self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS, room)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if max_new_tokens > room:
             raise ValueError(
-                f"{needed} prompt tokens and {max_new_tokens} new ones exceed the context of {context} tokens; "
+                f"{needed} prompt tokens and {max_new_tokens} new ones exceed the {what} of {context} tokens; "
                 f"ask for at most {room} new tokens"
             )
         return max_new_tokens
@@ -180,7 +188,9 @@ class Engine:
             size = next((c for c in CHUNKS if start + c <= ids.shape[1]), CHUNKS[-1])
             cache.reserve(min(size, longest - start))
             here = (length - start).clamp(0, size)
-            chunk_logits = self._step(ids[:, start : start + size], here, cache)
+            # Copied: a slice keeps the strides of the whole, and every other stride would compile once more.
+            chunk = ids[:, start : start + size].clone(memory_format=torch.contiguous_format)
+            chunk_logits = self._step(chunk, here, cache)
             ends_here = (length > start) & (length <= start + size)
             logits = chunk_logits if start == 0 else torch.where(ends_here[:, None], chunk_logits, logits)
             start += size
@@ -218,14 +228,20 @@ def _compiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Text:
-    """The text of one row as its tokens come: whole characters only, cut at stop strings."""
+    """The text of one row as its tokens come: whole characters only, cut at stop strings.
+
+    A model may have more ids than its tokenizer, where the vocabulary was padded; those have no text.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self.decoder = tokenizer.stream(prompt) if tokenizer else None
+        self.size = tokenizer.vocab_size if tokenizer else 0
+        self.decoder = tokenizer.stream([id for id in prompt if id < self.size]) if tokenizer else None
         self.stops = StopStrings(stop)
 
     def put(self, token: int) -> tuple[str, bool]:
-        return self.stops.put(self.decoder.put(token)) if self.decoder else ("", False)
+        if self.decoder is None or token >= self.size:
+            return "", False
+        return self.stops.put(self.decoder.put(token))
 
     def flush(self) -> str:
-        return (self.stops.put(self.decoder.flush())[0] + self.stops.flush()) if self.decoder else ""
+        return "" if self.decoder is None else self.stops.put(self.decoder.flush())[0] + self.stops.flush()

@@ -95,6 +95,8 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     """The prompts asked for. Raises UsageError for none, an empty one, or a malformed file."""
     if args.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     requests = [Request(i, text) for i, text in enumerate(args.prompt)]
     if args.prompts_file:
         requests += _read_prompts(args.prompts_file, len(requests))
@@ -110,7 +112,7 @@ def _requests(args: argparse.Namespace) -> list[Request]:
 
 def _read_prompts(path: Path, first_id: int) -> Iterator[Request]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028, legal in JSON
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read --prompts-file {path}: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -184,10 +186,11 @@ def _run(args: argparse.Namespace, requests: list[Request], output: _Output) -> 
     options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
     try:
         if args.chat:
-            options |= {"sampling": sampling, "max_new_tokens": expected}
+            options |= {"sampling": sampling}
             _chat(engine, tokenizer, args.system, options, output, statistics)
             return
         prompts = [_encode(tokenizer, request, args) for request in requests]
+        engine.check(prompts, args.max_new_tokens)  # all of them, before the first batch
         for start in range(0, len(requests), args.batch_size):
             rows = range(start, min(start + args.batch_size, len(requests)))
             seeds = [sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i) for i in rows]
@@ -202,7 +205,7 @@ def _run(args: argparse.Namespace, requests: list[Request], output: _Output) -> 
                 statistics,
             )
     finally:
-        if not args.quiet:
+        if not args.quiet and statistics.first_seconds is not None:
             statistics.print()
 
 
@@ -236,7 +239,9 @@ def _complete(
             if live and step.text:
                 output.write(step.text)
     finally:
-        if live:
+        if not any(completion.tokens for completion in done):
+            pass  # refused, or interrupted before the first token: what the output held stays
+        elif live:
             output.write("\n")
         else:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
             for request, completion in zip(requests, done, strict=True):
@@ -261,6 +266,8 @@ def _chat(
     statistics: _Statistics,
 ) -> None:
     """Read messages, a line each, until the end of input; slots of what the conversation already computed are kept."""
+    from .engine import DEFAULT_NEW_TOKENS
+
     messages = [] if system is None else [{"role": "system", "content": system}]
     cache: Cache | None = None
     held: list[int] = []  # the tokens in the cache
@@ -273,7 +280,8 @@ def _chat(
             continue
         messages.append({"role": "user", "content": line.strip()})
         prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
-        needed = min(len(prompt) + options["max_new_tokens"], engine.model.config.max_position_embeddings)
+        new = options["max_new_tokens"] or engine.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+        needed = min(len(prompt) + new, engine.model.config.max_position_embeddings)
         if cache is None or needed > cache.max_length:
             cache, held = engine.new_cache(1, needed), []
         shared = next((i for i, (a, b) in enumerate(zip(held, prompt[:-1], strict=False)) if a != b), None)
@@ -296,7 +304,7 @@ def _chat(
 
 
 class _Statistics:
-    """What a run took, for stderr. Compiling is counted apart, so that speeds are those of a run that is under way."""
+    """What a run took, for stderr. Steps that compile are left out of the speeds: those are of a run under way."""
 
     def __init__(self, engine: Engine, load_seconds: float) -> None:
         self.engine = engine
@@ -311,14 +319,14 @@ class _Statistics:
         started, compiled = time.perf_counter(), self.engine.compile_seconds
         for step in steps:
             elapsed = time.perf_counter() - started
-            working = elapsed - (self.engine.compile_seconds - compiled)
+            compiling = self.engine.compile_seconds != compiled  # such a step says nothing about speed
             if not any(counts):
                 self.first_seconds = elapsed if self.first_seconds is None else self.first_seconds
-                self.prefill_seconds += working
-                self.prompt_tokens += sum(prompt_lengths)
-            else:
-                self.decode_seconds += working
-            if counts[step.row]:  # the first token of a row comes from the prefill
+                self.prefill_seconds += 0 if compiling else elapsed
+                self.prompt_tokens += 0 if compiling else sum(prompt_lengths)
+            elif not compiling:
+                self.decode_seconds += elapsed
+            if counts[step.row] and not compiling:  # the first token of a row comes from the prefill
                 self.decoded_tokens += 1
                 if counts[step.row] == max(counts):  # the first row to go ahead: the weights were read once more
                     contexts = [n + c for n, c in zip(prompt_lengths, counts, strict=True)]
@@ -334,9 +342,9 @@ class _Statistics:
             parts.append(f"compile {self.engine.compile_seconds:.2f} s")
         if self.first_seconds is not None:
             parts.append(f"first token {self.first_seconds:.2f} s")
-        if self.prefill_seconds > 1e-3:
+        if self.prefill_seconds:
             parts.append(f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_seconds:.1f} tok/s")
-        if self.decode_seconds > 1e-3:
+        if self.decode_seconds:
             speed, rate = self.decoded_tokens / self.decode_seconds, self.bytes_read / self.decode_seconds / 1e9
             parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate:.1f} GB/s")
         print("; ".join(parts), file=sys.stderr)

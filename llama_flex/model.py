@@ -281,6 +281,8 @@ def _device(device: torch.device | str | None) -> torch.device:
         device = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(device)!r} is not supported; cpu, cuda and cuda:N are")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device

@@ -15,6 +15,9 @@ from llama_flex import Llama
 DEMO = Path(__file__).parent.parent / "weights" / "SmolLM2-135M-Instruct"
 TEST_INPUTS = DEMO.parent / "test-inputs"
 
+# Cores are often shared, and two threads that wait for each other are then far slower than one.
+torch.set_num_threads(1)
+
 # The shapes that differ in kind: (heads, key/value heads, head_dim or None), and switches.
 TINY = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},

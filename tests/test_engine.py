@@ -424,7 +424,7 @@ def test_a_stop_string_in_the_prompt_does_not_stop(spoken):
 
 def test_rows_stop_each_at_its_own_stop_string_token_or_length(spoken):
     rows = spoken.generate([[ONE], [E2], [CAFE_AF, E1]], max_new_tokens=4, stop=[" three"], stop_token_ids=[HERE])
-    assert [done.text for done in rows] == [" two", "! stop here", "é! stop here"]
+    assert [done.text for done in rows] == [" two", "! stop", "é! stop"]  # a stop token has no text
     assert [len(done.tokens) for done in rows] == [2, 3, 4]
     assert [done.finish_reason for done in rows] == ["stop", "stop", "stop"]
 

@@ -557,7 +557,7 @@ def test_broken_files_are_named(tmp_path, folders, content):
         Tokenizer.from_pretrained(write_folder(tmp_path / "model", None, tokenizer__model=raw))
     if content != "{}":
         folder = write_folder(tmp_path / "config", None, tokenizer__json=whole, tokenizer_config__json=raw)
-        with pytest.raises(ValueError, match=r"tokenizer_config.json : (not readable as JSON|expected a JSON object)"):
+        with pytest.raises(ValueError, match=r"tokenizer_config.json: (not readable as JSON|expected a JSON object)"):
             Tokenizer.from_pretrained(folder)
 
 
