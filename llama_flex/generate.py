@@ -17,8 +17,6 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:  # torch and the rest of the package are imported once the arguments are known to be good
     from .cache import Cache
     from .engine import Completion, Engine, Step
-    from .sampling import Sampling
-    from .tokenizer import Tokenizer
 
 COMPILE_FROM = 32  # new tokens from which `--compile auto` expects compiling to pay for itself
 
@@ -80,15 +78,28 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         requests = _requests(args)
         with _Output(args.output) as output:
-            _run(args, requests, output)
+            session = _Session(args, output)
+            try:
+                session.chat() if args.chat else session.complete(requests)
+            finally:
+                if not args.quiet and session.statistics.first_seconds is not None:
+                    session.statistics.print()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            return _refuse(error)
+        raise
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
@@ -157,95 +168,113 @@ class _Output:
         self.file.flush()
 
 
-def _run(args: argparse.Namespace, requests: list[Request], output: _Output) -> None:
-    import torch
+class _Session:
+    """A loaded model and what was asked of it."""
 
-    from . import hub
-    from .engine import DEFAULT_NEW_TOKENS, Engine
-    from .model import Llama
-    from .sampling import Sampling
-    from .tokenizer import Tokenizer
+    def __init__(self, args: argparse.Namespace, output: _Output) -> None:
+        import torch
 
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    asked = {name: getattr(args, name) for name in names}
-    Sampling(**{name: value for name, value in asked.items() if value is not None})  # refuse before loading
+        from . import hub
+        from .engine import DEFAULT_NEW_TOKENS, Engine
+        from .model import Llama
+        from .sampling import Sampling
+        from .tokenizer import Tokenizer
 
-    started = time.perf_counter()
-    folder = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES, revision=args.revision)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = Llama.from_pretrained(folder, device=args.device, dtype=dtype)
-    load_seconds = time.perf_counter() - started
-    sampling = Sampling.recommended(model.generation_config, **asked)
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        asked = {name: getattr(args, name) for name in names}
+        Sampling(**{name: value for name, value in asked.items() if value is not None})  # refuse before loading
 
-    expected = args.max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
-    batches = -(-len(requests) // args.batch_size)
-    compile = args.compile == "on" or (args.compile == "auto" and (args.chat or expected * batches >= COMPILE_FROM))
-    engine = Engine(model, tokenizer, compile=compile)
-    statistics = _Statistics(engine, load_seconds)
-    options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
-    try:
-        if args.chat:
-            options |= {"sampling": sampling}
-            _chat(engine, tokenizer, args.system, options, output, statistics)
-            return
-        prompts = [_encode(tokenizer, request, args) for request in requests]
-        engine.check(prompts, args.max_new_tokens)  # all of them, before the first batch
-        for start in range(0, len(requests), args.batch_size):
-            rows = range(start, min(start + args.batch_size, len(requests)))
-            seeds = [sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i) for i in rows]
-            _complete(
-                engine,
-                [requests[i] for i in rows],
-                [prompts[i] for i in rows],
-                seeds,
-                options,
-                args,
-                output,
-                statistics,
-            )
-    finally:
-        if not args.quiet and statistics.first_seconds is not None:
-            statistics.print()
+        started = time.perf_counter()
+        folder = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES, revision=args.revision)
+        self.tokenizer = Tokenizer.from_pretrained(folder)
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+        model = Llama.from_pretrained(folder, device=args.device, dtype=dtype)
+        self.engine = Engine(model, self.tokenizer)
+        self.statistics = _Statistics(self.engine, time.perf_counter() - started)
+        self.sampling = Sampling.recommended(model.generation_config, **asked)
+        self.expected = args.max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+        self.options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
+        self.args, self.output = args, output
 
+    def complete(self, requests: list[Request]) -> None:
+        """Complete all requests, a batch at a time."""
+        args, size = self.args, self.args.batch_size
+        steps = self.expected * -(-len(requests) // size)
+        self.engine.compile = args.compile == "on" or (args.compile == "auto" and steps >= COMPILE_FROM)
+        prompts = [self._encode(request) for request in requests]
+        self.engine.check(prompts, args.max_new_tokens)  # all of them, before the first batch
+        live = len(requests) == len(args.prompt) == 1 and not args.json
+        for start in range(0, len(requests), size):
+            self._complete_batch(requests[start : start + size], prompts[start : start + size], start, live)
 
-def _encode(tokenizer: Tokenizer, request: Request, args: argparse.Namespace) -> list[int]:
-    if isinstance(request.prompt, str) and not (args.instruct or args.system is not None):
-        return tokenizer.encode(request.prompt)
-    messages = request.prompt if isinstance(request.prompt, list) else [{"role": "user", "content": request.prompt}]
-    if args.system is not None:
-        messages = [{"role": "system", "content": args.system}, *messages]
-    return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+    def _complete_batch(self, requests: list[Request], prompts: list[list[int]], start: int, live: bool) -> None:
+        """Write the text of a single prompt as it comes (live), of several when all are done."""
+        from .engine import Completion
 
+        done, seed = [Completion() for _ in requests], self.sampling.seed
+        each = [
+            self.sampling if seed is None else replace(self.sampling, seed=seed + start + i) for i in range(len(done))
+        ]
+        steps = self.engine.stream(prompts, sampling=each, **self.options)
+        try:
+            for step in self.statistics.timed(steps, [len(p) for p in prompts]):
+                done[step.row].add(step)
+                if live and step.text:
+                    self.output.write(step.text)
+        finally:
+            if not any(completion.tokens for completion in done):
+                pass  # refused, or interrupted before the first token: what the output held stays
+            elif live:
+                self.output.write("\n")
+            else:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
+                for request, completion in zip(requests, done, strict=True):
+                    self.output.write(_row(request, completion, self.args.json))
 
-def _complete(
-    engine: Engine,
-    requests: list[Request],
-    prompts: list[list[int]],
-    sampling: list[Sampling],
-    options: dict[str, Any],
-    args: argparse.Namespace,
-    output: _Output,
-    statistics: _Statistics,
-) -> None:
-    """Complete one batch and write it: the text of a single prompt as it comes, of several when all are done."""
-    from .engine import Completion
+    def _encode(self, request: Request) -> list[int]:
+        system, prompt = self.args.system, request.prompt
+        if isinstance(prompt, str) and not self.args.instruct and system is None:
+            return self.tokenizer.encode(prompt)
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        return self._encode_chat(messages if system is None else [{"role": "system", "content": system}, *messages])
 
-    live = len(requests) == 1 and len(args.prompt) == 1 and not args.json and not args.prompts_file
-    done = [Completion() for _ in requests]
-    try:
-        for step in statistics.timed(engine.stream(prompts, sampling=sampling, **options), [len(p) for p in prompts]):
-            done[step.row].add(step)
-            if live and step.text:
-                output.write(step.text)
-    finally:
-        if not any(completion.tokens for completion in done):
-            pass  # refused, or interrupted before the first token: what the output held stays
-        elif live:
-            output.write("\n")
-        else:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
-            for request, completion in zip(requests, done, strict=True):
-                output.write(_row(request, completion, args.json))
+    def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    def chat(self) -> None:
+        """Read messages, a line each, until the end of input; slots of what was already computed are kept."""
+        self.engine.compile = self.args.compile != "off"
+        messages = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
+        cache: Cache | None = None
+        held: list[int] = []  # the tokens in the cache
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if not line.strip():
+                continue
+            messages.append({"role": "user", "content": line.strip()})
+            prompt = self._encode_chat(messages)
+            needed = min(len(prompt) + self.expected, self.engine.model.config.max_position_embeddings)
+            if cache is None or needed > cache.max_length:
+                cache, held = self.engine.new_cache(1, needed), []
+            fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
+            differs = (i for i, (a, b) in enumerate(zip(held, fresh, strict=False)) if a != b)
+            shared = next(differs, min(len(held), len(fresh)))
+            cache.truncate(shared)
+            reply, tokens = "", []
+            steps = self.engine.stream([prompt[shared:]], cache=cache, sampling=self.sampling, **self.options)
+            try:
+                for step in self.statistics.timed(steps, [len(prompt) - shared]):
+                    tokens.append(step.token)
+                    reply += step.text
+                    self.output.write(step.text)
+            except KeyboardInterrupt:  # ends the reply, not the conversation
+                pass
+            # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
+            held = prompt + tokens[:-1] if tokens else prompt[:shared]
+            self.output.write("\n")
+            messages.append({"role": "assistant", "content": reply})
 
 
 def _row(request: Request, completion: Completion, as_json: bool) -> str:
@@ -255,52 +284,6 @@ def _row(request: Request, completion: Completion, as_json: bool) -> str:
     row = {"id": request.id, "prompt": request.prompt, "text": completion.text, "tokens": completion.tokens}
     row |= {"logprobs": [lp if math.isfinite(lp) else None for lp in completion.logprobs]}
     return json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False) + "\n"
-
-
-def _chat(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    system: str | None,
-    options: dict[str, Any],
-    output: _Output,
-    statistics: _Statistics,
-) -> None:
-    """Read messages, a line each, until the end of input; slots of what the conversation already computed are kept."""
-    from .engine import DEFAULT_NEW_TOKENS
-
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    cache: Cache | None = None
-    held: list[int] = []  # the tokens in the cache
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line.strip()})
-        prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
-        new = options["max_new_tokens"] or engine.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
-        needed = min(len(prompt) + new, engine.model.config.max_position_embeddings)
-        if cache is None or needed > cache.max_length:
-            cache, held = engine.new_cache(1, needed), []
-        shared = next((i for i, (a, b) in enumerate(zip(held, prompt[:-1], strict=False)) if a != b), None)
-        shared = min(len(held), len(prompt) - 1) if shared is None else shared
-        cache.truncate(shared)
-        reply, tokens = "", []
-        try:
-            for step in statistics.timed(
-                engine.stream([prompt[shared:]], cache=cache, **options), [len(prompt) - shared]
-            ):
-                tokens.append(step.token)
-                reply += step.text
-                output.write(step.text)
-        except KeyboardInterrupt:  # ends the reply, not the conversation
-            pass
-        # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
-        held = prompt + tokens[:-1] if tokens else prompt[:shared]
-        output.write("\n")
-        messages.append({"role": "assistant", "content": reply})
 
 
 class _Statistics:
