@@ -6,8 +6,11 @@ decoding, in ragged batches, eager and compiled. Dimensions: B batch, H heads, T
 
 from __future__ import annotations
 
+import copy
+import functools
+import types
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,7 +65,8 @@ class Mask:
     """A predicate `(q, kv) -> bool`: may query token q attend to key token kv?
 
     Both have `.batch .head .index .position .segment`. The predicate uses tensor operations only (`&`, `|`, `~`,
-    comparisons, indexing of captured tensors); it may return a Python bool.
+    comparisons, indexing of captured tensors); it may return a Python bool. Masks combine with `&`, `|` and `~`.
+    Whatever they say, a free slot and padding are never attended to.
     """
 
     def __init__(self, predicate: Predicate, name: str | None = None) -> None:
@@ -72,9 +76,32 @@ class Mask:
     def __repr__(self) -> str:
         return self.name
 
+    def __and__(self, other: Mask) -> Mask:
+        return Mask(lambda q, kv: self.evaluate(q, kv) & other.evaluate(q, kv), f"({self} & {other})")
+
+    def __or__(self, other: Mask) -> Mask:
+        return Mask(lambda q, kv: self.evaluate(q, kv) | other.evaluate(q, kv), f"({self} | {other})")
+
+    def __invert__(self) -> Mask:
+        return Mask(lambda q, kv: ~self.evaluate(q, kv), f"~{self}")
+
+    def to(self, device: torch.device | str) -> Mask:
+        """This mask with the tensors that its predicate captures on `device`; itself if they are there already."""
+        predicate = _moved(self.predicate, device)
+        return self if predicate is self.predicate else Mask(predicate, self.name)
+
+    def evaluate(self, q: Token, kv: Token) -> Tensor:
+        """The predicate's answer as a boolean tensor. Raises ValueError for an answer of another kind."""
+        answer = self.predicate(q, kv)
+        if isinstance(answer, bool):
+            return torch.full_like(kv.index, answer, dtype=torch.bool)
+        if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
+            kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+            raise ValueError(f"mask {self} returned {kind}; a predicate returns booleans, such as kv.index <= q.index")
+        return answer
+
     def _allows(self, q: Token, kv: Token) -> Tensor:
-        occupied = kv.index >= 0
-        return occupied & self.predicate(q, kv)
+        return (kv.index >= 0) & self.evaluate(q, kv)
 
     def dense(self, q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
         """The mask as booleans, `[B, 1 or H, T, S]`: H only if the predicate looks at heads."""
@@ -123,6 +150,35 @@ class Mask:
             seq_lengths=(t, s),
             compute_q_blocks=False,  # only a backward pass needs them
         )
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """A predicate with the tensors it captures (in closures, partials, attributes, other masks) on `device`; the very
+    same object if there is nothing to move."""
+    if isinstance(value, Tensor | Mask):
+        return value.to(device)
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+        moved = [_moved(part, device) for part in parts]
+        if all(new is old for new, old in zip(moved, parts, strict=True)):
+            return value
+        args, keywords = moved[1 : 1 + len(value.args)], moved[1 + len(value.args) :]
+        return functools.partial(moved[0], *args, **dict(zip(value.keywords, keywords, strict=True)))
+    if isinstance(value, types.FunctionType) and value.__closure__:
+        captured = [cell.cell_contents for cell in value.__closure__]
+        moved = [_moved(content, device) for content in captured]
+        if all(new is old for new, old in zip(moved, captured, strict=True)):
+            return value
+        cells = tuple(types.CellType(content) for content in moved)
+        return types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    if callable(value) and hasattr(value, "__dict__") and not isinstance(value, type | types.FunctionType):
+        attributes = {name: _moved(content, device) for name, content in vars(value).items()}
+        if all(attributes[name] is content for name, content in vars(value).items()):
+            return value
+        moved_object = copy.copy(value)
+        vars(moved_object).update(attributes)
+        return moved_object
+    return value
 
 
 def _range(n: int, like: Tokens) -> Tensor:

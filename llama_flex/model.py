@@ -180,8 +180,8 @@ class Llama(nn.Module):
 
         lengths `[B]`: how many tokens of each row are real, the rest being padding on the right (default: all).
         positions `[B, T]`: rotary positions (default: the order of arrival). segments `[B, T]`: default 0.
-        mask: default causal. logits_to_keep: compute only the last so many logits of each row's real tokens
-        (0: all), `[B, logits_to_keep, V]`.
+        mask: default causal; tensors it captures are moved to the model. logits_to_keep: compute only the last so many
+        logits of each row's real tokens (0: all), `[B, logits_to_keep, V]`.
         Raises ValueError for shapes that do not fit, for a cache that is full, and for gradients on the CPU, where
         FlexAttention has none and only backend "dense" does.
         """
@@ -214,6 +214,7 @@ class Llama(nn.Module):
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
+        mask = None if mask is None else mask.to(self.device)
         return self.step(input_ids.to(self.device), lengths, positions, segments, cache, mask, backend, logits_to_keep)
 
     def step(
