@@ -5,6 +5,9 @@ Dimensions: B batch, H query heads, T query tokens, S slots, D head dim; K heads
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -31,8 +34,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     if isinstance(visible, BlockMask):
         # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return flex_attention(q, k, v, block_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
+        with nullcontext() if torch.compiler.is_compiling() else _without_advice_to_compile():
+            return flex_attention(q, k, v, block_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
     return _dense(q, k, v, visible)
+
+
+@contextmanager
+def _without_advice_to_compile() -> Iterator[None]:
+    """Run eagerly, flex_attention warns that it is slow; whoever runs this package eagerly chose to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+        yield
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:

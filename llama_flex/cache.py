@@ -5,6 +5,9 @@ Dimensions: B batch, K key/value heads, S slots, T new tokens, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -58,6 +61,21 @@ class Cache:
                 "do not fit: make it with a larger max_length"
             )
         self.reserved += count
+
+    @contextmanager
+    def appending(self, count: int) -> Iterator[None]:
+        """Reserve for `count` tokens that are computed in this context; if that fails, the cache is as it was."""
+        self.reserve(count)
+        before, done = self.length.clone(), False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:  # an error, or Ctrl-C: attributes may stand for keys that were never written
+                slot = torch.arange(self.tokens.index.shape[1], device=before.device)
+                self.tokens.index.masked_fill_(slot >= before[:, None], -1)
+                self.length.copy_(before)
+                self.reserved -= count
 
     def append(self, tokens: Tokens) -> Tensor:
         """Give slots `[B, T]` to new tokens and record their attributes. Padding (index -1) goes to the spare block."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .masks import Mask
 from .model import Llama
 from .sampling import Sampling, sample, stack
 from .streaming import StopStrings
@@ -61,7 +63,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.compile = compile
-        self.graphs: dict[tuple[int, ...], Callable[..., Tensor]] = {}  # by batch size, rows and slots
+        self.graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # by batch size, rows, slots and mask
         self.compile_seconds = 0.0
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
@@ -71,7 +73,6 @@ class Engine:
             completions[step.row].add(step)
         return completions
 
-    @torch.no_grad()
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -80,6 +81,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
+        mask: Mask | None = None,
         cache: Cache | None = None,
     ) -> Iterator[Step]:
         """Complete prompts (lists of token ids, of any lengths) together, yielding every token as it comes.
@@ -88,12 +90,14 @@ class Engine:
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
         stop: strings that end a text. stop_token_ids: default the model's end-of-text ids. Neither appears in the text;
         the tokens do.
+        mask: default causal. Keep one Mask object for many calls: compiled steps are made for each.
         cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context.
         """
-        model, device = self.model, self.model.device
-        max_new_tokens = self.check(prompts, max_new_tokens, cache)
+        model = self.model
+        prompts = _as_lists(prompts)
+        limits = self.check(prompts, max_new_tokens, cache)
         if stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         if not isinstance(sampling, Sequence):
@@ -102,21 +106,34 @@ class Engine:
             raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts; give one, or one each")
         stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
         texts = [_Text(self.tokenizer, prompt, stop) for prompt in prompts]
+        mask = None if mask is None else mask.to(model.device)
+        return self._run(prompts, limits, sampling, texts, stop_ids, mask, cache)
 
-        longest = max(map(len, prompts))
+    @torch.no_grad()
+    def _run(
+        self,
+        prompts: list[list[int]],
+        limits: list[int],
+        sampling: Sequence[Sampling],
+        texts: list[_Text],
+        stop_ids: frozenset[int],
+        mask: Mask | None,
+        cache: Cache | None,
+    ) -> Iterator[Step]:
+        device = self.model.device
         if cache is None:
-            cache = self.new_cache(len(prompts), longest + max_new_tokens)
+            cache = self.new_cache(len(prompts), max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
         parameters = stack(sampling, device)
         seen = None
         if parameters.repetition_penalty is not None:
-            seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+            seen = torch.zeros(len(prompts), self.model.config.vocab_size, dtype=torch.bool, device=device)
             for row, prompt in zip(seen, prompts, strict=True):
                 row[torch.tensor(prompt, device=device)] = True
 
-        logits = self._prefill(prompts, cache)
+        logits = self._prefill(prompts, mask, cache)
         running = torch.ones(len(prompts), dtype=torch.int32, device=device)
-        for count in range(max_new_tokens):
-            token, logprob = sample(logits, parameters, torch.full_like(running, count), seen)
+        for count in range(1, max(limits) + 1):
+            token, logprob = sample(logits, parameters, torch.full_like(running, count - 1), seen)
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             alive = running.tolist()
@@ -124,15 +141,14 @@ class Engine:
                 if not alive[row]:
                     continue
                 text, stopped = ("", False) if id in stop_ids else texts[row].put(id)
-                reason = "stop" if stopped or id in stop_ids else "length" if count + 1 == max_new_tokens else None
+                reason = "stop" if stopped or id in stop_ids else "length" if count == limits[row] else None
                 if reason is not None:
                     running[row] = 0
                     text += "" if stopped else texts[row].flush()
                 yield Step(row, id, lp, text, reason)
-            if count + 1 == max_new_tokens or not running.any():
+            if not running.any():
                 return
-            cache.reserve(1)
-            logits = self._step(token[:, None], running, cache)
+            logits = self._step(token[:, None], running, 1, mask, cache)
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache for this engine: if it compiles, of one of few sizes, so that graphs are shared."""
@@ -142,39 +158,45 @@ class Engine:
 
     def check(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None, cache: Cache | None = None
-    ) -> int:
-        """How many new tokens there will be at most; raises the ValueErrors of `stream`."""
+    ) -> list[int]:
+        """How many new tokens each prompt gets at most; raises the ValueErrors of `stream`."""
         config = self.model.config
         held, context, what = 0, config.max_position_embeddings, "context"
-        if not prompts:
+        if not len(prompts):
             raise ValueError("no prompts given")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if cache is not None:
-            if cache.batch_size != len(prompts):
-                raise ValueError(f"the cache has {cache.batch_size} rows for {len(prompts)} prompts; give one row each")
+            self.model.check_cache(cache, len(prompts))
             held = cache.reserved
             if cache.max_length < context:
                 context, what = cache.max_length, "cache"
+        limits = []
         for number, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ValueError(f"prompt {number} is empty; give at least one token, such as the beginning-of-text id")
             if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
                 raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
-        needed = held + max(map(len, prompts))
-        room = context - needed
-        if room < 1:
-            raise ValueError(f"{needed} prompt tokens leave no room in the {what} of {context} tokens; shorten them")
-        if max_new_tokens is None:
-            return min(self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS, room)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if max_new_tokens > room:
-            raise ValueError(
-                f"{needed} prompt tokens and {max_new_tokens} new ones exceed the {what} of {context} tokens; "
-                f"ask for at most {room} new tokens"
-            )
-        return max_new_tokens
+            needed = held + len(prompt)
+            room = context - needed
+            if room < 1:
+                raise ValueError(
+                    f"prompt {number}: {needed} tokens leave no room in the {what} of {context} tokens; shorten it"
+                )
+            if max_new_tokens is not None and max_new_tokens > room:
+                raise ValueError(
+                    f"prompt {number}: {needed} tokens and {max_new_tokens} new ones exceed the {what} of "
+                    f"{context} tokens; ask for at most {room} new tokens"
+                )
+            limits.append(min(max_new_tokens or self.default_new_tokens, room))
+        return limits
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], cache: Cache) -> Tensor:
+    @property
+    def default_new_tokens(self) -> int:
+        """How many tokens to generate where the caller does not say."""
+        return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+
+    def _prefill(self, prompts: list[list[int]], mask: Mask | None, cache: Cache) -> Tensor:
         """Append the prompts to the cache in chunks of fixed sizes; the logits `[B, V]` after each one's last token."""
         device = self.model.device
         length = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
@@ -186,27 +208,36 @@ class Engine:
         logits, start = torch.empty(0), 0
         while start < longest:
             size = next((c for c in CHUNKS if start + c <= ids.shape[1]), CHUNKS[-1])
-            cache.reserve(min(size, longest - start))
             here = (length - start).clamp(0, size)
             # Copied: a slice keeps the strides of the whole, and every other stride would compile once more.
             chunk = ids[:, start : start + size].clone(memory_format=torch.contiguous_format)
-            chunk_logits = self._step(chunk, here, cache)
+            chunk_logits = self._step(chunk, here, min(size, longest - start), mask, cache)
             ends_here = (length > start) & (length <= start + size)
             logits = chunk_logits if start == 0 else torch.where(ends_here[:, None], chunk_logits, logits)
             start += size
         return logits
 
-    def _step(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
-        """Append ids `[B, T]`, of which `lengths` in each row are real; the logits `[B, V]` after each row's last."""
-        step, started, key = self.model.step, None, (*ids.shape, cache.max_length)
+    def _step(self, ids: Tensor, lengths: Tensor, count: int, mask: Mask | None, cache: Cache) -> Tensor:
+        """Append ids `[B, T]`, of which `lengths` in each row are real, `count` at most; the logits `[B, V]` after each
+        row's last."""
+        step, started, key = self.model.step, None, (*ids.shape, cache.max_length, mask)
         if self.compile and key not in self.graphs:
             self.graphs[key], started = _compiled(self.model.step), time.perf_counter()
         if self.compile:
             step = self.graphs[key]
-        logits = step(ids, lengths, None, None, cache, None, "flex", 1)
+        with cache.appending(count):
+            logits = step(ids, lengths, None, None, cache, mask, "flex", 1)
         if started is not None:
             self.compile_seconds += time.perf_counter() - started
         return logits[:, 0]
+
+
+def _as_lists(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists of Python integers, whatever kind of integers they come as."""
+    try:
+        return [[operator.index(id) for id in prompt] for prompt in prompts]
+    except TypeError:
+        raise ValueError("prompts must be a list of lists of token ids, such as [[1, 2, 3]]") from None
 
 
 def _compiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:

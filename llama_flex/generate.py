@@ -73,7 +73,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 for what the user can put right, 130 on Ctrl-C."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")  # --compile off means it
     try:
         args = _parser().parse_args(argv)
         requests = _requests(args)
@@ -81,9 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             session = _Session(args, output)
             try:
                 session.chat() if args.chat else session.complete(requests)
-            finally:
-                if not args.quiet and session.statistics.first_seconds is not None:
-                    session.statistics.print()
+            except KeyboardInterrupt:
+                session.report()
+                raise
+            session.report()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has what it wanted
@@ -111,6 +111,10 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     requests = [Request(i, text) for i, text in enumerate(args.prompt)]
     if args.prompts_file:
         requests += _read_prompts(args.prompts_file, len(requests))
+    if args.output and args.prompts_file and args.output.exists() and args.output.samefile(args.prompts_file):
+        raise UsageError(f"--output {args.output} is the prompts file; give another")
+    if args.chat and sys.stdin is None:
+        raise UsageError("--chat reads from standard input, which is closed")
     if args.chat and (requests or args.json):
         raise UsageError("--chat reads its messages from the terminal; leave out --prompt, --prompts-file and --json")
     if not args.chat and not requests:
@@ -123,7 +127,7 @@ def _requests(args: argparse.Namespace) -> list[Request]:
 
 def _read_prompts(path: Path, first_id: int) -> Iterator[Request]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028, legal in JSON
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028, legal in JSON
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read --prompts-file {path}: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -134,12 +138,15 @@ def _read_prompts(path: Path, first_id: int) -> Iterator[Request]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: not JSON ({error})") from None
-        prompt = row.get("messages", row.get("prompt")) if isinstance(row, dict) else row
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
-            raise UsageError(f"{path}, line {number}: needs a text 'prompt' or a list 'messages'")
-        yield Request(row.get("id", first_id + number - 1) if isinstance(row, dict) else first_id + number - 1, prompt)
+        row = row if isinstance(row, dict) else {"prompt": row}
+        prompt: Any = row.get("messages", row.get("prompt"))
+        chat = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
+        if not isinstance(prompt, str) and not chat:
+            raise UsageError(f"{path}, line {number}: needs a text 'prompt', or 'messages' that have a role each")
+        yield Request(row.get("id", first_id + number - 1), prompt)
 
 
 class _Output:
@@ -147,25 +154,42 @@ class _Output:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.name = "stdout" if path is None else f"--output {path}"
+        self.existed = path is not None and path.exists()
         self.written = False
+        if path is None and sys.stdout is None:
+            raise UsageError("stdout is closed; give --output")
         try:
             self.file: IO[str] = sys.stdout if path is None else path.open("a", encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"cannot write to --output {path}: {error.strerror}") from None
+            raise UsageError(f"cannot write to {self.name}: {error.strerror}") from None
 
     def __enter__(self) -> _Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             self.file.close()
+        except OSError as error:  # what could not be written is still in the buffer
+            raise UsageError(f"cannot write to {self.name}: {error.strerror}") from None
+        if not self.written and not self.existed:
+            self.path.unlink()
 
     def write(self, text: str) -> None:
-        if self.path is not None and not self.written and self.path.is_file():
-            self.file.truncate(0)
-        self.written = True
-        self.file.write(text)
-        self.file.flush()
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)  # a terminal may not know every character
+        try:
+            if self.path is not None and not self.written and self.path.is_file():
+                self.file.truncate(0)
+            self.written = True
+            self.file.write(text)
+            self.file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.name}: {error.strerror}") from None
 
 
 class _Session:
@@ -175,7 +199,7 @@ class _Session:
         import torch
 
         from . import hub
-        from .engine import DEFAULT_NEW_TOKENS, Engine
+        from .engine import Engine
         from .model import Llama
         from .sampling import Sampling
         from .tokenizer import Tokenizer
@@ -192,9 +216,14 @@ class _Session:
         self.engine = Engine(model, self.tokenizer)
         self.statistics = _Statistics(self.engine, time.perf_counter() - started)
         self.sampling = Sampling.recommended(model.generation_config, **asked)
-        self.expected = args.max_new_tokens or model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+        self.expected = args.max_new_tokens or self.engine.default_new_tokens
         self.options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
         self.args, self.output = args, output
+
+    def report(self) -> None:
+        """Statistics, unless unwanted or there are none."""
+        if not self.args.quiet and self.statistics.first_seconds is not None:
+            self.statistics.print()
 
     def complete(self, requests: list[Request]) -> None:
         """Complete all requests, a batch at a time."""
@@ -254,7 +283,13 @@ class _Session:
             if not line.strip():
                 continue
             messages.append({"role": "user", "content": line.strip()})
-            prompt = self._encode_chat(messages)
+            try:
+                prompt = self._encode_chat(messages)
+                self.engine.check([prompt], self.args.max_new_tokens)
+            except ValueError as error:  # too long, say: the conversation goes on without this message
+                _refuse(error)
+                messages.pop()
+                continue
             needed = min(len(prompt) + self.expected, self.engine.model.config.max_position_embeddings)
             if cache is None or needed > cache.max_length:
                 cache, held = self.engine.new_cache(1, needed), []

@@ -28,6 +28,8 @@ def resolve(
     files: which to download. revision, token: as for the hub. HF_HUB_OFFLINE=1 uses the cache alone.
     Raises ValueError if there is neither such a folder nor such a repository.
     """
+    if not str(path_or_repo):
+        raise ValueError("no model named; give a folder or a hub repository name, owner/model")
     folder = Path(path_or_repo).expanduser()
     if folder.is_dir():
         return folder

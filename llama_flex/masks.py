@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 BLOCK = 128  # slots and query rows per block of a BlockMask
 # Cells of the mask evaluated at once when its blocks are classified; bounds the memory of a long forward.
 _CELLS_AT_ONCE = 2**24
+_EMPTY = types.CellType()  # what a closure holds of a variable that has no value yet
 
 
 class Tokens(NamedTuple):
@@ -86,7 +87,11 @@ class Mask:
         return Mask(lambda q, kv: ~self.evaluate(q, kv), f"~{self}")
 
     def to(self, device: torch.device | str) -> Mask:
-        """This mask with the tensors that its predicate captures on `device`; itself if they are there already."""
+        """This mask with the tensors that its predicate captures on `device`; itself if they are there already.
+
+        Found in closures, defaults, partials, methods, attributes of callable objects, lists, tuples, dicts and other
+        masks; a global variable is not captured, and stays where it is.
+        """
         predicate = _moved(self.predicate, device)
         return self if predicate is self.predicate else Mask(predicate, self.name)
 
@@ -152,32 +157,51 @@ class Mask:
         )
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
-    """A predicate with the tensors it captures (in closures, partials, attributes, other masks) on `device`; the very
-    same object if there is nothing to move."""
+def _moved(value: Any, device: torch.device | str, seen: dict[int, Any] | None = None) -> Any:
+    """`value` with the tensors it holds on `device`: in closures, defaults, partials, methods, attributes of callable
+    objects, lists, tuples, dicts and other masks. The very same object if there is nothing to move."""
+    seen = {} if seen is None else seen
+    if id(value) in seen:  # a function that refers to itself
+        return seen[id(value)]
+    seen[id(value)] = value
     if isinstance(value, Tensor | Mask):
         return value.to(device)
+
+    def parts_moved(parts: Sequence[Any]) -> list[Any] | None:
+        moved = [_moved(part, device, seen) for part in parts]
+        return None if all(new is old for new, old in zip(moved, parts, strict=True)) else moved
+
+    def attributes_moved(holder: Any) -> Any:
+        moved = parts_moved([vars(holder)])
+        if moved is not None:
+            holder = copy.copy(holder)
+            vars(holder).update(moved[0])
+        return holder
+
+    if type(value) in (list, tuple):
+        moved = parts_moved(value)
+        return value if moved is None else type(value)(moved)
+    if type(value) is dict:
+        moved = parts_moved(list(value.values()))
+        return value if moved is None else dict(zip(value, moved, strict=True))
     if isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
-        moved = [_moved(part, device) for part in parts]
-        if all(new is old for new, old in zip(moved, parts, strict=True)):
+        moved = parts_moved([value.func, value.args, value.keywords])
+        return value if moved is None else functools.partial(moved[0], *moved[1], **moved[2])
+    if isinstance(value, types.MethodType):
+        holder = attributes_moved(value.__self__) if hasattr(value.__self__, "__dict__") else value.__self__
+        return value if holder is value.__self__ else types.MethodType(value.__func__, holder)
+    if isinstance(value, types.FunctionType):
+        cells = [cell for cell in value.__closure__ or () if cell != _EMPTY]
+        moved = parts_moved([value.__defaults__, value.__kwdefaults__, *(cell.cell_contents for cell in cells)])
+        if moved is None:
             return value
-        args, keywords = moved[1 : 1 + len(value.args)], moved[1 + len(value.args) :]
-        return functools.partial(moved[0], *args, **dict(zip(value.keywords, keywords, strict=True)))
-    if isinstance(value, types.FunctionType) and value.__closure__:
-        captured = [cell.cell_contents for cell in value.__closure__]
-        moved = [_moved(content, device) for content in captured]
-        if all(new is old for new, old in zip(moved, captured, strict=True)):
-            return value
-        cells = tuple(types.CellType(content) for content in moved)
-        return types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-    if callable(value) and hasattr(value, "__dict__") and not isinstance(value, type | types.FunctionType):
-        attributes = {name: _moved(content, device) for name, content in vars(value).items()}
-        if all(attributes[name] is content for name, content in vars(value).items()):
-            return value
-        moved_object = copy.copy(value)
-        vars(moved_object).update(attributes)
-        return moved_object
+        new = dict(zip(map(id, cells), map(types.CellType, moved[2:]), strict=True))
+        closure = tuple(new.get(id(cell), cell) for cell in value.__closure__ or ())
+        function = types.FunctionType(value.__code__, value.__globals__, value.__name__, moved[0], closure)
+        function.__kwdefaults__ = moved[1]
+        return function
+    if callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+        return attributes_moved(value)
     return value
 
 

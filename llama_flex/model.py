@@ -121,6 +121,8 @@ class Llama(nn.Module):
         and the way out, for anything missing, malformed or not supported; see `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be a torch.dtype such as torch.bfloat16, found {dtype!r}")
         folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
         config = LlamaConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -185,7 +187,7 @@ class Llama(nn.Module):
         Raises ValueError for shapes that do not fit, for a cache that is full, and for gradients on the CPU, where
         FlexAttention has none and only backend "dense" does.
         """
-        if input_ids.dim() != 2 or input_ids.shape[1] < 1 or input_ids.dtype not in (torch.int32, torch.int64):
+        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int32, torch.int64):
             found = f"{list(input_ids.shape)} {input_ids.dtype}"
             raise ValueError(f"input_ids must be integers [batch, tokens] with at least one token, found {found}")
         b, t = input_ids.shape
@@ -194,12 +196,19 @@ class Llama(nn.Module):
             ("positions", positions, (b, t)),
             ("segments", segments, (b, t)),
         ):
-            if value is not None and value.shape != shape:
-                raise ValueError(f"{name} must be {list(shape)} to fit input_ids, found {list(value.shape)}")
+            if value is not None and (value.shape != shape or value.is_floating_point()):
+                found = f"{list(value.shape)} {value.dtype}"
+                raise ValueError(f"{name} must be integers {list(shape)} to fit input_ids, found {found}")
+        if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
+            raise ValueError(f"lengths must be from 0 to the {t} tokens given, found {lengths.tolist()}")
         if not 0 <= logits_to_keep <= t:
             raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
         if backend not in get_args(Backend):
             raise ValueError(f"backend {backend!r} is not known; choose 'flex' or 'dense'")
+        if mask is not None and not isinstance(mask, Mask):
+            raise ValueError(
+                f"mask must be a Mask, found {type(mask).__name__}; a predicate (q, kv) becomes Mask(predicate)"
+            )
         if (
             backend == "flex"
             and self.device.type == "cpu"
@@ -207,15 +216,26 @@ class Llama(nn.Module):
             and any(p.requires_grad for p in self.parameters())
         ):
             raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
-        if cache is not None:
-            if cache.batch_size != b:
-                raise ValueError(f"the cache has {cache.batch_size} rows, input_ids has {b}")
-            cache.reserve(t)
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
         mask = None if mask is None else mask.to(self.device)
-        return self.step(input_ids.to(self.device), lengths, positions, segments, cache, mask, backend, logits_to_keep)
+        input_ids = input_ids.to(self.device)
+        if cache is None:
+            return self.step(input_ids, lengths, positions, segments, None, mask, backend, logits_to_keep)
+        self.check_cache(cache, b)
+        with cache.appending(t):
+            return self.step(input_ids, lengths, positions, segments, cache, mask, backend, logits_to_keep)
+
+    def check_cache(self, cache: Cache, batch_size: int) -> None:
+        """Raise ValueError for a cache of another batch size or another model."""
+        if cache.batch_size != batch_size:
+            raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}; give one row each")
+        c, (keys, _) = self.config, cache.layers[0]
+        mine = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, self.dtype, self.device)
+        other = (len(cache.layers), keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+        if mine != other:
+            raise ValueError(f"the cache is of another model ({other}, not {mine}); make it with model.new_cache")
 
     def step(
         self,

@@ -39,7 +39,7 @@ class Sampling:
         for name, valid, rule in (
             ("repetition_penalty", self.repetition_penalty > 0, "a positive number"),
             ("temperature", self.temperature >= 0, "0 (greedy) or a positive number"),
-            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "0 (off) or a positive whole number"),
+            ("top_k", isinstance(self.top_k, int) and 0 <= self.top_k < 2**31, "0 (off) or a positive whole number"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
         ):

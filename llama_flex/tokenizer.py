@@ -9,6 +9,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
+from . import hub
 from .chat import render_chat
 from .config import read_json
 from .streaming import Decoding, StreamDecoder
@@ -48,15 +49,15 @@ class Tokenizer:
         self.unk_token, self.unk_token_id = self._named("unk_token")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Reads a local folder: tokenizer.json, else tokenizer.model, with the JSON files that go with them.
+    def from_pretrained(
+        cls, path_or_repo: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> "Tokenizer":
+        """Reads a local folder or hub repository: tokenizer.json, else tokenizer.model, and the JSON files with them.
 
         Raises:
             ValueError: naming the file that is missing or cannot be read as what it should be.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder; pass the folder that holds tokenizer.json or tokenizer.model")
+        folder = hub.resolve(path_or_repo, hub.TOKENIZER_FILES, revision=revision, token=token)
         config = _read_if_there(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # older folders spread this over two more files
             config |= _read_if_there(folder / "special_tokens_map.json")

@@ -607,3 +607,56 @@ def test_an_interrupt_in_chat_ends_the_reply_and_not_the_conversation(cli, engin
     history = [*first, {"role": "assistant", "content": cut}, {"role": "user", "content": "how are you?"}]
     second = expected_text(engine, engine.tokenizer.apply_chat_template(history), 5, special=False)
     assert out == f"{cut}\n{second}\n"
+
+
+# --- What users do to files and streams ---
+
+
+def test_the_prompts_file_is_not_written_over(cli, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("one\n")
+    assert_one_error(cli("--prompts-file", path, "--output", path), "is the prompts file")
+    assert path.read_text() == "one\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(cli, tmp_path):
+    for name, line in (("p.txt", "One"), ("p.jsonl", '{"prompt": "One"}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + line.encode())
+        _, out, _ = cli("--prompts-file", tmp_path / name, "--max-new-tokens", 1, "--json")
+        assert json.loads(out)["prompt"] == "One"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "a", "id": "\\ud800"}', '{"messages": [{"content": "a"}]}', "9" * 5000, '{"prompt": 5}']
+)
+def test_a_wrong_row_is_refused_with_its_line_number(cli, tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line)
+    assert_one_error(cli("--prompts-file", path), "line 2")
+
+
+def test_a_message_that_does_not_fit_does_not_end_the_conversation(cli):
+    code, out, err = cli("--chat", "--max-new-tokens", 3, stdin="hello\n" + "x y " * 600 + "\nhello again\n")
+    assert code == 0
+    assert out.count("\n") == 2
+    assert "leave no room" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_named(cli):
+    assert_one_error(
+        cli("--prompt", "One", "--max-new-tokens", 2, "--output", "/dev/full"), "/dev/full", "No space left"
+    )
+
+
+def test_a_refused_run_leaves_no_empty_output(cli, tmp_path):
+    assert_one_error(cli("--prompt", "One", "--output", tmp_path / "new.txt", model="nowhere"), "nowhere")
+    assert not (tmp_path / "new.txt").exists()
+
+
+def test_closed_streams_are_named(folder):
+    for redirect, arguments in (("<&-", "--chat"), (">&-", "--prompt One")):
+        command = f"{sys.executable} -m llama_flex.generate --model {folder} --compile off {arguments} {redirect}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert re.fullmatch("error: .*closed.*\n", done.stderr)

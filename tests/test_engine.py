@@ -9,7 +9,7 @@ from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_flex import GenerationConfig, Llama, LlamaConfig, Sampling, Tokenizer, attention
+from llama_flex import GenerationConfig, Llama, LlamaConfig, Mask, Sampling, Tokenizer, attention, masks
 from llama_flex.engine import Completion, Engine
 
 BORDERS = (1, 127, 128, 129, 300, 511, 512, 513, 640, 900)  # around the chunks of 128 and 512 rows
@@ -649,7 +649,7 @@ def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(ti
         found += compiled.generate([long[20:200]], cache=cache, **options)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
-    assert sorted(compiled.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
+    assert sorted(compiled.graphs) == [(1, 1, 1024, None), (1, 128, 1024, None), (1, 512, 1024, None)]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert compiled.compile_seconds == seconds > 0
     assert eager.graphs == {}
@@ -700,4 +700,60 @@ def test_greedy_text_of_the_demo_weights_is_transformers_token_for_token(demo_fo
         if name in ("chat", "empty", "emoji"):
             assert done.tokens == reference_tokens(demo_reference, prompt, 64)
     assert not differ
-    assert sorted(engine.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
+    assert sorted(engine.graphs) == [(1, 1, 1024, None), (1, 128, 1024, None), (1, 512, 1024, None)]
+
+
+# --- Masks, kinds of prompts, and failures midway ---
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_mask_holds_in_cached_generation(tiny_pair, compile):
+    """Greedy tokens under a window, against the full forward with the same window at every step."""
+    _, model = tiny_pair("gqa")
+    window = masks.causal() & Mask(lambda q, kv: q.index - kv.index < 20, "window(20)")
+    prompts = [list(range(3, 140)), [7, 8, 9]]
+    engine = Engine(model, compile=compile)
+    found = engine.generate(prompts, max_new_tokens=5, stop_token_ids=(), mask=window)
+    for prompt, completion in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for token in completion.tokens:
+            assert token == model(torch.tensor([ids]), mask=window, backend="dense")[0, -1].argmax()
+            ids.append(token)
+    plain = engine.generate(prompts, max_new_tokens=5, stop_token_ids=())
+    assert plain[0].tokens != found[0].tokens
+
+
+def test_each_prompt_has_its_own_room_in_the_context(tiny_pair):
+    _, model = tiny_pair("gqa")
+    room = model.config.max_position_embeddings - 1020
+    short, long = Engine(model).check([[5], [5] * 1020])
+    assert (short, long) == (256, room)
+
+
+@pytest.mark.parametrize("prompts", [[1, 2, 3], ["abc"], [[1.5]], "abc", [None]])
+def test_prompts_that_are_no_lists_of_ids_are_refused(tiny_pair, prompts):
+    with pytest.raises(ValueError, match="lists of token ids"):
+        Engine(tiny_pair("gqa")[1]).stream(prompts)
+
+
+def test_a_failed_step_leaves_the_cache_as_it_was(tiny_pair):
+    _, model = tiny_pair("gqa")
+    cache = model.new_cache(1, 128)
+    model(torch.tensor([[3, 4, 5]]), cache=cache)
+    before = [x.clone() for x in cache.tokens]
+
+    def broken(q, kv):
+        raise KeyboardInterrupt
+
+    for arguments, error in (({"mask": Mask(broken)}, KeyboardInterrupt), ({}, IndexError)):
+        with pytest.raises(error):
+            model(torch.tensor([[600, 6]]), cache=cache, **arguments)  # 600 is outside the vocabulary
+        assert cache.length.tolist() == [3]
+        assert cache.reserved == 3
+        assert torch.equal(cache.tokens.index, before[0])
+
+
+def test_a_cache_of_another_model_is_refused(tiny_pair):
+    cache = tiny_pair("mqa")[1].new_cache(1, 128)
+    with pytest.raises(ValueError, match="of another model"):
+        Engine(tiny_pair("gqa")[1]).stream([[1]], cache=cache)

@@ -155,6 +155,28 @@ def test_captured_tensors_follow_the_device():
         assert mask.dense(tokens(torch.arange(9)[None]), tokens(torch.arange(9)[None]), 1).device.type == "cpu"
 
 
+def test_predicates_that_refer_to_themselves_or_keep_tensors_elsewhere_move_too():
+    limit = torch.tensor([4])
+
+    def recursive(q, kv, depth=1, *, bound=limit):
+        return recursive(q, kv, depth - 1, bound=bound) if depth else q.index - kv.index < bound[0]
+
+    class Holder:
+        def __init__(self):
+            self.limits = [limit]
+
+        def predicate(self, q, kv):
+            return q.index - kv.index < self.limits[0]
+
+    def before_it_is_set(q, kv):
+        return unset if q is None else kv.index < limit
+
+    meta = Tokens(*(torch.zeros(1, 9, dtype=torch.int32, device="meta") for _ in range(3)))
+    for predicate in (recursive, Holder().predicate, before_it_is_set):
+        assert Mask(predicate).to("meta").dense(meta, meta, 1).device.type == "meta"
+    unset = True
+
+
 def test_masks_say_what_they_are():
     window = Mask(lambda q, kv: q.index - kv.index < 4, "window(4)")
     assert repr(masks.causal() & window | ~window) == "((causal() & window(4)) | ~window(4))"
