@@ -72,15 +72,6 @@ def engine(folder) -> Engine:
     return Engine(Llama.from_pretrained(folder, device="cpu"), Tokenizer.from_pretrained(folder))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are faster without a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def cli(folder, capsys, monkeypatch):
     """Run the command line in this process: (exit code, stdout, stderr). A model of None leaves the argument out."""

@@ -17,15 +17,6 @@ VISIBLE = attention.visible
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models are faster without a second thread, and ten times faster where other processes take the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def dense(monkeypatch):
     """Attention by its dense definition: flex_attention run eagerly takes ten times as long. `flex` switches back."""
     monkeypatch.setattr(attention, "visible", lambda mask, q, kv, heads, backend: VISIBLE(mask, q, kv, heads, "dense"))
