@@ -286,7 +286,7 @@ def test_gradients_flow_through_dense_and_equal_the_reference(tiny_pair):
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("length", [1, 129, 700])
+@pytest.mark.parametrize("length", LENGTHS)
 @torch.no_grad()
 def test_demo_logits_equal_the_reference(demo, demo_reference, length):
     ids = token_ids(49152, length, batch=1)
