@@ -218,3 +218,67 @@ def _list_blocks(listed: Tensor) -> tuple[Tensor, Tensor]:
 def causal() -> Mask:
     """A token attends to itself and to the tokens that arrived before it."""
     return Mask(lambda q, kv: kv.index <= q.index, "causal()")
+
+
+def bidirectional() -> Mask:
+    """Every token attends to every other."""
+    return Mask(lambda q, kv: True, "bidirectional()")
+
+
+def sliding_window(width: int | Tensor) -> Mask:
+    """A token attends to the last `width` tokens, itself included, as in transformers. A tensor `[B]`: one a row."""
+    name = _named("sliding_window", width, 1)
+    return Mask(
+        lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < _of_row(width, q)),
+        name,
+    )
+
+
+def sink(count: int | Tensor) -> Mask:
+    """A token attends to the first `count` tokens, as far as they came before it (arXiv:2309.17453)."""
+    name = _named("sink", count, 0)
+    return Mask(lambda q, kv: (kv.index <= q.index) & (kv.index < _of_row(count, q)), name)
+
+
+def prefix_lm(length: int | Tensor) -> Mask:
+    """Causal, but the first `length` tokens also attend to each other in both directions (arXiv:1910.10683).
+
+    In a cache the prefix must be appended in one piece: a token cannot attend to what has not arrived.
+    """
+    name = _named("prefix_lm", length, 0)
+    return Mask(
+        lambda q, kv: (kv.index <= q.index) | (q.index < _of_row(length, q)) & (kv.index < _of_row(length, q)),
+        name,
+    )
+
+
+def chunked(size: int | Tensor) -> Mask:
+    """Causal within chunks of `size` tokens; nothing crosses from one chunk to the next."""
+    name = _named("chunked", size, 1)
+    return Mask(
+        lambda q, kv: (kv.index <= q.index) & (kv.index // _of_row(size, q) == q.index // _of_row(size, q)),
+        name,
+    )
+
+
+def dilated(step: int | Tensor) -> Mask:
+    """Causal, every `step`-th token counted back from the token itself (arXiv:2004.05150)."""
+    name = _named("dilated", step, 1)
+    return Mask(lambda q, kv: (kv.index <= q.index) & ((q.index - kv.index) % _of_row(step, q) == 0), name)
+
+
+def document() -> Mask:
+    """A token attends to tokens of its own segment; combine with `causal()`."""
+    return Mask(lambda q, kv: q.segment == kv.segment, "document()")
+
+
+def _of_row(value: int | Tensor, token: Token) -> int | Tensor:
+    """A parameter that is one number for all, or a tensor `[B]` with one for each row."""
+    return value[token.batch] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _named(name: str, value: int | Tensor, least: int) -> str:
+    """The name of a mask with its parameter. Raises ValueError for a number below `least`."""
+    if not isinstance(value, Tensor) and value < least:
+        raise ValueError(f"{name} needs a number of at least {least}, not {value}")
+    return f"{name}({value.tolist() if isinstance(value, Tensor) else value})"

@@ -46,7 +46,27 @@ class Window:
         return q.index - kv.index < self.width[q.batch]
 
 
+# A named mask, and the same rule over plain numbers: row b, query i, key j, their segments.
+NAMED = {
+    "bidirectional": (masks.bidirectional(), lambda b, i, j, si, sj: True),
+    "sliding_window": (masks.sliding_window(100), lambda b, i, j, si, sj: 0 <= i - j < 100),
+    "windows by row": (
+        masks.sliding_window(torch.tensor([1, 150])),
+        lambda b, i, j, si, sj: 0 <= i - j < (1, 150)[b],
+    ),
+    "sink": (masks.sink(4), lambda b, i, j, si, sj: j <= i and j < 4),
+    "window and sink": (
+        masks.sliding_window(30) | masks.sink(torch.tensor([2, 5])),
+        lambda b, i, j, si, sj: j <= i and (i - j < 30 or j < (2, 5)[b]),
+    ),
+    "prefix_lm": (masks.prefix_lm(140), lambda b, i, j, si, sj: j <= i or (i < 140 and j < 140)),
+    "chunked": (masks.chunked(64), lambda b, i, j, si, sj: j <= i and i // 64 == j // 64),
+    "dilated": (masks.dilated(3), lambda b, i, j, si, sj: j <= i and (i - j) % 3 == 0),
+    "document": (masks.document() & masks.causal(), lambda b, i, j, si, sj: j <= i and si == sj),
+}
+
 PREDICATES = {
+    **{name: mask for name, (mask, _) in NAMED.items()},
     "causal": masks.causal(),
     "true": Mask(lambda q, kv: True) & masks.causal(),
     "false": Mask(lambda q, kv: False) | masks.causal(),
@@ -59,6 +79,33 @@ PREDICATES = {
     "segments": Mask(lambda q, kv: q.segment == kv.segment) & masks.causal(),
     "inverted": ~(masks.causal() & Mask(lambda q, kv: q.index - kv.index > 130)) & masks.causal(),
 }
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_masks_are_their_rules(name):
+    mask, rule = NAMED[name]
+    index, segment = torch.arange(200).expand(2, -1), (torch.arange(200) // 70).expand(2, -1)
+    cells = mask.dense(tokens(index, segment), tokens(index, segment), 1)
+    for b in range(2):
+        expected = [[rule(b, i, j, i // 70, j // 70) for j in range(200)] for i in range(200)]
+        assert torch.equal(cells[b, 0], torch.tensor(expected))
+
+
+def test_a_window_one_too_wide_would_be_noticed():
+    index = tokens(torch.arange(200).expand(2, -1))
+    rule = NAMED["sliding_window"][1]
+    wrong = masks.sliding_window(101).dense(index, index, 1)[0, 0]
+    assert not torch.equal(wrong, torch.tensor([[rule(0, i, j, 0, 0) for j in range(200)] for i in range(200)]))
+
+
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [(masks.sliding_window, 0), (masks.sink, -1), (masks.prefix_lm, -1), (masks.chunked, 0), (masks.dilated, 0)],
+)
+def test_numbers_out_of_range_are_named(make, value):
+    with pytest.raises(ValueError, match=f"{make.__name__} needs a number of at least {value + 1}, not {value}"):
+        make(value)
+    assert repr(make(5)) == f"{make.__name__}(5)"
 
 
 @pytest.mark.parametrize("t", [1, 100, 128, 129, 300])
@@ -99,7 +146,12 @@ def test_dense_equals_eager_in_full_and_cached(tiny_pair, name):
     dense = model(ids, segments=segments, mask=mask, backend="dense")
     torch.testing.assert_close(model(ids, segments=segments, mask=mask), dense, rtol=0, atol=2e-4)
     cache = model.new_cache(2, 150)
-    if name not in ("everything", "nothing"):  # those are not causal, or attend to nothing
+    if name not in (
+        "everything",
+        "nothing",
+        "bidirectional",
+        "prefix_lm",
+    ):  # those are not causal, or attend to nothing
         steps = [
             model(ids[:, a:b], segments=segments[:, a:b], mask=mask, cache=cache)
             for a, b in ((0, 128), (128, 149), (149, 150))
@@ -107,7 +159,9 @@ def test_dense_equals_eager_in_full_and_cached(tiny_pair, name):
         torch.testing.assert_close(torch.cat(steps, 1), dense, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["false", "captured table", "per head", "per row", "segments"])
+@pytest.mark.parametrize(
+    "name", ["false", "captured table", "per head", "per row", "segments", "window and sink", "windows by row"]
+)
 @torch.no_grad()
 def test_compiled_equals_dense_in_chunks_and_steps(tiny_pair, name):
     _, model = tiny_pair("mha")
