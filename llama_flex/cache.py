@@ -72,8 +72,7 @@ class Cache:
             done = True
         finally:
             if not done:  # an error, or Ctrl-C: attributes may stand for keys that were never written
-                slot = torch.arange(self.tokens.index.shape[1], device=before.device)
-                self.tokens.index.masked_fill_(slot >= before[:, None], -1)
+                self._forget_from(before[:, None])
                 self.length.copy_(before)
                 self.reserved -= count
 
@@ -93,9 +92,13 @@ class Cache:
         """Forget all tokens of every row from index `length` on. Raises ValueError for a negative length."""
         if length < 0:
             raise ValueError(f"cannot keep {length} tokens; give 0 or more")
-        self.tokens.index.masked_fill_(self.tokens.index >= length, -1)
+        self._forget_from(length)
         self.length.clamp_(max=length)
         self.reserved = min(self.reserved, length)
+
+    def _forget_from(self, first: int | Tensor) -> None:
+        """Free the slots of tokens with index `first` (one for all, or `[B, 1]`) and later."""
+        self.tokens.index.masked_fill_(self.tokens.index >= first, -1)
 
 
 def store(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

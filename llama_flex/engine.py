@@ -220,14 +220,15 @@ class Engine:
     def _step(self, ids: Tensor, lengths: Tensor, count: int, mask: Mask | None, cache: Cache) -> Tensor:
         """Append ids `[B, T]`, of which `lengths` in each row are real, `count` at most; the logits `[B, V]` after each
         row's last."""
-        step, started, key = self.model.step, None, (*ids.shape, cache.max_length, mask)
-        if self.compile and key not in self.graphs:
-            self.graphs[key], started = _compiled(self.model.step), time.perf_counter()
-        if self.compile:
-            step = self.graphs[key]
+        key = (*ids.shape, cache.max_length, mask)
+        first = self.compile and key not in self.graphs
+        if first:
+            self.graphs[key] = _compiled(self.model.step)
+        step = self.graphs[key] if self.compile else self.model.step
+        started = time.perf_counter()
         with cache.appending(count):
             logits = step(ids, lengths, None, None, cache, mask, "flex", 1)
-        if started is not None:
+        if first:
             self.compile_seconds += time.perf_counter() - started
         return logits[:, 0]
 
