@@ -9,21 +9,31 @@ if TYPE_CHECKING:
     from .config import LlamaConfig as LlamaConfig
     from .engine import Completion as Completion
     from .engine import Engine as Engine
+    from .fusion import Ensemble as Ensemble
+    from .fusion import Prompt as Prompt
+    from .fusion import fuse as fuse
     from .masks import Mask as Mask
     from .model import Llama as Llama
+    from .rules import Tokens as Tokens
     from .sampling import Sampling as Sampling
+    from .scores import ScoreMod as ScoreMod
     from .tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
     "Cache": "cache",
     "Completion": "engine",
     "Engine": "engine",
+    "Ensemble": "fusion",
     "GenerationConfig": "config",
     "Llama": "model",
     "LlamaConfig": "config",
     "Mask": "masks",
+    "Prompt": "fusion",
     "Sampling": "sampling",
+    "ScoreMod": "scores",
     "Tokenizer": "tokenizer",
+    "Tokens": "rules",
+    "fuse": "fusion",
 }
 __all__ = list(_HOME)
 

@@ -6,37 +6,101 @@ Dimensions: B batch, H query heads, T query tokens, S slots, D head dim; K heads
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .masks import Mask, Tokens
+from .masks import Mask
+from .rules import Token, Tokens
+from .scores import ScoreMod
 
 Backend: TypeAlias = Literal["flex", "dense"]
-Visible: TypeAlias = BlockMask | Tensor
 
 
-def visible(mask: Mask, q: Tokens, kv: Tokens, num_heads: int, backend: Backend) -> Visible:
-    """What each query may attend to, computed once per mask and step and shared by all layers."""
-    return mask.block_mask(q, kv, num_heads) if backend == "flex" else mask.dense(q, kv, num_heads)
+class Pattern(NamedTuple):
+    """How one layer attends: who sees whom, and what is done to the scores.
+
+    nested: may the layers that attend so be compiled as one? See `rules.take`.
+    """
+
+    mask: Mask
+    score_mod: ScoreMod | None = None
+    nested: bool = True
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+@dataclass(frozen=True)
+class Layers:
+    """The distinct patterns of a model, and which of them each layer has."""
+
+    patterns: tuple[Pattern, ...]
+    of_layer: tuple[int, ...]
+
+    @cached_property
+    def structure(self) -> Hashable:
+        """What a compiled graph depends on; see `Rule.structure`."""
+        rules = (rule for pattern in self.patterns for rule in (pattern.mask, pattern.score_mod))
+        return self.of_layer, tuple(rule and rule.structure() for rule in rules)
+
+
+class View(NamedTuple):
+    """A pattern applied to the tokens at hand; made once per step, shared by the layers that have the pattern."""
+
+    visible: BlockMask | Tensor
+    score_mod: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None
+    nested: bool
+
+
+def view_of(pattern: Pattern, q: Tokens, kv: Tokens, num_heads: int, backend: Backend) -> View:
+    """What each query sees: FlexAttention's block lists (backend "flex"), or booleans `[B, 1 or H, T, S]` ("dense")."""
+    mask, rule, nested = pattern
+    visible = mask.block_mask(q, kv, num_heads) if backend == "flex" else mask.dense(q, kv, num_heads)
+    if rule is None:
+        return View(visible, None, nested)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return rule.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
+
+    return View(visible, score_mod, nested)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
     """Scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]` in q's dtype.
 
     Keys and values are shared by groups of H/K query heads without being repeated in memory. A query that may attend to
     nothing gets 0.
     """
-    if isinstance(visible, BlockMask):
+    if isinstance(view.visible, BlockMask):
         # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         with nullcontext() if torch.compiler.is_compiling() else _without_advice_to_compile():
-            return flex_attention(q, k, v, block_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
-    return _dense(q, k, v, visible)
+            return flex_attention(
+                q, k, v, score_mod=view.score_mod, block_mask=view.visible, enable_gqa=q.shape[1] != k.shape[1]
+            )
+    groups = q.shape[1] // k.shape[1]
+    wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(groups, dim=1)
+    return (weights(q, k, view) @ wide).to(q.dtype)
+
+
+def weights(q: Tensor, k: Tensor, view: View) -> Tensor:
+    """The definition, for a dense view: softmax(score(q k^T / sqrt(D))) over the visible slots, `[B, H, T, S]`, in
+    float32 or wider; differentiable."""
+    assert isinstance(view.visible, Tensor)
+    (b, h, t, d), s = q.shape, k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k = k.to(wide).repeat_interleave(h // k.shape[1], dim=1)
+    scores = q.to(wide) @ k.transpose(-1, -2) * d**-0.5
+    if view.score_mod is not None:
+        batch, head, row, slot = (torch.arange(n, device=q.device) for n in (b, h, t, s))
+        scores = view.score_mod(scores, batch[:, None, None, None], head[:, None, None], row[:, None], slot)
+    scores = scores.masked_fill(~view.visible, -torch.inf)
+    # A row with nothing visible has softmax NaN; it attends to nothing.
+    return torch.softmax(scores, dim=-1).masked_fill(~view.visible.any(-1, keepdim=True), 0.0)
 
 
 @contextmanager
@@ -45,15 +109,3 @@ def _without_advice_to_compile() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         yield
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """The definition: softmax(q k^T / sqrt(D)) over the allowed slots, in float32 or wider; differentiable."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = q.to(wide) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    # A row with nothing allowed has softmax NaN; it attends to nothing.
-    weights = torch.softmax(scores, dim=-1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    return (weights @ v).to(q.dtype)

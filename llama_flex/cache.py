@@ -1,32 +1,45 @@
 """The KV cache: a set of slots, each holding one token's keys and values for every layer, and its attributes.
 
+A new token takes the first free slot of its row; a mask reads attributes and never knows which slot that was. So
+whatever frees slots (`truncate`, `evict`, a rolling window) or moves rows (`fork`, `expand`, `reorder`) is a few lines.
 Dimensions: B batch, K key/value heads, S slots, T new tokens, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .config import LlamaConfig
-from .masks import BLOCK, Tokens
+from .masks import BLOCK, Mask, sink, sliding_window
+from .rules import Tokens
 
 
 class Cache:
-    """Contiguous slots: the token with index i of each row lies in slot i.
+    """`max_length` slots a row, and a last block of slots that takes the padding of ragged batches and chunks.
 
-    A last block of slots takes the padding of ragged batches and chunks; it always reads as free, so padding is written
-    without a branch and never attended to.
+    That block always reads as free, so padding is written without a branch and never attended to.
     """
 
     def __init__(
-        self, config: LlamaConfig, batch_size: int, max_length: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> None:
         """Allocate for `batch_size` rows of up to `max_length` tokens (rounded up to whole blocks of 128).
 
+        window, sinks: make it rolling, see `Llama.new_rolling_cache`.
         Memory: 2 * L * B * K * (S + 128) * D elements of `dtype`. Raises ValueError for sizes below 1.
         """
         if batch_size < 1 or max_length < 1:
@@ -42,63 +55,163 @@ class Cache:
         self.tokens = Tokens(
             *(torch.full((batch_size, slots), free, dtype=torch.int32, device=device) for free in (-1, 0, 0))
         )
-        self.length = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.reserved = 0  # tokens in the fullest row at most; kept on the host
+        self.window, self.sinks = window, sinks
+        self.mask: Mask | None = None if window is None else sliding_window(window) | sink(sinks)
+        self.rolled_out = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens before this index are gone
+        self.reserved = 0  # slots taken in the fullest row at most; kept on the host
+        self._rows: Tensor | None = None  # which rows of `layers` are this cache's rows; None: they are its rows
+        self._sharers = weakref.WeakSet([self])  # the caches whose `layers` are the same tensors
 
     @property
     def batch_size(self) -> int:
         """Number of rows."""
-        return self.length.shape[0]
+        return self.tokens.index.shape[0]
 
-    def reserve(self, count: int) -> None:
-        """Claim room for up to `count` more tokens in every row; on the host, so it costs no synchronisation.
+    @property
+    def length(self) -> Tensor:
+        """How many tokens have arrived in each row: the index of the next one; int32 `[B]`."""
+        return self.tokens.index.amax(1) + 1
 
-        Raises ValueError if the slots do not suffice.
-        """
-        if self.reserved + count > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens per sequence; {self.reserved} are taken and {count} more "
-                "do not fit: make it with a larger max_length"
-            )
-        self.reserved += count
+    @property
+    def next_position(self) -> Tensor:
+        """One more than the highest position in each row; int32 `[B]`."""
+        return torch.where(self.tokens.index < 0, -1, self.tokens.position).amax(1) + 1
+
+    @property
+    def room(self) -> int | None:
+        """How many more tokens every row can take; None if any number, because old ones make room."""
+        return self.max_length - self.reserved if self.window is None else None
+
+    @property
+    def largest_append(self) -> int:
+        """How many tokens one step can append at most."""
+        return self.max_length - (self.reserved if self.window is None else self.sinks + self.window - 1)
 
     @contextmanager
     def appending(self, count: int) -> Iterator[None]:
-        """Reserve for `count` tokens that are computed in this context; if that fails, the cache is as it was."""
-        self.reserve(count)
-        before, done = self.length.clone(), False
+        """Take room for up to `count` more tokens in every row, to be computed in this context.
+
+        If that fails, the cache is as it was. Counted on the host, so it costs no synchronisation. Raises ValueError if
+        the slots do not suffice.
+        """
+        if count > self.largest_append:
+            held = self.max_length - self.largest_append
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens per sequence; {held} are taken and {count} more do not fit: "
+                + ("make it with a larger max_length" if self.window is None else "append fewer at a time")
+            )
+        self._own_layers()
+        before, done = self.length, False
+        self.reserved += count if self.window is None else 0
         try:
             yield
             done = True
         finally:
             if not done:  # an error, or Ctrl-C: attributes may stand for keys that were never written
-                self._forget_from(before[:, None])
-                self.length.copy_(before)
-                self.reserved -= count
+                self._free(self.tokens.index >= before[:, None])
+                self.reserved -= count if self.window is None else 0
 
     def append(self, tokens: Tokens) -> Tensor:
-        """Give slots `[B, T]` to new tokens and record their attributes. Padding (index -1) goes to the spare block."""
+        """Give slots `[B, T]` to new tokens and record their attributes; tensor operations only.
+
+        Padding (index -1, at the end of a row) goes to the spare block.
+        """
         b, t = tokens.index.shape
-        row = torch.arange(b, device=self.length.device)[:, None]
-        column = torch.arange(t, device=self.length.device)
-        real = tokens.index >= 0
-        slots = torch.where(real, tokens.index, self.max_length + column % BLOCK)
+        if self.window is not None:
+            # The next query sees back to index length - window + 1.
+            self.rolled_out.copy_(torch.maximum(self.rolled_out, self.length + 1 - self.window))
+            index = self.tokens.index
+            self._free((index >= self.sinks) & (index < self.rolled_out[:, None]))
+        row = torch.arange(b, device=tokens.index.device)[:, None]
+        column = torch.arange(t, dtype=torch.int32, device=tokens.index.device).expand(b, t)
+        # The slot where the count of free ones first reaches column + 1.
+        free = (self.tokens.index[:, : self.max_length] < 0).cumsum(1, dtype=torch.int32)
+        slots = torch.searchsorted(free, column + 1)
+        slots = torch.where(tokens.index >= 0, slots, self.max_length + column % BLOCK)
         for held, new in zip(self.tokens, tokens, strict=True):
             held[row, slots] = new
-        self.length += real.sum(1, dtype=torch.int32)
         return slots
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens of every row from index `length` on. Raises ValueError for a negative length."""
+        """Forget all tokens of every row from index `length` on.
+
+        Raises ValueError for a negative length, and if a rolling cache has already forgotten what comes before it.
+        """
         if length < 0:
             raise ValueError(f"cannot keep {length} tokens; give 0 or more")
-        self._forget_from(length)
-        self.length.clamp_(max=length)
+        if self.window is not None:
+            first_seen = self.length.clamp(max=length) + 1 - self.window
+            if bool((first_seen.clamp(min=self.sinks) < self.rolled_out).any()):
+                raise ValueError(f"cannot go back to {length} tokens: the rolling window has passed it")
+        self._free(self.tokens.index >= length)
         self.reserved = min(self.reserved, length)
 
-    def _forget_from(self, first: int | Tensor) -> None:
-        """Free the slots of tokens with index `first` (one for all, or `[B, 1]`) and later."""
-        self.tokens.index.masked_fill_(self.tokens.index >= first, -1)
+    def evict(self, tokens: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> None:
+        """Forget some tokens: no later query attends to them, and their slots are free; the others stay as they are.
+
+        tokens: their indices, `[N]` for all rows or `[B, N]`; or a function from all tokens held to booleans `[B, S]`,
+        such as `lambda t: t.segment == 2`. What the survivors' keys and values took from the evicted stays in them.
+        """
+        index = self.tokens.index
+        if callable(tokens):
+            chosen = tokens(self.tokens)
+            if chosen.dtype != torch.bool or chosen.shape != index.shape:
+                found = f"{chosen.dtype} {list(chosen.shape)}"
+                raise ValueError(f"evict: the function returned {found}, not booleans {list(index.shape)}")
+        else:
+            which = torch.as_tensor(tokens, device=index.device)
+            if which.dtype not in (torch.int32, torch.int64) or which.shape[:-1] not in ((), index.shape[:1]):
+                found = f"{which.dtype} {list(which.shape)}"
+                raise ValueError(f"evict needs indices, integers [N] or [{len(index)}, N], not {found}")
+            chosen = torch.isin(index, which) if which.dim() == 1 else (index[:, :, None] == which[:, None]).any(-1)
+        self._free(chosen)
+        self.reserved = int((self.tokens.index >= 0).sum(1).max())
+
+    def fork(self) -> Cache:
+        """A cache with the same tokens that goes its own way; keys and values are copied once either is written."""
+        return self.expand(1)
+
+    def expand(self, n: int) -> Cache:
+        """A cache with every row n times, one after the other: many continuations of one prefix; see `fork`."""
+        if n < 1:
+            raise ValueError(f"cannot make {n} of a row; give 1 or more")
+        new = copy.copy(self)
+        self._sharers.add(new)
+        new._select(torch.arange(self.batch_size, device=self.rolled_out.device).repeat_interleave(n))
+        return new
+
+    def reorder(self, rows: Sequence[int] | Tensor) -> None:
+        """Make row i what row `rows[i]` was, as beam search does; a row may be taken more than once, or dropped.
+
+        Raises ValueError for another number of rows than the cache has, and for rows that it does not have.
+        """
+        rows = torch.as_tensor(rows, device=self.rolled_out.device)
+        b = self.batch_size
+        if rows.shape != (b,) or rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"reorder needs {b} row numbers, found {rows.dtype} {list(rows.shape)}")
+        if int(rows.min()) < 0 or int(rows.max()) >= b:
+            raise ValueError(f"reorder: rows go from 0 to {b - 1}, found {rows.tolist()}")
+        self._select(rows.long())
+
+    def _select(self, rows: Tensor) -> None:
+        self.tokens = Tokens(*(x[rows] for x in self.tokens))
+        self.rolled_out = self.rolled_out[rows]
+        self._rows = rows if self._rows is None else self._rows[rows]
+
+    def _own_layers(self) -> None:
+        """Make `layers` this cache's alone, and its rows theirs, before they are written."""
+        rows, shared = self._rows, len(self._sharers) > 1
+        if rows is None and not shared:
+            return
+        self.layers, self._rows = (
+            [(k.clone(), v.clone()) if rows is None else (k[rows], v[rows]) for k, v in self.layers],
+            None,
+        )
+        self._sharers.discard(self)
+        self._sharers = weakref.WeakSet([self])
+
+    def _free(self, chosen: Tensor) -> None:
+        self.tokens.index.masked_fill_(chosen, -1)
 
 
 def store(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import math
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import masks, scores
+from .attention import Layers
 from .cache import Cache
+from .fusion import Ensemble, Prompt, Request, as_ensemble, combined
 from .masks import Mask
 from .model import Llama
 from .sampling import Sampling, sample, stack
+from .scores import ScoreMod
 from .streaming import StopStrings
 from .tokenizer import Tokenizer
 
 CHUNKS = (512, 128)  # rows of a prefill step: the largest that a prompt still fills, the last one padded
 DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json says how many
+WEIGHTS = 16  # log-weights of fused prompts come in tables of multiples of this, so that graphs are shared
 MIN_SLOTS = 1024  # compiled graphs have static shapes, so caches come in few sizes: powers of two from here
 
 
 @dataclass(frozen=True)
 class Step:
-    """One new token of one prompt: its row in the batch, its id, its log-probability, and the text now certain.
+    """One new token for one prompt: the prompt's number, its id, its log-probability, and the text now certain.
 
-    finish_reason is None until the row's last step: "stop" (a stop token or string) or "length".
+    finish_reason is None until the prompt's last step: "stop" (a stop token or string) or "length".
     """
 
     row: int
@@ -66,7 +71,7 @@ class Engine:
         self.graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # by batch size, rows, slots and mask
         self.compile_seconds = 0.0
 
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[Request], **options: Any) -> list[Completion]:
         """Complete every prompt; see `stream` for the options."""
         completions = [Completion() for _ in prompts]
         for step in self.stream(prompts, **options):
@@ -75,29 +80,33 @@ class Engine:
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Request],
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
-        mask: Mask | None = None,
+        mask: Mask | Sequence[Mask | None] | None = None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         cache: Cache | None = None,
     ) -> Iterator[Step]:
-        """Complete prompts (lists of token ids, of any lengths) together, yielding every token as it comes.
+        """Complete prompts of any lengths together, yielding every token as it comes.
 
+        prompts: lists of token ids; or what `fuse` returns, several prompts that one text continues; or an `Ensemble`.
         max_new_tokens: default what generation_config.json says, else 256, at most what the context leaves room for.
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
         stop: strings that end a text. stop_token_ids: default the model's end-of-text ids. Neither appears in the text;
         the tokens do.
-        mask: default causal. Keep one Mask object for many calls: compiled steps are made for each.
-        cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt.
+        mask: default causal, or `masks.fused()` if a prompt is fused. score_mod: default none. One for all layers or
+        one each. Compiled steps are shared by masks of the same code, whatever the values of their tensors.
+        cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt (an ensemble has
+        several).
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context.
         """
         model = self.model
-        prompts = _as_lists(prompts)
-        limits = self.check(prompts, max_new_tokens, cache)
+        requests = _requests(prompts)
+        limits = self.check(requests, max_new_tokens, cache)
         if stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         if not isinstance(sampling, Sequence):
@@ -105,50 +114,54 @@ class Engine:
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts; give one, or one each")
         stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
-        texts = [_Text(self.tokenizer, prompt, stop) for prompt in prompts]
-        mask = None if mask is None else mask.to(model.device)
-        return self._run(prompts, limits, sampling, texts, stop_ids, mask, cache)
+        texts = [_Text(self.tokenizer, request.prompts[0].ids, stop) for request in requests]
+        batch = _Batch(requests, model.device)
+        if cache is None:
+            longest = max(len(p.ids) + limits[q] for p, q in zip(batch.rows, batch.requests, strict=True))
+            cache = self.new_cache(len(batch.rows), longest)
+        layers = batch.attention_layers(model, mask, score_mod, cache)
+        return self._run(batch, limits, sampling, texts, stop_ids, layers, cache)
 
     @torch.no_grad()
     def _run(
         self,
-        prompts: list[list[int]],
+        batch: _Batch,
         limits: list[int],
         sampling: Sequence[Sampling],
         texts: list[_Text],
         stop_ids: frozenset[int],
-        mask: Mask | None,
-        cache: Cache | None,
+        layers: Layers,
+        cache: Cache,
     ) -> Iterator[Step]:
         device = self.model.device
-        if cache is None:
-            cache = self.new_cache(len(prompts), max(len(p) + n for p, n in zip(prompts, limits, strict=True)))
         parameters = stack(sampling, device)
         seen = None
         if parameters.repetition_penalty is not None:
-            seen = torch.zeros(len(prompts), self.model.config.vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[torch.tensor(prompt, device=device)] = True
+            seen = torch.zeros(len(limits), self.model.config.vocab_size, dtype=torch.bool, device=device)
+            for prompt, q in zip(batch.rows, batch.requests, strict=True):
+                seen[q, torch.tensor(prompt.ids, device=device)] = True
 
-        logits = self._prefill(prompts, mask, cache)
-        running = torch.ones(len(prompts), dtype=torch.int32, device=device)
+        position = batch.generated_position + cache.next_position[:, None]
+        logits = self._prefill(batch.rows, layers, cache)
+        running = torch.ones(len(limits), dtype=torch.int32, device=device)
         for count in range(1, max(limits) + 1):
-            token, logprob = sample(logits, parameters, torch.full_like(running, count - 1), seen)
+            token, logprob = sample(batch.combined(logits), parameters, torch.full_like(running, count - 1), seen)
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             alive = running.tolist()
-            for row, (id, lp) in enumerate(zip(token.tolist(), logprob.tolist(), strict=True)):
-                if not alive[row]:
+            for q, (id, lp) in enumerate(zip(token.tolist(), logprob.tolist(), strict=True)):
+                if not alive[q]:
                     continue
-                text, stopped = ("", False) if id in stop_ids else texts[row].put(id)
-                reason = "stop" if stopped or id in stop_ids else "length" if count == limits[row] else None
+                text, stopped = ("", False) if id in stop_ids else texts[q].put(id)
+                reason = "stop" if stopped or id in stop_ids else "length" if count == limits[q] else None
                 if reason is not None:
-                    running[row] = 0
-                    text += "" if stopped else texts[row].flush()
-                yield Step(row, id, lp, text, reason)
+                    running[q] = 0
+                    text += "" if stopped else texts[q].flush()
+                yield Step(q, id, lp, text, reason)
             if not running.any():
                 return
-            logits = self._step(token[:, None], running, 1, mask, cache)
+            ids, lengths = token[batch.request_of, None], running[batch.request_of]
+            logits = self._step(ids, lengths, 1, position + (count - 1), batch.generated_segment, layers, cache)
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache for this engine: if it compiles, of one of few sizes, so that graphs are shared."""
@@ -157,86 +170,158 @@ class Engine:
         return self.model.new_cache(batch_size, max_length)
 
     def check(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None, cache: Cache | None = None
+        self, prompts: Sequence[Request], max_new_tokens: int | None = None, cache: Cache | None = None
     ) -> list[int]:
         """How many new tokens each prompt gets at most; raises the ValueErrors of `stream`."""
-        config = self.model.config
-        held, context, what = 0, config.max_position_embeddings, "context"
-        if not len(prompts):
+        requests = _requests(prompts)
+        if not requests:
             raise ValueError("no prompts given")
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if cache is not None:
-            self.model.check_cache(cache, len(prompts))
-            held = cache.reserved
-            if cache.max_length < context:
-                context, what = cache.max_length, "cache"
+            self.model.check_cache(cache, sum(len(request.prompts) for request in requests))
         limits = []
-        for number, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {number} is empty; give at least one token, such as the beginning-of-text id")
-            if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-                raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
-            needed = held + len(prompt)
-            room = context - needed
-            if room < 1:
-                raise ValueError(
-                    f"prompt {number}: {needed} tokens leave no room in the {what} of {context} tokens; shorten it"
-                )
-            if max_new_tokens is not None and max_new_tokens > room:
-                raise ValueError(
-                    f"prompt {number}: {needed} tokens and {max_new_tokens} new ones exceed the {what} of "
-                    f"{context} tokens; ask for at most {room} new tokens"
-                )
-            limits.append(min(max_new_tokens or self.default_new_tokens, room))
+        for number, request in enumerate(requests):
+            limit = max_new_tokens or self.default_new_tokens
+            for prompt in request.prompts:
+                room, needed, what = self._room(number, prompt, cache)
+                if room < 1:
+                    raise ValueError(f"prompt {number}: {needed} tokens leave no room in the {what}; shorten it")
+                if max_new_tokens is not None and max_new_tokens > room:
+                    raise ValueError(
+                        f"prompt {number}: {needed} tokens and {max_new_tokens} new ones exceed the {what}; ask for at "
+                        f"most {int(room)} new tokens"
+                    )
+                limit = min(limit, int(min(room, limit)))
+            limits.append(limit)
         return limits
+
+    def _room(self, number: int, prompt: Prompt, cache: Cache | None) -> tuple[float, int, str]:
+        """How many tokens fit after a prompt, how many are there then, and in what."""
+        config = self.model.config
+        if not len(prompt.ids):
+            raise ValueError(f"prompt {number} is empty; give at least one token, such as the beginning-of-text id")
+        if not 0 <= min(prompt.ids) <= max(prompt.ids) < config.vocab_size:
+            raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
+        if cache is not None and cache.window is not None:
+            return math.inf, len(prompt.ids), "cache"
+        held, context = 0 if cache is None else cache.reserved, config.max_position_embeddings
+        needed = held + max(max(prompt.positions) + 1, prompt.generated_position or 0)
+        rooms = [(context - needed, needed, f"context of {context} tokens")]
+        if cache is not None:
+            needed = held + len(prompt.ids)
+            rooms.append((cache.max_length - needed, needed, f"cache of {cache.max_length} tokens"))
+        return min(rooms)
 
     @property
     def default_new_tokens(self) -> int:
         """How many tokens to generate where the caller does not say."""
         return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
 
-    def _prefill(self, prompts: list[list[int]], mask: Mask | None, cache: Cache) -> Tensor:
-        """Append the prompts to the cache in chunks of fixed sizes; the logits `[B, V]` after each one's last token."""
+    def _prefill(self, rows: Sequence[Prompt], layers: Layers, cache: Cache) -> Tensor:
+        """Append the prompts to the cache in chunks of fixed sizes; the logits `[R, V]` after each one's last token."""
         device = self.model.device
-        length = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=device)
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), -(-longest // CHUNKS[-1]) * CHUNKS[-1], dtype=torch.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        ids = ids.to(device)
+        length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
+        longest = max(len(prompt.ids) for prompt in rows)
+        padded = -(-longest // CHUNKS[-1]) * CHUNKS[-1]
+        ids = _padded([prompt.ids for prompt in rows], padded, torch.int64).to(device)
+        positions = _padded([prompt.positions for prompt in rows], padded, torch.int32).to(device)
+        positions += cache.next_position[:, None]
+        segments = _padded([prompt.segments for prompt in rows], padded, torch.int32).to(device)
         logits, start = torch.empty(0), 0
         while start < longest:
-            size = next((c for c in CHUNKS if start + c <= ids.shape[1]), CHUNKS[-1])
+            fits = (c for c in CHUNKS if start + c <= padded and min(c, longest - start) <= cache.largest_append)
+            size = next(fits, CHUNKS[-1])
             here = (length - start).clamp(0, size)
             # Copied: a slice keeps the strides of the whole, and every other stride would compile once more.
-            chunk = ids[:, start : start + size].clone(memory_format=torch.contiguous_format)
-            chunk_logits = self._step(chunk, here, min(size, longest - start), mask, cache)
+            chunk = [
+                x[:, start : start + size].clone(memory_format=torch.contiguous_format)
+                for x in (ids, positions, segments)
+            ]
+            chunk_logits = self._step(chunk[0], here, min(size, longest - start), chunk[1], chunk[2], layers, cache)
             ends_here = (length > start) & (length <= start + size)
             logits = chunk_logits if start == 0 else torch.where(ends_here[:, None], chunk_logits, logits)
             start += size
         return logits
 
-    def _step(self, ids: Tensor, lengths: Tensor, count: int, mask: Mask | None, cache: Cache) -> Tensor:
-        """Append ids `[B, T]`, of which `lengths` in each row are real, `count` at most; the logits `[B, V]` after each
+    def _step(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        count: int,
+        positions: Tensor,
+        segments: Tensor,
+        layers: Layers,
+        cache: Cache,
+    ) -> Tensor:
+        """Append ids `[R, T]`, of which `lengths` in each row are real, `count` at most; the logits `[R, V]` after each
         row's last."""
-        key = (*ids.shape, cache.max_length, mask)
+        key = (*ids.shape, cache.max_length, layers.structure)
         first = self.compile and key not in self.graphs
         if first:
             self.graphs[key] = _compiled(self.model.step)
         step = self.graphs[key] if self.compile else self.model.step
         started = time.perf_counter()
         with cache.appending(count):
-            logits = step(ids, lengths, None, None, cache, mask, "flex", 1)
+            logits = step(ids, lengths, positions, segments, cache, layers, "flex", 1)
         if first:
             self.compile_seconds += time.perf_counter() - started
         return logits[:, 0]
 
 
-def _as_lists(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists of Python integers, whatever kind of integers they come as."""
+class _Batch:
+    """Requests laid out in rows: one each, but for the members of an ensemble."""
+
+    def __init__(self, requests: Sequence[Ensemble], device: torch.device) -> None:
+        self.rows: list[Prompt] = [prompt for request in requests for prompt in request.prompts]
+        self.requests = [q for q, request in enumerate(requests) for _ in request.prompts]
+        self.request_of = torch.tensor(self.requests, device=device)
+        self.is_max = torch.tensor([request.combine == "max" for request in requests], device=device)
+        self.rows_of = torch.tensor([len(request.prompts) for request in requests], device=device)
+        after = [(prompt.generated_position or 0, prompt.generated_segment) for prompt in self.rows]
+        columns = torch.tensor(after, dtype=torch.int32, device=device).T.contiguous()
+        self.generated_position, self.generated_segment = columns[:, :, None].unbind(0)
+
+    def combined(self, logits: Tensor) -> Tensor:
+        """The logits `[Q, V]` of each request from those of its rows, `[R, V]`."""
+        if len(self.rows) == len(self.rows_of):
+            return logits
+        return combined(logits, self.request_of, self.is_max, self.rows_of)
+
+    def attention_layers(
+        self,
+        model: Llama,
+        mask: Mask | Sequence[Mask | None] | None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
+        cache: Cache,
+    ) -> Layers:
+        """How each layer attends: as asked, but prompts that are fused are kept apart, and weighted."""
+        if mask is None and any(prompt.generated_segment == masks.GENERATED for prompt in self.rows):
+            mask = masks.fused()
+        if any(prompt.log_weights for prompt in self.rows):
+            count = max(len(prompt.log_weights) for prompt in self.rows)
+            size = -(-count // WEIGHTS) * WEIGHTS
+            table = _padded([prompt.log_weights for prompt in self.rows], size, torch.float32)
+            weights = scores.segment_weights(table)
+            if isinstance(score_mod, Sequence):
+                score_mod = [weights if s is None else s >> weights for s in score_mod]
+            else:
+                score_mod = weights if score_mod is None else score_mod >> weights
+        return model.attention_layers(mask, score_mod, cache)
+
+
+def _padded(rows: Sequence[Sequence[float]], size: int, dtype: torch.dtype) -> Tensor:
+    """Rows of numbers as one tensor `[R, size]`, filled up with zeros."""
+    padded = torch.zeros(len(rows), size, dtype=dtype)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = torch.tensor(values, dtype=dtype)
+    return padded
+
+
+def _requests(prompts: Sequence[Request]) -> list[Ensemble]:
+    """Every request as an ensemble, most of one prompt."""
     try:
-        return [[operator.index(id) for id in prompt] for prompt in prompts]
+        return [as_ensemble(request) for request in prompts]
     except TypeError:
         raise ValueError("prompts must be a list of lists of token ids, such as [[1, 2, 3]]") from None
 

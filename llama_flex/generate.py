@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from . import jobs
+from .jobs import Job, Question, UsageError
+
 if TYPE_CHECKING:  # torch and the rest of the package are imported once the arguments are known to be good
+    from tqdm import tqdm
+
     from .cache import Cache
-    from .engine import Completion, Engine, Step
+    from .engine import Engine, Step
+    from .fusion import Request
 
+_PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
 COMPILE_FROM = 32  # new tokens from which `--compile auto` expects compiling to pay for itself
-
-
-class UsageError(ValueError):
-    """Something about the arguments or their files that the user can put right."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt as given: a text, or a conversation for the chat template."""
-
-    id: Any
-    prompt: str | list[dict[str, Any]]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,11 +38,26 @@ def _parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to complete")
     what.add_argument("--prompt", action="append", default=[], help="text to continue; repeat for several")
     what.add_argument(
-        "--prompts-file", type=Path, metavar="FILE", help=".jsonl (prompt or messages, id), else a line each"
+        "--prompts-file", type=Path, metavar="FILE", help=".jsonl (id; prompt, messages or prompts), else a line each"
     )
     what.add_argument("--chat", action="store_true", help="talk: reads messages from the terminal, keeps the history")
     what.add_argument("--instruct", action="store_true", help="put each prompt into the model's chat template")
     what.add_argument("--system", metavar="TEXT", help="system message; implies --instruct")
+    fuse = p.add_argument_group("several prompts, one answer")
+    fuse.add_argument(
+        "--fuse",
+        nargs="?",
+        const="attention",
+        choices=("attention", "mean", "max"),
+        help="all --prompt (each row's prompts of a .jsonl) give one answer: the generated text attends to all of them "
+        "(attention, the default), or follows the mean or maximum of what they predict",
+    )
+    fuse.add_argument("--fuse-prefix", metavar="TEXT", help="before all prompts, seen by each")
+    fuse.add_argument("--fuse-suffix", metavar="TEXT", help='after all prompts, sees them all; such as "Answer:"')
+    fuse.add_argument("--fuse-positions", choices=("continue", "parallel"), help="default: continue")
+    fuse.add_argument(
+        "--fuse-weights", type=_numbers, metavar="W,W,...", help="how much each prompt counts (default 1)"
+    )
     how = p.add_argument_group("how", "defaults: the model's generation_config.json, else greedy")
     how.add_argument("--max-new-tokens", type=int, metavar="N")
     how.add_argument("--temperature", type=float, help="0: greedy")
@@ -63,11 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
-    run.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts decoded together (default 8)")
+    run.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers decoded together (default 8)")
     run.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
     run.add_argument("--json", action="store_true", help="one JSON object a prompt: id, prompt, text, tokens, logprobs")
-    run.add_argument("--quiet", action="store_true", help="no statistics on stderr")
+    run.add_argument("--resume", action="store_true", help="leave out what --output already has, and add to it")
+    run.add_argument("--quiet", action="store_true", help="no statistics and no progress on stderr")
     return p
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,11 +88,17 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         args = _parser().parse_args(argv)
-        requests = _requests(args)
-        with _Output(args.output) as output:
+        asked = _jobs(args)
+        live = len(asked) == 1 and not args.prompts_file and not args.json  # one prompt: its text as it comes
+        if args.resume:
+            asked = jobs.resume(args.output, asked)
+            if not asked:
+                print(f"--output {args.output} has all results", file=sys.stderr)
+                return 0
+        with _Output(args.output, append=args.resume) as output:
             session = _Session(args, output)
             try:
-                session.chat() if args.chat else session.complete(requests)
+                session.chat() if args.chat else session.complete(asked, live)
             except KeyboardInterrupt:
                 session.report()
                 raise
@@ -102,58 +121,48 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
-def _requests(args: argparse.Namespace) -> list[Request]:
-    """The prompts asked for. Raises UsageError for none, an empty one, or a malformed file."""
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """What is asked for. Raises UsageError for nothing, an empty prompt, arguments that do not go together, and for
+    malformed files."""
     if args.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
-    requests = [Request(i, text) for i, text in enumerate(args.prompt)]
-    if args.prompts_file:
-        requests += _read_prompts(args.prompts_file, len(requests))
     if args.output and args.prompts_file and args.output.exists() and args.output.samefile(args.prompts_file):
         raise UsageError(f"--output {args.output} is the prompts file; give another")
     if args.chat and sys.stdin is None:
         raise UsageError("--chat reads from standard input, which is closed")
-    if args.chat and (requests or args.json):
-        raise UsageError("--chat reads its messages from the terminal; leave out --prompt, --prompts-file and --json")
-    if not args.chat and not requests:
+    if args.chat and (args.prompt or args.prompts_file or args.json or args.fuse):
+        raise UsageError(
+            "--chat reads its messages from the terminal; leave out --prompt, --prompts-file, --json, --fuse"
+        )
+    if args.resume and not (args.output and args.json):
+        raise UsageError("--resume continues a file of JSON rows; give --output FILE --json too")
+    question = None
+    if args.fuse:
+        question = Question([], args.fuse_prefix or "", args.fuse_suffix or "", args.fuse_weights)
+    elif args.fuse_prefix or args.fuse_suffix or args.fuse_weights or args.fuse_positions:
+        raise UsageError("--fuse-prefix, --fuse-suffix, --fuse-weights and --fuse-positions need --fuse")
+    if args.fuse in ("mean", "max") and (args.fuse_weights or args.fuse_positions):
+        raise UsageError(f"--fuse {args.fuse} has no weights and no positions; --fuse attention has")
+    asked = [Job(i, text, i) for i, text in enumerate(args.prompt)]
+    if asked and question is not None:
+        asked = [Job(0, jobs.question({"prompts": args.prompt}, question, "--prompt"), 0)]
+    if args.prompts_file:
+        asked += jobs.read(args.prompts_file, len(asked), question)
+    if not args.chat and not asked:
         raise UsageError("nothing to complete: give --prompt, --prompts-file or --chat")
-    for request in requests:
-        if not request.prompt:
-            raise UsageError(f"prompt {request.id} is empty; give it some text, such as the model's first token")
-    return requests
-
-
-def _read_prompts(path: Path, first_id: int) -> Iterator[Request]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028, legal in JSON
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --prompts-file {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            yield Request(first_id + number - 1, line)
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number}: not JSON ({error})") from None
-        row = row if isinstance(row, dict) else {"prompt": row}
-        prompt: Any = row.get("messages", row.get("prompt"))
-        chat = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
-        if not isinstance(prompt, str) and not chat:
-            raise UsageError(f"{path}, line {number}: needs a text 'prompt', or 'messages' that have a role each")
-        yield Request(row.get("id", first_id + number - 1), prompt)
+    for job in asked:
+        if not job.prompt:
+            raise UsageError(f"prompt {job.id} is empty; give it some text, such as the model's first token")
+    return asked
 
 
 class _Output:
     """stdout or a file, opened before the model loads; what the file held stays until there is something to write."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, append: bool) -> None:
+        self.path, self.append = path, append
         self.name = "stdout" if path is None else f"--output {path}"
         self.existed = path is not None and path.exists()
         self.written = False
@@ -181,7 +190,7 @@ class _Output:
         encoding = getattr(self.file, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)  # a terminal may not know every character
         try:
-            if self.path is not None and not self.written and self.path.is_file():
+            if self.path is not None and not self.written and not self.append and self.path.is_file():
                 self.file.truncate(0)
             self.written = True
             self.file.write(text)
@@ -225,29 +234,30 @@ class _Session:
         if not self.args.quiet and self.statistics.first_seconds is not None:
             self.statistics.print()
 
-    def complete(self, requests: list[Request]) -> None:
-        """Complete all requests, a batch at a time."""
-        args, size = self.args, self.args.batch_size
-        steps = self.expected * -(-len(requests) // size)
-        self.engine.compile = args.compile == "on" or (args.compile == "auto" and steps >= COMPILE_FROM)
-        prompts = [self._encode(request) for request in requests]
-        self.engine.check(prompts, args.max_new_tokens)  # all of them, before the first batch
-        live = len(requests) == len(args.prompt) == 1 and not args.json
-        for start in range(0, len(requests), size):
-            self._complete_batch(requests[start : start + size], prompts[start : start + size], start, live)
+    def complete(self, asked: list[Job], live: bool) -> None:
+        """Complete all jobs, a batch at a time. live: write the text as it comes, else when a batch is done."""
+        from tqdm import tqdm
 
-    def _complete_batch(self, requests: list[Request], prompts: list[list[int]], start: int, live: bool) -> None:
-        """Write the text of a single prompt as it comes (live), of several when all are done."""
+        args, size = self.args, self.args.batch_size
+        steps = self.expected * -(-len(asked) // size)
+        self.engine.compile = args.compile == "on" or (args.compile == "auto" and steps >= COMPILE_FROM)
+        prompts = [self._encode(job) for job in asked]
+        self.engine.check(prompts, args.max_new_tokens)  # all of them, before the first batch
+        hidden = True if args.quiet or not args.prompts_file else None  # None: hidden if stderr is no terminal
+        with tqdm(total=len(asked), unit="prompt", disable=hidden) as progress:
+            for start in range(0, len(asked), size):
+                self._complete_batch(asked[start : start + size], prompts[start : start + size], live, progress)
+
+    def _complete_batch(self, asked: list[Job], prompts: list[Request], live: bool, progress: tqdm[Any]) -> None:
         from .engine import Completion
 
-        done, seed = [Completion() for _ in requests], self.sampling.seed
-        each = [
-            self.sampling if seed is None else replace(self.sampling, seed=seed + start + i) for i in range(len(done))
-        ]
+        done, seed = [Completion() for _ in asked], self.sampling.seed
+        each = [self.sampling if seed is None else replace(self.sampling, seed=seed + job.number) for job in asked]
         steps = self.engine.stream(prompts, sampling=each, **self.options)
         try:
-            for step in self.statistics.timed(steps, [len(p) for p in prompts]):
+            for step in self.statistics.timed(steps, prompts):
                 done[step.row].add(step)
+                progress.update(step.finish_reason is not None)
                 if live and step.text:
                     self.output.write(step.text)
         finally:
@@ -256,23 +266,51 @@ class _Session:
             elif live:
                 self.output.write("\n")
             else:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
-                for request, completion in zip(requests, done, strict=True):
-                    self.output.write(_row(request, completion, self.args.json))
+                for job, completion in zip(asked, done, strict=True):
+                    self.output.write(jobs.result(job, completion, self.args.json))
 
-    def _encode(self, request: Request) -> list[int]:
-        system, prompt = self.args.system, request.prompt
-        if isinstance(prompt, str) and not self.args.instruct and system is None:
-            return self.tokenizer.encode(prompt)
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        return self._encode_chat(messages if system is None else [{"role": "system", "content": system}, *messages])
+    def _encode(self, job: Job) -> Request:
+        if isinstance(job.prompt, Question):
+            return self._encode_question(job.prompt)
+        if isinstance(job.prompt, str) and not self._templated:
+            return self.tokenizer.encode(job.prompt)
+        messages = job.prompt if isinstance(job.prompt, list) else [{"role": "user", "content": job.prompt}]
+        return self.tokenizer.encode(self._chat_text(messages), add_special_tokens=False)
 
-    def _encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+    @property
+    def _templated(self) -> bool:
+        return self.args.instruct or self.args.system is not None
+
+    def _chat_text(self, messages: jobs.Messages) -> str:
+        system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
+        return self.tokenizer.apply_chat_template([*system, *messages])
+
+    def _encode_question(self, question: Question) -> Request:
+        """Prefix, prompts and suffix; what a chat template puts around a message goes to the prefix and the suffix."""
+        from .fusion import Ensemble, fuse
+
+        before, after = "", ""
+        if self._templated:
+            around = self._chat_text([{"role": "user", "content": _PLACEHOLDER}]).split(_PLACEHOLDER)
+            if len(around) != 2:
+                raise UsageError(
+                    "the chat template does not hold a message just once, so prompts cannot be fused in it"
+                )
+            before, after = around
+        before, after = before + question.prefix, question.suffix + after
+        encode = self.tokenizer.encode
+        prefix = encode(before, add_special_tokens=not self._templated) if before else []
+        suffix = encode(after, add_special_tokens=False) if after else []
+        prompts = [encode(p, add_special_tokens=not self._templated and not before) for p in question.prompts]
+        if self.args.fuse == "attention":
+            options = {} if self.args.fuse_positions is None else {"positions": self.args.fuse_positions}
+            return fuse(prompts, prefix=prefix, suffix=suffix, weights=question.weights, **options)
+        return Ensemble([[*prefix, *prompt, *suffix] for prompt in prompts], self.args.fuse)
 
     def chat(self) -> None:
         """Read messages, a line each, until the end of input; slots of what was already computed are kept."""
         self.engine.compile = self.args.compile != "off"
-        messages = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
+        messages: jobs.Messages = []
         cache: Cache | None = None
         held: list[int] = []  # the tokens in the cache
         while True:
@@ -284,7 +322,7 @@ class _Session:
                 continue
             messages.append({"role": "user", "content": line.strip()})
             try:
-                prompt = self._encode_chat(messages)
+                prompt = self.tokenizer.encode(self._chat_text(messages), add_special_tokens=False)
                 self.engine.check([prompt], self.args.max_new_tokens)
             except ValueError as error:  # too long, say: the conversation goes on without this message
                 _refuse(error)
@@ -300,7 +338,7 @@ class _Session:
             reply, tokens = "", []
             steps = self.engine.stream([prompt[shared:]], cache=cache, sampling=self.sampling, **self.options)
             try:
-                for step in self.statistics.timed(steps, [len(prompt) - shared]):
+                for step in self.statistics.timed(steps, [prompt[shared:]]):
                     tokens.append(step.token)
                     reply += step.text
                     self.output.write(step.text)
@@ -310,15 +348,6 @@ class _Session:
             held = prompt + tokens[:-1] if tokens else prompt[:shared]
             self.output.write("\n")
             messages.append({"role": "assistant", "content": reply})
-
-
-def _row(request: Request, completion: Completion, as_json: bool) -> str:
-    if not as_json:
-        title = request.prompt if isinstance(request.prompt, str) else request.prompt[-1].get("content", "")
-        return f"### {request.id}: {' '.join(str(title).split())[:70]}\n{completion.text}\n\n"
-    row = {"id": request.id, "prompt": request.prompt, "text": completion.text, "tokens": completion.tokens}
-    row |= {"logprobs": [lp if math.isfinite(lp) else None for lp in completion.logprobs]}
-    return json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False) + "\n"
 
 
 class _Statistics:
@@ -331,9 +360,12 @@ class _Statistics:
         self.prompt_tokens = self.decoded_tokens = self.bytes_read = 0
         self.prefill_seconds = self.decode_seconds = 0.0
 
-    def timed(self, steps: Iterator[Step], prompt_lengths: Sequence[int]) -> Iterator[Step]:
+    def timed(self, steps: Iterator[Step], prompts: Sequence[Request]) -> Iterator[Step]:
         """Pass on the steps of one batch, taking times."""
-        counts = [0] * len(prompt_lengths)
+        from .fusion import as_ensemble
+
+        lengths = [[len(p.ids) for p in as_ensemble(prompt).prompts] for prompt in prompts]
+        counts = [0] * len(prompts)
         started, compiled = time.perf_counter(), self.engine.compile_seconds
         for step in steps:
             elapsed = time.perf_counter() - started
@@ -341,13 +373,13 @@ class _Statistics:
             if not any(counts):
                 self.first_seconds = elapsed if self.first_seconds is None else self.first_seconds
                 self.prefill_seconds += 0 if compiling else elapsed
-                self.prompt_tokens += 0 if compiling else sum(prompt_lengths)
+                self.prompt_tokens += 0 if compiling else sum(map(sum, lengths))
             elif not compiling:
                 self.decode_seconds += elapsed
             if counts[step.row] and not compiling:  # the first token of a row comes from the prefill
                 self.decoded_tokens += 1
                 if counts[step.row] == max(counts):  # the first row to go ahead: the weights were read once more
-                    contexts = [n + c for n, c in zip(prompt_lengths, counts, strict=True)]
+                    contexts = [n + c for ns, c in zip(lengths, counts, strict=True) for n in ns]
                     self.bytes_read += self.engine.model.bytes_per_step(contexts)
             counts[step.row] += 1
             yield step

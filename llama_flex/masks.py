@@ -6,63 +6,43 @@ decoding, in ragged batches, eager and compiled. Dimensions: B batch, H heads, T
 
 from __future__ import annotations
 
-import copy
-import functools
-import types
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from .rules import Rule, Token, Tokens, arange, grid, take
+
 BLOCK = 128  # slots and query rows per block of a BlockMask
 # Cells of the mask evaluated at once when its blocks are classified; bounds the memory of a long forward.
 _CELLS_AT_ONCE = 2**24
-_EMPTY = types.CellType()  # what a closure holds of a variable that has no value yet
+SHARED = 0  # the segment that every fused prompt sees
+GENERATED = -1  # the segment of generated text, which sees every fused prompt
 
 
-class Tokens(NamedTuple):
-    """The attributes of a batch of tokens, or of the tokens lying in a set of slots; each `[B, T]`, int32.
-
-    index: place in the order of arrival in its sequence; -1 for padding and for a free slot.
-    position: rotary position; parallel segments may share positions.
-    segment: a small integer for documents, prompts, generated text; 0 unless set.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
-    position: Tensor
-    segment: Tensor
-
-
-class Token:
-    """The attributes of one token as a predicate sees them: scalars in a kernel, broadcasting tensors when dense."""
-
-    __slots__ = ("_at", "_tokens", "batch", "head")
-
-    def __init__(self, tokens: Tokens, batch: Tensor, head: Tensor, at: Tensor) -> None:
-        self._tokens, self.batch, self.head, self._at = tokens, batch, head, at
-
-    @property
-    def index(self) -> Tensor:
-        """Place in the order of arrival in its sequence."""
-        return self._tokens.index[self.batch, self._at]
-
-    @property
-    def position(self) -> Tensor:
-        """Rotary position."""
-        return self._tokens.position[self.batch, self._at]
-
-    @property
-    def segment(self) -> Tensor:
-        """Segment number; 0 unless set."""
-        return self._tokens.segment[self.batch, self._at]
-
-
+Parameter: TypeAlias = int | Tensor  # one number for all rows, or a tensor [B] with one a row
 Predicate: TypeAlias = Callable[[Token, Token], Tensor | bool]
 
 
-class Mask:
+class Sparsity(NamedTuple):
+    """How many blocks of a mask are full, partial and empty. Empty ones cost nothing; full ones skip the predicate."""
+
+    full: int
+    partial: int
+    empty: int
+
+    @property
+    def computed(self) -> float:
+        """The fraction of blocks that attention computes."""
+        return (self.full + self.partial) / sum(self)
+
+    def __str__(self) -> str:
+        return f"{self.full} full, {self.partial} partial, {self.empty} empty blocks: {self.computed:.1%} computed"
+
+
+class Mask(Rule):
     """A predicate `(q, kv) -> bool`: may query token q attend to key token kv?
 
     Both have `.batch .head .index .position .segment`. The predicate uses tensor operations only (`&`, `|`, `~`,
@@ -70,12 +50,16 @@ class Mask:
     Whatever they say, a free slot and padding are never attended to.
     """
 
-    def __init__(self, predicate: Predicate, name: str | None = None) -> None:
-        self.predicate = predicate
-        self.name: str = name or str(getattr(predicate, "__name__", type(predicate).__name__))
+    function: Predicate
 
-    def __repr__(self) -> str:
-        return self.name
+    @classmethod
+    def from_mask_mod(cls, mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | bool]) -> Mask:
+        """The mask of FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, read over the order of arrival.
+
+        So it means the same in cached decoding, where the rows and slots of the attention call are others.
+        """
+        # A free slot has index -1, which no mask_mod expects.
+        return cls(lambda q, kv: mask_mod(q.batch, q.head, _logical(q), _logical(kv)), _name_of(mask_mod))
 
     def __and__(self, other: Mask) -> Mask:
         return Mask(lambda q, kv: self.evaluate(q, kv) & other.evaluate(q, kv), f"({self} & {other})")
@@ -86,18 +70,9 @@ class Mask:
     def __invert__(self) -> Mask:
         return Mask(lambda q, kv: ~self.evaluate(q, kv), f"~{self}")
 
-    def to(self, device: torch.device | str) -> Mask:
-        """This mask with the tensors that its predicate captures on `device`; itself if they are there already.
-
-        Found in closures, defaults, partials, methods, attributes of callable objects, lists, tuples, dicts and other
-        masks; a global variable is not captured, and stays where it is.
-        """
-        predicate = _moved(self.predicate, device)
-        return self if predicate is self.predicate else Mask(predicate, self.name)
-
     def evaluate(self, q: Token, kv: Token) -> Tensor:
         """The predicate's answer as a boolean tensor. Raises ValueError for an answer of another kind."""
-        answer = self.predicate(q, kv)
+        answer = self.function(q, kv)
         if isinstance(answer, bool):
             return torch.full_like(kv.index, answer, dtype=torch.bool)
         if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
@@ -110,13 +85,33 @@ class Mask:
 
     def dense(self, q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
         """The mask as booleans, `[B, 1 or H, T, S]`: H only if the predicate looks at heads."""
-        return self._cells(q, kv, num_heads, _range(q.index.shape[1], q), _range(kv.index.shape[1], q))
+        return self._cells(q, kv, num_heads, arange(q.index.shape[1], q), arange(kv.index.shape[1], q))
 
     def _cells(self, q: Tokens, kv: Tokens, num_heads: int, rows: Tensor, slots: Tensor) -> Tensor:
-        b = q.index.shape[0]
-        batch, head = _range(b, q)[:, None, None, None], _range(num_heads, q)[:, None, None]
-        cells = self._allows(Token(q, batch, head, rows[:, None]), Token(kv, batch, head, slots))
-        return cells.expand(b, -1, len(rows), len(slots))
+        cells = self._allows(*grid(q, kv, num_heads, rows, slots))
+        return cells.expand(len(q.index), -1, len(rows), len(slots))
+
+    def sparsity(self, q: Tokens, kv: Tokens | None = None, num_heads: int = 1) -> Sparsity:
+        """How many blocks of 128 x 128 this mask lists for queries q against slots kv (default: against themselves)."""
+        full, some = self._blocks(q, q if kv is None else kv, num_heads)
+        listed, whole = int(some.sum()), int(full.sum())
+        return Sparsity(whole, listed - whole, some.numel() - listed)
+
+    def _blocks(self, q: Tokens, kv: Tokens, num_heads: int) -> tuple[Tensor, Tensor]:
+        """Which blocks of query rows and slots are full, and which allow anything: `[B, 1 or H, Tb, Sb]` both."""
+        (b, t), s = q.index.shape, kv.index.shape[1]
+        rows_per_block = min(t, BLOCK)  # a decoding step has one row, and evaluates one
+        # Rows and slots that only fill up the last block repeat the last real one, which changes no `any` or `all`.
+        rows = arange(-(-t // rows_per_block) * rows_per_block, q).clamp(max=t - 1)
+        slots = arange(-(-s // BLOCK) * BLOCK, q).clamp(max=s - 1)
+        whole = arange(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: it needs its bounds
+        kinds = []
+        for part in rows.split(max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block):
+            cells = self._cells(q, kv, num_heads, part, slots)
+            blocks = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
+            kinds.append((blocks.all(5).all(3) & whole, blocks.any(5).any(3)))
+        full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))
+        return full, some
 
     def block_mask(self, q: Tokens, kv: Tokens, num_heads: int) -> BlockMask:
         """The FlexAttention BlockMask of queries q against slots kv: exact lists of full and of partial blocks.
@@ -124,18 +119,7 @@ class Mask:
         Only tensor operations, so it can be part of a compiled step: no host synchronisation, no Python branch on a
         value, static shapes.
         """
-        (b, t), s = q.index.shape, kv.index.shape[1]
-        rows_per_block = min(t, BLOCK)  # a decoding step has one row, and evaluates one
-        # Rows and slots that only fill up the last block repeat the last real one, which changes no `any` or `all`.
-        rows = _range(-(-t // rows_per_block) * rows_per_block, q).clamp(max=t - 1)
-        slots = _range(-(-s // BLOCK) * BLOCK, q).clamp(max=s - 1)
-        whole = _range(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: it needs its bounds
-        kinds = []
-        for part in rows.split(max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block):
-            cells = self._cells(q, kv, num_heads, part, slots)
-            grid = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
-            kinds.append((grid.all(5).all(3) & whole, grid.any(5).any(3)))
-        full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))  # [B, 1 or H, Tb, Sb]
+        full, some = self._blocks(q, kv, num_heads)
         partial_num, partial_idx = _list_blocks(some & ~full)
         full_num, full_idx = _list_blocks(full)
         # A row of blocks with none listed at all is NaN in the compiled CPU kernel, so it lists one, for mask_mod to
@@ -152,61 +136,9 @@ class Mask:
             full_idx,
             BLOCK_SIZE=BLOCK,
             mask_mod=mask_mod,
-            seq_lengths=(t, s),
+            seq_lengths=(q.index.shape[1], kv.index.shape[1]),
             compute_q_blocks=False,  # only a backward pass needs them
         )
-
-
-def _moved(value: Any, device: torch.device | str, seen: dict[int, Any] | None = None) -> Any:
-    """`value` with the tensors it holds on `device`: in closures, defaults, partials, methods, attributes of callable
-    objects, lists, tuples, dicts and other masks. The very same object if there is nothing to move."""
-    seen = {} if seen is None else seen
-    if id(value) in seen:  # a function that refers to itself
-        return seen[id(value)]
-    seen[id(value)] = value
-    if isinstance(value, Tensor | Mask):
-        return value.to(device)
-
-    def parts_moved(parts: Sequence[Any]) -> list[Any] | None:
-        moved = [_moved(part, device, seen) for part in parts]
-        return None if all(new is old for new, old in zip(moved, parts, strict=True)) else moved
-
-    def attributes_moved(holder: Any) -> Any:
-        moved = parts_moved([vars(holder)])
-        if moved is not None:
-            holder = copy.copy(holder)
-            vars(holder).update(moved[0])
-        return holder
-
-    if type(value) in (list, tuple):
-        moved = parts_moved(value)
-        return value if moved is None else type(value)(moved)
-    if type(value) is dict:
-        moved = parts_moved(list(value.values()))
-        return value if moved is None else dict(zip(value, moved, strict=True))
-    if isinstance(value, functools.partial):
-        moved = parts_moved([value.func, value.args, value.keywords])
-        return value if moved is None else functools.partial(moved[0], *moved[1], **moved[2])
-    if isinstance(value, types.MethodType):
-        holder = attributes_moved(value.__self__) if hasattr(value.__self__, "__dict__") else value.__self__
-        return value if holder is value.__self__ else types.MethodType(value.__func__, holder)
-    if isinstance(value, types.FunctionType):
-        cells = [cell for cell in value.__closure__ or () if cell != _EMPTY]
-        moved = parts_moved([value.__defaults__, value.__kwdefaults__, *(cell.cell_contents for cell in cells)])
-        if moved is None:
-            return value
-        new = dict(zip(map(id, cells), map(types.CellType, moved[2:]), strict=True))
-        closure = tuple(new.get(id(cell), cell) for cell in value.__closure__ or ())
-        function = types.FunctionType(value.__code__, value.__globals__, value.__name__, moved[0], closure)
-        function.__kwdefaults__ = moved[1]
-        return function
-    if callable(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
-        return attributes_moved(value)
-    return value
-
-
-def _range(n: int, like: Tokens) -> Tensor:
-    return torch.arange(n, device=like.index.device)
 
 
 def _list_blocks(listed: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,46 +157,60 @@ def bidirectional() -> Mask:
     return Mask(lambda q, kv: True, "bidirectional()")
 
 
-def sliding_window(width: int | Tensor) -> Mask:
-    """A token attends to the last `width` tokens, itself included, as in transformers. A tensor `[B]`: one a row."""
-    name = _named("sliding_window", width, 1)
-    return Mask(
-        lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < _of_row(width, q)),
-        name,
-    )
+def sliding_window(width: Parameter) -> Mask:
+    """A token attends to the last `width` tokens, itself included, as in transformers."""
+    name = named("sliding_window", width, 1)
+    return Mask(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < of_row(width, q)), name)
 
 
-def sink(count: int | Tensor) -> Mask:
+def sink(count: Parameter) -> Mask:
     """A token attends to the first `count` tokens, as far as they came before it (arXiv:2309.17453)."""
-    name = _named("sink", count, 0)
-    return Mask(lambda q, kv: (kv.index <= q.index) & (kv.index < _of_row(count, q)), name)
+    name = named("sink", count, 0)
+    return Mask(lambda q, kv: (kv.index <= q.index) & (kv.index < of_row(count, q)), name)
 
 
-def prefix_lm(length: int | Tensor) -> Mask:
+def prefix_lm(length: Parameter) -> Mask:
     """Causal, but the first `length` tokens also attend to each other in both directions (arXiv:1910.10683).
 
     In a cache the prefix must be appended in one piece: a token cannot attend to what has not arrived.
     """
-    name = _named("prefix_lm", length, 0)
+    name = named("prefix_lm", length, 0)
     return Mask(
-        lambda q, kv: (kv.index <= q.index) | (q.index < _of_row(length, q)) & (kv.index < _of_row(length, q)),
-        name,
+        lambda q, kv: (kv.index <= q.index) | (q.index < of_row(length, q)) & (kv.index < of_row(length, q)), name
     )
 
 
-def chunked(size: int | Tensor) -> Mask:
+def chunked(size: Parameter) -> Mask:
     """Causal within chunks of `size` tokens; nothing crosses from one chunk to the next."""
-    name = _named("chunked", size, 1)
-    return Mask(
-        lambda q, kv: (kv.index <= q.index) & (kv.index // _of_row(size, q) == q.index // _of_row(size, q)),
-        name,
-    )
+    name = named("chunked", size, 1)
+    return Mask(lambda q, kv: (kv.index <= q.index) & (kv.index // of_row(size, q) == q.index // of_row(size, q)), name)
 
 
-def dilated(step: int | Tensor) -> Mask:
+def dilated(step: Parameter) -> Mask:
     """Causal, every `step`-th token counted back from the token itself (arXiv:2004.05150)."""
-    name = _named("dilated", step, 1)
-    return Mask(lambda q, kv: (kv.index <= q.index) & ((q.index - kv.index) % _of_row(step, q) == 0), name)
+    name = named("dilated", step, 1)
+    return Mask(lambda q, kv: (kv.index <= q.index) & ((q.index - kv.index) % of_row(step, q) == 0), name)
+
+
+def global_tokens(indices: Sequence[int] | Tensor) -> Mask:
+    """The tokens at `indices` attend to all and all attend to them (arXiv:2004.05150); combine with `causal()`.
+
+    indices: numbers, the same for every row; or a boolean tensor `[N]` or `[B, N]` that says it of the first N tokens.
+    """
+    if not isinstance(indices, Tensor):
+        if not len(indices) or min(indices) < 0:
+            raise ValueError(f"global_tokens needs indices of at least 0, not {list(indices)}")
+        marked = torch.zeros(max(indices) + 1, dtype=torch.bool)
+        marked[list(indices)] = True
+    elif indices.dtype == torch.bool and indices.dim() in (1, 2) and indices.shape[-1]:
+        marked = indices
+    else:
+        raise ValueError(f"global_tokens needs indices or booleans [N] or [B, N], not {_kind(indices)}")
+
+    def predicate(q: Token, kv: Token) -> Tensor:
+        return _marked(marked, q) | _marked(marked, kv)
+
+    return Mask(predicate, f"global_tokens({_kind(indices) if isinstance(indices, Tensor) else list(indices)})")
 
 
 def document() -> Mask:
@@ -272,13 +218,101 @@ def document() -> Mask:
     return Mask(lambda q, kv: q.segment == kv.segment, "document()")
 
 
-def _of_row(value: int | Tensor, token: Token) -> int | Tensor:
+def shared_prefix(length: Parameter) -> Mask:
+    """Causal within each segment, and every token attends to the first `length` tokens, of whatever segment."""
+    mask = causal() & (document() | sink(length))
+    mask.name = named("shared_prefix", length, 0)
+    return mask
+
+
+def fused() -> Mask:
+    """Prompts side by side: causal; a prompt attends to its own segment and to the shared one (segment 0), generated
+    tokens (segment -1) to everything. Without segments the same as `causal()`. See `llama_flex.fuse`."""
+    return Mask(
+        lambda q, kv: (
+            (kv.index <= q.index) & ((kv.segment == q.segment) | (kv.segment == SHARED) | (q.segment == GENERATED))
+        ),
+        "fused()",
+    )
+
+
+def tree(parents: Sequence[int] | Tensor, start: Parameter = 0) -> Mask:
+    """A token attends to itself and its ancestors in a tree, such as of drafted continuations (arXiv:2305.09781).
+
+    parents: for each node the number of its parent, a smaller one, or -1 for a root; a tensor `[B, N]`: a tree a row.
+    Node n is the token with index `start` + n. Every token attends to those before `start`, and the tokens after the
+    tree attend to all that came before them. Raises ValueError for a parent that is not an earlier node.
+    """
+    table = torch.as_tensor(parents)
+    if not table.numel() or table.dim() not in (1, 2) or table.is_floating_point():
+        raise ValueError(f"tree needs a parent for each node, integers [N] or [B, N], not {_kind(table)}")
+    # Nodes numbered in the order of a depth-first walk: those under node n have the numbers enter[n] to leave[n] - 1,
+    # so two tables of N numbers answer what would else take N x N.
+    walks = [_depth_first(row) for row in table.reshape(-1, table.shape[-1]).tolist()]
+    enter, leave = torch.tensor(walks, dtype=torch.int32, device=table.device).unbind(1)  # [number of trees, N]
+    enter, leave = enter.clone().view(table.shape), leave.clone().view(table.shape)  # not aliases
+    count = table.shape[-1]
+
+    def predicate(q: Token, kv: Token) -> Tensor:
+        node, other = q.index - of_row(start, q), kv.index - of_row(start, q)
+        number, first, end = lookup(enter, q, node), lookup(enter, kv, other), lookup(leave, kv, other)
+        ancestor = (first <= number) & (number < end)
+        return (kv.index <= q.index) & (ancestor | (other < 0) | (node >= count))
+
+    return Mask(predicate, named("tree", table, 0))
+
+
+def _depth_first(parents: list[int]) -> tuple[list[int], list[int]]:
+    """For each node its number in a depth-first walk, and the first number after those of its descendants."""
+    sizes = [1] * len(parents)
+    for node in range(len(parents) - 1, -1, -1):
+        if not -1 <= parents[node] < node:
+            raise ValueError(f"tree: node {node} has parent {parents[node]}; give an earlier node, or -1 for a root")
+        if parents[node] >= 0:
+            sizes[parents[node]] += sizes[node]
+    enter, free, roots = [], [0] * len(parents), 0  # free: the next number to give below each node
+    for node, parent in enumerate(parents):
+        number = roots if parent < 0 else free[parent]
+        if parent < 0:
+            roots += sizes[node]
+        else:
+            free[parent] += sizes[node]
+        enter.append(number)
+        free[node] = number + 1
+    return enter, [number + size for number, size in zip(enter, sizes, strict=True)]
+
+
+def _marked(table: Tensor, token: Token) -> Tensor:
+    return lookup(table, token, token.index) & (token.index < table.shape[-1])
+
+
+def _logical(token: Token) -> Tensor:
+    return token.index.clamp(min=0)
+
+
+def of_row(value: Parameter, token: Token) -> int | Tensor:
     """A parameter that is one number for all, or a tensor `[B]` with one for each row."""
-    return value[token.batch] if isinstance(value, Tensor) and value.dim() else value
+    return take(value, token.batch) if isinstance(value, Tensor) and value.dim() else value
 
 
-def _named(name: str, value: int | Tensor, least: int) -> str:
-    """The name of a mask with its parameter. Raises ValueError for a number below `least`."""
-    if not isinstance(value, Tensor) and value < least:
+def lookup(table: Tensor, token: Token, at: Tensor) -> Tensor:
+    """The entry `at` of a table `[N]`, or of the token's row of a table `[B, N]`; of the nearest one if outside."""
+    at = at.clamp(0, table.shape[-1] - 1)
+    return take(table, at) if table.dim() == 1 else take(table, token.batch, at)
+
+
+def named(name: str, value: int | float | Tensor, least: float) -> str:
+    """The name of a rule with its parameter. Raises ValueError for a number below `least`."""
+    if isinstance(value, Tensor):
+        return f"{name}({_kind(value)})"
+    if value < least:
         raise ValueError(f"{name} needs a number of at least {least}, not {value}")
-    return f"{name}({value.tolist() if isinstance(value, Tensor) else value})"
+    return f"{name}({value})"
+
+
+def _kind(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+
+
+def _name_of(function: Callable[..., object]) -> str | None:
+    return getattr(function, "__name__", None)

@@ -7,18 +7,20 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from . import attention, hub, masks, rope, weights
-from .attention import Backend, Visible
+from .attention import Backend, Layers, Pattern, View
 from .cache import Cache, store
 from .config import GenerationConfig, LlamaConfig
-from .masks import Mask, Tokens
+from .masks import Mask
+from .rules import Tokens
+from .scores import ScoreMod
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
@@ -47,7 +49,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.attention_bias)
         self.o = nn.Linear(self.heads[0] * config.head_dim, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rotary: Rotary, visible: Visible, kv: KV | None, slots: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, view: View, kv: KV | None, slots: Tensor | None) -> Tensor:
         b, t, _ = x.shape
         q, k, v = (
             self.qkv(x).view(b, t, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
@@ -55,7 +57,7 @@ class Attention(nn.Module):
         q, k = rope.rotate(q, *rotary), rope.rotate(k, *rotary)
         if kv is not None and slots is not None:
             k, v = store(kv, slots, k, v)  # [B, K, S, D]
-        out = attention.attend(q, k, v, visible)
+        out = attention.attend(q, k, v, view)
         return self.o(out.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -82,10 +84,15 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    @torch.compiler.nested_compile_region  # one compilation serves all layers
-    def forward(self, x: Tensor, rotary: Rotary, visible: Visible, kv: KV | None, slots: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, visible, kv, slots)
+    def forward(self, x: Tensor, rotary: Rotary, view: View, kv: KV | None, slots: Tensor | None) -> Tensor:
+        layer = self._nested_layer if view.nested else self._layer
+        return layer(x, rotary, view, kv, slots)
+
+    def _layer(self, x: Tensor, rotary: Rotary, view: View, kv: KV | None, slots: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, view, kv, slots)
         return x + self.mlp(self.mlp_norm(x))
+
+    _nested_layer = torch.compiler.nested_compile_region(_layer)  # one compilation serves all layers
 
 
 class Llama(nn.Module):
@@ -158,6 +165,15 @@ class Llama(nn.Module):
         """Slots for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
         return Cache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
 
+    def new_rolling_cache(self, batch_size: int, window: int, sinks: int = 0, *, largest_append: int = 512) -> Cache:
+        """Slots for sequences of any length that see their last `window` tokens and first `sinks` ones, no others.
+
+        It holds the mask `sliding_window(window) | sink(sinks)`, added to any other mask, in memory that does not grow.
+        largest_append: how many tokens one step may append. Raises ValueError for a window below 1.
+        """
+        slots = sinks + window - 1 + largest_append
+        return Cache(self.config, batch_size, slots, window=window, sinks=sinks, dtype=self.dtype, device=self.device)
+
     def bytes_per_step(self, contexts: Sequence[int]) -> int:
         """Bytes a decoding step must read at least: all weights once (of an untied embedding next to nothing), and the
         keys and values of every sequence, whose lengths are given."""
@@ -174,16 +190,19 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: Cache | None = None,
-        mask: Mask | None = None,
+        mask: Mask | Sequence[Mask | None] | None = None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         backend: Backend = "flex",
         logits_to_keep: int = 0,
     ) -> Tensor:
         """Logits `[B, T, V]` of token ids `[B, T]`; with a cache the tokens are appended to what it holds.
 
         lengths `[B]`: how many tokens of each row are real, the rest being padding on the right (default: all).
-        positions `[B, T]`: rotary positions (default: the order of arrival). segments `[B, T]`: default 0.
-        mask: default causal; tensors it captures are moved to the model. logits_to_keep: compute only the last so many
-        logits of each row's real tokens (0: all), `[B, logits_to_keep, V]`.
+        positions `[B, T]`: rotary positions (default: on from the highest that the row holds, or 0). segments `[B, T]`:
+        default 0.
+        mask: default causal. score_mod: default none. One for all layers or one each; tensors they capture are moved to
+        the model. logits_to_keep: compute only the last so many logits of each row's real tokens (0: all),
+        `[B, logits_to_keep, V]`.
         Raises ValueError for shapes that do not fit, for a cache that is full, and for gradients on the CPU, where
         FlexAttention has none and only backend "dense" does.
         """
@@ -205,10 +224,6 @@ class Llama(nn.Module):
             raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
         if backend not in get_args(Backend):
             raise ValueError(f"backend {backend!r} is not known; choose 'flex' or 'dense'")
-        if mask is not None and not isinstance(mask, Mask):
-            raise ValueError(
-                f"mask must be a Mask, found {type(mask).__name__}; a predicate (q, kv) becomes Mask(predicate)"
-            )
         if (
             backend == "flex"
             and self.device.type == "cpu"
@@ -219,13 +234,50 @@ class Llama(nn.Module):
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
-        mask = None if mask is None else mask.to(self.device)
+        layers = self.attention_layers(mask, score_mod, cache)
         input_ids = input_ids.to(self.device)
         if cache is None:
-            return self.step(input_ids, lengths, positions, segments, None, mask, backend, logits_to_keep)
+            return self.step(input_ids, lengths, positions, segments, None, layers, backend, logits_to_keep)
         self.check_cache(cache, b)
         with cache.appending(t):
-            return self.step(input_ids, lengths, positions, segments, cache, mask, backend, logits_to_keep)
+            return self.step(input_ids, lengths, positions, segments, cache, layers, backend, logits_to_keep)
+
+    def attention_layers(
+        self,
+        mask: Mask | Sequence[Mask | None] | None = None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
+        cache: Cache | None = None,
+    ) -> Layers:
+        """How each layer attends, with its tensors on the model's device; equal masks are computed once for all.
+
+        Raises ValueError for what is no mask or score function, and for another number of them than of layers.
+        """
+        count = self.config.num_hidden_layers
+
+        def of_each_layer(value: Any, kind: type, name: str) -> list[Any]:
+            each = list(value) if isinstance(value, list | tuple) else [value] * count
+            if len(each) != count:
+                raise ValueError(f"{len(each)} {name}s for {count} layers; give one, or one each")
+            for rule in each:
+                if rule is not None and not isinstance(rule, kind):
+                    found = type(rule).__name__
+                    raise ValueError(
+                        f"{name} must be a {kind.__name__}, found {found}; {kind.__name__}(function) is one"
+                    )
+            return each
+
+        each_mask, each_score_mod = of_each_layer(mask, Mask, "mask"), of_each_layer(score_mod, ScoreMod, "score_mod")
+        patterns: dict[Hashable, Pattern] = {}
+        of_layer = []
+        for m, s in zip(each_mask, each_score_mod, strict=True):
+            m = m or masks.causal()
+            key = m.identity(), s and s.identity()
+            if key not in patterns:
+                m = m if cache is None or cache.mask is None else m & cache.mask
+                s = s and s.to(self.device)
+                patterns[key] = Pattern(m.to(self.device), s, nested=s is None or not s.indexes(self.device))
+            of_layer.append(list(patterns).index(key))
+        return Layers(tuple(patterns.values()), tuple(of_layer))
 
     def check_cache(self, cache: Cache, batch_size: int) -> None:
         """Raise ValueError for a cache of another batch size or another model."""
@@ -244,7 +296,7 @@ class Llama(nn.Module):
         positions: Tensor | None,
         segments: Tensor | None,
         cache: Cache | None,
-        mask: Mask | None,
+        layers: Layers,
         backend: Backend,
         logits_to_keep: int,
     ) -> Tensor:
@@ -252,24 +304,24 @@ class Llama(nn.Module):
         b, t = input_ids.shape
         column = torch.arange(t, dtype=torch.int32, device=input_ids.device).expand(b, t)
         index = column if cache is None else cache.length[:, None] + column
+        after = column if cache is None else cache.next_position[:, None] + column
         tokens = Tokens(
             index if lengths is None else torch.where(column < lengths[:, None], index, -1),
-            index if positions is None else positions.to(torch.int32),
+            after if positions is None else positions.to(torch.int32),
             torch.zeros_like(index) if segments is None else segments.to(torch.int32),
         )
+        if index.device.type == "cpu":
+            # torch 2.13's compiled CPU kernel takes what a mask captures from memory, not what is still an expression
+            # (NoValidChoicesError); strides can only be taken of what is in memory.
+            tokens = Tokens(*(x.as_strided(x.shape, (t, 1)) for x in map(Tensor.contiguous, tokens)))
         slots = None if cache is None else cache.append(tokens)
-        visible = attention.visible(
-            mask or masks.causal(),
-            tokens,
-            tokens if cache is None else cache.tokens,
-            self.config.num_attention_heads,
-            backend,
-        )
+        kv = tokens if cache is None else cache.tokens
+        views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend) for p in layers.patterns]
         rotary = rope.cos_sin(tokens.position, self.inv_freq)
 
         x = self.embed(input_ids)  # [B, T, E]
         for i, block in enumerate(self.layers):
-            x = block(x, rotary, visible, None if cache is None else cache.layers[i], slots)
+            x = block(x, rotary, views[layers.of_layer[i]], None if cache is None else cache.layers[i], slots)
         if logits_to_keep:
             end = torch.full((b,), t, device=x.device) if lengths is None else lengths
             kept = end[:, None] - logits_to_keep + torch.arange(logits_to_keep, device=x.device)

@@ -1,6 +1,7 @@
 """Models the tests share: tiny random ones beside their transformers twins, and the demo weights."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
@@ -11,6 +12,7 @@ import torch
 import transformers  # before anything compiles: it registers pytree nodes, and every graph would recompile once
 
 from llama_flex import Llama
+from llama_flex.engine import _compiled
 
 DEMO = Path(__file__).parent.parent / "weights" / "SmolLM2-135M-Instruct"
 TEST_INPUTS = DEMO.parent / "test-inputs"
@@ -51,6 +53,25 @@ def tiny_reference(**overrides) -> transformers.LlamaForCausalLM:
         if "norm" in name or "bias" in name:  # initialised to ones and zeros, which would hide a mistake
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
+
+
+def compiled_forward(model: Llama):
+    """The model's forward, compiled: a graph for each shape and for each structure of masks and score functions."""
+    graphs = {}
+
+    def forward(ids, *, cache=None, lengths=None, positions=None, segments=None, mask=None, score_mod=None):
+        ids, lengths, positions, segments = (
+            None if x is None else x.to(model.device, copy=True, memory_format=torch.contiguous_format)
+            for x in (ids, lengths, positions, segments)
+        )
+        layers = model.attention_layers(mask, score_mod, cache)
+        given = tuple(x is None for x in (cache, lengths, positions, segments))
+        graph = graphs.setdefault((ids.shape, given, layers.structure), _compiled(model.step))
+        with nullcontext() if cache is None else cache.appending(ids.shape[1]):
+            return graph(ids, lengths, positions, segments, cache, layers, "flex", 0)
+
+    forward.graphs = graphs
+    return forward
 
 
 @pytest.fixture(scope="session")

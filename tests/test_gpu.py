@@ -4,10 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, compiled_forward
 
 from llama_flex import Engine
-from llama_flex.engine import _compiled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -30,12 +29,10 @@ def test_compiled_chunks_and_steps_equal_the_reference(tiny_pair, name, dtype):
     device_reference.model.rotary_emb.inv_freq = reference.model.rotary_emb.inv_freq.cuda()  # .to() rounds it
     expected = device_reference(ids.cuda()).logits
     model = copy.deepcopy(model).to("cuda", dtype)
-    graphs, cache, parts, start = {}, model.new_cache(2, 386), [], 0
+    forward, cache, parts, start = compiled_forward(model), model.new_cache(2, 386), [], 0
     while start < 386:
         size = 128 if start < 256 else 1
-        cache.reserve(size)
-        graph = graphs.setdefault(size, _compiled(model.step))
-        parts.append(graph(ids[:, start : start + size].cuda(), None, None, None, cache, None, "flex", 0))
+        parts.append(forward(ids[:, start : start + size], cache=cache))
         start += size
     no_further_from_float64(torch.cat(parts, dim=1), expected, truth)
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import TINY, compiled_forward
 
 from llama_flex import Llama, Mask, Tokenizer
-from llama_flex.engine import _compiled
 from llama_flex.rope import RopeParameters
 
 LENGTHS = (1, 127, 128, 129, 700)
@@ -67,19 +66,6 @@ def step_budget(tiny_pair, budget):
         return max(2 * spread, budget(name))
 
     return of
-
-
-def compiled_forward(model: Llama):
-    """The model's forward with every new shape compiled into a graph of its own."""
-    graphs = {}
-
-    def forward(ids, cache=None, lengths=None):
-        if cache is not None:
-            cache.reserve(ids.shape[1])
-        graph = graphs.setdefault(ids.shape, _compiled(model.step))
-        return graph(ids, lengths, None, None, cache, None, "flex", 0)
-
-    return forward
 
 
 @torch.no_grad()

@@ -1,0 +1,197 @@
+"""What masks and score functions share: the attributes of tokens that they read, and the tensors that they carry.
+
+A rule is a function over the attributes of a query token and a key token. It knows nothing of caches, so it holds in
+the full forward, in chunks, in cached decoding, in ragged batches, eager and compiled.
+Dimensions: B batch, H heads, T tokens (queries), S slots (keys).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+_EMPTY = types.CellType()  # what a closure holds of a variable that has no value yet
+
+
+class Tokens(NamedTuple):
+    """The attributes of a batch of tokens, or of the tokens lying in a set of slots; each `[B, T]`, int32.
+
+    index: place in the order of arrival in its sequence; -1 for padding and for a free slot.
+    position: rotary position; parallel segments may share positions.
+    segment: a small integer for documents, prompts, generated text; 0 unless set.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    position: Tensor
+    segment: Tensor
+
+    @classmethod
+    def arriving(cls, count: int, *, batch: int = 1, segments: Tensor | None = None) -> Tokens:
+        """`count` tokens in their order of arrival, as a forward without a cache sees them; on the CPU.
+
+        segments: `[count]` or `[B, count]`, default 0.
+        """
+        index = torch.arange(count, dtype=torch.int32).expand(batch, -1)
+        return cls(index, index, torch.zeros_like(index) if segments is None else segments.int().expand(batch, -1))
+
+
+class Token:
+    """The attributes of one token as a rule sees them: scalars in a kernel, broadcasting tensors when dense."""
+
+    __slots__ = ("_at", "_tokens", "batch", "head")
+
+    def __init__(self, tokens: Tokens, batch: Tensor, head: Tensor, at: Tensor) -> None:
+        self._tokens, self.batch, self.head, self._at = tokens, batch, head, at
+
+    @property
+    def index(self) -> Tensor:
+        """Place in the order of arrival in its sequence."""
+        return take(self._tokens.index, self.batch, self._at)
+
+    @property
+    def position(self) -> Tensor:
+        """Rotary position."""
+        return take(self._tokens.position, self.batch, self._at)
+
+    @property
+    def segment(self) -> Tensor:
+        """Segment number; 0 unless set."""
+        return take(self._tokens.segment, self.batch, self._at)
+
+
+def take(table: Tensor, *at: Tensor) -> Tensor:
+    """`table[at]`, written so that a score function that uses nothing else can be compiled once for all layers.
+
+    FlexAttention replaces the `[]` of score functions by one with a backward, which torch cannot trace within a nested
+    compile region.
+    """
+    return torch.ops.aten.index(table, at)
+
+
+def grid(q: Tokens, kv: Tokens, num_heads: int, rows: Tensor, slots: Tensor) -> tuple[Token, Token]:
+    """The query and key tokens of all cells `[B, H, rows, slots]` at once, as tensors that broadcast to that shape."""
+    batch, head = arange(q.index.shape[0], q)[:, None, None, None], arange(num_heads, q)[:, None, None]
+    return Token(q, batch, head, rows[:, None]), Token(kv, batch, head, slots)
+
+
+def arange(n: int, like: Tokens) -> Tensor:
+    """`0 .. n-1` on the device of `like`."""
+    return torch.arange(n, device=like.index.device)
+
+
+class Rule:
+    """A function over a query token and a key token, with a name, and with the tensors that it captures.
+
+    Captured tensors are found in closures, defaults, partials, methods, attributes of objects, lists, tuples, dicts and
+    other rules; a global variable is not captured, and stays where it is.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+        if not callable(function):
+            raise ValueError(f"{type(self).__name__} needs a function of a query and a key token, found {function!r}")
+        self.function = function
+        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def to(self, device: torch.device | str) -> Self:
+        """This rule with the tensors that it captures on `device`; itself if they are there already."""
+        return _moved(self, device, {})
+
+    def structure(self) -> Hashable:
+        """What a compiled graph of this rule depends on: its code, its constants, the kinds of its tensors.
+
+        Rules of one structure differ only in the values of their tensors, and share compiled steps.
+        """
+        return _structure(self, lambda t: (t.shape, t.stride(), t.dtype, t.device), set())
+
+    def identity(self) -> Hashable:
+        """Equal for rules that compute the same: of one structure, with the very same tensors."""
+        return _structure(self, id, set())
+
+
+class _Parts(NamedTuple):
+    """A value taken apart: what it is, what it holds, and how to make one that holds something else."""
+
+    kind: object  # hashable
+    held: Sequence[Any]
+    rebuild: Callable[[list[Any]], Any]
+
+
+def _parts(value: Any) -> _Parts | None:
+    """How a value that may hold tensors is made up; None for one that holds nothing."""
+    if isinstance(value, Rule):
+        return _Parts(type(value), [value.function], lambda held: type(value)(held[0], value.name))
+    if isinstance(value, list | tuple):
+        return _Parts(type(value), value, getattr(type(value), "_make", type(value)))  # _make: of named tuples
+    if type(value) is dict:
+        return _Parts((dict, *value), list(value.values()), lambda held: dict(zip(value, held, strict=True)))
+    if isinstance(value, functools.partial):
+        held = [value.func, value.args, value.keywords]
+        return _Parts(functools.partial, held, lambda held: functools.partial(held[0], *held[1], **held[2]))
+    if isinstance(value, types.MethodType):
+        held = [value.__self__]
+        return _Parts(value.__func__, held, lambda held: types.MethodType(value.__func__, held[0]))
+    if isinstance(value, types.FunctionType):
+        return _function_parts(value)
+    if not isinstance(value, type | types.ModuleType) and hasattr(value, "__dict__"):
+
+        def with_attributes(held: list[Any]) -> Any:
+            new = copy.copy(value)
+            vars(new).update(held[0])
+            return new
+
+        return _Parts(type(value), [vars(value)], with_attributes)
+    return None
+
+
+def _function_parts(function: types.FunctionType) -> _Parts:
+    closure = function.__closure__ or ()
+    full = [cell for cell in closure if cell != _EMPTY]
+
+    def rebuild(held: list[Any]) -> types.FunctionType:
+        new = dict(zip(map(id, full), map(types.CellType, held[2:]), strict=True))
+        cells = tuple(new.get(id(cell), cell) for cell in closure)
+        rebuilt = types.FunctionType(function.__code__, function.__globals__, function.__name__, held[0], cells)
+        rebuilt.__kwdefaults__ = held[1]
+        return rebuilt
+
+    held = [function.__defaults__, function.__kwdefaults__, *(cell.cell_contents for cell in full)]
+    return _Parts((function.__code__, id(function.__globals__)), held, rebuild)
+
+
+def _moved(value: Any, device: torch.device | str, seen: dict[int, Any]) -> Any:
+    """`value` with the tensors it holds on `device`; the very same object if there is nothing to move."""
+    if isinstance(value, Tensor):
+        moved = value.to(device)
+        # A view becomes a tensor of its own: a nested compile region refuses tensors that share memory.
+        return moved if moved.untyped_storage().nbytes() == moved.nbytes else moved.clone()
+    parts = None if id(value) in seen else _parts(value)
+    if parts is None:
+        return seen.get(id(value), value)
+    seen[id(value)] = value  # a function may refer to itself
+    held = [_moved(part, device, seen) for part in parts.held]
+    if any(new is not old for new, old in zip(held, parts.held, strict=True)):
+        seen[id(value)] = parts.rebuild(held)
+    return seen[id(value)]
+
+
+def _structure(value: Any, of_tensor: Callable[[Tensor], Hashable], seen: set[int]) -> Hashable:
+    if isinstance(value, Tensor):
+        return "tensor", of_tensor(value)
+    if id(value) in seen:
+        return "again"
+    parts = _parts(value)
+    if parts is None:
+        return type(value), value if isinstance(value, Hashable) else id(value)
+    seen.add(id(value))
+    structure = parts.kind, tuple(_structure(part, of_tensor, seen) for part in parts.held)
+    seen.remove(id(value))
+    return structure
