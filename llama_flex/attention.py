@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,14 +24,10 @@ Backend: TypeAlias = Literal["flex", "dense"]
 
 
 class Pattern(NamedTuple):
-    """How one layer attends: who sees whom, and what is done to the scores.
-
-    nested: may the layers that attend so be compiled as one? See `rules.take`.
-    """
+    """How one layer attends: who sees whom, and what is done to the scores."""
 
     mask: Mask
     score_mod: ScoreMod | None = None
-    nested: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Layers:
     @cached_property
     def structure(self) -> Hashable:
         """What a compiled graph depends on; see `Rule.structure`."""
-        rules = (rule for pattern in self.patterns for rule in (pattern.mask, pattern.score_mod))
+        rules = (rule for pattern in self.patterns for rule in pattern)
         return self.of_layer, tuple(rule and rule.structure() for rule in rules)
 
 
@@ -53,20 +49,23 @@ class View(NamedTuple):
 
     visible: BlockMask | Tensor
     score_mod: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None
-    nested: bool
 
 
 def view_of(pattern: Pattern, q: Tokens, kv: Tokens, num_heads: int, backend: Backend) -> View:
     """What each query sees: FlexAttention's block lists (backend "flex"), or booleans `[B, 1 or H, T, S]` ("dense")."""
-    mask, rule, nested = pattern
+    mask, rule = pattern
+    if kv is q and not torch.compiler.is_compiling():
+        # Eager FlexAttention keeps graphs of its own. Torch 2.13 fails with a TypeError where it would explain why one
+        # of them does not fit, if the reason is that two tensors became one.
+        kv = Tokens(*(x.clone() for x in kv))
     visible = mask.block_mask(q, kv, num_heads) if backend == "flex" else mask.dense(q, kv, num_heads)
     if rule is None:
-        return View(visible, None, nested)
+        return View(visible, None)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return rule.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
 
-    return View(visible, score_mod, nested)
+    return View(visible, score_mod)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
@@ -80,11 +79,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         with nullcontext() if torch.compiler.is_compiling() else _without_advice_to_compile():
             return flex_attention(
-                q, k, v, score_mod=view.score_mod, block_mask=view.visible, enable_gqa=q.shape[1] != k.shape[1]
+                q,
+                k,
+                v,
+                score_mod=view.score_mod,
+                block_mask=view.visible,
+                enable_gqa=q.shape[1] != k.shape[1],
+                kernel_options=_decoding_options(len(q), k.shape[2]) if q.is_cuda and q.shape[2] == 1 else None,
             )
     groups = q.shape[1] // k.shape[1]
     wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(groups, dim=1)
     return (weights(q, k, view) @ wide).to(q.dtype)
+
+
+def _decoding_options(batch: int, slots: int) -> Any:
+    """How many parts the CUDA decoding kernel makes of the slots: one for about 256, fewer in a batch.
+
+    Torch makes as many whatever the number of slots, and gives each its share of the list of blocks: in a long cache
+    one part then gets all the blocks of a window, and works through them alone.
+    """
+    parts = max(slots // 256, 16) // batch
+    return {"SPLIT_KV": 1 << max(parts.bit_length() - 1, 0)}
 
 
 def weights(q: Tensor, k: Tensor, view: View) -> Tensor:

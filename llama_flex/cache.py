@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import LlamaConfig
-from .masks import BLOCK, Mask, sink, sliding_window
+from .masks import BLOCK, Mask, first_true, sink, sliding_window
 from .rules import Tokens
 
 
@@ -91,8 +91,8 @@ class Cache:
     def appending(self, count: int) -> Iterator[None]:
         """Take room for up to `count` more tokens in every row, to be computed in this context.
 
-        If that fails, the cache is as it was. Counted on the host, so it costs no synchronisation. Raises ValueError if
-        the slots do not suffice.
+        If that fails, the cache is as it was, but for what a rolling window has passed. Counted on the host, without
+        synchronisation. Raises ValueError if the slots do not suffice.
         """
         if count > self.largest_append:
             held = self.max_length - self.largest_append
@@ -123,10 +123,8 @@ class Cache:
             index = self.tokens.index
             self._free((index >= self.sinks) & (index < self.rolled_out[:, None]))
         row = torch.arange(b, device=tokens.index.device)[:, None]
-        column = torch.arange(t, dtype=torch.int32, device=tokens.index.device).expand(b, t)
-        # The slot where the count of free ones first reaches column + 1.
-        free = (self.tokens.index[:, : self.max_length] < 0).cumsum(1, dtype=torch.int32)
-        slots = torch.searchsorted(free, column + 1)
+        column = torch.arange(t, device=tokens.index.device)
+        slots = first_true(self.tokens.index[:, : self.max_length] < 0, t)
         slots = torch.where(tokens.index >= 0, slots, self.max_length + column % BLOCK)
         for held, new in zip(self.tokens, tokens, strict=True):
             held[row, slots] = new
@@ -140,11 +138,11 @@ class Cache:
         if length < 0:
             raise ValueError(f"cannot keep {length} tokens; give 0 or more")
         if self.window is not None:
-            first_seen = self.length.clamp(max=length) + 1 - self.window
-            if bool((first_seen.clamp(min=self.sinks) < self.rolled_out).any()):
+            kept = self.length.clamp(max=length)
+            first_seen = (kept + 1 - self.window).clamp(min=self.sinks)
+            if bool((first_seen < torch.minimum(self.rolled_out, kept)).any()):
                 raise ValueError(f"cannot go back to {length} tokens: the rolling window has passed it")
-        self._free(self.tokens.index >= length)
-        self.reserved = min(self.reserved, length)
+        self._forget(self.tokens.index >= length)
 
     def evict(self, tokens: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> None:
         """Forget some tokens: no later query attends to them, and their slots are free; the others stay as they are.
@@ -155,17 +153,18 @@ class Cache:
         index = self.tokens.index
         if callable(tokens):
             chosen = tokens(self.tokens)
-            if chosen.dtype != torch.bool or chosen.shape != index.shape:
-                found = f"{chosen.dtype} {list(chosen.shape)}"
+            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != index.shape:
+                found = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
                 raise ValueError(f"evict: the function returned {found}, not booleans {list(index.shape)}")
         else:
             which = torch.as_tensor(tokens, device=index.device)
-            if which.dtype not in (torch.int32, torch.int64) or which.shape[:-1] not in ((), index.shape[:1]):
+            which = which if which.numel() else which.long()  # an empty list comes as floats
+            shapes = which.dim() == 1 or which.shape[:-1] == index.shape[:1]
+            if which.dtype not in (torch.int32, torch.int64) or not shapes:
                 found = f"{which.dtype} {list(which.shape)}"
                 raise ValueError(f"evict needs indices, integers [N] or [{len(index)}, N], not {found}")
             chosen = torch.isin(index, which) if which.dim() == 1 else (index[:, :, None] == which[:, None]).any(-1)
-        self._free(chosen)
-        self.reserved = int((self.tokens.index >= 0).sum(1).max())
+        self._forget(chosen)
 
     def fork(self) -> Cache:
         """A cache with the same tokens that goes its own way; keys and values are copied once either is written."""
@@ -178,6 +177,8 @@ class Cache:
         new = copy.copy(self)
         self._sharers.add(new)
         new._select(torch.arange(self.batch_size, device=self.rolled_out.device).repeat_interleave(n))
+        if n == 1:
+            new._rows = self._rows
         return new
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
@@ -197,6 +198,12 @@ class Cache:
         self.tokens = Tokens(*(x[rows] for x in self.tokens))
         self.rolled_out = self.rolled_out[rows]
         self._rows = rows if self._rows is None else self._rows[rows]
+
+    def _forget(self, chosen: Tensor) -> None:
+        self._free(chosen)
+        self.rolled_out = torch.minimum(self.rolled_out, self.length)  # indices from there on are given again
+        if self.window is None:
+            self.reserved = int((self.tokens.index >= 0).sum(1).max())
 
     def _own_layers(self) -> None:
         """Make `layers` this cache's alone, and its rows theirs, before they are written."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from . import masks, scores
 from .attention import Layers
 from .cache import Cache
+from .compiling import compiled
 from .fusion import Ensemble, Prompt, Request, as_ensemble, combined
 from .masks import Mask
 from .model import Llama
@@ -224,24 +224,25 @@ class Engine:
         length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
         longest = max(len(prompt.ids) for prompt in rows)
         padded = -(-longest // CHUNKS[-1]) * CHUNKS[-1]
-        ids = _padded([prompt.ids for prompt in rows], padded, torch.int64).to(device)
-        positions = _padded([prompt.positions for prompt in rows], padded, torch.int32).to(device)
+        width = padded + CHUNKS[-1]  # where a chunk is taken in parts, the last one reaches further
+        ids = _padded([prompt.ids for prompt in rows], width, torch.int64).to(device)
+        positions = _padded([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
-        segments = _padded([prompt.segments for prompt in rows], padded, torch.int32).to(device)
+        segments = _padded([prompt.segments for prompt in rows], width, torch.int32).to(device)
         logits, start = torch.empty(0), 0
         while start < longest:
-            fits = (c for c in CHUNKS if start + c <= padded and min(c, longest - start) <= cache.largest_append)
-            size = next(fits, CHUNKS[-1])
-            here = (length - start).clamp(0, size)
+            size = next((c for c in CHUNKS if start + c <= padded), CHUNKS[-1])
+            count = min(size, longest - start, cache.largest_append)  # a rolling cache may take less
+            here = (length - start).clamp(0, count)
             # Copied: a slice keeps the strides of the whole, and every other stride would compile once more.
             chunk = [
                 x[:, start : start + size].clone(memory_format=torch.contiguous_format)
                 for x in (ids, positions, segments)
             ]
-            chunk_logits = self._step(chunk[0], here, min(size, longest - start), chunk[1], chunk[2], layers, cache)
-            ends_here = (length > start) & (length <= start + size)
+            chunk_logits = self._step(chunk[0], here, count, chunk[1], chunk[2], layers, cache)
+            ends_here = (length > start) & (length <= start + count)
             logits = chunk_logits if start == 0 else torch.where(ends_here[:, None], chunk_logits, logits)
-            start += size
+            start += count
         return logits
 
     def _step(
@@ -259,7 +260,7 @@ class Engine:
         key = (*ids.shape, cache.max_length, layers.structure)
         first = self.compile and key not in self.graphs
         if first:
-            self.graphs[key] = _compiled(self.model.step)
+            self.graphs[key] = compiled(self.model.step)
         step = self.graphs[key] if self.compile else self.model.step
         started = time.perf_counter()
         with cache.appending(count):
@@ -324,24 +325,6 @@ def _requests(prompts: Sequence[Request]) -> list[Ensemble]:
         return [as_ensemble(request) for request in prompts]
     except TypeError:
         raise ValueError("prompts must be a list of lists of token ids, such as [[1, 2, 3]]") from None
-
-
-def _compiled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a method for one set of shapes.
-
-    torch keeps compiled code per code object, shared by all callers of a function and limited in number, beyond
-    which it runs uncompiled. A code object of its own keeps each graph apart; fullgraph makes a second one an error.
-    """
-    assert isinstance(method, types.MethodType)
-    function = method.__func__
-    own = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(types.MethodType(own, method.__self__), fullgraph=True, dynamic=False)
 
 
 class _Text:

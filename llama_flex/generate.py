@@ -80,11 +80,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers with commas between, such as 1,2,0.5") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 for what the user can put right, 130 on Ctrl-C."""
+    if sys.stderr is None:  # closed: print() would write to stdout instead
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         args = _parser().parse_args(argv)
@@ -143,13 +148,14 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         question = Question([], args.fuse_prefix or "", args.fuse_suffix or "", args.fuse_weights)
     elif args.fuse_prefix or args.fuse_suffix or args.fuse_weights or args.fuse_positions:
         raise UsageError("--fuse-prefix, --fuse-suffix, --fuse-weights and --fuse-positions need --fuse")
-    if args.fuse in ("mean", "max") and (args.fuse_weights or args.fuse_positions):
-        raise UsageError(f"--fuse {args.fuse} has no weights and no positions; --fuse attention has")
     asked = [Job(i, text, i) for i, text in enumerate(args.prompt)]
     if asked and question is not None:
         asked = [Job(0, jobs.question({"prompts": args.prompt}, question, "--prompt"), 0)]
     if args.prompts_file:
         asked += jobs.read(args.prompts_file, len(asked), question)
+    weighted = any(isinstance(job.prompt, Question) and job.prompt.weights for job in asked)
+    if args.fuse in ("mean", "max") and (weighted or args.fuse_positions):
+        raise UsageError(f"--fuse {args.fuse} has no weights and no positions; --fuse attention has")
     if not args.chat and not asked:
         raise UsageError("nothing to complete: give --prompt, --prompts-file or --chat")
     for job in asked:

@@ -68,10 +68,10 @@ def read(path: Path, first: int, default: Question | None) -> Iterator[Job]:
     for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            yield Job(number, line if default is None else question({"prompts": [line]}, default, ""), number)
-            continue
         where = f"{path}, line {number - first + 1}"
+        if path.suffix != ".jsonl":
+            yield Job(number, line if default is None else question({"prompts": [line]}, default, where), number)
+            continue
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
@@ -126,29 +126,30 @@ def resume(path: Path, jobs: list[Job]) -> list[Job]:
     pending = {_key(job.id): job for job in jobs}
     if len(pending) != len(jobs):
         raise UsageError("--resume tells prompts by their ids, and some ids repeat")
-    if not path.exists():
+    if not path.is_file():  # nor a pipe or a terminal, which would be waited for
         return jobs
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open("rb") as file:  # bytes: an interrupt may have come within a character
             lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --output {path}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read --output {path}: {error.strerror}") from None
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
-            if number == len(lines) and not line.endswith("\n"):
+        except (ValueError, RecursionError):
+            cut = number == len(lines) and not line.endswith(b"\n")
+            if cut and any(_begins(line, job) for job in pending.values()):
                 continue  # an interrupt came while it was written
             raise UsageError(f"--output {path}, line {number}: not a row of results; give another file") from None
         job = pending.get(_key(row.get("id"))) if isinstance(row, dict) else None
         if job is None or any(row.get(name) != value for name, value in job.given.items()):
             raise UsageError(f"--output {path}, line {number}: not a result of these prompts; give another file")
         if row.get("finish_reason") is not None:
-            kept.append(line)
+            kept.append(line.rstrip(b"\r\n") + b"\n")
             del pending[_key(job.id)]
     if kept != lines:
-        _replace(path, "".join(kept))
+        _replace(path.resolve(), b"".join(kept))  # a link stays a link
     return list(pending.values())
 
 
@@ -156,12 +157,22 @@ def _key(id: Any) -> str:
     return json.dumps(id, sort_keys=True)
 
 
-def _replace(path: Path, text: str) -> None:
+def _begins(line: bytes, job: Job) -> bool:
+    """Whether this is the beginning of a job's row of results."""
+    start = json.dumps({"id": job.id, **job.given}, ensure_ascii=False)[:-1].encode()
+    return line.startswith(start[: len(line)])
+
+
+def _replace(path: Path, content: bytes) -> None:
     """Write a file so that an interrupt leaves either the old or the new one."""
+    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(text)
-        shutil.copymode(path, file.name)
-        os.replace(file.name, path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+        shutil.copymode(path, temporary)
+        os.replace(temporary, path)
     except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write to --output {path}: {error.strerror}") from None

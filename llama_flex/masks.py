@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .rules import Rule, Token, Tokens, arange, grid, take
+from .rules import Rule, Token, Tokens, arange, grid, name_of, take
 
 BLOCK = 128  # slots and query rows per block of a BlockMask
 # Cells of the mask evaluated at once when its blocks are classified; bounds the memory of a long forward.
@@ -53,13 +53,15 @@ class Mask(Rule):
     function: Predicate
 
     @classmethod
-    def from_mask_mod(cls, mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | bool]) -> Mask:
+    def from_mask_mod(
+        cls, mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | bool], name: str | None = None
+    ) -> Mask:
         """The mask of FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, read over the order of arrival.
 
         So it means the same in cached decoding, where the rows and slots of the attention call are others.
         """
         # A free slot has index -1, which no mask_mod expects.
-        return cls(lambda q, kv: mask_mod(q.batch, q.head, _logical(q), _logical(kv)), _name_of(mask_mod))
+        return cls(lambda q, kv: mask_mod(q.batch, q.head, _logical(q), _logical(kv)), name or name_of(mask_mod))
 
     def __and__(self, other: Mask) -> Mask:
         return Mask(lambda q, kv: self.evaluate(q, kv) & other.evaluate(q, kv), f"({self} & {other})")
@@ -92,12 +94,15 @@ class Mask(Rule):
         return cells.expand(len(q.index), -1, len(rows), len(slots))
 
     def sparsity(self, q: Tokens, kv: Tokens | None = None, num_heads: int = 1) -> Sparsity:
-        """How many blocks of 128 x 128 this mask lists for queries q against slots kv (default: against themselves)."""
-        full, some = self._blocks(q, q if kv is None else kv, num_heads)
+        """How many blocks of 128 x 128 this mask lists for queries q against slots kv (default: against themselves).
+
+        A mask that looks at heads has blocks for each of num_heads; any other counts once for all.
+        """
+        full, some = self.blocks(q, q if kv is None else kv, num_heads)
         listed, whole = int(some.sum()), int(full.sum())
         return Sparsity(whole, listed - whole, some.numel() - listed)
 
-    def _blocks(self, q: Tokens, kv: Tokens, num_heads: int) -> tuple[Tensor, Tensor]:
+    def blocks(self, q: Tokens, kv: Tokens, num_heads: int) -> tuple[Tensor, Tensor]:
         """Which blocks of query rows and slots are full, and which allow anything: `[B, 1 or H, Tb, Sb]` both."""
         (b, t), s = q.index.shape, kv.index.shape[1]
         rows_per_block = min(t, BLOCK)  # a decoding step has one row, and evaluates one
@@ -119,7 +124,7 @@ class Mask(Rule):
         Only tensor operations, so it can be part of a compiled step: no host synchronisation, no Python branch on a
         value, static shapes.
         """
-        full, some = self._blocks(q, kv, num_heads)
+        full, some = self.blocks(q, kv, num_heads)
         partial_num, partial_idx = _list_blocks(some & ~full)
         full_num, full_idx = _list_blocks(full)
         # A row of blocks with none listed at all is NaN in the compiled CPU kernel, so it lists one, for mask_mod to
@@ -143,8 +148,14 @@ class Mask(Rule):
 
 def _list_blocks(listed: Tensor) -> tuple[Tensor, Tensor]:
     """The number of listed blocks in each row and their indices, in order: int32 `[B, H, Tb]` and `[B, H, Tb, Sb]`."""
-    order = torch.argsort(listed.to(torch.int8), dim=-1, descending=True, stable=True)
-    return listed.sum(-1, dtype=torch.int32), order.to(torch.int32)
+    return listed.sum(-1, dtype=torch.int32), first_true(listed, listed.shape[-1]).to(torch.int32)
+
+
+def first_true(flags: Tensor, count: int) -> Tensor:
+    """The indices of the first `count` true flags along the last dimension, in order, then zeros: `[..., count]`."""
+    rank = torch.where(flags, flags.cumsum(-1) - 1, count).clamp(max=count)  # count: not wanted
+    index = torch.arange(flags.shape[-1], device=flags.device).expand(flags.shape)
+    return index.new_zeros(*flags.shape[:-1], count + 1).scatter(-1, rank, index)[..., :count]
 
 
 def causal() -> Mask:
@@ -220,9 +231,8 @@ def document() -> Mask:
 
 def shared_prefix(length: Parameter) -> Mask:
     """Causal within each segment, and every token attends to the first `length` tokens, of whatever segment."""
-    mask = causal() & (document() | sink(length))
-    mask.name = named("shared_prefix", length, 0)
-    return mask
+    name = named("shared_prefix", length, 0)
+    return Mask((causal() & (document() | sink(length))).function, name)
 
 
 def fused() -> Mask:
@@ -243,6 +253,7 @@ def tree(parents: Sequence[int] | Tensor, start: Parameter = 0) -> Mask:
     Node n is the token with index `start` + n. Every token attends to those before `start`, and the tokens after the
     tree attend to all that came before them. Raises ValueError for a parent that is not an earlier node.
     """
+    place = named("start", start, 0)
     table = torch.as_tensor(parents)
     if not table.numel() or table.dim() not in (1, 2) or table.is_floating_point():
         raise ValueError(f"tree needs a parent for each node, integers [N] or [B, N], not {_kind(table)}")
@@ -259,7 +270,7 @@ def tree(parents: Sequence[int] | Tensor, start: Parameter = 0) -> Mask:
         ancestor = (first <= number) & (number < end)
         return (kv.index <= q.index) & (ancestor | (other < 0) | (node >= count))
 
-    return Mask(predicate, named("tree", table, 0))
+    return Mask(predicate, f"tree({_kind(table)}, {place})")
 
 
 def _depth_first(parents: list[int]) -> tuple[list[int], list[int]]:
@@ -312,7 +323,3 @@ def named(name: str, value: int | float | Tensor, least: float) -> str:
 
 def _kind(value: Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-
-
-def _name_of(function: Callable[..., object]) -> str | None:
-    return getattr(function, "__name__", None)

@@ -84,15 +84,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
+    @torch.compiler.nested_compile_region  # one compilation serves all layers
     def forward(self, x: Tensor, rotary: Rotary, view: View, kv: KV | None, slots: Tensor | None) -> Tensor:
-        layer = self._nested_layer if view.nested else self._layer
-        return layer(x, rotary, view, kv, slots)
-
-    def _layer(self, x: Tensor, rotary: Rotary, view: View, kv: KV | None, slots: Tensor | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, view, kv, slots)
         return x + self.mlp(self.mlp_norm(x))
-
-    _nested_layer = torch.compiler.nested_compile_region(_layer)  # one compilation serves all layers
 
 
 class Llama(nn.Module):
@@ -169,8 +164,10 @@ class Llama(nn.Module):
         """Slots for sequences of any length that see their last `window` tokens and first `sinks` ones, no others.
 
         It holds the mask `sliding_window(window) | sink(sinks)`, added to any other mask, in memory that does not grow.
-        largest_append: how many tokens one step may append. Raises ValueError for a window below 1.
+        largest_append: how many tokens one step may append. Raises ValueError for sizes below 1.
         """
+        if largest_append < 1:
+            raise ValueError(f"largest_append must be at least 1, not {largest_append}")
         slots = sinks + window - 1 + largest_append
         return Cache(self.config, batch_size, slots, window=window, sinks=sinks, dtype=self.dtype, device=self.device)
 
@@ -274,8 +271,7 @@ class Llama(nn.Module):
             key = m.identity(), s and s.identity()
             if key not in patterns:
                 m = m if cache is None or cache.mask is None else m & cache.mask
-                s = s and s.to(self.device)
-                patterns[key] = Pattern(m.to(self.device), s, nested=s is None or not s.indexes(self.device))
+                patterns[key] = Pattern(m.to(self.device), s and s.to(self.device))
             of_layer.append(list(patterns).index(key))
         return Layers(tuple(patterns.values()), tuple(of_layer))
 
@@ -311,8 +307,8 @@ class Llama(nn.Module):
             torch.zeros_like(index) if segments is None else segments.to(torch.int32),
         )
         if index.device.type == "cpu":
-            # torch 2.13's compiled CPU kernel takes what a mask captures from memory, not what is still an expression
-            # (NoValidChoicesError); strides can only be taken of what is in memory.
+            # A model's only layer is inlined, and torch 2.13's compiled CPU kernel takes what a mask captures from
+            # memory, not what is still an expression (NoValidChoicesError). Only what is in memory has strides.
             tokens = Tokens(*(x.as_strided(x.shape, (t, 1)) for x in map(Tensor.contiguous, tokens)))
         slots = None if cache is None else cache.append(tokens)
         kv = tokens if cache is None else cache.tokens

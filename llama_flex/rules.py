@@ -8,6 +8,7 @@ Dimensions: B batch, H heads, T tokens (queries), S slots (keys).
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import types
 from collections.abc import Callable, Hashable, Sequence
@@ -66,11 +67,7 @@ class Token:
 
 
 def take(table: Tensor, *at: Tensor) -> Tensor:
-    """`table[at]`, written so that a score function that uses nothing else can be compiled once for all layers.
-
-    FlexAttention replaces the `[]` of score functions by one with a backward, which torch cannot trace within a nested
-    compile region.
-    """
+    """`table[at]`, as the operator that a compiled step makes of `[]`; see `compiling.inductor`."""
     return torch.ops.aten.index(table, at)
 
 
@@ -89,14 +86,14 @@ class Rule:
     """A function over a query token and a key token, with a name, and with the tensors that it captures.
 
     Captured tensors are found in closures, defaults, partials, methods, attributes of objects, lists, tuples, dicts and
-    other rules; a global variable is not captured, and stays where it is.
+    other rules. A global variable is not captured; `to` raises ValueError for one that would have to move.
     """
 
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         if not callable(function):
             raise ValueError(f"{type(self).__name__} needs a function of a query and a key token, found {function!r}")
         self.function = function
-        self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name: str = name or name_of(function)
 
     def __repr__(self) -> str:
         return self.name
@@ -115,6 +112,11 @@ class Rule:
     def identity(self) -> Hashable:
         """Equal for rules that compute the same: of one structure, with the very same tensors."""
         return _structure(self, id, set())
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is called."""
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 class _Parts(NamedTuple):
@@ -176,11 +178,27 @@ def _moved(value: Any, device: torch.device | str, seen: dict[int, Any]) -> Any:
     parts = None if id(value) in seen else _parts(value)
     if parts is None:
         return seen.get(id(value), value)
+    if isinstance(value, types.FunctionType):
+        _check_globals(value, torch.device(device))
     seen[id(value)] = value  # a function may refer to itself
     held = [_moved(part, device, seen) for part in parts.held]
     if any(new is not old for new, old in zip(held, parts.held, strict=True)):
         seen[id(value)] = parts.rebuild(held)
     return seen[id(value)]
+
+
+def _check_globals(function: types.FunctionType, device: torch.device) -> None:
+    for name in function.__code__.co_names:  # of attributes too
+        tensor = function.__globals__.get(name)
+        if isinstance(tensor, Tensor) and tensor.dim() and tensor.device.type != device.type and _loads(function, name):
+            raise ValueError(
+                f"{function.__name__} reads the global tensor {name} on {tensor.device}, which stays there: give it to "
+                f"the function, as in `lambda q, kv, {name}={name}: ...`"
+            )
+
+
+def _loads(function: types.FunctionType, name: str) -> bool:
+    return any(op.opname == "LOAD_GLOBAL" and op.argval == name for op in dis.get_instructions(function))
 
 
 def _structure(value: Any, of_tensor: Callable[[Tensor], Hashable], seen: set[int]) -> Hashable:

@@ -6,14 +6,13 @@ Like a mask, a score function reads attributes of tokens and captures tensors, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .masks import GENERATED, lookup, named
-from .rules import Rule, Token, Tokens, arange, grid, take
+from .rules import Rule, Token, name_of, take
 
 ScoreFunction: TypeAlias = Callable[[Tensor, Token, Token], Tensor]
 
@@ -27,14 +26,16 @@ class ScoreMod(Rule):
     function: ScoreFunction
 
     @classmethod
-    def from_score_mod(cls, score_mod: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]) -> ScoreMod:
+    def from_score_mod(
+        cls, score_mod: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], name: str | None = None
+    ) -> ScoreMod:
         """FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, read over the order of arrival."""
 
         def function(score: Tensor, q: Token, kv: Token) -> Tensor:
             # A free slot has index -1, which no score_mod expects.
             return score_mod(score, q.batch, q.head, q.index.clamp(min=0), kv.index.clamp(min=0))
 
-        return cls(function, getattr(score_mod, "__name__", None))
+        return cls(function, name or name_of(score_mod))
 
     def __rshift__(self, other: ScoreMod) -> ScoreMod:
         return ScoreMod(lambda score, q, kv: other.evaluate(self.evaluate(score, q, kv), q, kv), f"({self} >> {other})")
@@ -46,22 +47,6 @@ class ScoreMod(Rule):
             kind = changed.dtype if isinstance(changed, Tensor) else type(changed).__name__
             raise ValueError(f"score function {self} returned {kind}; it returns the score, such as score * 2")
         return changed.to(score.dtype)
-
-    def indexes(self, device: torch.device) -> bool:
-        """Does the function index with `[]`? See `rules.take`. Found out by running it on one token."""
-        token = Tokens(*(x.to(device) for x in Tokens.arriving(1)))
-        q, kv = grid(token, token, 1, arange(1, token), arange(1, token))
-        with _SeesIndexing() as seen:
-            self.evaluate(torch.zeros(1, 1, 1, 1, device=device), q, kv)
-        return seen.indexing
-
-
-class _SeesIndexing(TorchFunctionMode):
-    indexing = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.indexing |= func is Tensor.__getitem__
-        return func(*args, **(kwargs or {}))
 
 
 def alibi(slopes: Tensor | int) -> ScoreMod:

@@ -12,7 +12,7 @@ import torch
 import transformers  # before anything compiles: it registers pytree nodes, and every graph would recompile once
 
 from llama_flex import Llama
-from llama_flex.engine import _compiled
+from llama_flex.compiling import compiled
 
 DEMO = Path(__file__).parent.parent / "weights" / "SmolLM2-135M-Instruct"
 TEST_INPUTS = DEMO.parent / "test-inputs"
@@ -66,7 +66,7 @@ def compiled_forward(model: Llama):
         )
         layers = model.attention_layers(mask, score_mod, cache)
         given = tuple(x is None for x in (cache, lengths, positions, segments))
-        graph = graphs.setdefault((ids.shape, given, layers.structure), _compiled(model.step))
+        graph = graphs.setdefault((ids.shape, given, layers.structure), compiled(model.step))
         with nullcontext() if cache is None else cache.appending(ids.shape[1]):
             return graph(ids, lengths, positions, segments, cache, layers, "flex", 0)
 
