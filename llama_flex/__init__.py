@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import Cache as Cache
+    from .check import check_mask as check_mask
     from .config import GenerationConfig as GenerationConfig
     from .config import LlamaConfig as LlamaConfig
     from .engine import Completion as Completion
@@ -33,6 +34,7 @@ _HOME = {
     "ScoreMod": "scores",
     "Tokenizer": "tokenizer",
     "Tokens": "rules",
+    "check_mask": "check",
     "fuse": "fusion",
 }
 __all__ = list(_HOME)
