@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
@@ -40,7 +39,11 @@ def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]
     the plain operator before FlexAttention sees it.
     """
     modules = [module for module in graph.modules() if isinstance(module, GraphModule)]
-    calls = [n for m in modules for n in m.graph.find_nodes(op="call_function", target=flex_attention_hop)]
+    calls = [
+        node
+        for module in modules
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention)
+    ]
     names = {str(call.args[3]) for call in calls}  # of their score functions
     for name, module in (pair for m in modules for pair in m.named_children()):
         if name in names and isinstance(module, GraphModule):
@@ -54,7 +57,7 @@ def _index_plainly(node: Node) -> None:
     table, at = node.args
     indices = list(at) if isinstance(at, tuple) else [at]
     if all(isinstance(i, Node | int) for i in indices):
-        scalar, kind = torch.ops.aten.scalar_tensor, {"dtype": torch.int64}
+        scalar, kind = torch.ops.aten.scalar_tensor, cast(dict[str, Any], {"dtype": torch.int64})
         with node.graph.inserting_before(node):
-            indices = [node.graph.call_function(scalar, (i,), kind) if isinstance(i, int) else i for i in indices]
+            indices = [i if isinstance(i, Node) else node.graph.call_function(scalar, (i,), kind) for i in indices]
         node.target, node.args = torch.ops.aten.index, (table, indices)

@@ -272,8 +272,9 @@ class _Session:
             elif live:
                 self.output.write("\n")
             else:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
-                for job, completion in zip(asked, done, strict=True):
-                    self.output.write(jobs.result(job, completion, self.args.json))
+                with progress.external_write_mode():  # both may go to one terminal
+                    for job, completion in zip(asked, done, strict=True):
+                        self.output.write(jobs.result(job, completion, self.args.json))
 
     def _encode(self, job: Job) -> Request:
         if isinstance(job.prompt, Question):

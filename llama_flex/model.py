@@ -19,7 +19,7 @@ from .attention import Backend, Layers, Pattern, View
 from .cache import Cache, store
 from .config import GenerationConfig, LlamaConfig
 from .masks import Mask
-from .rules import Tokens
+from .rules import Tokens, arange, grid
 from .scores import ScoreMod
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
@@ -263,6 +263,11 @@ class Llama(nn.Module):
                     )
             return each
 
+        # Tried on one token, so that what a function does wrong is not reported by a compiler.
+        token = Tokens(*(x.to(self.device) for x in Tokens.arriving(1)))
+        q, kv = grid(token, token, 1, arange(1, token), arange(1, token))
+        score = torch.zeros(1, 1, 1, 1, device=self.device)
+
         each_mask, each_score_mod = of_each_layer(mask, Mask, "mask"), of_each_layer(score_mod, ScoreMod, "score_mod")
         patterns: dict[Hashable, Pattern] = {}
         of_layer = []
@@ -271,7 +276,10 @@ class Llama(nn.Module):
             key = m.identity(), s and s.identity()
             if key not in patterns:
                 m = m if cache is None or cache.mask is None else m & cache.mask
-                patterns[key] = Pattern(m.to(self.device), s and s.to(self.device))
+                patterns[key] = pattern = Pattern(m.to(self.device), s and s.to(self.device))
+                pattern.mask.evaluate(q, kv)
+                if pattern.score_mod is not None:
+                    pattern.score_mod.evaluate(score, q, kv)
             of_layer.append(list(patterns).index(key))
         return Layers(tuple(patterns.values()), tuple(of_layer))
 

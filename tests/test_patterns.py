@@ -463,7 +463,7 @@ def test_a_wrong_block_list_would_be_noticed():
             seq_lengths=(300, 300),
             compute_q_blocks=False,
         )
-        return attend(q, k, v, View(lists, None, True))
+        return attend(q, k, v, View(lists, None))
 
     expected = attend(q, k, v, view_of(Pattern(mask), everyone, everyone, 8, "dense"))
     lists = [right.kv_num_blocks, right.kv_indices, right.full_kv_num_blocks, right.full_kv_indices]
