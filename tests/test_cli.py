@@ -3,19 +3,23 @@
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
 
-from llama_flex import Engine, Llama, LlamaConfig, Sampling, Tokenizer, generate
+from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Sampling, Tokenizer, fuse, generate
+from llama_flex.fusion import Request
 
 ROOT = Path(__file__).parent.parent
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
@@ -651,3 +655,515 @@ def test_closed_streams_are_named(folder):
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert re.fullmatch("error: .*closed.*\n", done.stderr)
+
+
+# --- --fuse ---
+
+PROMPTS = ["The quick brown fox", "the weather is nice today", "señor, a stitch"]
+
+
+def given(prompts: list[str]) -> list[str]:
+    return [argument for prompt in prompts for argument in ("--prompt", prompt)]
+
+
+def jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def parsed(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.split("\n") if line]
+
+
+def fused_text(engine: Engine, request: Request, new: int, **options) -> str:
+    return engine.generate([request], max_new_tokens=new, **options)[0].text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], {}),
+        (["--fuse-prefix", "Numbers: ", "--fuse-suffix", "\nuser"], {"prefix": "Numbers: ", "suffix": "\nuser"}),
+        (["--fuse-positions", "parallel", "--fuse-suffix", " is"], {"positions": "parallel", "suffix": " is"}),
+        (["--fuse-weights", "3,0.5,1e-3"], {"weights": [3, 0.5, 1e-3]}),
+    ],
+    ids=["prompts alone", "prefix and suffix", "parallel", "weights"],
+)
+def test_fused_prompts_give_the_text_of_the_engine(cli, engine, arguments, options):
+    pieces = {name: engine.tokenizer.encode(text) for name, text in options.items() if name in ("prefix", "suffix")}
+    request = fuse([engine.tokenizer.encode(p) for p in PROMPTS], **options | pieces)
+    code, out, err = cli(*given(PROMPTS), "--fuse", *arguments, "--max-new-tokens", 12)
+    assert (code, out) == (0, fused_text(engine, request, 12) + "\n"), err
+    assert f"prefill {len(request.ids)} tokens" in err
+    assert out == cli(*given(PROMPTS), "--fuse", "attention", *arguments, "--max-new-tokens", 12)[1]
+    plain = fuse([engine.tokenizer.encode(p) for p in PROMPTS])
+    assert not arguments or out != fused_text(engine, plain, 12) + "\n"  # the arguments matter
+
+
+@pytest.mark.parametrize("combine", ["mean", "max"])
+def test_fuse_mean_and_max_are_ensembles(cli, engine, combine):
+    encode = engine.tokenizer.encode
+    around = ("--fuse-prefix", "Numbers: ", "--fuse-suffix", " is")
+    request = Ensemble([[*encode("Numbers: "), *encode(p), *encode(" is")] for p in PROMPTS], combine)
+    sampled = ("--temperature", 1.0, "--seed", 11, "--max-new-tokens", 12)
+    code, out, err = cli(*given(PROMPTS), "--fuse", combine, *around, *sampled)
+    assert (code, out) == (0, fused_text(engine, request, 12, sampling=Sampling(temperature=1.0, seed=11)) + "\n")
+    assert f"prefill {sum(len(p.ids) for p in request.prompts)} tokens" in err
+
+
+@pytest.mark.parametrize("mode", ["attention", "mean", "max"])
+def test_one_fused_prompt_is_the_prompt(cli, mode):
+    for template in ([], ["--instruct"], ["--system", "fine"]):
+        arguments = ("--prompt", "how are you today?", *template, "--max-new-tokens", 10, "--json")
+        (plain,), (fused,) = (parsed(cli(*arguments, *extra)[1]) for extra in ([], ["--fuse", mode]))
+        assert fused["tokens"] == plain["tokens"]
+        assert fused["logprobs"] == pytest.approx(plain["logprobs"], abs=2e-5)
+        assert (fused["prompts"], plain["prompt"]) == (["how are you today?"], "how are you today?")
+
+
+@pytest.mark.parametrize("mode", ["attention", "mean"])
+def test_the_chat_template_goes_around_all_fused_prompts(cli, engine, mode):
+    prefix = "<|im_start|>system\nfine<|im_end|>\n<|im_start|>user\nNumbers: "
+    suffix = " how<|im_end|>\n<|im_start|>assistant\n"
+    prefix, suffix, *prompts = (
+        engine.tokenizer.encode(text, add_special_tokens=False) for text in (prefix, suffix, *PROMPTS)
+    )
+    request = fuse(prompts, prefix=prefix, suffix=suffix)
+    if mode != "attention":
+        request = Ensemble([[*prefix, *prompt, *suffix] for prompt in prompts], mode)
+    around = ("--system", "fine", "--fuse-prefix", "Numbers: ", "--fuse-suffix", " how")
+    _, out, _ = cli(*given(PROMPTS), "--fuse", mode, *around, "--max-new-tokens", 8)
+    assert out == fused_text(engine, request, 8) + "\n"
+
+
+def test_special_tokens_of_the_tokenizer_begin_each_prompt_or_the_prefix(cli, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    tokenizer = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    begins = tokenizers.processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer.post_processor = begins
+    tokenizer.save(str(copy / "tokenizer.json"))
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in ("Numbers: ", *PROMPTS)]
+    for arguments, extra in (
+        (["--fuse", "--fuse-prefix", "Numbers: "], 1 + lengths[0]),
+        (["--fuse"], 3),
+        (["--fuse", "mean", "--fuse-prefix", "Numbers: "], 3 * (1 + lengths[0])),
+        (["--fuse", "max"], 3),
+        (["--fuse", "--instruct"], len(tokenizer.encode("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")) - 1),
+    ):
+        _, _, err = cli(*given(PROMPTS), *arguments, "--max-new-tokens", 1, model=copy)
+        assert f"prefill {sum(lengths[1:]) + extra} tokens" in err
+
+
+def test_a_template_that_does_not_hold_a_message_once_is_refused(cli, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    for template in (TEMPLATE + "{{ messages[0].content }}", "{{ messages[0].role }}"):
+        (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert_one_error(cli(*given(PROMPTS), "--fuse", "--instruct", model=copy), "template", "once")
+    (copy / "tokenizer_config.json").write_text("{}")
+    assert_one_error(cli(*given(PROMPTS), "--fuse", "--instruct", model=copy), "chat template")
+
+
+def test_fused_rows_of_a_file_are_each_what_they_are_alone(cli, engine, tmp_path):
+    rows = [
+        {"id": "three", "prompts": PROMPTS},
+        {"id": 2, "prompts": PROMPTS[:2], "suffix": " is", "weights": [0.1, 10]},
+        {"id": None, "prompt": PROMPTS[1]},
+        PROMPTS[::-1],
+        {"id": ["x", 1], "prompts": PROMPTS * 6, "prefix": ""},
+    ]
+    path = jsonl(tmp_path / "p.jsonl", rows)
+    code, out, err = cli("--prompts-file", path, "--fuse", "--fuse-prefix", "hello ", "--max-new-tokens", 7, "--json")
+    assert code == 0, err
+    done = parsed(out)
+    assert [row["id"] for row in done] == ["three", 2, None, 3, ["x", 1]]
+    assert [row["prompts"] for row in done] == [PROMPTS, PROMPTS[:2], [PROMPTS[1]], PROMPTS[::-1], PROMPTS * 6]
+    for number, row in enumerate(done):
+        assert list(row) == ["id", "prompts", "text", "tokens", "logprobs", "finish_reason"]
+        encode = engine.tokenizer.encode
+        extra = {"suffix": encode(" is"), "weights": [0.1, 10]} if number == 1 else {}
+        request = fuse(
+            [encode(p) for p in row["prompts"]],
+            prefix=encode("hello ") if number != 4 else [],
+            **extra,
+        )
+        (alone,) = engine.generate([request], max_new_tokens=7)
+        assert (row["text"], row["tokens"], row["finish_reason"]) == (alone.text, alone.tokens, "length")
+        assert row["logprobs"] == pytest.approx(alone.logprobs, abs=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["attention", "mean", "max"])
+def test_the_batch_size_changes_no_fused_answer(cli, tmp_path, mode):
+    path = jsonl(tmp_path / "p.jsonl", [PROMPTS, PROMPTS[:1], PROMPTS[1:], PROMPTS * 2, "alone"])
+    arguments = ("--prompts-file", path, "--fuse", mode, "--max-new-tokens", 4, "--temperature", 1.0, "--seed", 5)
+    outputs = [cli(*arguments, "--batch-size", size)[1] for size in (1, 2, 8)]
+    assert outputs == [outputs[0]] * 3
+    assert outputs[0].count("### ") == 5
+
+
+def test_prompts_of_the_command_line_are_one_question_before_those_of_the_file(cli, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [PROMPTS[:2], "alone"])
+    sampled = ("--temperature", 1.0, "--max-new-tokens", 5, "--json")
+    _, out, _ = cli(*given(PROMPTS), "--prompts-file", path, "--fuse", *sampled, "--seed", 4)
+    rows = parsed(out)
+    assert [(row["id"], row["prompts"]) for row in rows] == [(0, PROMPTS), (1, PROMPTS[:2]), (2, ["alone"])]
+    _, alone, _ = cli(*given(PROMPTS[:2]), "--fuse", *sampled, "--seed", 5)
+    assert parsed(alone)[0]["tokens"] == rows[1]["tokens"]
+
+
+def test_each_line_of_a_text_file_is_its_own_question(cli, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("The quick\n\nthe weather\n")
+    code, fused, _ = cli("--prompts-file", path, "--fuse", "--max-new-tokens", 4, "--json")
+    _, plain, _ = cli("--prompts-file", path, "--max-new-tokens", 4, "--json")
+    assert code == 0
+    assert [row["prompts"] for row in parsed(fused)] == [["The quick"], ["the weather"]]
+    assert [(row["id"], row["tokens"]) for row in parsed(fused)] == [
+        (row["id"], row["tokens"]) for row in parsed(plain)
+    ]
+
+
+def test_fused_rows_can_be_given_back_as_prompts(cli, tmp_path):
+    rows = [{"id": "a", "prompts": ["one\u2028two", "three\nfour"]}, {"id": [1], "prompts": ["x"]}]
+    first, second = jsonl(tmp_path / "first.jsonl", rows), tmp_path / "second.jsonl"
+    arguments = ("--fuse", "--max-new-tokens", 2, "--json", "--quiet")
+    assert cli("--prompts-file", first, "--output", second, *arguments) == (0, "", "")
+    assert cli("--prompts-file", second, *arguments) == (0, second.read_text(encoding="utf-8"), "")
+
+
+def test_a_single_question_streams(cli, engine, monkeypatch):
+    pieces, write = [], generate._Output.write
+    monkeypatch.setattr(generate._Output, "write", lambda self, text: (pieces.append(text), write(self, text)))
+    code, out, _ = cli(*given(PROMPTS), "--fuse", "mean", "--max-new-tokens", 6)
+    assert (code, out) == (0, "".join(pieces))
+    assert len(pieces) > 3
+
+
+def test_stop_strings_end_a_fused_text(cli):
+    whole = cli(*given(PROMPTS), "--fuse", "--max-new-tokens", 10, "--quiet")[1]
+    stop = whole[4:7]
+    row = json.loads(cli(*given(PROMPTS), "--fuse", "--max-new-tokens", 10, "--stop", stop, "--json")[1])
+    assert (row["text"], row["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--fuse-prefix", "x"], ["--fuse-prefix", "need --fuse"]),
+        (["--fuse-suffix", "x"], ["--fuse-suffix", "need --fuse"]),
+        (["--fuse-positions", "parallel"], ["--fuse-positions", "need --fuse"]),
+        (["--fuse-weights", "1,1"], ["--fuse-weights", "need --fuse"]),
+        (["--fuse", "median"], ["--fuse", "median"]),
+        (["--fuse", "--fuse-positions", "random"], ["--fuse-positions", "random"]),
+        (["--fuse", "--fuse-weights", "1"], ["--prompt", "2 prompts", "weights"]),
+        (["--fuse", "--fuse-weights", "1,1,1"], ["2 prompts", "weights"]),
+        (["--fuse", "--fuse-weights", "0,1"], ["positive weights"]),
+        (["--fuse", "--fuse-weights=-1,1"], ["positive weights"]),
+        (["--fuse", "--fuse-weights", "-1,1"], ["--fuse-weights"]),
+        (["--fuse", "--fuse-weights", "nan,1"], ["positive weights"]),
+        (["--fuse", "--fuse-weights", "inf,1"], ["positive weights"]),
+        (["--fuse", "--fuse-weights", "1e999,1"], ["positive weights"]),
+        (["--fuse", "--fuse-weights", "one,two"], ["--fuse-weights", "'one,two' are not numbers"]),
+        (["--fuse", "--fuse-weights", "1,"], ["--fuse-weights", "'1,'"]),
+        (["--fuse", "--fuse-weights", ""], ["--fuse-weights", "''"]),
+        (["--fuse", "mean", "--fuse-weights", "1,1"], ["--fuse mean", "weights"]),
+        (["--fuse", "max", "--fuse-weights", "1,1"], ["--fuse max", "weights"]),
+        (["--fuse", "mean", "--fuse-positions", "parallel"], ["--fuse mean", "positions"]),
+        (["--fuse", "--prompt", ""], ["--prompt", "none empty"]),
+        (["--fuse", "--prompt", "1 " * 600], ["context of 512"]),
+        (["--fuse", "mean", "--prompt", "1 " * 600], ["context of 512"]),
+        (["--fuse", "--max-new-tokens", "511"], ["context of 512"]),
+        (["--fuse", "--prompt", "bad \ud800"], ["surrogate"]),
+        (["--fuse", "--fuse-suffix", "bad \ud800"], ["surrogate"]),
+        (["--fuse", "--system", "<the fused prompts>"], ["template"]),
+        (["--chat", "--fuse"], ["--chat", "--fuse"]),
+        (["--resume"], ["--resume", "--output", "--json"]),
+        (["--resume", "--json"], ["--resume", "--output"]),
+        (["--resume", "--output", "never.jsonl"], ["--resume", "--json"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_a_wrong_argument_about_fusing_or_resuming_is_one_line(cli, tmp_path, monkeypatch, arguments, fragments):
+    monkeypatch.chdir(tmp_path)
+    assert_one_error(cli("--prompt", "a", "--prompt", "b", *arguments), *fragments)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "fragments"),
+    [
+        ({"prompts": ["a", "b"]}, [], ["line 2", "--fuse"]),
+        (["a", "b"], [], ["line 2", "--fuse"]),
+        ({"messages": [{"role": "user", "content": "a"}]}, ["--fuse"], ["line 2", "'prompts'"]),
+        ({"prompts": ["a", ""]}, ["--fuse"], ["line 2", "none empty"]),
+        ({"prompts": ["a", "b"], "weights": [1]}, ["--fuse"], ["line 2", "weights"]),
+        ({"prompts": ["a", "b", "c"]}, ["--fuse", "--fuse-weights", "1,2"], ["line 2", "3 prompts", "weights"]),
+        ({"prompts": ["a", "b"], "weights": [1, 2]}, ["--fuse", "mean"], ["--fuse mean", "weights"]),
+        ({"prompts": ["a"], "prefix": 5}, ["--fuse"], ["line 2", "'prefix'"]),
+    ],
+)
+def test_a_row_that_cannot_be_fused_is_refused(cli, tmp_path, row, arguments, fragments):
+    fine = {"prompts": ["x", "y"]} if arguments else "x"
+    path = jsonl(tmp_path / "p.jsonl", [fine, row])
+    assert_one_error(cli("--prompts-file", path, *arguments), *fragments)
+
+
+def test_fuse_with_nothing_to_fuse_says_so(cli, tmp_path):
+    (tmp_path / "p.jsonl").touch()
+    for arguments in (["--fuse"], ["--fuse", "--prompts-file", tmp_path / "p.jsonl"]):
+        assert_one_error(cli(*arguments), "nothing to complete")
+
+
+# --- --resume ---
+
+ASKED = [
+    {"id": "a\u2028b", "prompts": ["one\u2028two", "three\x85four\x0b\x1c"]},
+    {"id": 1, "prompts": ["The quick"], "suffix": " is"},
+    {"id": None, "prompts": ["hello", "how are you", "today?"]},
+    {"id": ["x", 2], "prompts": ["日本語", "señor"]},
+    {"prompts": ["the sea", "the sea is blue"]},
+]
+SAMPLED = ("--fuse", "--max-new-tokens", 6, "--temperature", 1.0, "--seed", 21, "--batch-size", 2, "--json")
+
+
+def assert_same_rows(rows: list[dict], expected: list[dict]) -> None:
+    """Every row once, in any order; what was batched otherwise differs in the last digits of log-probabilities."""
+    ids = [json.dumps(row["id"]) for row in rows]
+    assert sorted(ids) == sorted(json.dumps(row["id"]) for row in expected)
+    for row in expected:
+        found = rows[ids.index(json.dumps(row["id"]))]
+        assert found["logprobs"] == pytest.approx(row["logprobs"], abs=1e-4)
+        assert {k: v for k, v in found.items() if k != "logprobs"} == {k: v for k, v in row.items() if k != "logprobs"}
+
+
+@pytest.fixture
+def asked(tmp_path) -> Path:
+    return jsonl(tmp_path / "asked.jsonl", ASKED)
+
+
+@pytest.fixture
+def uninterrupted(cli, asked) -> str:
+    code, out, err = cli("--prompts-file", asked, *SAMPLED)
+    assert code == 0, err
+    return out
+
+
+def test_resuming_what_was_not_begun_is_a_run(cli, asked, uninterrupted, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert cli("--prompts-file", asked, *SAMPLED, "--output", path, "--resume", "--quiet") == (0, "", "")
+    assert path.read_text(encoding="utf-8") == uninterrupted
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+def test_from_any_row_on_a_resumed_run_gives_the_same_rows(cli, asked, uninterrupted, tmp_path, kept):
+    lines = uninterrupted.split("\n")
+    path = tmp_path / "rows.jsonl"
+    unfinished = json.dumps(json.loads(lines[kept]) | {"finish_reason": None, "tokens": [1], "text": "x"})
+    for last in ("", lines[kept][: len(lines[kept]) // 2], lines[kept][:-1], lines[kept], unfinished + "\n"):
+        path.write_text("\n".join([*lines[:kept], last]), encoding="utf-8")
+        code, out, err = cli("--prompts-file", asked, *SAMPLED, "--output", path, "--resume", "--quiet")
+        assert (code, out) == (0, ""), err
+        assert_same_rows(parsed(path.read_text(encoding="utf-8")), parsed(uninterrupted))
+
+
+def test_an_interrupted_run_is_resumed(cli, asked, uninterrupted, tmp_path, monkeypatch):
+    step, calls, path = Llama.step, [], tmp_path / "rows.jsonl"
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) % 9 == 0:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Llama, "step", interrupted)
+    codes = []
+    while not codes or codes[-1] == 130:
+        codes.append(cli("--prompts-file", asked, *SAMPLED, "--output", path, "--resume")[0])
+        assert len(codes) < 9
+    assert codes[0] == 130
+    assert codes[-1] == 0
+    assert_same_rows(parsed(path.read_text(encoding="utf-8")), parsed(uninterrupted))
+
+
+def test_an_interrupted_run_marks_what_is_not_finished(cli, asked, tmp_path, monkeypatch):
+    step, calls, path = Llama.step, [], tmp_path / "rows.jsonl"
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Llama, "step", interrupted)
+    assert cli("--prompts-file", asked, *SAMPLED, "--output", path)[0] == 130
+    rows = parsed(path.read_text(encoding="utf-8"))
+    assert [row["finish_reason"] for row in rows] == ["length", "length", None, None]
+    assert all(0 < len(row["tokens"]) < 6 for row in rows[2:])
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda kind: kind.name)
+def test_a_killed_run_is_resumed(cli, folder, tmp_path, kind):
+    prompts = jsonl(tmp_path / "p.jsonl", [[f"number {i}", f"the {i} sea"] for i in range(12)])
+    path, arguments = tmp_path / "rows.jsonl", ("--prompts-file", prompts, "--fuse", "--max-new-tokens", 20, "--json")
+    single = ("--batch-size", 1, "--output", path)
+    with start("--model", folder, "--device", "cpu", "--compile", "off", *arguments, *single) as process:
+        began = time.monotonic()
+        while not path.exists() or path.read_bytes().count(b"\n") < 2:
+            assert process.poll() is None
+            assert time.monotonic() - began < 120
+            time.sleep(0.005)
+        process.send_signal(kind)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if kind == signal.SIGINT else -kind)
+    assert b"Traceback" not in err
+    assert 2 <= path.read_bytes().count(b'"finish_reason": "length"}\n') < 12
+    code, out, _ = cli(*arguments, "--batch-size", 12, "--output", path, "--resume")
+    assert (code, out) == (0, "")
+    assert_same_rows(parsed(path.read_text()), parsed(cli(*arguments, "--batch-size", 12)[1]))
+
+
+def test_with_all_done_no_model_is_loaded(cli, asked, uninterrupted, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(uninterrupted, encoding="utf-8")
+    before = path.stat()
+    code, out, err = cli("--prompts-file", asked, *SAMPLED, "--output", path, "--resume", model="/no/such/model")
+    assert (code, out) == (0, "")
+    assert re.fullmatch(rf"--output {re.escape(str(path))} has all results\n", err)
+    assert path.read_text(encoding="utf-8") == uninterrupted
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_with_all_done_torch_is_not_imported(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", [{"id": 0, "prompt": "a", "finish_reason": "stop"}])
+    arguments = ["--model", "/no/such/model", "--prompt", "a", "--json", "--output", str(path), "--resume"]
+    script = f"import sys; from llama_flex import generate; code = generate.main({arguments}); "
+    script += "sys.exit(code or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_resuming_keeps_the_mode_of_the_file(cli, asked, uninterrupted, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(uninterrupted[:-30], encoding="utf-8")
+    path.chmod(0o644)
+    assert cli("--prompts-file", asked, *SAMPLED, "--output", path, "--resume")[0] == 0
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert sorted(os.listdir(tmp_path)) == ["asked.jsonl", "rows.jsonl"]
+    assert_same_rows(parsed(path.read_text(encoding="utf-8")), parsed(uninterrupted))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        '{"id": "z", "prompts": ["x"], "text": "y", "finish_reason": "stop"}\n',
+        '{"id": 1, "prompts": ["The slow"], "text": "y", "finish_reason": "stop"}\n',
+        '{"id": 1, "prompt": "The quick", "text": "y", "finish_reason": "stop"}\n',
+        "### 1: The quick\nsome text\n\n",
+        "precious notes",
+    ],
+    ids=["another id", "other prompts", "not fused", "titled text", "notes"],
+)
+def test_the_output_of_another_run_is_left_alone(cli, asked, tmp_path, other):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(other)
+    result = cli("--prompts-file", asked, *SAMPLED, "--output", path, "--resume")
+    assert_one_error(result, "--output", str(path), "line 1")
+    assert path.read_text() == other
+
+
+def test_resuming_plain_prompts_and_messages(cli, tmp_path):
+    messages = [{"role": "user", "content": "hello\u2028there"}]
+    prompts = jsonl(tmp_path / "p.jsonl", ["The quick", {"id": "m", "messages": messages}, {"id": 9, "prompt": "日本"}])
+    path, arguments = tmp_path / "rows.jsonl", ("--prompt", "first", "--prompts-file", prompts, "--json", "--quiet")
+    arguments = (*arguments, "--max-new-tokens", 3)
+    _, whole, _ = cli(*arguments)
+    lines = whole.split("\n")
+    path.write_text(lines[2] + "\n" + lines[0] + "\n" + lines[3][:-9], encoding="utf-8")
+    assert cli(*arguments, "--output", path, "--resume") == (0, "", "")
+    assert_same_rows(parsed(path.read_text(encoding="utf-8")), parsed(whole))
+
+
+def test_ids_that_repeat_are_refused_only_for_resuming(cli, tmp_path):
+    prompts = jsonl(tmp_path / "p.jsonl", [{"id": 1, "prompt": "a"}, "b"])  # "b" has no id: its number, 1
+    path, arguments = tmp_path / "rows.jsonl", ("--prompts-file", prompts, "--json", "--max-new-tokens", 1)
+    assert_one_error(cli(*arguments, "--output", path, "--resume"), "--resume", "repeat")
+    assert not path.exists()
+    assert cli(*arguments)[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["missing folder", "folder", "no permission"])
+def test_resuming_to_where_nothing_can_be_written_is_refused(cli, tmp_path, kind):
+    path = unwritable(tmp_path, kind)
+    result = cli("--prompt", "a", "--json", "--output", path, "--resume", model="nowhere")
+    assert_one_error(result, "cannot write to --output", str(path))
+
+
+def test_the_prompts_file_is_no_output_to_resume(cli, asked):
+    before = asked.read_bytes()
+    assert_one_error(cli("--prompts-file", asked, *SAMPLED, "--output", asked, "--resume"), "is the prompts file")
+    assert asked.read_bytes() == before
+
+
+def test_prompts_come_from_a_pipe(cli, tmp_path):
+    path, (reader, writer) = tmp_path / "rows.jsonl", os.pipe()
+    os.write(writer, b"The quick\n\nthe sea")
+    os.close(writer)
+    arguments = ("--prompts-file", f"/dev/fd/{reader}", "--fuse", "--max-new-tokens", 2, "--json", "--quiet")
+    assert cli(*arguments, "--output", path, "--resume") == (0, "", "")
+    os.close(reader)
+    assert [row["prompts"] for row in parsed(path.read_text())] == [["The quick"], ["the sea"]]
+
+
+# --- The progress bar ---
+
+
+def terminal_output(run: Callable[[], object], *streams: str) -> str:
+    """What a function writes to a terminal that is its stderr, and what else is named."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))
+    with pytest.MonkeyPatch.context() as patch, os.fdopen(follower, "w") as terminal:
+        for stream in ("stderr", *streams):
+            patch.setattr(sys, stream, terminal)
+        run()
+        terminal.write("<end>")
+        terminal.flush()
+        content = b""
+        while not content.endswith(b"<end>"):  # a terminal passes on what was written in parts, and not at once
+            content += os.read(leader, 4096)
+    os.close(leader)
+    return content.decode().removesuffix("<end>")
+
+
+def test_a_terminal_shows_progress_for_a_prompts_file(cli, asked):
+    arguments = ("--prompts-file", asked, *SAMPLED)
+    shown = terminal_output(lambda: cli(*arguments))
+    assert re.search(r"100%.*5/5", shown)
+    assert "0/5" in shown
+    assert re.search(r"\nload [\d.]+ s; .*\n$", shown.replace("\r\n", "\n"))  # on a line of its own
+    assert terminal_output(lambda: cli(*arguments, "--quiet")) == ""
+    alone = terminal_output(lambda: cli("--prompt", "a", "--prompt", "b", "--max-new-tokens", 2))
+    assert alone.startswith("load ")
+    assert "%" not in alone
+
+
+def test_progress_and_texts_on_one_terminal_do_not_share_lines(cli, asked):
+    shown = terminal_output(lambda: cli("--prompts-file", asked, *SAMPLED[:-1]), "stdout")
+    assert re.search(r"100%.*5/5", shown)
+    assert len(re.findall(r"[\r\n]### ", shown)) == 5
+
+
+def test_progress_counts_only_what_is_left(cli, asked, uninterrupted, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(uninterrupted.split("\n")[:2]), encoding="utf-8")
+    shown = terminal_output(lambda: cli("--prompts-file", asked, *SAMPLED, "--output", path, "--resume"))
+    assert re.search(r"100%.*3/3", shown)
+
+
+def test_without_a_terminal_there_is_no_progress(cli, asked):
+    _, _, err = cli("--prompts-file", asked, *SAMPLED)
+    assert re.fullmatch(r"load .*\n", err)
+
+
+def test_a_closed_stderr_changes_nothing_on_stdout(cli, asked, uninterrupted, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli("--prompts-file", asked, *SAMPLED) == (0, uninterrupted, "")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli("--frobnicate") == (2, "", "")
