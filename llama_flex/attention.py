@@ -113,6 +113,8 @@ def weights(q: Tensor, k: Tensor, view: View) -> Tensor:
     if view.score_mod is not None:
         batch, head, row, slot = (torch.arange(n, device=q.device) for n in (b, h, t, s))
         scores = view.score_mod(scores, batch[:, None, None, None], head[:, None, None], row[:, None], slot)
+        if scores.shape != (b, h, t, s):
+            raise ValueError(f"the score function made scores {list(scores.shape)} of {[b, h, t, s]}")
     scores = scores.masked_fill(~view.visible, -torch.inf)
     # A row with nothing visible has softmax NaN; it attends to nothing.
     return torch.softmax(scores, dim=-1).masked_fill(~view.visible.any(-1, keepdim=True), 0.0)

@@ -149,6 +149,7 @@ class Cache:
 
         tokens: their indices, `[N]` for all rows or `[B, N]`; or a function from all tokens held to booleans `[B, S]`,
         such as `lambda t: t.segment == 2`. What the survivors' keys and values took from the evicted stays in them.
+        A rolling cache that loses its newest tokens does not get back what its window has passed.
         """
         index = self.tokens.index
         if callable(tokens):
@@ -193,6 +194,7 @@ class Cache:
         if int(rows.min()) < 0 or int(rows.max()) >= b:
             raise ValueError(f"reorder: rows go from 0 to {b - 1}, found {rows.tolist()}")
         self._select(rows.long())
+        self._count()
 
     def _select(self, rows: Tensor) -> None:
         self.tokens = Tokens(*(x[rows] for x in self.tokens))
@@ -202,6 +204,9 @@ class Cache:
     def _forget(self, chosen: Tensor) -> None:
         self._free(chosen)
         self.rolled_out = torch.minimum(self.rolled_out, self.length)  # indices from there on are given again
+        self._count()
+
+    def _count(self) -> None:
         if self.window is None:
             self.reserved = int((self.tokens.index >= 0).sum(1).max())
 

@@ -55,6 +55,8 @@ def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]
 
 def _index_plainly(node: Node) -> None:
     table, at = node.args
+    if not isinstance(table, Node) or not isinstance(table.meta.get("example_value"), Tensor):
+        return  # not a tensor but what unbind() or max() returned
     indices = list(at) if isinstance(at, tuple) else [at]
     if all(isinstance(i, Node | int) for i in indices):
         scalar, kind = torch.ops.aten.scalar_tensor, cast(dict[str, Any], {"dtype": torch.int64})

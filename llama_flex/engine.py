@@ -73,6 +73,7 @@ class Engine:
 
     def generate(self, prompts: Sequence[Request], **options: Any) -> list[Completion]:
         """Complete every prompt; see `stream` for the options."""
+        prompts = list(prompts)
         completions = [Completion() for _ in prompts]
         for step in self.stream(prompts, **options):
             completions[step.row].add(step)
@@ -100,7 +101,8 @@ class Engine:
         mask: default causal, or `masks.fused()` if a prompt is fused. score_mod: default none. One for all layers or
         one each. Compiled steps are shared by masks of the same code, whatever the values of their tensors.
         cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt (an ensemble has
-        several).
+        several). It does not hold the last token generated, which was never fed: begin the next prompt with that. The
+        repetition penalty sees prompts and generated tokens, not what was in the cache.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context.
         """
@@ -110,9 +112,9 @@ class Engine:
         if stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         if not isinstance(sampling, Sequence):
-            sampling = [sampling or Sampling.recommended(model.generation_config)] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts; give one, or one each")
+            sampling = [sampling or Sampling.recommended(model.generation_config)] * len(requests)
+        if len(sampling) != len(requests):
+            raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one each")
         stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
         texts = [_Text(self.tokenizer, request.prompts[0].ids, stop) for request in requests]
         batch = _Batch(requests, model.device)
@@ -205,11 +207,11 @@ class Engine:
             raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
         if cache is not None and cache.window is not None:
             return math.inf, len(prompt.ids), "cache"
-        held, context = 0 if cache is None else cache.reserved, config.max_position_embeddings
+        held, context = 0 if cache is None else int(cache.next_position.max()), config.max_position_embeddings
         needed = held + max(max(prompt.positions) + 1, prompt.generated_position or 0)
         rooms = [(context - needed, needed, f"context of {context} tokens")]
         if cache is not None:
-            needed = held + len(prompt.ids)
+            needed = cache.reserved + len(prompt.ids)
             rooms.append((cache.max_length - needed, needed, f"cache of {cache.max_length} tokens"))
         return min(rooms)
 
@@ -297,18 +299,18 @@ class _Batch:
         cache: Cache,
     ) -> Layers:
         """How each layer attends: as asked, but prompts that are fused are kept apart, and weighted."""
-        if mask is None and any(prompt.generated_segment == masks.GENERATED for prompt in self.rows):
-            mask = masks.fused()
+        if any(prompt.generated_segment == masks.GENERATED for prompt in self.rows):
+            fused = masks.fused()
+            mask = [m or fused for m in mask] if isinstance(mask, list | tuple) else mask or fused
+        layers = model.attention_layers(mask, score_mod, cache)
         if any(prompt.log_weights for prompt in self.rows):
             count = max(len(prompt.log_weights) for prompt in self.rows)
             size = -(-count // WEIGHTS) * WEIGHTS
             table = _padded([prompt.log_weights for prompt in self.rows], size, torch.float32)
             weights = scores.segment_weights(table)
-            if isinstance(score_mod, Sequence):
-                score_mod = [weights if s is None else s >> weights for s in score_mod]
-            else:
-                score_mod = weights if score_mod is None else score_mod >> weights
-        return model.attention_layers(mask, score_mod, cache)
+            own = [layers.patterns[i].score_mod for i in layers.of_layer]
+            layers = model.attention_layers(mask, [weights if s is None else s >> weights for s in own], cache)
+        return layers
 
 
 def _padded(rows: Sequence[Sequence[float]], size: int, dtype: torch.dtype) -> Tensor:
@@ -324,7 +326,7 @@ def _requests(prompts: Sequence[Request]) -> list[Ensemble]:
     try:
         return [as_ensemble(request) for request in prompts]
     except TypeError:
-        raise ValueError("prompts must be a list of lists of token ids, such as [[1, 2, 3]]") from None
+        raise ValueError(f"prompts must be lists of token ids, such as [[1, 2, 3]], not {prompts!r}") from None
 
 
 class _Text:

@@ -38,7 +38,7 @@ class Prompt:
     log_weights: tuple[float, ...] = ()  # of segments 0, 1, ...; see `scores.segment_weights`
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", [operator.index(id) for id in self.ids])  # of whatever kind of integers
+        object.__setattr__(self, "ids", token_ids(self.ids))
         counts = [len(self.ids), len(self.positions), len(self.segments)]
         if len(set(counts)) > 1:
             raise ValueError("a prompt needs as many positions and segments as ids, not {1}, {2}, {0}".format(*counts))
@@ -48,7 +48,16 @@ class Prompt:
     @classmethod
     def plain(cls, ids: Sequence[int]) -> Prompt:
         """One text: positions in order, all of segment 0."""
+        ids = token_ids(ids)
         return cls(ids, range(len(ids)), [0] * len(ids))
+
+
+def token_ids(ids: Sequence[int]) -> list[int]:
+    """Ids as Python integers, whatever kind of integers they come as. Raises ValueError for anything else."""
+    try:
+        return [operator.index(id) for id in ids]
+    except TypeError:
+        raise ValueError(f"prompts must be lists of token ids, such as [[1, 2, 3]], not {ids!r}") from None
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,8 @@ class Ensemble:
     combine: Combine
 
     def __init__(self, prompts: Sequence[Sequence[int] | Prompt], combine: Combine = "mean") -> None:
-        if not len(prompts):
+        prompts = list(prompts)
+        if not prompts:
             raise ValueError("an ensemble needs at least one prompt")
         if combine not in get_args(Combine):
             raise ValueError(f"combine {combine!r} is not known; choose 'mean' or 'max'")
@@ -91,24 +101,27 @@ def fuse(
     generated text after the longest. weights: how much each prompt counts for what is generated, 1 being as it is.
     Raises ValueError for no prompt, an empty one, and weights that are not positive, one each.
     """
-    if not len(prompts) or not all(map(len, prompts)):
+    each = [token_ids(prompt) for prompt in prompts]
+    if not each or not all(each):
         raise ValueError("fuse needs at least one prompt, and no empty one")
     if positions not in get_args(Positions):
         raise ValueError(f"positions {positions!r} is not known; choose 'continue' or 'parallel'")
-    if weights is not None and (len(weights) != len(prompts) or not all(0 < w < math.inf for w in weights)):
-        raise ValueError(f"fuse needs a positive weight for each of the {len(prompts)} prompts, not {list(weights)}")
-    ids, places, segments = list(prefix), list(range(len(prefix))), [SHARED] * len(prefix)
-    for number, prompt in enumerate(prompts, start=1):
-        start = len(prefix) if positions == "parallel" else len(ids)
+    if weights is not None and (len(weights) != len(each) or not all(0 < w < math.inf for w in weights)):
+        raise ValueError(f"fuse needs a positive weight for each of the {len(each)} prompts, not {list(weights)}")
+    ids, end_ids = token_ids(prefix), token_ids(suffix)
+    shared = len(ids)
+    places, segments = list(range(shared)), [SHARED] * shared
+    for number, prompt in enumerate(each, start=1):
+        start = shared if positions == "parallel" else len(ids)
         ids += prompt
         places += range(start, start + len(prompt))
         segments += [number] * len(prompt)
     end = max(places) + 1
-    ids += suffix
-    places += range(end, end + len(suffix))
-    segments += [GENERATED] * len(suffix)
+    ids += end_ids
+    places += range(end, end + len(end_ids))
+    segments += [GENERATED] * len(end_ids)
     log_weights = () if weights is None else (0.0, *map(math.log, weights))
-    return Prompt(ids, places, segments, GENERATED, end + len(suffix), log_weights)
+    return Prompt(ids, places, segments, GENERATED, end + len(end_ids), log_weights)
 
 
 def combined(logits: Tensor, request_of: Tensor, is_max: Tensor, rows_of: Tensor) -> Tensor:

@@ -64,9 +64,13 @@ class Mask(Rule):
         return cls(lambda q, kv: mask_mod(q.batch, q.head, _logical(q), _logical(kv)), name or name_of(mask_mod))
 
     def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
         return Mask(lambda q, kv: self.evaluate(q, kv) & other.evaluate(q, kv), f"({self} & {other})")
 
     def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
         return Mask(lambda q, kv: self.evaluate(q, kv) | other.evaluate(q, kv), f"({self} | {other})")
 
     def __invert__(self) -> Mask:
@@ -316,7 +320,7 @@ def named(name: str, value: int | float | Tensor, least: float) -> str:
     """The name of a rule with its parameter. Raises ValueError for a number below `least`."""
     if isinstance(value, Tensor):
         return f"{name}({_kind(value)})"
-    if value < least:
+    if not value >= least:  # NaN compares false
         raise ValueError(f"{name} needs a number of at least {least}, not {value}")
     return f"{name}({value})"
 

@@ -131,10 +131,16 @@ def _parts(value: Any) -> _Parts | None:
     """How a value that may hold tensors is made up; None for one that holds nothing."""
     if isinstance(value, Rule):
         return _Parts(type(value), [value.function], lambda held: type(value)(held[0], value.name))
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple) or hasattr(value, "_make"):
         return _Parts(type(value), value, getattr(type(value), "_make", type(value)))  # _make: of named tuples
-    if type(value) is dict:
-        return _Parts((dict, *value), list(value.values()), lambda held: dict(zip(value, held, strict=True)))
+    if isinstance(value, dict):
+
+        def with_values(held: list[Any]) -> Any:
+            new = copy.copy(value)
+            new.update(zip(value, held, strict=True))
+            return new
+
+        return _Parts((type(value), *value), list(value.values()), with_values)
     if isinstance(value, functools.partial):
         held = [value.func, value.args, value.keywords]
         return _Parts(functools.partial, held, lambda held: functools.partial(held[0], *held[1], **held[2]))
@@ -150,7 +156,10 @@ def _parts(value: Any) -> _Parts | None:
             vars(new).update(held[0])
             return new
 
-        return _Parts(type(value), [vars(value)], with_attributes)
+        # What a subclass of int or list holds, or an object with slots, is not in its attributes.
+        slots = any(vars(base).get("__slots__") for base in type(value).__mro__)
+        plain = type(value).__new__ is object.__new__ and not slots
+        return _Parts(type(value) if plain else (type(value), id(value)), [vars(value)], with_attributes)
     return None
 
 
@@ -159,22 +168,25 @@ def _function_parts(function: types.FunctionType) -> _Parts:
     full = [cell for cell in closure if cell != _EMPTY]
 
     def rebuild(held: list[Any]) -> types.FunctionType:
-        new = dict(zip(map(id, full), map(types.CellType, held[2:]), strict=True))
+        new = dict(zip(map(id, full), map(types.CellType, held[3:]), strict=True))
         cells = tuple(new.get(id(cell), cell) for cell in closure)
         rebuilt = types.FunctionType(function.__code__, function.__globals__, function.__name__, held[0], cells)
         rebuilt.__kwdefaults__ = held[1]
+        vars(rebuilt).update(held[2])
         return rebuilt
 
-    held = [function.__defaults__, function.__kwdefaults__, *(cell.cell_contents for cell in full)]
+    held = [function.__defaults__, function.__kwdefaults__, vars(function), *(cell.cell_contents for cell in full)]
     return _Parts((function.__code__, id(function.__globals__)), held, rebuild)
 
 
-def _moved(value: Any, device: torch.device | str, seen: dict[int, Any]) -> Any:
+def _moved(value: Any, device: torch.device | str, seen: dict[Any, Any]) -> Any:
     """`value` with the tensors it holds on `device`; the very same object if there is nothing to move."""
     if isinstance(value, Tensor):
         moved = value.to(device)
+        memory = moved.untyped_storage()
         # A view becomes a tensor of its own: a nested compile region refuses tensors that share memory.
-        return moved if moved.untyped_storage().nbytes() == moved.nbytes else moved.clone()
+        shared = seen.setdefault(("memory", memory.data_ptr()), id(value)) != id(value)
+        return moved.clone() if shared or memory.nbytes() != moved.nbytes else moved
     parts = None if id(value) in seen else _parts(value)
     if parts is None:
         return seen.get(id(value), value)
@@ -201,6 +213,14 @@ def _loads(function: types.FunctionType, name: str) -> bool:
     return any(op.opname == "LOAD_GLOBAL" and op.argval == name for op in dis.get_instructions(function))
 
 
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _structure(value: Any, of_tensor: Callable[[Tensor], Hashable], seen: set[int]) -> Hashable:
     if isinstance(value, Tensor):
         return "tensor", of_tensor(value)
@@ -208,7 +228,7 @@ def _structure(value: Any, of_tensor: Callable[[Tensor], Hashable], seen: set[in
         return "again"
     parts = _parts(value)
     if parts is None:
-        return type(value), value if isinstance(value, Hashable) else id(value)
+        return type(value), value if _hashable(value) else id(value)
     seen.add(id(value))
     structure = parts.kind, tuple(_structure(part, of_tensor, seen) for part in parts.held)
     seen.remove(id(value))

@@ -5,6 +5,7 @@ Like a mask, a score function reads attributes of tokens and captures tensors, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -38,6 +39,8 @@ class ScoreMod(Rule):
         return cls(function, name or name_of(score_mod))
 
     def __rshift__(self, other: ScoreMod) -> ScoreMod:
+        if not isinstance(other, ScoreMod):
+            return NotImplemented
         return ScoreMod(lambda score, q, kv: other.evaluate(self.evaluate(score, q, kv), q, kv), f"({self} >> {other})")
 
     def evaluate(self, score: Tensor, q: Token, kv: Token) -> Tensor:
@@ -68,7 +71,7 @@ def alibi(slopes: Tensor | int) -> ScoreMod:
 
 def softcap(cap: float) -> ScoreMod:
     """Scores held within (-cap, cap): cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118)."""
-    if not cap > 0:
+    if not 0 < cap < math.inf:
         raise ValueError(f"softcap needs a positive number, not {cap}")
     return ScoreMod(lambda score, q, kv: cap * torch.tanh(score / cap), f"softcap({cap})")
 
@@ -92,7 +95,7 @@ def temperature(scale: Tensor) -> ScoreMod:
 
     Such as `1 + 0.1 * log(1 + floor(position / 8192))`, or log(position) / log(trained length) (arXiv:2202.12172).
     """
-    if scale.dim() not in (1, 2) or not scale.is_floating_point():
+    if scale.dim() not in (1, 2) or not scale.numel() or not scale.is_floating_point():
         raise ValueError(f"temperature needs factors [N] or [B, N], not {scale.dtype} {list(scale.shape)}")
     return ScoreMod(lambda score, q, kv: score * lookup(scale, q, q.position), named("temperature", scale, 0))
 

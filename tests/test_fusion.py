@@ -3,6 +3,7 @@ against what they must equal by construction."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -279,6 +280,11 @@ def test_bad_prompts_are_refused_before_any_work(tiny_pair):
         Prompt([1, 2], [0], [0, 0])
     with pytest.raises(ValueError, match="lists of token ids"):
         engine.stream([Ensemble([[1, 2]], "mean"), "text"])
+    for wrong in ([1, 2], ["ab"], [[1.5]]):
+        with pytest.raises(ValueError, match="lists of token ids"):
+            fuse(wrong)
+    with pytest.raises(ValueError, match="lists of token ids"):
+        Ensemble([1, 2])
     with pytest.raises(ValueError, match="combine 'median' is not known"):
         Ensemble([[1]], "median")
     with pytest.raises(ValueError, match="at least one prompt"):
@@ -300,6 +306,33 @@ def test_fused_prompts_with_own_masks_and_scores_of_layers(tiny_pair):
     (plain,) = Engine(model).generate([prompt], max_new_tokens=4, stop_token_ids=(), mask=masks.causal())
     expected = logits_of(model, prompt, masks.causal(), "dense", score_mod=weights)
     assert plain.tokens[0] == expected[0, -1].argmax()
+
+
+def test_fused_prompts_stay_apart_where_a_layers_mask_is_left_open(tiny_pair):
+    engine = Engine(tiny_pair("mha")[1])
+    prompt = fuse([ids(30, 1), ids(40, 2)], suffix=[3])
+    options = {"max_new_tokens": 2, "stop_token_ids": ()}
+    expected, open_, causal = (
+        engine.generate([prompt], mask=mask, **options)[0].logprobs
+        for mask in (None, [None, masks.fused()], masks.causal())
+    )
+    assert open_ == expected != causal
+
+
+def test_ids_come_as_any_integers():
+    expected = fuse([[1, 2], [3]], prefix=[4], suffix=[5])
+    for kind in (torch.tensor, np.array, tuple):
+        assert fuse([kind([1, 2]), kind([3])], prefix=kind([4]), suffix=kind([5])) == expected
+
+
+def test_the_context_is_that_of_positions(tiny_pair):
+    """Not of slots: tokens may have been evicted, and positions be given."""
+    _, model = tiny_pair("gqa")
+    cache = model.new_cache(1, 1024)
+    model(torch.tensor([ids(9, 1)]), positions=torch.arange(1000, 1009)[None], cache=cache)
+    cache.evict(range(5))
+    with pytest.raises(ValueError, match="1013 tokens and 40 new ones exceed the context of 1024"):
+        Engine(model).generate([[1, 2, 3, 4]], max_new_tokens=40, cache=cache)
 
 
 # ---- ensembles

@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, noop_mask
 
-from llama_flex import Mask, masks
+from llama_flex import Mask, masks, scores
 from llama_flex.rules import Tokens
 
 
@@ -467,3 +468,53 @@ def test_drafting_masks_of_attn_gym_are_the_same_cells(seed):
     expected = create_mask(gym.generate_jetspec_tree_causal_mask_mod(prefix, matrix), 1, 1, 30, 51, device="cpu")
     everyone = Tokens.arriving(51)
     assert torch.equal(masks.tree(parents, start=prefix).dense(everyone, everyone, 1)[:, :, prefix:], expected)
+
+
+class Number(int):
+    pass
+
+
+class Slotted(list):
+    __slots__ = ("more",)
+
+
+@pytest.mark.parametrize(
+    "kind", [int, Number, lambda n: OrderedDict(w=n), lambda n: {"w": n}, lambda n: [n], lambda n: Slotted([n])]
+)
+def test_rules_that_compute_different_things_are_told_apart(kind):
+    """Layers with equal rules share one list of blocks; so what a predicate holds, in whatever, must count."""
+
+    def window(width):
+        return Mask(lambda q, kv: q.index - kv.index < (width["w"] if hasattr(width, "keys") else width))
+
+    few, many = window(kind(2)), window(kind(9))
+    assert few.identity() != many.identity()
+    assert few.identity() == few.identity()
+
+
+def test_functions_are_told_apart_by_their_attributes_and_keep_them():
+    def make(width):
+        def predicate(q, kv):
+            return q.index - kv.index < predicate.width
+
+        predicate.width = width
+        return Mask(predicate)
+
+    assert make(2).identity() != make(9).identity()
+    moved = make(torch.tensor(3)).to("meta")
+    assert moved.function.width.device.type == "meta"
+
+
+def test_captured_tensors_that_share_memory_become_tensors_of_their_own():
+    """A nested compile region refuses aliases."""
+    table = torch.rand(8)
+    views = [table, table.view(2, 4), table[:3]]
+    moved = Mask(lambda q, kv: kv.index < views[0][0] + views[1][0, 0] + views[2][0]).to("cpu")
+    memory = {t.untyped_storage().data_ptr() for t in moved.function.__closure__[0].cell_contents}
+    assert len(memory) == 3
+
+
+def test_only_rules_of_a_kind_combine():
+    for wrong in (lambda: masks.causal() & (lambda q, kv: True), lambda: masks.causal() | scores.softcap(2.0)):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            wrong()
