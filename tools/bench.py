@@ -1,6 +1,7 @@
 """Measurements: `python -m tools.bench NAME`. Every number is a ratio to a peer measured in the same run.
 
-    fusion    five prompts fused, cached and compiled, against recomputing the whole sequence for every token
+    fusion    five prompts fused, cached and compiled, against recomputing the whole sequence for every token, as
+              transformers with a 4-D mask does it and as this package can
     window    decoding at a long context with a sliding window, against decoding at a context of the window's length
 
 Prints a line for each measurement and a line of JSON with all of them at the end. The machine's noise is part of every
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, Tokenizer, Tokens, fuse, masks
 from llama_flex.compiling import compiled
@@ -47,16 +50,31 @@ SHAPES = {
     },
 }
 PARAPHRASES = (
-    "A farmer has twelve apples in a basket. He gives three of them to his neighbour and two to his daughter, and then "
-    "finds one more under the tree. How many apples does the farmer have now?",
-    "There are twelve apples in the basket of a farmer. Three go to the neighbour, two go to the daughter, and one is "
-    "found below the tree. What is the number of apples that the farmer has in the end?",
-    "Starting with twelve apples, a farmer hands three to a neighbour and two to his daughter. Under the tree he finds "
-    "another one. Count the apples that he has.",
+    "A farmer has twelve apples in a basket. He gives three of them to his neighbour and two to his daughter, and "
+    "then finds one more under the tree. In the afternoon a traveller comes to the farm and buys half of what is "
+    "left. In the evening the farmer's wife brings four apples home from the market, and puts them into the same "
+    "basket. At night a mouse spoils one apple, which the farmer throws away. How many good apples are in the "
+    "basket now?",
+    "There are twelve apples in the basket of a farmer. Three go to the neighbour, two go to the daughter, and one "
+    "is found below the tree. Half of those that remain are sold to a traveller who visits the farm in the "
+    "afternoon. Then the wife of the farmer comes back from the market with four more, which she adds to the "
+    "others. During the night one of them is spoiled by a mouse and has to be thrown away. What is the number of "
+    "good apples in the end?",
+    "Starting with twelve apples, a farmer hands three to a neighbour and two to his daughter. Under the tree he "
+    "finds another one. A man on a journey stops at the farm after noon, and he pays for one half of the apples "
+    "that are there. From the market, his wife carries four apples into the house before it is dark. The next "
+    "morning they see that a mouse has eaten from one of the apples, so they do not keep that one. Count the good "
+    "apples that they have.",
     "Someone who grows apples owns twelve of them. After presenting three to the person next door and two to his "
-    "daughter, he picks up one more from under the tree. How many does he own?",
+    "daughter, he picks up one more from under the tree. Later that day he sells half of all his apples to a "
+    "stranger who is passing by. His wife, who was at the market, returns with four of them and lays them beside "
+    "the rest. A mouse gets at one apple while everybody sleeps, and it is no longer good. How many good ones does "
+    "he own?",
     "Twelve apples lie in a basket. The farmer whose basket it is takes out three for his neighbour and two for his "
-    "daughter. He puts in one which he found under the tree. How many apples lie in the basket?",
+    "daughter. He puts in one which he found under the tree. A traveller then buys every second apple from the "
+    "basket. Four apples, which the farmer's wife got at the market, are put into it in the evening. In the night "
+    "one apple is bitten by a mouse, and in the morning it is taken out. How many good apples lie in the basket "
+    "after all of this?",
 )
 
 
@@ -72,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     window.add_argument("--context", type=int, default=32768)
     window.add_argument("--window", type=int, default=1024)
     for command in (fusion, window):
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+        default = "float32" if command is fusion else "bfloat16"
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), default=default)
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args(argv)
@@ -102,39 +121,57 @@ def _fusion(args: argparse.Namespace) -> dict[str, Any]:
     model = Llama.from_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
     tokenizer = Tokenizer.from_pretrained(args.model)
     question = fuse([tokenizer.encode(text) for text in PARAPHRASES], suffix=tokenizer.encode("\nAnswer:"))
+    # Before anything compiles: transformers changes what graphs are guarded on.
+    peer = transformers.LlamaForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), attn_implementation="eager"
+    ).to(args.device)
     engine = Engine(model, tokenizer, compile=True)
     options: dict[str, Any] = {"max_new_tokens": args.new, "stop_token_ids": ()}
     engine.generate([question], **options)  # compiles
-    cached, uncached, tokens = [], [], []
-    for _ in range(args.rounds):
-        cached.append(_timed(args.device, lambda: tokens.append(engine.generate([question], **options)[0].tokens)))
-        uncached.append(_timed(args.device, lambda: tokens.append(_recomputed(model, question, args.new))))
-        print(f"cached {cached[-1]:.2f} s, whole sequence for every token {uncached[-1]:.2f} s", file=sys.stderr)
-    ratio = statistics.median(u / c for u, c in zip(uncached, cached, strict=True))
-    same = all(found == tokens[0] for found in tokens)
-    print(
-        f"{len(question.ids)} prompt tokens in {len(PARAPHRASES)} segments, {args.new} new: cached "
-        f"{statistics.median(cached):.2f} s, uncached {statistics.median(uncached):.2f} s, {ratio:.1f} times; "
-        f"the same tokens: {same}"
-    )
-    return {"prompt": len(question.ids), "new": args.new, "cached_s": cached, "uncached_s": uncached} | {
-        "ratio": ratio,
-        "same_tokens": same,
+    ways = {
+        "cached, compiled": lambda: engine.generate([question], **options)[0].tokens,
+        "transformers, whole sequence for every token": lambda: _recomputed(_peer_logits(peer), question, args.new),
+        "here, whole sequence for every token": lambda: _recomputed(_own_logits(model), question, args.new),
     }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    tokens: list[list[int]] = []
+    for _ in range(args.rounds):
+        for name, way in ways.items():
+            seconds[name].append(_timed(args.device, lambda way=way: tokens.append(way())))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    first, same = next(iter(medians.values())), all(found == tokens[0] for found in tokens)
+    print(f"{len(question.ids)} tokens in {len(PARAPHRASES)} prompts, {args.new} new; the same tokens: {same}")
+    for name, median in medians.items():
+        print(f"{name}: {median:.2f} s, {median / first:.1f} times the first")
+    return {"dtype": args.dtype, "prompt": len(question.ids), "new": args.new, "seconds": seconds, "same_tokens": same}
 
 
-def _recomputed(model: Llama, prompt: Prompt, new: int) -> list[int]:
-    """The same generation by a whole forward, dense, for every token: fastest of the ways without a cache on a CPU."""
+def _peer_logits(peer: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def logits(ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+        tokens = Tokens.arriving(ids.shape[1], segments=segments)
+        visible = masks.fused().dense(tokens, tokens, 1)
+        mask = torch.zeros(visible.shape, dtype=peer.dtype).masked_fill(~visible, torch.finfo(peer.dtype).min)
+        given = {"attention_mask": mask.to(peer.device), "position_ids": positions.to(peer.device)}
+        return peer(ids.to(peer.device), use_cache=False, **given).logits
+
+    return logits
+
+
+def _own_logits(model: Llama) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Dense, and only the last logits: the fastest without a cache on a CPU."""
+
+    def logits(ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+        given = {"positions": positions, "segments": segments, "mask": masks.fused()}
+        return model(ids, backend="dense", logits_to_keep=1, **given)
+
+    return logits
+
+
+def _recomputed(logits_of: Callable[[Tensor, Tensor, Tensor], Tensor], prompt: Prompt, new: int) -> list[int]:
+    """The same generation by a forward of the whole sequence for every token."""
     ids, positions, segments = list(prompt.ids), list(prompt.positions), list(prompt.segments)
     for _ in range(new):
-        logits = model(
-            torch.tensor([ids]),
-            positions=torch.tensor([positions]),
-            segments=torch.tensor([segments]),
-            mask=masks.fused(),
-            backend="dense",
-            logits_to_keep=1,
-        )
+        logits = logits_of(*(torch.tensor([x]) for x in (ids, positions, segments)))
         ids.append(int(logits[0, -1].argmax()))
         positions.append(max(positions) + 1)
         segments.append(masks.GENERATED)
