@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, ScoreMod, masks
 from llama_flex.cache import Cache
-from llama_flex.rules import Tokens
+from llama_flex.rules import Token, Tokens
 
 VOCAB = 64
 CONTEXT = 192
@@ -170,8 +170,11 @@ class Broken(Exception):
     """What fails in the middle of a step."""
 
 
-def broken(*_):
-    raise Broken
+def broken(*given):
+    """Fails as a mask, a score function or a hook; but not where a rule is tried on one token, before any work."""
+    if not isinstance(given[-1], Token) or given[-1].index.shape != (1, 1, 1, 1):
+        raise Broken
+    return given[0] if len(given) == 3 else given[-1].index >= 0
 
 
 @contextmanager
@@ -840,7 +843,8 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(rules, fails, backend):
     cache.evict([3, 99])
     fork = cache.fork()
     before = probe(cache), held_attributes(cache, 1), cache.reserved
-    with fails(), pytest.raises(Broken):
+    # Eager FlexAttention traces score functions, and reports what they raise in its own way.
+    with fails(), pytest.raises((Broken, torch._dynamo.exc.Unsupported)):
         MODEL(random_ids(2, 20), cache=cache, backend=backend, **rules)
     for each in (cache, fork):
         assert torch.equal(probe(each), before[0])
