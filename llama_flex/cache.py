@@ -169,17 +169,18 @@ class Cache:
 
     def fork(self) -> Cache:
         """A cache with the same tokens that goes its own way; keys and values are copied once either is written."""
-        return self.expand(1)
+        new = copy.copy(self)
+        new.tokens, new.rolled_out = Tokens(*(x.clone() for x in self.tokens)), self.rolled_out.clone()
+        self._sharers.add(new)
+        return new
 
     def expand(self, n: int) -> Cache:
         """A cache with every row n times, one after the other: many continuations of one prefix; see `fork`."""
         if n < 1:
             raise ValueError(f"cannot make {n} of a row; give 1 or more")
-        new = copy.copy(self)
-        self._sharers.add(new)
-        new._select(torch.arange(self.batch_size, device=self.rolled_out.device).repeat_interleave(n))
-        if n == 1:
-            new._rows = self._rows
+        new = self.fork()
+        if n > 1:
+            new._select(torch.arange(self.batch_size, device=self.rolled_out.device).repeat_interleave(n))
         return new
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:

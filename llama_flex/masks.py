@@ -60,8 +60,7 @@ class Mask(Rule):
 
         So it means the same in cached decoding, where the rows and slots of the attention call are others.
         """
-        # A free slot has index -1, which no mask_mod expects.
-        return cls(lambda q, kv: mask_mod(q.batch, q.head, _logical(q), _logical(kv)), name or name_of(mask_mod))
+        return cls(lambda q, kv: mask_mod(q.batch, q.head, logical(q), logical(kv)), name or name_of(mask_mod))
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
@@ -301,7 +300,8 @@ def _marked(table: Tensor, token: Token) -> Tensor:
     return lookup(table, token, token.index) & (token.index < table.shape[-1])
 
 
-def _logical(token: Token) -> Tensor:
+def logical(token: Token) -> Tensor:
+    """The place in the order of arrival for functions that know no free slots: those, of index -1, read as 0."""
     return token.index.clamp(min=0)
 
 

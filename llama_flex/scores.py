@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .masks import GENERATED, lookup, named
+from .masks import GENERATED, logical, lookup, named
 from .rules import Rule, Token, name_of, take
 
 ScoreFunction: TypeAlias = Callable[[Tensor, Token, Token], Tensor]
@@ -33,8 +33,7 @@ class ScoreMod(Rule):
         """FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, read over the order of arrival."""
 
         def function(score: Tensor, q: Token, kv: Token) -> Tensor:
-            # A free slot has index -1, which no score_mod expects.
-            return score_mod(score, q.batch, q.head, q.index.clamp(min=0), kv.index.clamp(min=0))
+            return score_mod(score, q.batch, q.head, logical(q), logical(kv))
 
         return cls(function, name or name_of(score_mod))
 
