@@ -21,10 +21,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .compiling import compiled
+from .attention import Backend
+from .compiling import Graphs
 from .config import LlamaConfig
 from .masks import Mask
-from .model import Llama
+from .model import Llama, plainly
 from .rules import Token, Tokens, arange, grid, name_of
 from .scores import ScoreMod
 
@@ -295,6 +296,9 @@ def _logits_agree(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, compile: 
         compare("cache-differs", "cached decoding and the full forward", dense[True], dense[False])
 
 
+_BACKENDS: dict[str, Backend] = {"dense": "dense", "eager": "flex", "compiled": "flex"}
+
+
 def _logits(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, way: str, cached: bool) -> Tensor:
     """Logits `[B, T, V]` of random ids: "dense", "eager" or "compiled"."""
     b, length = tokens.index.shape
@@ -302,11 +306,11 @@ def _logits(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, way: str, cache
     cache = model.new_cache(b, length) if cached else None
     mask, score_mod = (rule if isinstance(rule, kind) else None for kind in (Mask, ScoreMod))
     layers = model.attention_layers(mask, score_mod, cache)  # type: ignore[arg-type]  # narrowed by `kind`
-    steps, logits = dict[int, Callable[..., Tensor]](), []
+    graphs, logits = Graphs(), []
     for start, end in _pieces(length) if cached else [(0, length)]:
         # Compiled code is guarded on strides, so these are no slices.
         part, segment = (x[:, start:end].clone(memory_format=torch.contiguous_format) for x in (ids, tokens.segment))
-        step = steps.setdefault(end - start, compiled(model.step)) if way == "compiled" else model.step
+        run, backend = graphs.of(end - start) if way == "compiled" else plainly, _BACKENDS[way]
         with nullcontext() if cache is None else cache.appending(end - start):
-            logits.append(step(part, None, None, segment, cache, layers, "dense" if way == "dense" else "flex", 0))
+            logits.append(model.head(model.step(part, None, None, segment, cache, layers, backend, run)))
     return torch.cat(logits, 1)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import masks, scores
+from . import explain, masks, scores
 from .attention import Layers
 from .cache import Cache
-from .compiling import compiled
+from .compiling import Graphs
 from .fusion import Ensemble, Prompt, Request, as_ensemble, combined
-from .masks import Mask
-from .model import Llama
-from .sampling import Sampling, sample, stack
+from .masks import BLOCK, Mask
+from .model import Llama, last, plainly
+from .rules import Tokens
+from .sampling import Sampling, SamplingTensors, sample, stack
 from .scores import ScoreMod
 from .streaming import StopStrings
 from .tokenizer import Tokenizer
 
-CHUNKS = (512, 128)  # rows of a prefill step: the largest that a prompt still fills, the last one padded
+# Rows of a prefill step: the largest that a prompt still fills, the last one padded. A GPU needs many to be busy.
+CHUNKS = {"cpu": (512, 128), "cuda": (2048, 512, 128)}
 DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json says how many
 WEIGHTS = 16  # log-weights of fused prompts come in tables of multiples of this, so that graphs are shared
-MIN_SLOTS = 1024  # compiled graphs have static shapes, so caches come in few sizes: powers of two from here
+# Compiled graphs have static shapes, so caches come in few sizes: powers of two, from so many slots in all.
+MIN_SLOTS = 8192
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.compile = compile
-        self.graphs: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # by batch size, rows, slots and mask
-        self.compile_seconds = 0.0
+        self.graphs = Graphs()
+        self.last: _Last | None = None  # what the last stream ran
+        self.steps: set[tuple[Any, ...]] = set()  # compiled: by batch size, rows, slots, and structure of the layers
 
     def generate(self, prompts: Sequence[Request], **options: Any) -> list[Completion]:
         """Complete every prompt; see `stream` for the options."""
@@ -118,11 +121,13 @@ class Engine:
         stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
         texts = [_Text(self.tokenizer, request.prompts[0].ids, stop) for request in requests]
         batch = _Batch(requests, model.device)
+        # Who holds the cache sees after every token what it held before the token.
+        ahead = cache is None and model.device.type == "cuda"
         if cache is None:
             longest = max(len(p.ids) + limits[q] for p, q in zip(batch.rows, batch.requests, strict=True))
             cache = self.new_cache(len(batch.rows), longest)
         layers = batch.attention_layers(model, mask, score_mod, cache)
-        return self._run(batch, limits, sampling, texts, stop_ids, layers, cache)
+        return self._run(batch, limits, sampling, texts, stop_ids, layers, cache, ahead)
 
     @torch.no_grad()
     def _run(
@@ -134,41 +139,51 @@ class Engine:
         stop_ids: frozenset[int],
         layers: Layers,
         cache: Cache,
+        ahead: bool,
     ) -> Iterator[Step]:
-        device = self.model.device
-        parameters = stack(sampling, device)
-        seen = None
-        if parameters.repetition_penalty is not None:
-            seen = torch.zeros(len(limits), self.model.config.vocab_size, dtype=torch.bool, device=device)
-            for prompt, q in zip(batch.rows, batch.requests, strict=True):
-                seen[q, torch.tensor(prompt.ids, device=device)] = True
-
-        position = batch.generated_position + cache.next_position[:, None]
-        logits = self._prefill(batch.rows, layers, cache)
-        running = torch.ones(len(limits), dtype=torch.int32, device=device)
+        self.last = _Last(layers, cache.tokens)
+        decoding = _Decoding(self, batch, layers, cache, stack(sampling, self.model.device), limits, stop_ids)
+        decoding.first(self._prefill(batch.rows, layers, cache))
+        alive = set(range(len(limits)))
         for count in range(1, max(limits) + 1):
-            token, logprob = sample(batch.combined(logits), parameters, torch.full_like(running, count - 1), seen)
-            if seen is not None:
-                seen.scatter_(1, token[:, None], True)
-            alive = running.tolist()
-            for q, (id, lp) in enumerate(zip(token.tolist(), logprob.tolist(), strict=True)):
-                if not alive[q]:
-                    continue
+            read = decoding.result()
+            # The next step is enqueued before this one's tokens are read, unless somebody else has the cache.
+            if ahead and any(limits[q] > count for q in alive):
+                decoding.next()
+            tokens, logprobs = read()
+            for q in sorted(alive):
+                id = int(tokens[q])
                 text, stopped = ("", False) if id in stop_ids else texts[q].put(id)
                 reason = "stop" if stopped or id in stop_ids else "length" if count == limits[q] else None
                 if reason is not None:
-                    running[q] = 0
+                    alive.remove(q)
                     text += "" if stopped else texts[q].flush()
-                yield Step(q, id, lp, text, reason)
-            if not running.any():
+                if stopped:
+                    decoding.stop(q)
+                yield Step(q, id, logprobs[q], text, reason)
+            if not alive:
                 return
-            ids, lengths = token[batch.request_of, None], running[batch.request_of]
-            logits = self._step(ids, lengths, 1, position + (count - 1), batch.generated_segment, layers, cache)
+            if not ahead:
+                decoding.next()
+
+    def explain(self, tokens_per_second: float | None = None) -> str:
+        """What the last stream ran, in lines of text: kernels and why, precision, graphs, and the blocks that the last
+        query visits. tokens_per_second: if given, measures how fast memory can be read, and says what share that is.
+
+        Raises ValueError if nothing has run.
+        """
+        return explain.explain(self, tokens_per_second)
+
+    @property
+    def compile_seconds(self) -> float:
+        """How long compiling took so far, the first run of what was compiled included."""
+        return self.graphs.seconds
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache for this engine: if it compiles, of one of few sizes, so that graphs are shared."""
         if self.compile:
-            max_length = max(MIN_SLOTS, 1 << (max_length - 1).bit_length())
+            usual = min(MIN_SLOTS // batch_size, self.model.config.max_position_embeddings)
+            max_length = 1 << (max(usual, max_length, BLOCK) - 1).bit_length()
         return self.model.new_cache(batch_size, max_length)
 
     def check(
@@ -221,19 +236,20 @@ class Engine:
         return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
 
     def _prefill(self, rows: Sequence[Prompt], layers: Layers, cache: Cache) -> Tensor:
-        """Append the prompts to the cache in chunks of fixed sizes; the logits `[R, V]` after each one's last token."""
+        """Append the prompts to the cache in chunks of fixed sizes; the output `[R, 1, E]` at each one's last token."""
         device = self.model.device
+        chunks = CHUNKS[device.type]
         length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
         longest = max(len(prompt.ids) for prompt in rows)
-        padded = -(-longest // CHUNKS[-1]) * CHUNKS[-1]
-        width = padded + CHUNKS[-1]  # where a chunk is taken in parts, the last one reaches further
+        padded = -(-longest // chunks[-1]) * chunks[-1]
+        width = padded + chunks[-1]  # where a chunk is taken in parts, the last one reaches further
         ids = _padded([prompt.ids for prompt in rows], width, torch.int64).to(device)
         positions = _padded([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
         segments = _padded([prompt.segments for prompt in rows], width, torch.int32).to(device)
-        logits, start = torch.empty(0), 0
+        x, start = torch.empty(0), 0
         while start < longest:
-            size = next((c for c in CHUNKS if start + c <= padded), CHUNKS[-1])
+            size = next((c for c in chunks if start + c <= padded), chunks[-1])
             count = min(size, longest - start, cache.largest_append)  # a rolling cache may take less
             here = (length - start).clamp(0, count)
             # Copied: a slice keeps the strides of the whole, and every other stride would compile once more.
@@ -241,35 +257,157 @@ class Engine:
                 x[:, start : start + size].clone(memory_format=torch.contiguous_format)
                 for x in (ids, positions, segments)
             ]
-            chunk_logits = self._step(chunk[0], here, count, chunk[1], chunk[2], layers, cache)
+            with cache.appending(count):
+                ends = last(self._step(chunk[0], here, chunk[1], chunk[2], layers, cache), here, 1)
             ends_here = (length > start) & (length <= start + count)
-            logits = chunk_logits if start == 0 else torch.where(ends_here[:, None], chunk_logits, logits)
+            x = ends if start == 0 else torch.where(ends_here[:, None, None], ends, x)
             start += count
-        return logits
+        return x
 
     def _step(
         self,
         ids: Tensor,
         lengths: Tensor,
-        count: int,
         positions: Tensor,
         segments: Tensor,
         layers: Layers,
         cache: Cache,
     ) -> Tensor:
-        """Append ids `[R, T]`, of which `lengths` in each row are real, `count` at most; the logits `[R, V]` after each
-        row's last."""
-        key = (*ids.shape, cache.max_length, layers.structure)
-        first = self.compile and key not in self.graphs
-        if first:
-            self.graphs[key] = compiled(self.model.step)
-        step = self.graphs[key] if self.compile else self.model.step
-        started = time.perf_counter()
-        with cache.appending(count):
-            logits = step(ids, lengths, positions, segments, cache, layers, "flex", 1)
-        if first:
-            self.compile_seconds += time.perf_counter() - started
-        return logits[:, 0]
+        """Append ids `[R, T]`, of which `lengths` in each row are real; the last layer's output `[R, T, E]`."""
+        run = plainly
+        if self.compile:
+            key = (*ids.shape, cache.max_length, layers.structure)
+            self.steps.add(key)
+            run = self.graphs.of(*key)
+        return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run)
+
+
+class _Last(NamedTuple):
+    """What `explain` needs of a stream, without its keys and values."""
+
+    layers: Layers
+    kv: Tokens
+
+    @property
+    def q(self) -> Tokens:
+        """Each row's newest token, `[B, 1]`."""
+        at = self.kv.index.argmax(1, keepdim=True)
+        return Tokens(*(x.gather(1, at) for x in self.kv))
+
+
+class _State(NamedTuple):
+    """What a decoding step reads and changes, in place; Q requests, R rows."""
+
+    ids: Tensor  # [R, 1], the newest tokens
+    positions: Tensor  # [R, 1], theirs
+    lengths: Tensor  # [R], 1 for a row that goes on, else 0
+    running: Tensor  # [Q], the same for requests
+    done: Tensor  # [Q], how many tokens each has
+    limits: Tensor  # [Q], how many it may have
+    stop_ids: Tensor  # [N]
+    seen: Tensor | None  # [Q, V], for the repetition penalty
+    result: Tensor  # [2, Q], float64: the newest tokens and their log-probabilities, for one copy to the host
+
+
+class _Decoding:
+    """The loop of one stream: every step on the same memory, recorded once it is compiled, then replayed."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        batch: _Batch,
+        layers: Layers,
+        cache: Cache,
+        parameters: SamplingTensors,
+        limits: list[int],
+        stop_ids: frozenset[int],
+    ) -> None:
+        model = engine.model
+        q, device = len(limits), model.device
+        seen = None
+        if parameters.repetition_penalty is not None:
+            seen = torch.zeros(q, model.config.vocab_size, dtype=torch.bool, device=device)
+            for prompt, request in zip(batch.rows, batch.requests, strict=True):
+                seen[request, torch.tensor(prompt.ids, device=device)] = True
+        ones = torch.ones(q, dtype=torch.int32, device=device)
+        self.state = _State(
+            ids=torch.zeros(len(batch.rows), 1, dtype=torch.int64, device=device),
+            positions=batch.generated_position + cache.next_position[:, None] - 1,
+            lengths=torch.ones(len(batch.rows), dtype=torch.int32, device=device),
+            running=ones,
+            done=torch.zeros_like(ones),
+            limits=torch.tensor(limits, dtype=torch.int32, device=device),
+            stop_ids=torch.tensor(sorted(stop_ids) or [-1], device=device),
+            seen=seen,
+            result=torch.zeros(2, q, dtype=torch.float64, device=device),
+        )
+        self.engine, self.batch, self.layers, self.cache, self.parameters = engine, batch, layers, cache, parameters
+        self.steps = 0
+        self.replay: Callable[[], object] | None = None
+        self.memory: tuple[object, object] = None, None  # what of the cache the recorded step works on
+
+    def first(self, x: Tensor) -> None:
+        """The first tokens, from the last layer's output `[R, 1, E]` at the prompts' ends."""
+        self._choose(x)
+
+    def next(self) -> None:
+        """One more token for each request; only enqueued, on CUDA."""
+        cache = self.cache
+        with cache.appending(1):
+            layers, tokens = self.memory
+            if self.replay is not None and cache.layers is layers and cache.tokens is tokens:
+                self.replay()
+            elif self.engine.compile and self.steps:  # the first one compiles what is not compiled yet
+                self.replay = self.engine.graphs.record(self._step, self.engine.model.device)
+                self.memory = cache.layers, cache.tokens  # forking or reordering the cache amid a stream changes them
+            else:
+                self._step()
+        self.steps += 1
+
+    def result(self) -> Callable[[], list[list[float]]]:
+        """What reads the newest tokens and their log-probabilities, however many steps are enqueued by then."""
+        found = self.state.result
+        if not found.is_cuda:
+            return found.tolist
+        copied, done = torch.empty_like(found, device="cpu", pin_memory=True), torch.cuda.Event()
+        copied.copy_(found, non_blocking=True)
+        done.record()
+
+        def read() -> list[list[float]]:
+            done.synchronize()
+            return copied.tolist()
+
+        return read
+
+    def stop(self, request: int) -> None:
+        """No more tokens for a request."""
+        self.state.running[request] = 0
+        self.state.lengths.mul_(self.batch.request_of != request)
+
+    def _step(self) -> None:
+        s = self.state
+        x = self.engine._step(s.ids, s.lengths, s.positions, self.batch.generated_segment, self.layers, self.cache)
+        self._choose(x)
+
+    def _choose(self, x: Tensor) -> None:
+        run = plainly
+        if self.engine.compile:
+            kinds = tuple(p is None for p in self.parameters)
+            run = self.engine.graphs.of(len(self.batch.rows), len(self.batch.rows_of), len(self.state.stop_ids), kinds)
+        run("choose", _choose, self.engine.model, x, self.batch, self.parameters, self.state)
+
+
+def _choose(model: Llama, x: Tensor, batch: _Batch, parameters: SamplingTensors, s: _State) -> None:
+    """From the last layer's output `[R, 1, E]` to the next tokens, and to what the next step needs."""
+    token, logprob = sample(batch.combined(model.head(x)[:, 0]), parameters, s.done, s.seen)
+    if s.seen is not None:
+        s.seen.scatter_(1, token[:, None], True)
+    s.result.copy_(torch.stack((token.double(), logprob.double())))
+    s.done.add_(1)
+    s.running.mul_((s.done < s.limits) & (token[:, None] != s.stop_ids).all(1))
+    s.ids.copy_(token[batch.request_of, None])
+    s.lengths.copy_(s.running[batch.request_of])
+    s.positions.add_(1)
 
 
 class _Batch:

@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
     run.add_argument("--json", action="store_true", help="one JSON object a prompt: id, prompt, text, tokens, logprobs")
     run.add_argument("--resume", action="store_true", help="leave out what --output already has, and add to it")
+    run.add_argument(
+        "--explain", action="store_true", help="say on stderr what ran, and how near to the hardware's limit"
+    )
     run.add_argument("--quiet", action="store_true", help="no statistics and no progress on stderr")
     return p
 
@@ -236,9 +239,11 @@ class _Session:
         self.args, self.output = args, output
 
     def report(self) -> None:
-        """Statistics, unless unwanted or there are none."""
+        """Statistics, unless unwanted or there are none, and explanations, if wanted."""
         if not self.args.quiet and self.statistics.first_seconds is not None:
             self.statistics.print()
+        if self.args.explain and self.engine.last is not None:
+            print(self.engine.explain(self.statistics.tokens_per_second), file=sys.stderr)
 
     def complete(self, asked: list[Job], live: bool) -> None:
         """Complete all jobs, a batch at a time. live: write the text as it comes, else when a batch is done."""
@@ -392,6 +397,11 @@ class _Statistics:
             yield step
             started, compiled = time.perf_counter(), self.engine.compile_seconds
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The speed of decoding, all rows together; None if no step has been timed."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else None
+
     def print(self) -> None:
         """One line: load, compile, time to first token, prefill and decode speed, bytes read per second decoding."""
         parts = [f"load {self.load_seconds:.2f} s"]
@@ -401,8 +411,8 @@ class _Statistics:
             parts.append(f"first token {self.first_seconds:.2f} s")
         if self.prefill_seconds:
             parts.append(f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_seconds:.1f} tok/s")
-        if self.decode_seconds:
-            speed, rate = self.decoded_tokens / self.decode_seconds, self.bytes_read / self.decode_seconds / 1e9
+        if speed := self.tokens_per_second:
+            rate = self.bytes_read / self.decode_seconds / 1e9
             parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate:.1f} GB/s")
         print("; ".join(parts), file=sys.stderr)
 

@@ -42,6 +42,16 @@ class Sparsity(NamedTuple):
         return f"{self.full} full, {self.partial} partial, {self.empty} empty blocks: {self.computed:.1%} computed"
 
 
+class BlockLists(NamedTuple):
+    """The blocks that FlexAttention computes: how many in each row of blocks, int32 `[B, 1 or H, Tb]`, and which,
+    `[B, 1 or H, Tb, Sb]`; those that need the predicate, and those that are allowed as a whole."""
+
+    partial_num: Tensor
+    partial_idx: Tensor
+    full_num: Tensor
+    full_idx: Tensor
+
+
 class Mask(Rule):
     """A predicate `(q, kv) -> bool`: may query token q attend to key token kv?
 
@@ -114,34 +124,36 @@ class Mask(Rule):
         slots = arange(-(-s // BLOCK) * BLOCK, q).clamp(max=s - 1)
         whole = arange(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: it needs its bounds
         kinds = []
-        for part in rows.split(max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block):
+        at_once = max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block
+        # Compiled, cells are never in memory.
+        for part in [rows] if torch.compiler.is_compiling() else rows.split(at_once):
             cells = self._cells(q, kv, num_heads, part, slots)
             blocks = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
             kinds.append((blocks.all(5).all(3) & whole, blocks.any(5).any(3)))
         full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))
         return full, some
 
-    def block_mask(self, q: Tokens, kv: Tokens, num_heads: int) -> BlockMask:
-        """The FlexAttention BlockMask of queries q against slots kv: exact lists of full and of partial blocks.
+    def block_lists(self, q: Tokens, kv: Tokens, num_heads: int) -> BlockLists:
+        """The blocks of queries q against slots kv, exactly.
 
         Only tensor operations, so it can be part of a compiled step: no host synchronisation, no Python branch on a
         value, static shapes.
         """
         full, some = self.blocks(q, kv, num_heads)
         partial_num, partial_idx = _list_blocks(some & ~full)
-        full_num, full_idx = _list_blocks(full)
         # A row of blocks with none listed at all is NaN in the compiled CPU kernel, so it lists one, for mask_mod to
         # mask. Not a row with full blocks: a block in both lists would count twice.
-        partial_num = partial_num.masked_fill(~some.any(-1), 1)
+        return BlockLists(partial_num.masked_fill(~some.any(-1), 1), partial_idx, *_list_blocks(full))
+
+    def block_mask(self, q: Tokens, kv: Tokens, num_heads: int, lists: BlockLists | None = None) -> BlockMask:
+        """The FlexAttention BlockMask of queries q against slots kv. lists: its block lists, where they are known."""
+        lists = lists or self.block_lists(q, kv, num_heads)
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             return self._allows(Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
 
         return BlockMask.from_kv_blocks(
-            partial_num,
-            partial_idx,
-            full_num,
-            full_idx,
+            *lists,
             BLOCK_SIZE=BLOCK,
             mask_mod=mask_mod,
             seq_lengths=(q.index.shape[1], kv.index.shape[1]),

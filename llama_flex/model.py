@@ -7,7 +7,8 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -18,76 +19,81 @@ from . import attention, hub, masks, rope, weights
 from .attention import Backend, Layers, Pattern, View
 from .cache import Cache, store
 from .config import GenerationConfig, LlamaConfig
+from .linear import RMSNorm, gated, linear
 from .masks import Mask
 from .rules import Tokens, arange, grid
 from .scores import ScoreMod
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
+Run: TypeAlias = Callable[..., Any]  # runs a part of a step, as `plainly` does: its name, a function, its arguments
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv:1910.07467), computed in float32 or wider and rounded once."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
-
-
 class Attention(nn.Module):
-    """Grouped-query self-attention over slots; one product makes q, k and v."""
+    """Grouped-query self-attention over slots, added to what it is given, normalised; one product makes q, k and v."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.attention_bias)
         self.o = nn.Linear(self.heads[0] * config.head_dim, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rotary: Rotary, view: View, kv: KV | None, slots: Tensor | None) -> Tensor:
-        b, t, _ = x.shape
-        q, k, v = (
-            self.qkv(x).view(b, t, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
-        )  # [B, H or K, T, D]
-        q, k = rope.rotate(q, *rotary), rope.rotate(k, *rotary)
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, H, T, D]`, keys and values `[B, K, T, D]`, queries and keys rotated to their positions."""
+        qkv = (
+            linear(x, self.qkv.weight, self.qkv.bias, norm=self.norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        )
+        q, k, v = qkv.split(self.heads, dim=1)
+        return rope.rotate(q, *rotary), rope.rotate(k, *rotary), v
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, pattern: Pattern, view: View, kv: KV | None, slots: Tensor | None
+    ) -> Tensor:
+        q, k, v = self.project(x, rotary)
         if kv is not None and slots is not None:
             k, v = store(kv, slots, k, v)  # [B, K, S, D]
-        out = attention.attend(q, k, v, view)
-        return self.o(out.transpose(1, 2).reshape(b, t, -1))
+        out = attention.attend(q, k, v, pattern, view)
+        return linear(out.transpose(1, 2).flatten(2), self.o.weight, self.o.bias, residual=x)
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202); one product makes gate and up."""
+    """SwiGLU (arXiv:2002.05202), added to what it is given, normalised; one product makes gate and up."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
+        hidden = gated(x, self.gate_up.weight, self.gate_up.bias, norm=self.norm)
+        return linear(hidden, self.down.weight, self.down.bias, residual=x)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on a normalised input, each added to the residual stream."""
+    """One layer: attention, then MLP."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    @torch.compiler.nested_compile_region  # one compilation serves all layers
-    def forward(self, x: Tensor, rotary: Rotary, view: View, kv: KV | None, slots: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, view, kv, slots)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, rotary: Rotary, pattern: Pattern, view: View, kv: KV | None, slots: Tensor | None
+    ) -> Tensor:
+        return self.mlp(self.attention(x, rotary, pattern, view, kv, slots))
+
+
+def through(block: Block, *args: Any) -> Any:
+    """One layer, as a function of it, so that its compiled code serves them all."""
+    return block(*args)
+
+
+def plainly(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a part of a step as it is."""
+    return function(*args)
 
 
 class Llama(nn.Module):
@@ -233,11 +239,11 @@ class Llama(nn.Module):
         )
         layers = self.attention_layers(mask, score_mod, cache)
         input_ids = input_ids.to(self.device)
-        if cache is None:
-            return self.step(input_ids, lengths, positions, segments, None, layers, backend, logits_to_keep)
-        self.check_cache(cache, b)
-        with cache.appending(t):
-            return self.step(input_ids, lengths, positions, segments, cache, layers, backend, logits_to_keep)
+        if cache is not None:
+            self.check_cache(cache, b)
+        with nullcontext() if cache is None else cache.appending(t):
+            x = self.step(input_ids, lengths, positions, segments, cache, layers, backend)
+            return self.head(last(x, lengths, logits_to_keep) if logits_to_keep else x)
 
     def attention_layers(
         self,
@@ -302,9 +308,31 @@ class Llama(nn.Module):
         cache: Cache | None,
         layers: Layers,
         backend: Backend,
-        logits_to_keep: int,
+        run: Run = plainly,
     ) -> Tensor:
-        """`forward` without its checks: tensor operations only, so that it compiles into one graph."""
+        """`forward` without its checks and without the logits: the last layer's output `[B, T, E]`.
+
+        Its parts, what comes before the layers and each layer, are tensor operations only; `run` may compile them.
+        """
+        given = input_ids, lengths, positions, segments, cache, layers.patterns, backend
+        x, rotary, views, slots = run("enter", Llama.enter, self, *given)
+        for i, (block, p) in enumerate(zip(self.layers, layers.of_layer, strict=True)):
+            kv = None if cache is None else cache.layers[i]
+            x = run(f"block, pattern {p}", through, block, x, rotary, layers.patterns[p], views[p], kv, slots)
+        return x
+
+    def enter(
+        self,
+        input_ids: Tensor,
+        lengths: Tensor | None,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        cache: Cache | None,
+        patterns: tuple[Pattern, ...],
+        backend: Backend,
+    ) -> tuple[Tensor, Rotary, list[View], Tensor | None]:
+        """What all layers share: embeddings `[B, T, E]`, rotations, who sees whom in each pattern, and slots `[B, T]`,
+        which the cache gives to the tokens here."""
         b, t = input_ids.shape
         column = torch.arange(t, dtype=torch.int32, device=input_ids.device).expand(b, t)
         index = column if cache is None else cache.length[:, None] + column
@@ -314,23 +342,14 @@ class Llama(nn.Module):
             after if positions is None else positions.to(torch.int32),
             torch.zeros_like(index) if segments is None else segments.to(torch.int32),
         )
-        if index.device.type == "cpu":
-            # A model's only layer is inlined, and torch 2.13's compiled CPU kernel takes what a mask captures from
-            # memory, not what is still an expression (NoValidChoicesError). Only what is in memory has strides.
-            tokens = Tokens(*(x.as_strided(x.shape, (t, 1)) for x in map(Tensor.contiguous, tokens)))
         slots = None if cache is None else cache.append(tokens)
         kv = tokens if cache is None else cache.tokens
-        views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend) for p in layers.patterns]
-        rotary = rope.cos_sin(tokens.position, self.inv_freq)
+        views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend) for p in patterns]
+        return self.embed(input_ids), rope.cos_sin(tokens.position, self.inv_freq), views, slots
 
-        x = self.embed(input_ids)  # [B, T, E]
-        for i, block in enumerate(self.layers):
-            x = block(x, rotary, views[layers.of_layer[i]], None if cache is None else cache.layers[i], slots)
-        if logits_to_keep:
-            end = torch.full((b,), t, device=x.device) if lengths is None else lengths
-            kept = end[:, None] - logits_to_keep + torch.arange(logits_to_keep, device=x.device)
-            x = x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))
-        return nn.functional.linear(self.norm(x), self.output_weight)
+    def head(self, x: Tensor) -> Tensor:
+        """Logits `[B, T, V]` of the last layer's output `[B, T, E]`."""
+        return linear(x, self.output_weight, norm=self.norm)
 
     @property
     def output_weight(self) -> Tensor:
@@ -349,6 +368,14 @@ class Llama(nn.Module):
         super()._apply(*args, **kwargs)
         self._make_inv_freq()
         return self
+
+
+def last(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
+    """The last `count` tokens of each row's real ones, `[B, count, E]` of `[B, T, E]`."""
+    b, t, e = x.shape
+    end = torch.full((b,), t, device=x.device) if lengths is None else lengths
+    kept = end[:, None] - count + torch.arange(count, device=x.device)
+    return x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, e))
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -41,8 +41,8 @@ def tensors_by_name(model: Llama) -> dict[str, Tensor]:
     }
     for i, layer in enumerate(model.blocks()):
         name = f"model.layers.{i}"
-        views[f"{name}.input_layernorm.weight"] = layer.attention_norm.weight
-        views[f"{name}.post_attention_layernorm.weight"] = layer.mlp_norm.weight
+        views[f"{name}.input_layernorm.weight"] = layer.attention.norm.weight
+        views[f"{name}.post_attention_layernorm.weight"] = layer.mlp.norm.weight
         for module, parts in (
             (layer.attention.qkv, {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}),
             (layer.attention.o, {"self_attn.o_proj": c.hidden_size}),

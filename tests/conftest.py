@@ -12,7 +12,7 @@ import torch
 import transformers  # before anything compiles: it registers pytree nodes, and every graph would recompile once
 
 from llama_flex import Llama
-from llama_flex.compiling import compiled
+from llama_flex.compiling import Graphs
 
 DEMO = Path(__file__).parent.parent / "weights" / "SmolLM2-135M-Instruct"
 TEST_INPUTS = DEMO.parent / "test-inputs"
@@ -57,7 +57,7 @@ def tiny_reference(**overrides) -> transformers.LlamaForCausalLM:
 
 def compiled_forward(model: Llama):
     """The model's forward, compiled: a graph for each shape and for each structure of masks and score functions."""
-    graphs = {}
+    graphs = Graphs()
 
     def forward(ids, *, cache=None, lengths=None, positions=None, segments=None, mask=None, score_mod=None):
         ids, lengths, positions, segments = (
@@ -66,10 +66,11 @@ def compiled_forward(model: Llama):
         )
         layers = model.attention_layers(mask, score_mod, cache)
         given = tuple(x is None for x in (cache, lengths, positions, segments))
-        graph = graphs.setdefault((ids.shape, given, layers.structure), compiled(model.step))
+        forward.steps.add(key := (ids.shape, given, layers.structure))
         with nullcontext() if cache is None else cache.appending(ids.shape[1]):
-            return graph(ids, lengths, positions, segments, cache, layers, "flex", 0)
+            return model.head(model.step(ids, lengths, positions, segments, cache, layers, "flex", graphs.of(*key)))
 
+    forward.steps = set()
     forward.graphs = graphs
     return forward
 

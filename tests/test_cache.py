@@ -971,7 +971,7 @@ def test_compiled_steps_serve_every_operation():
         beams.check()
         beams.evict(torch.arange(beams.rows[0].length - 60))
     root.append(1)
-    assert len(forward.graphs) == 2
+    assert len(forward.steps) == 2
     assert graph_count() == compiled
 
 

@@ -630,7 +630,6 @@ def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(ti
     torch._dynamo.utils.counters.clear()  # run eagerly, flex_attention traces itself too
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = [compiled.generate([prompt], **options)[0] for prompt in prompts]
-        seconds = compiled.compile_seconds
         long = prompts[-1]
         compiled.generate([long], max_new_tokens=2, sampling=Sampling(temperature=1.0, top_p=0.9, seed=1))
         compiled.generate([long], max_new_tokens=2, sampling=Sampling(repetition_penalty=1.1))
@@ -640,10 +639,40 @@ def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(ti
         found += compiled.generate([long[20:200]], cache=cache, **options)
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
-    assert sorted(key[:3] for key in compiled.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    assert compiled.compile_seconds == seconds > 0
-    assert eager.graphs == {}
+    assert sorted(key[:3] for key in compiled.steps) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled.graphs.count == 2 * 3 + 3
+    assert compiled.compile_seconds > 0
+    assert not eager.steps
+    assert not eager.graphs.count
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize("operation", ["fork", "reorder", "evict", "truncate"])
+def test_a_compiled_stream_follows_what_happens_to_its_cache(tiny, operation):
+    """Steps are replayed on the memory they were recorded on; it may change hands between two tokens."""
+    prompts, forks = [random_ids(40, 31), random_ids(9, 31)], []
+
+    def generated(engine: Engine) -> list[int]:
+        cache, tokens = tiny.new_cache(2, 200), []
+        for n, step in enumerate(engine.stream(prompts, max_new_tokens=16, stop_token_ids=[], cache=cache)):
+            tokens.append(step.token)
+            if n == 15:
+                if operation == "fork":
+                    forks.append(cache.fork())
+                elif operation == "reorder":
+                    cache.reorder([1, 0])
+                elif operation == "evict":
+                    cache.evict([0, 3, 4])
+                else:
+                    cache.truncate(9)
+        return tokens
+
+    found, expected = generated(Engine(tiny, compile=True)), generated(Engine(tiny))
+    assert found == expected
+    if forks:  # they hold what the cache held then
+        ours, theirs = (fork.layers[0][0] for fork in forks)
+        assert torch.equal(forks[0].tokens.index, forks[1].tokens.index)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 # --- Real weights ---
@@ -691,7 +720,7 @@ def test_greedy_text_of_the_demo_weights_is_transformers_token_for_token(demo_fo
         if name in ("chat", "empty", "emoji"):
             assert done.tokens == reference_tokens(demo_reference, prompt, 64)
     assert not differ
-    assert sorted(key[:3] for key in engine.graphs) == [(1, 1, 1024), (1, 128, 1024), (1, 512, 1024)]
+    assert sorted(key[:3] for key in engine.steps) == [(1, 1, 8192), (1, 128, 8192), (1, 512, 8192)]
 
 
 # --- Masks, kinds of prompts, and failures midway ---

@@ -1,12 +1,15 @@
 """The same claims on a CUDA device: python -m pytest -m gpu"""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from conftest import TINY, compiled_forward
 
-from llama_flex import Engine, Ensemble, Mask, ScoreMod, fuse, masks, scores
+from llama_flex import Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, fuse, masks, scores
+from llama_flex.compiling import Graphs
+from llama_flex.linear import RMSNorm, gated, linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -77,7 +80,7 @@ def test_masks_and_score_functions_hold_compiled_in_chunks_and_steps(tiny_pair, 
     for a, b in ((0, 128), (128, 256), *((i, i + 1) for i in range(256, 260))):
         parts.append(forward(ids[:, a:b], segments=segments[:, a:b], cache=cache, mask=mask, score_mod=score_mod))
     no_further_from_float64(torch.cat(parts, dim=1), dense, truth)
-    assert len(forward.graphs) == 2
+    assert len(forward.steps) == 2
 
 
 @torch.no_grad()
@@ -119,4 +122,74 @@ def test_compiled_generation_equals_each_prompt_alone_and_the_cpu(tiny_pair, nam
         alone = engine.generate([prompt], max_new_tokens=20, stop_token_ids=())[0]
         on_cpu = Engine(model).generate([prompt], max_new_tokens=20, stop_token_ids=())[0]
         assert completion.tokens == alone.tokens == on_cpu.tokens
-    assert len(engine.graphs) == 4  # a chunk of 128 and a step, for batches of 5 and of 1
+    assert len(engine.steps) == 4  # a chunk of 128 and a step, for batches of 5 and of 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(509, 96), (96, 130), (1536, 576), (64, 3072), (4096, 4096), (256, 14336)])
+@torch.no_grad()
+def test_the_product_of_one_row_is_no_further_from_float64_than_torchs(n, k, dtype):
+    draws = torch.Generator("cuda").manual_seed(0)
+    x, weight, bias, residual, scale = (
+        torch.randn(*shape, device="cuda", generator=draws).to(dtype)
+        for shape in ((1, 1, k), (2 * n, k), (2 * n,), (1, 1, n), (k,))
+    )
+    norm = RMSNorm(k, 1e-5).cuda().to(dtype)
+    norm.weight.copy_(scale)
+
+    def products(x, weight, bias, residual):
+        half, half_bias = weight[:n], bias[:n]
+        return (
+            linear(x, half),
+            linear(x, half, half_bias, norm=norm, residual=residual),
+            linear(x, half, residual=residual),
+            gated(x, weight, bias, norm=norm),
+            gated(x, weight, norm=norm),
+        )
+
+    run = Graphs().of()
+    found, plain = run("products", products, x, weight, bias, residual), products(x, weight, bias, residual)
+    norm = copy.deepcopy(norm).double()
+    truth = products(*(t.double() for t in (x, weight, bias, residual)))
+    for ours, theirs, exact in zip(found, plain, truth, strict=True):
+        error, their_error = (ours - exact).abs(), (theirs - exact).abs()
+        unit = torch.finfo(dtype).eps * exact.abs().max()
+        assert error.max() <= 1.25 * their_error.max() + unit
+        assert error.mean() <= 1.25 * their_error.mean() + unit / 100
+
+
+def test_few_graphs_serve_prompts_of_every_length_and_long_texts(tiny_pair):
+    _, model = tiny_pair("gqa")
+    config = dataclasses.replace(model.config, max_position_embeddings=8192)
+    long = Llama(config).cuda().requires_grad_(False)
+    long.load_state_dict(model.state_dict())
+    engine, options = Engine(long, compile=True), {"stop_token_ids": ()}
+    ids = torch.randint(3, 500, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine.generate([ids], max_new_tokens=3, **options)
+    engine.generate([ids[:600]], max_new_tokens=3, **options)
+    steps, graphs = len(engine.steps), engine.graphs.count
+    assert steps == 4
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (1, 7, 127, 128, 129, 512, 513, 2047, 2049):
+            engine.generate([ids[:length]], max_new_tokens=3, **options)
+        (text,) = engine.generate([ids], max_new_tokens=2000, **options)
+    assert (len(text.tokens), len(engine.steps), engine.graphs.count) == (2000, steps, graphs)
+    assert "0 of them again" in engine.explain()
+
+
+def test_a_stream_that_runs_ahead_is_the_stream_that_does_not(tiny_pair):
+    """With a cache of the caller's, the next step waits until the caller has seen the token."""
+    _, model = tiny_pair("gqa")
+    engine = Engine(copy.deepcopy(model).cuda(), compile=True)
+    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 140)]
+    first = engine.generate(prompts, max_new_tokens=30, stop_token_ids=())
+    stop_ids = {first[0].tokens[7], first[1].tokens[12]}
+    for options in ({"stop_token_ids": ()}, {"stop_token_ids": stop_ids}):
+        options |= {"max_new_tokens": 30, "sampling": [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=3)]}
+        ahead = engine.generate(prompts, **options)
+        behind = engine.generate(prompts, cache=engine.new_cache(2, 200), **options)
+        assert ahead == behind
+    for tokens in engine.stream(prompts, max_new_tokens=30):
+        if tokens.row == 1:
+            break  # leaves a step under way
+    assert engine.generate(prompts, max_new_tokens=30, stop_token_ids=()) == first

@@ -166,7 +166,7 @@ def permuted_q_rows(model):
 
 def wrong_eps(model):
     for layer in model.layers:
-        layer.mlp_norm.eps = 1e-2
+        layer.mlp.norm.eps = 1e-2
 
 
 def swapped_gate_and_up(model):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import TINY, compiled_forward, tiny_reference
 from torch._dynamo.utils import counters
-from torch.nn.attention.flex_attention import BlockMask
 
 from llama_flex import Engine, Llama, Mask, ScoreMod, masks, rope, scores
 from llama_flex.attention import Pattern, View, attend, view_of
+from llama_flex.masks import BlockLists
 from llama_flex.rules import Tokens
 
 HEADS = TINY["gqa"]["num_attention_heads"]
@@ -315,8 +315,9 @@ def test_everything_compiled_equals_dense_and_new_tensors_compile_nothing(deep):
     forward, before = compiled_forward(deep), unique_graphs()
     for seed in range(3):
         check_compiled(deep, forward, all_at_once, seed)
-        assert len(forward.graphs) == 2  # a chunk and a step
-        assert unique_graphs() == before + 2
+        assert len(forward.steps) == 2  # a chunk and a step
+        # Each has what comes before the layers, and a layer of each pattern.
+        assert unique_graphs() == before + 2 * (1 + 4)
 
 
 @pytest.mark.slow
@@ -325,8 +326,8 @@ def test_each_rule_compiled_equals_dense(model, name):
     forward, before, whole = compiled_forward(model), unique_graphs(), name in IN_ONE_PIECE
     for seed in range(2):
         check_compiled(model, forward, ALONE[name], seed, whole)
-        assert len(forward.graphs) == 2 - whole
-        assert unique_graphs() == before + 2 - whole
+        assert len(forward.steps) == 2 - whole
+        assert unique_graphs() == before + 2 * (2 - whole)
 
 
 @pytest.mark.slow
@@ -335,8 +336,8 @@ def test_combinations_compiled_equal_dense(model, seed):
     forward, before = compiled_forward(model), unique_graphs()
     for draw in range(2):
         check_compiled(model, forward, combination(seed), draw)
-        assert len(forward.graphs) == 2
-        assert unique_graphs() == before + 2
+        assert len(forward.steps) == 2
+        assert unique_graphs() == before + 2 * 2
 
 
 def test_engine_shares_compiled_steps_between_masks_of_the_same_code(model):
@@ -349,11 +350,11 @@ def test_engine_shares_compiled_steps_between_masks_of_the_same_code(model):
 
     engine, before = Engine(model, compile=True), unique_graphs()
     completions = engine.generate(prompts, max_new_tokens=12, **options(Parameters(0)))
-    assert len(engine.graphs) == 2
-    assert unique_graphs() == before + 2
+    assert len(engine.steps) == 2
+    assert unique_graphs() == before + 2 * 2 + 1
     others = engine.generate(prompts, max_new_tokens=25, **options(Parameters(1)))
-    assert len(engine.graphs) == 2
-    assert unique_graphs() == before + 2
+    assert len(engine.steps) == 2
+    assert unique_graphs() == before + 2 * 2 + 1
     assert others[0].tokens[:12] != completions[0].tokens
 
     for b, prompt in enumerate(prompts):  # what the dense definition predicts
@@ -373,7 +374,7 @@ def test_each_layer_has_its_own_pattern(model):
     rotary = rope.cos_sin(tokens.position, model.inv_freq)
     x = model.embed(text.input_ids)
     for block, pattern in zip(model.blocks(), (Pattern(local), Pattern(far, cap)), strict=True):
-        x = block(x, rotary, view_of(pattern, tokens, tokens, HEADS, "dense"), None, None)
+        x = block(x, rotary, pattern, view_of(pattern, tokens, tokens, HEADS, "dense"), None, None)
     expected = torch.nn.functional.linear(model.norm(x), model.output_weight)
     found = model(**text._asdict(), mask=[local, far], score_mod=[None, cap])
     close(found, expected)
@@ -390,8 +391,8 @@ def test_none_is_causal_for_a_layer(model):
 
 def test_blocks_are_listed_once_for_each_distinct_mask(deep, monkeypatch):
     calls = []
-    listed = Mask.block_mask
-    monkeypatch.setattr(Mask, "block_mask", lambda self, *args: calls.append(str(self)) or listed(self, *args))
+    listed = Mask.block_lists
+    monkeypatch.setattr(Mask, "block_lists", lambda self, *args: calls.append(str(self)) or listed(self, *args))
     width = torch.tensor([5, 9])
 
     def alternating(make_a, make_b):
@@ -449,24 +450,13 @@ def test_a_wrong_block_list_would_be_noticed():
     draws = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 300, 32, generator=draws) for heads in (8, 2, 2))
     everyone, mask = Tokens.arriving(300), masks.sliding_window(torch.tensor([150]))
-    right = mask.block_mask(everyone, everyone, 8)
+    pattern, lists = Pattern(mask), mask.block_lists(everyone, everyone, 8)
 
     @torch.compile(fullgraph=True, dynamic=False)
-    def compiled(q, k, v, partial_num, partial, full_num, full):
-        lists = BlockMask.from_kv_blocks(
-            partial_num,
-            partial,
-            full_num,
-            full,
-            BLOCK_SIZE=128,
-            mask_mod=right.mask_mod,
-            seq_lengths=(300, 300),
-            compute_q_blocks=False,
-        )
-        return attend(q, k, v, View(lists, None))
+    def compiled(q, k, v, *lists):
+        return attend(q, k, v, pattern, View(everyone, everyone, BlockLists(*lists)))
 
-    expected = attend(q, k, v, view_of(Pattern(mask), everyone, everyone, 8, "dense"))
-    lists = [right.kv_num_blocks, right.kv_indices, right.full_kv_num_blocks, right.full_kv_indices]
+    expected = attend(q, k, v, pattern, view_of(pattern, everyone, everyone, 8, "dense"))
     assert lists[0].tolist() == [[[1, 2, 3]]]
     assert lists[2].tolist() == [[[0, 0, 0]]]
     torch.testing.assert_close(compiled(q, k, v, *lists), expected, rtol=0, atol=2e-6)

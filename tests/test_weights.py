@@ -146,7 +146,7 @@ MUTATIONS = {
     "k and v exchanged": lambda m: swap_rows(m.layers[1].attention.qkv.weight, slice(128, 256), slice(256, 384)),
     "gate and up exchanged": lambda m: swap_rows(m.layers[0].mlp.gate_up.weight, slice(0, 160), slice(160, 320)),
     "layers exchanged": lambda m: swap_rows(m.layers, slice(0, 1), slice(1, 2)),
-    "norms exchanged": lambda m: m.layers[0].attention_norm.weight.copy_(m.layers[0].mlp_norm.weight),
+    "norms exchanged": lambda m: m.layers[0].attention.norm.weight.copy_(m.layers[0].mlp.norm.weight),
     "head tied": lambda m: m.lm_head.weight.copy_(m.embed.weight),
     "one value off by one ulp": lambda m: m.norm.weight[3:4].copy_(m.norm.weight[3].nextafter(torch.tensor(9.0))),
 }

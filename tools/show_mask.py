@@ -78,15 +78,14 @@ def attention_weights(model: Llama, ids: Sequence[int], tokens: Tokens, mask: Ma
         if not 0 <= value < count:
             raise ValueError(f"{name} {value} is out of range: the model has {name}s 0 to {count - 1}")
     tokens, mask = Tokens(*(x.to(model.device) for x in tokens)), mask.to(model.device)
-    view = _run(attention.view_of, attention.Pattern(mask), tokens, tokens, heads, "dense")
+    pattern = attention.Pattern(mask)
+    view = _run(attention.view_of, pattern, tokens, tokens, heads, "dense")
     rotary = rope.cos_sin(tokens.position, model.inv_freq)
     x = model.embed(torch.tensor([list(ids)], device=model.device))  # [1, T, E]
     for block in blocks[:layer]:
-        x = block(x, rotary, view, None, None)
-    own = blocks[layer].attention
-    qkv = own.qkv(blocks[layer].attention_norm(x)).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
-    q, k, _ = qkv.split(own.heads, dim=1)
-    return attention.weights(rope.rotate(q, *rotary), rope.rotate(k, *rotary), view)[0, head].cpu()
+        x = block(x, rotary, pattern, view, None, None)
+    q, k, _ = blocks[layer].attention.project(x, rotary)
+    return attention.weights(q, k, pattern, view)[0, head].cpu()
 
 
 def text(

@@ -1,0 +1,73 @@
+"""What ran: kernels and why, precision, graphs, blocks, and how near to the memory's speed decoding came."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from .attention import kernel
+from .masks import BLOCK
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def explain(engine: Engine, tokens_per_second: float | None = None) -> str:
+    """Lines of text about the engine's last stream; see `Engine.explain`."""
+    model, last = engine.model, engine.last
+    if last is None:
+        raise ValueError("nothing has run yet: explain after generating")
+    config, device = model.config, model.device
+    precision = torch.get_float32_matmul_precision()
+    lines = [f"{model.dtype} on {device}; float32 products at precision {precision!r}".replace("torch.", "")]
+    graphs = engine.graphs
+    if engine.compile:
+        again = graphs.count - len(graphs.parts)
+        lines.append(f"{len(engine.steps)} steps compiled in {graphs.count} graphs, {again} of them again")
+        lines += sorted(f"  {b} x {t} tokens against {slots} slots" for b, t, slots, _ in engine.steps)
+    else:
+        lines.append("not compiled: every operation runs by itself, attention by FlexAttention's own eager definition")
+
+    (rows, _), group = last.kv.index.shape, config.num_attention_heads // config.num_key_value_heads
+    for i, pattern in enumerate(last.layers.patterns):
+        full, some = pattern.mask.blocks(last.q, last.kv, config.num_attention_heads)
+        visited, total = int(some.sum()), some.numel()
+        count = last.layers.of_layer.count(i)
+        what = f"mask {pattern.mask}" + ("" if pattern.score_mod is None else f", scores {pattern.score_mod}")
+        lines.append(f"{count} layers, {what}")
+        if engine.compile:
+            lines.append(f"  decoding: {kernel(device, 1, group, some.shape[1])}")
+            lines.append(f"  prompts: {kernel(device, BLOCK, group, some.shape[1])}")
+        lines.append(
+            f"  the last query visits {visited} of {total} blocks of {BLOCK} slots, {int(full.sum())} unmasked"
+        )
+
+    contexts = (last.kv.index >= 0).sum(1).tolist()
+    size = model.bytes_per_step(contexts)
+    lines.append(f"a token of {rows} rows reads {size / 1e9:.3f} GB: weights, keys and values")
+    if tokens_per_second:
+        rate, most = tokens_per_second / rows * size, read_bandwidth(device)
+        lines.append(
+            f"{rate / 1e9:.1f} GB/s reached of {most / 1e9:.1f} that memory gives to a reduction: {rate / most:.0%}"
+        )
+    return "\n".join(lines)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second at which memory is read: the best of some reductions over far more than the caches hold."""
+    cuda = device.type == "cuda"
+    numbers = torch.ones(2**30 if cuda else 2**28, device=device)
+    rates = []
+    for reduce in (numbers.sum, numbers.amax, numbers.view(torch.int32).amax, lambda: numbers.dot(numbers)):
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            reduce()
+            if cuda:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+        rates.append(numbers.nbytes / statistics.median(times[1:]))
+    return max(rates)
