@@ -168,8 +168,12 @@ def _list_blocks(listed: Tensor) -> tuple[Tensor, Tensor]:
 
 def first_true(flags: Tensor, count: int) -> Tensor:
     """The indices of the first `count` true flags along the last dimension, in order, then zeros: `[..., count]`."""
+    size = flags.shape[-1]
+    index = torch.arange(size, device=flags.device).expand(flags.shape)
+    if count == 1:  # decoding: a reduction is 10 us faster on a GPU
+        first = torch.where(flags, index, size).amin(-1, keepdim=True)
+        return first.masked_fill(first == size, 0)
     rank = torch.where(flags, flags.cumsum(-1) - 1, count).clamp(max=count)  # count: not wanted
-    index = torch.arange(flags.shape[-1], device=flags.device).expand(flags.shape)
     return index.new_zeros(*flags.shape[:-1], count + 1).scatter(-1, rank, index)[..., :count]
 
 

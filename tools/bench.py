@@ -1,44 +1,77 @@
-"""Measurements: `python -m tools.bench NAME`. Every number is a ratio to a peer measured in the same run.
+"""Measurements: `python -m tools.bench NAME`. Beside each number of ours stands a peer's, or what the machine can do,
+measured in the same run.
 
+    decode    tokens a second of one greedy stream at a context, against transformers and the read bandwidth of memory
+    prefill   time to the first token of a prompt, against transformers and the speed of matrix products
+    startup   from starting a process to its first tokens, with nothing compiled before and with everything
     fusion    five prompts fused, cached and compiled, against recomputing the whole sequence for every token, as
               transformers with a 4-D mask does it and as this package can
     window    decoding at a long context with a sliding window, against decoding at a context of the window's length
 
-Prints a line for each measurement and a line of JSON with all of them at the end. The machine's noise is part of every
-single time, so times are medians over several rounds.
+Prints a line for each measurement, a table in Markdown, and last a line of JSON with all of it, every single time
+included. The machine's noise is part of every single time, so times are medians over several rounds, in which ours and
+the peers take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
+import importlib.metadata
 import json
+import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor
 
-from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, Tokenizer, Tokens, fuse, masks
-from llama_flex.compiling import compiled
+from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, hub, masks
+from llama_flex.compiling import Graphs
+from llama_flex.config import ConfigError
+from llama_flex.weights import CheckpointError
 
-DEMO = Path("weights/SmolLM2-135M-Instruct")
-SHAPES = {
-    "8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
+# What imports transformers, tools._peers, is imported where it is used: starts are measured without it.
+
+Result = TypeVar("Result")
+Run = Callable[[], tuple[float, list[int]]]  # does some work once: the seconds that count, and the tokens that came
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "weights/SmolLM2-135M-Instruct"
+OURS = "llama_flex"
+PEERS = ("dynamic", "static", "flex")
+START_LENGTH, START_NEW = 30, 10  # of the prompt, and of what is generated, in a start that is measured
+LLAMA_3 = {
+    "vocab_size": 128256,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+CONFIGS: dict[str, dict[str, Any]] = {  # as published, but for the rotary scaling of 3.1 and 3.2
+    "llama-3.1-8b": LLAMA_3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-3.2-1b": LLAMA_3
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"head_dim": 64, "tie_word_embeddings": True},
+    "llama-3.2-3b": LLAMA_3
+    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    | {"tie_word_embeddings": True},
+    "llama-3.1-70b": LLAMA_3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -80,70 +113,487 @@ PARAPHRASES = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement; returns 0."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="name", required=True)
-    fusion = commands.add_parser("fusion", help="five fused prompts against uncached recomputing")
-    fusion.add_argument("--model", type=Path, default=DEMO)
-    fusion.add_argument("--new", type=int, default=40, help="tokens to generate")
-    window = commands.add_parser("window", help="a window at a long context against a short context")
-    window.add_argument("--shape", choices=SHAPES, default="8b", help="of random weights")
-    window.add_argument("--context", type=int, default=32768)
-    window.add_argument("--window", type=int, default=1024)
-    for command in (fusion, window):
-        default = "float32" if command is fusion else "bfloat16"
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), default=default)
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--rounds", type=int, default=5)
+    parser = _parser()
     args = parser.parse_args(argv)
-    results = {"name": args.name, **_hardware(args.device), **{"fusion": _fusion, "window": _window}[args.name](args)}
-    print(json.dumps(results))
+    _check(parser, args)
+    try:
+        if args.name == "first-token":
+            return _first_token(args)
+        results = COMMANDS[args.name](args)
+    except (ConfigError, CheckpointError) as error:
+        parser.error(str(error))
+    given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({**given, **_hardware(args.device), **results}))
     return 0
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    decode = commands.add_parser("decode", help="tokens a second of one greedy stream")
+    decode.add_argument("--context", type=whole_number, nargs="+", default=[1024], help="tokens in the prompt")
+    decode.add_argument("--new", type=whole_number, default=128, help="tokens to generate")
+    decode.add_argument("--warm-up", type=whole_number, default=8, help="time starts when so many of them have come")
+    prefill = commands.add_parser("prefill", help="time to the first token of a prompt")
+    prefill.add_argument("--length", type=whole_number, nargs="+", default=[1024], help="tokens in the prompt")
+    startup = commands.add_parser("startup", help="from starting a process to its first tokens")
+    fusion = commands.add_parser("fusion", help="five fused prompts against uncached recomputing")
+    fusion.add_argument("--new", type=whole_number, default=40, help="tokens to generate")
+    window = commands.add_parser("window", help="a window at a long context against a short context")
+    window.add_argument("--context", type=whole_number, nargs="+", default=[32768], help="tokens in the cache")
+    window.add_argument("--window", type=whole_number, default=1024, help="tokens that are seen")
+    child = commands.add_parser("first-token")  # what `startup` starts; without help it is not listed
+    for command in (decode, prefill, startup, fusion, window, child):
+        models = command.add_mutually_exclusive_group()
+        models.add_argument("--model", type=Path, metavar="DIR", help="a folder of real weights")
+        if command is not fusion:  # which needs a tokenizer
+            models.add_argument("--config", choices=CONFIGS, help="a shape, with random weights")
+        default = "bfloat16" if command is window else "float32"
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=[default])
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--rounds", type=whole_number, default=3 if command is startup else 5)
+    for command in (decode, prefill):
+        what = "transformers with a growing cache; with a static one, compiled; with that and flex_attention"
+        command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
+    return parser
+
+
+def whole_number(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Settle which model and which device, or exit with what cannot be."""
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device {args.device} is not known; cpu, cuda and cuda:N are")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device} is not supported; cpu, cuda and cuda:N are")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            parser.error(f"--device {args.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device.index or 0)
+    args.config = getattr(args, "config", None)
+    if args.model is None and args.config is None:
+        args.model, args.config = (None, "llama-3.1-8b") if args.name == "window" else (DEMO, None)
+    try:
+        if args.model is not None:
+            args.model = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES).resolve()
+        context = _config(args).max_position_embeddings
+    except ValueError as error:
+        parser.error(str(error))
+    if args.name == "decode" and args.new <= args.warm_up:
+        parser.error(f"--new {args.new} leaves nothing to measure after --warm-up {args.warm_up}")
+    needed = {"decode": lambda: max(args.context) + args.new, "prefill": lambda: max(args.length) + 1}
+    if args.name in needed and needed[args.name]() > context:
+        parser.error(f"{needed[args.name]()} tokens exceed the model's context of {context}")
+
+
 def _hardware(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu()
+    versions = {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")}
+    return {"hardware": name, "threads": torch.get_num_threads(), **versions, "python": platform.python_version()}
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _config(args: argparse.Namespace) -> LlamaConfig:
+    if args.config is None:
+        return LlamaConfig.from_pretrained(args.model)
+    return LlamaConfig.from_dict(CONFIGS[args.config])
+
+
+def _model(args: argparse.Namespace, dtype: str) -> Llama:
+    """The model asked for; a shape gets random weights, and ones for its norms."""
+    wanted = getattr(torch, dtype)
+    if args.config is None:
+        return Llama.from_pretrained(args.model, device=args.device, dtype=wanted)
+    with torch.device("meta"):
+        model = Llama(_config(args)).to(wanted)
+    model = model.to_empty(device=args.device).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    return model
+
+
+def _random_ids(count: int, config: LlamaConfig) -> list[int]:
+    return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def _timed(device: str, work: Callable[[], object]) -> float:
     """Seconds that some work takes, on the device too."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    _wait(device)
     started = time.perf_counter()
     work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+
+
+def _clear(device: str) -> None:
+    """Forget what compiled, and give back the memory of what nobody holds any more."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print()
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+# Ours and peers, in turns
+
+
+@dataclass
+class Way:
+    """One way to do some work, what it took, and what came of it."""
+
+    run: Run | None  # None once it has failed, or has run often enough
+    is_peer: bool = True
+    seconds: list[float] = field(default_factory=list)  # of each round
+    tokens: list[int] = field(default_factory=list)
+    peak: int | None = None  # bytes of memory, the weights included
+    error: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    def once(self) -> list[float]:
+        """The seconds of one run, or nothing if a peer fails now or did before."""
+        if self.run is None:
+            return []
+        found = _attempt(self.run) if self.is_peer else self.run()
+        if isinstance(found, str):
+            self.run, self.error = None, found
+            return []
+        seconds, self.tokens = found
+        return [seconds]
+
+
+def _attempt(work: Callable[[], Result]) -> Result | str:
+    """What some work of a peer returns, or in words what it raised, which is not to cost the other results."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001
+        # Of a compiler's message, which can go on for thousands of lines, the beginning.
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+@dataclass
+class Case:
+    """Ours and the peers at one dtype and one size."""
+
+    dtype: str
+    size: int
+    work: int  # bytes to read for a token, or floating-point operations for a prompt
+    ways: dict[str, Way]
+
+    def faster(self, way: Way) -> float:
+        """How many times as fast as this way ours is."""
+        return way.median / self.ways[OURS].median
+
+    def agreeing(self, way: Way) -> int:
+        """How many of its first tokens are ours."""
+        pairs = enumerate(zip(self.ways[OURS].tokens, way.tokens, strict=True))
+        return next((n for n, (a, b) in pairs if a != b), len(way.tokens))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: every time, and what the table has."""
+        ways: dict[str, Any] = {}
+        for name, way in self.ways.items():
+            ways[name] = {"seconds": way.seconds, "peak_bytes": way.peak, "error": way.error}
+            if way.error is None:
+                ways[name] |= {"ours_times_as_fast": self.faster(way), "first_tokens_as_ours": self.agreeing(way)}
+        return {"dtype": self.dtype, "size": self.size, "work": self.work, "ways": ways}
+
+
+def _cases(
+    args: argparse.Namespace,
+    sizes: Sequence[int],
+    new: int,
+    work: Callable[[Llama, int], int],
+    ours: Callable[[Engine, list[int]], tuple[float, list[int]]],
+    theirs: Callable[[Any, list[int]], tuple[float, list[int]]],
+) -> list[Case]:
+    """Measure every dtype and size: prompts of random ids, and `new` tokens after them.
+
+    work: see Case. ours, theirs: what an Engine, and what a Peer, does with a prompt. Each way runs once before the
+    rounds begin: ours before peers have weights, so that its peak memory is its own.
+    """
+    from tools._peers import Peer, load, register
+
+    register()
+    cases = []
+    for dtype in args.dtype:
+        model, loaded = _model(args, dtype), None
+        for size in sizes:
+            ids = _random_ids(size, model.config)
+            ways = {OURS: Way(functools.partial(ours, Engine(model, compile=True), ids), is_peer=False)}
+            _warm_up(ways[OURS], model, args.device)
+            if args.peers and (loaded is None or isinstance(loaded, str)):
+                loaded = _attempt(functools.partial(load, model, args.model))
+            for kind in args.peers:
+                if isinstance(loaded, str):
+                    way = Way(None, error=loaded)
+                else:
+                    way = Way(functools.partial(theirs, Peer(loaded, kind, size + new), ids))
+                    _warm_up(way, loaded, args.device)
+                ways[f"transformers, {kind}"] = way
+            _rounds(ways, args.rounds, f"{dtype}, {size} tokens")
+            cases.append(Case(dtype, size, work(model, size), ways))
+            _clear(args.device)
+        del model, loaded
+        _clear(args.device)
+    return cases
+
+
+def _warm_up(way: Way, model: torch.nn.Module, device: str) -> None:
+    """The run that compiles, and whose memory is measured: on the CPU the most that the process has had, if ours."""
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    way.once()
+    if cuda:
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        way.peak = torch.cuda.max_memory_allocated() - before + weights
+    elif not way.is_peer:
+        unit = 1 if sys.platform == "darwin" else 1024
+        way.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _rounds(ways: dict[str, Way], rounds: int, case: str) -> None:
+    """Run every way once a round. Afterwards none can be run, so that nothing holds its memory."""
+    for _ in range(rounds):
+        for way in ways.values():
+            way.seconds += way.once()
+    for name, way in ways.items():
+        way.run = None
+        print(f"{case}, {name}: {way.error or f'{way.median:.4f} s'}", flush=True)
+
+
+def _print_cases(head: Sequence[str], cases: Iterable[Case], cells: Callable[[Case, Way], Sequence[str]]) -> None:
+    """A table of a row for every way; `cells` are its own, and those that all measurements have come after."""
+    rows = []
+    for case in cases:
+        for name, way in case.ways.items():
+            row = [case.dtype, str(case.size), name]
+            if way.error is not None:
+                rows.append([*row, way.error.replace("|", "/"), *[""] * (len(head) + 2)])
+                continue
+            peak = "" if way.peak is None else f"{way.peak / 2**30:.2f}"
+            same = "" if name == OURS else f"{case.agreeing(way)} of {len(way.tokens)}"
+            rows.append([*row, *cells(case, way), peak, f"{case.faster(way):.2f}", same])
+    _print_table(["dtype", "tokens", "", *head, "peak GiB", f"{OURS} is times as fast", "first tokens the same"], rows)
+
+
+def _decode(args: argparse.Namespace) -> dict[str, Any]:
+    counted = args.new - args.warm_up
+    cases = _cases(
+        args,
+        args.context,
+        args.new,
+        lambda model, context: model.bytes_per_step([context + args.new // 2]),
+        functools.partial(_stream, new=args.new, warm_up=args.warm_up),
+        lambda peer, ids: peer.decode(ids, args.new, args.warm_up),
+    )
+    reading = _reading(args.device)
+    bandwidth = max(reading["bytes"] / statistics.median(times) for times in reading["seconds"].values())
+    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
+
+    def cells(case: Case, way: Way) -> list[str]:
+        each = way.median / counted
+        share = case.work / each / bandwidth
+        return [f"{1 / each:.1f}", f"{each * 1e3:.3f}", f"{case.work / 1e9:.3f}", f"{share:.1%}"]
+
+    _print_cases(["tokens/s", "ms a token", "GB to read a token", "of read bandwidth"], cases, cells)
+    return {"bytes_per_s": bandwidth, "reading": reading, "cases": [case.to_dict() for case in cases]}
+
+
+def _stream(engine: Engine, ids: list[int], new: int, warm_up: int) -> tuple[float, list[int]]:
+    """Seconds from the arrival of token number `warm_up` (0: from the call) to the last, and all tokens."""
+    _wait(engine.model.device.type)
+    arrived, tokens = [time.perf_counter()], []
+    for step in engine.stream([ids], max_new_tokens=new, sampling=Sampling(), stop_token_ids=()):
+        arrived.append(time.perf_counter())
+        tokens.append(step.token)
+    return arrived[-1] - arrived[warm_up], tokens
+
+
+def _reading(device: str) -> dict[str, Any]:
+    """How long reductions over a large buffer take, each 5 times."""
+    size = 2**32 if device.startswith("cuda") else 2**30
+    buffer = torch.ones(size // 4, device=device)
+    halves = buffer.chunk(2)
+    ways = {
+        "sum": buffer.sum,
+        "amax": buffer.amax,
+        "amax of int32": buffer.view(torch.int32).amax,
+        "dot": lambda: torch.dot(*halves),
+    }
+    return {"bytes": size, "seconds": {name: _several(device, way) for name, way in ways.items()}}
+
+
+def _several(device: str, work: Callable[[], object], count: int = 5) -> list[float]:
+    """Seconds of some work, several times after one that does not count."""
+    return [_timed(device, work) for _ in range(count + 1)][1:]
+
+
+def _prefill(args: argparse.Namespace) -> dict[str, Any]:
+    cases = _cases(
+        args,
+        args.length,
+        1,
+        _operations,
+        functools.partial(_stream, new=1, warm_up=0),
+        lambda peer, ids: peer.prefill(ids),
+    )
+    products = {dtype: _products(args.device, dtype) for dtype in args.dtype}
+    ceiling = {dtype: p["operations"] / statistics.median(p["seconds"]) for dtype, p in products.items()}
+    for dtype, most in ceiling.items():
+        print(f"{dtype}: matrix products run at {most / 1e12:.3f} TFLOP/s")
+
+    def cells(case: Case, way: Way) -> list[str]:
+        speed = case.work / way.median
+        share = speed / ceiling[case.dtype]
+        return [f"{way.median * 1e3:.2f}", f"{case.size / way.median:.0f}", f"{speed / 1e12:.3f}", f"{share:.1%}"]
+
+    _print_cases(["ms to first token", "tokens/s", "TFLOP/s", "of matrix products"], cases, cells)
+    return {"flop_per_s": ceiling, "products": products, "cases": [case.to_dict() for case in cases]}
+
+
+def _operations(model: Llama, length: int) -> int:
+    """Floating-point operations of a prompt: the layers' matrices, causal attention, one token's logits."""
+    c = model.config
+    matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.dim() == 2)
+    attention = 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    return 2 * matrices * length + attention + 2 * model.output_weight.numel()
+
+
+def _products(device: str, dtype: str) -> dict[str, Any]:
+    """How long a large product of square matrices takes, 5 times; on a GPU each time is that of 10 in a row."""
+    size, count = (8192, 10) if device.startswith("cuda") else (2048, 1)
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = _several(device, lambda: [torch.mm(a, b, out=out) for _ in range(count)])
+    return {"operations": 2 * size**3, "seconds": [each / count for each in seconds]}
+
+
+# Starts
+
+
+def _startup(args: argparse.Namespace) -> dict[str, Any]:
+    starts = []
+    for dtype in args.dtype:
+        for _ in range(args.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                for kind in ("cold", "warm"):  # with what compiled in the same folder before
+                    starts.append({"dtype": dtype, "kind": kind, "seconds": _start(args, dtype, Path(folder))})
+                    print(f"{dtype}, {kind}: first token after {starts[-1]['seconds']['token 1']:.2f} s", flush=True)
+    events = ("imported", "model", "token 1", f"token {START_NEW}")
+    rows = []
+    for dtype in args.dtype:
+        for kind in ("cold", "warm"):
+            same = [start["seconds"] for start in starts if (start["dtype"], start["kind"]) == (dtype, kind)]
+            medians = [statistics.median(seconds[event] for seconds in same) for event in events]
+            rows.append([dtype, kind, *(f"{median:.2f}" for median in medians)])
+    _print_table(["dtype", "start", *(f"{event}, s" for event in events)], rows)
+    return {"starts": starts}
+
+
+def _start(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, float]:
+    """Seconds from starting a process to each line that it prints, what it compiles being kept in a folder."""
+    model = ["--model", str(args.model)] if args.config is None else ["--config", args.config]
+    command = [sys.executable, "-m", "tools.bench", "first-token", *model, "--dtype", dtype, "--device", args.device]
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    started, seconds = time.perf_counter(), {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | caches) as child:
+        for line in child.stdout or ():
+            seconds[line.strip()] = time.perf_counter() - started
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    return seconds
+
+
+def _first_token(args: argparse.Namespace) -> int:
+    """What `startup` starts: says when it has imported, when it has a model, and when each token comes."""
+    print("imported", flush=True)
+    model = _model(args, args.dtype[0])
+    print("model", flush=True)
+    ids = _random_ids(START_LENGTH, model.config)
+    stream = Engine(model, compile=True).stream([ids], max_new_tokens=START_NEW, sampling=Sampling(), stop_token_ids=())
+    for number, _ in enumerate(stream, start=1):
+        print(f"token {number}", flush=True)
+    return 0
+
+
+# Fused prompts
 
 
 @torch.no_grad()
 def _fusion(args: argparse.Namespace) -> dict[str, Any]:
-    model = Llama.from_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+    from tools._peers import load, register
+
+    register()
     tokenizer = Tokenizer.from_pretrained(args.model)
     question = fuse([tokenizer.encode(text) for text in PARAPHRASES], suffix=tokenizer.encode("\nAnswer:"))
-    # Before anything compiles: transformers changes what graphs are guarded on.
-    peer = transformers.LlamaForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), attn_implementation="eager"
-    ).to(args.device)
+    print(f"{len(question.ids)} tokens in {len(PARAPHRASES)} prompts, {args.new} new")
+    found, rows = [], []
+    for dtype in args.dtype:
+        model = _model(args, dtype)
+        seconds, same = _fused(model, load(model, args.model, "eager"), tokenizer, question, args)
+        _clear(args.device)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        first = next(iter(medians.values()))
+        rows += [[dtype, name, f"{m:.2f}", f"{m / first:.1f}", str(same[name])] for name, m in medians.items()]
+        found.append({"dtype": dtype, "seconds": seconds, "same_tokens": same})
+    _print_table(["dtype", "", "s", "times the first", "same tokens"], rows)
+    return {"prompt": len(question.ids), "cases": found}
+
+
+def _fused(
+    model: Llama, peer: Any, tokenizer: Tokenizer, question: Prompt, args: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """Seconds of each way in each round, and whether its tokens are always those of the first."""
     engine = Engine(model, tokenizer, compile=True)
     options: dict[str, Any] = {"max_new_tokens": args.new, "stop_token_ids": ()}
-    engine.generate([question], **options)  # compiles
     ways = {
         "cached, compiled": lambda: engine.generate([question], **options)[0].tokens,
         "transformers, whole sequence for every token": lambda: _recomputed(_peer_logits(peer), question, args.new),
         "here, whole sequence for every token": lambda: _recomputed(_own_logits(model), question, args.new),
     }
+    expected = engine.generate([question], **options)[0].tokens  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    tokens: list[list[int]] = []
+    same = dict.fromkeys(ways, True)
     for _ in range(args.rounds):
         for name, way in ways.items():
-            seconds[name].append(_timed(args.device, lambda way=way: tokens.append(way())))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    first, same = next(iter(medians.values())), all(found == tokens[0] for found in tokens)
-    print(f"{len(question.ids)} tokens in {len(PARAPHRASES)} prompts, {args.new} new; the same tokens: {same}")
-    for name, median in medians.items():
-        print(f"{name}: {median:.2f} s, {median / first:.1f} times the first")
-    return {"dtype": args.dtype, "prompt": len(question.ids), "new": args.new, "seconds": seconds, "same_tokens": same}
+            tokens: list[list[int]] = []
+            seconds[name].append(_timed(args.device, lambda way=way, tokens=tokens: tokens.append(way())))
+            same[name] &= tokens[0] == expected
+            print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
+    return seconds, same
 
 
 def _peer_logits(peer: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -178,32 +628,35 @@ def _recomputed(logits_of: Callable[[Tensor, Tensor, Tensor], Tensor], prompt: P
     return ids[len(prompt.ids) :]
 
 
+# Windows
+
+
 @torch.no_grad()
 def _window(args: argparse.Namespace) -> dict[str, Any]:
-    config = LlamaConfig.from_dict({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SHAPES[args.shape]})
-    with torch.device("meta"):
-        model = Llama(config)
-    model = model.to_empty(device=args.device).to(getattr(torch, args.dtype)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
     window = masks.sliding_window(args.window)
-    cases: dict[str, tuple[int, Mask]] = {
-        f"context {args.window}": (args.window, masks.causal()),
-        f"context {args.context}, window {args.window}": (args.context, window),
-        f"context {args.context}": (args.context, masks.causal()),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    running = {name: _decoding(model, *case) for name, case in cases.items()}
-    for step in running.values():
-        _busy(args.device, step, 3)  # compiles
-    for _ in range(args.rounds):
-        for name, step in running.items():
-            seconds[name].append(_busy(args.device, step, 20))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    first = next(iter(medians.values()))
-    for name, median in medians.items():
-        print(f"{name}: {median * 1e3:.3f} ms a token, {median / first:.3f} times the first")
-    return {"shape": args.shape, "dtype": args.dtype, "ms": {name: m * 1e3 for name, m in medians.items()}}
+    cases: dict[str, tuple[int, Mask]] = {f"context {args.window}": (args.window, masks.causal())}
+    for context in args.context:
+        cases[f"context {context}, window {args.window}"] = context, window
+        cases[f"context {context}"] = context, masks.causal()
+    found, rows = [], []
+    for dtype in args.dtype:
+        model = _model(args, dtype)
+        steps = {name: _decoding(model, *case, 3 + 20 * args.rounds) for name, case in cases.items()}
+        for step in steps.values():
+            _busy(args.device, step, 3)  # compiles
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(args.rounds):
+            for name, step in steps.items():
+                seconds[name].append(_busy(args.device, step, 20))
+                print(f"{dtype}, {name}: {seconds[name][-1] * 1e3:.3f} ms a token", flush=True)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        first = next(iter(medians.values()))
+        rows += [[dtype, name, f"{m * 1e3:.3f}", f"{m / first:.3f}"] for name, m in medians.items()]
+        found.append({"dtype": dtype, "seconds": seconds})
+        del model, steps, step
+        _clear(args.device)
+    _print_table(["dtype", "", "ms a token", "times the first"], rows)
+    return {"cases": found}
 
 
 def _busy(device: str, step: Callable[[], object], count: int) -> float:
@@ -215,21 +668,24 @@ def _busy(device: str, step: Callable[[], object], count: int) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / count / 1e6
 
 
-def _decoding(model: Llama, context: int, mask: Mask) -> Callable[[], object]:
-    """A function that decodes one more token after `context` others, whose keys and values are zeros: it takes no less
-    time for that."""
-    cache = model.new_cache(1, context + 512)
+def _decoding(model: Llama, context: int, mask: Mask, new: int) -> Callable[[], object]:
+    """A function that decodes one more token, up to `new`, after `context` others, whose keys and values are zeros: it
+    takes no less time for that."""
+    cache = model.new_cache(1, context + new)
     with cache.appending(context):
         cache.append(Tokens(*(x.to(model.device) for x in Tokens.arriving(context))))
-    layers, step = model.attention_layers(mask), compiled(model.step)
+    layers, run = model.attention_layers(mask), Graphs().of("decoding")
     ids = torch.full((1, 1), 3, device=model.device)
 
     def decode() -> None:
         with cache.appending(1):
-            step(ids, None, None, None, cache, layers, "flex", 1)
+            x = model.step(ids, None, None, None, cache, layers, "flex", run)
+            run("head", Llama.head, model, x)
 
     return decode
 
+
+COMMANDS = {"decode": _decode, "prefill": _prefill, "startup": _startup, "fusion": _fusion, "window": _window}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,108 @@
+"""transformers on the weights of our models: what `tools.bench` measures against."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from llama_flex import Llama
+from llama_flex.masks import BLOCK
+from llama_flex.weights import tensors_by_name
+
+ATTENTION = {"dynamic": "sdpa", "static": "sdpa", "flex": "flex_attention"}
+
+
+def register() -> None:
+    """Make a model without memory. To be called before anything compiles: the first model of transformers changes what
+    graphs are guarded on, and those that were there would be compiled again."""
+    with torch.device("meta"):
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))
+    # flex_attention's mask comes with a warning, which would break the graph in two.
+    getattr(torch._dynamo.config, "ignore_logging_functions", set()).add(warnings.warn)
+
+
+def load(model: Llama, folder: Path | None, attention: str = "sdpa") -> Any:
+    """transformers' model in the dtype and on the device of ours: from the same folder, or from our random weights."""
+    if folder is not None:
+        peer = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
+        return peer.to(model.device).eval().requires_grad_(False)
+    config = transformers.LlamaConfig.from_dict(model.config.to_dict())
+    with torch.device("meta"):
+        peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
+    # The very memory of ours, of which these are views: the same tokens, and no second copy.
+    peer.load_state_dict({"lm_head.weight": model.output_weight, **tensors_by_name(model)}, assign=True)
+    peer.tie_weights()
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # no weights: they stayed on meta
+    return peer.eval().requires_grad_(False)
+
+
+class Peer:
+    """Greedy generation for one prompt in one of the ways of transformers.
+
+    dynamic: a growing cache, sdpa, uncompiled. static, flex: a cache of fixed size, sdpa or flex_attention, and each
+    step compiled (on CUDA into CUDA graphs), but not the prompt, as in transformers' own generate. Tokens stay on the
+    device until they are asked for, so that no step waits for the host to read one.
+    """
+
+    def __init__(self, model: Any, kind: str, slots: int) -> None:
+        """slots: how many tokens a cache of fixed size is to hold at least."""
+        self.model, self.kind = model, kind
+        self.slots = -(-slots // BLOCK) * BLOCK
+        self.cache: Any = None
+        self.step = model.forward
+        if kind != "dynamic":
+            self.step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=kind == "static", dynamic=False)
+
+    @torch.no_grad()
+    def decode(self, ids: Sequence[int], new: int, warm_up: int) -> tuple[float, list[int]]:
+        """Seconds from the arrival of token number `warm_up` to that of number `new`, and all tokens."""
+        cache = self._new_cache() if self.cache is None else self.cache
+        if self.kind != "dynamic":
+            self.cache = cache  # graphs are recorded on its memory
+        cache.reset()
+        self.model.set_attn_implementation("sdpa")
+        tokens, started = [self._first(self._on_device(ids), cache)], 0.0
+        self.model.set_attn_implementation(ATTENTION[self.kind])
+        for count in range(1, new):
+            if count == warm_up:
+                tokens[-1].item()
+                started = time.perf_counter()
+            if self.kind != "dynamic":
+                torch.compiler.cudagraph_mark_step_begin()
+            tokens.append(_greedy(self.step(tokens[-1], past_key_values=cache, use_cache=True).logits))
+        tokens[-1].item()
+        return time.perf_counter() - started, torch.cat(tokens, 1)[0].tolist()
+
+    @torch.no_grad()
+    def prefill(self, ids: Sequence[int]) -> tuple[float, list[int]]:
+        """Seconds from the call to the first token, with a fresh cache, and that token."""
+        self.model.set_attn_implementation(ATTENTION[self.kind])
+        given = self._on_device(ids)
+        if given.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        token = int(self._first(given, self._new_cache()))
+        return time.perf_counter() - started, [token]
+
+    def _on_device(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([ids], device=self.model.device)
+
+    def _new_cache(self) -> Any:
+        if self.kind == "dynamic":
+            return transformers.DynamicCache(config=self.model.config)
+        return transformers.StaticCache(config=self.model.config, max_cache_len=self.slots)
+
+    def _first(self, ids: Tensor, cache: Any) -> Tensor:
+        return _greedy(self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """The most likely next token `[B, 1]` after the last of `[B, T, V]`."""
+    return logits[:, -1].argmax(-1, keepdim=True)
