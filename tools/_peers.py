@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ def register() -> None:
     graphs are guarded on, and those that were there would be compiled again."""
     with torch.device("meta"):
         transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))
-    # flex_attention's mask comes with a warning, which would break the graph in two.
-    getattr(torch._dynamo.config, "ignore_logging_functions", set()).add(warnings.warn)
 
 
 def load(model: Llama, folder: Path | None, attention: str = "sdpa") -> Any:
