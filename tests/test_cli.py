@@ -139,6 +139,15 @@ def test_quiet_leaves_stderr_empty(cli):
     assert (code, err) == (0, "")
 
 
+def test_explain_says_what_ran_even_if_quiet(cli):
+    code, out, err = cli("--prompt", "The quick", "--max-new-tokens", 3, "--quiet", "--explain")
+    assert code == 0
+    assert out
+    assert re.match("float32 on cpu; .*\nnot compiled: .*\n", err)
+    assert re.search(r"\n2 layers, mask causal\(\)\n  the last query visits 1 of \d+ blocks of 128 slots", err)
+    assert re.search(r"GB/s reached of .* that memory gives to a reduction: \d+%\n$", err)
+
+
 def test_a_process_of_its_own_prints_the_same_and_nothing_on_stderr_if_quiet(folder, engine):
     arguments = ("--model", folder, "--prompt", "The quick", "--max-new-tokens", 6, "--compile", "off", "--quiet")
     out, err = start(*arguments, "--device", "cpu").communicate(timeout=120)

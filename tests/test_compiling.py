@@ -1,0 +1,126 @@
+"""Compiled parts, steps that are replayed, products of one row, and what `explain` says of them."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY
+
+from llama_flex import Engine, masks, scores
+from llama_flex.compiling import Graphs
+from llama_flex.linear import RMSNorm, gated, linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (509, 96), (96, 131), (1536, 576)])
+@torch.no_grad()
+def test_products_of_one_row_are_no_further_from_float64_than_torchs(n, k, dtype):
+    draws = torch.Generator().manual_seed(0)
+    x, weight, bias, residual, scale = (
+        torch.randn(*shape, generator=draws).to(dtype) for shape in ((1, 1, k), (2 * n, k), (2 * n,), (1, 1, n), (k,))
+    )
+    norm = RMSNorm(k, 1e-5).to(dtype)
+    norm.weight.copy_(scale)
+
+    def products(x, weight, bias, residual):
+        half, half_bias = weight[:n], bias[:n]
+        return (
+            linear(x, half),
+            linear(x, half, half_bias, norm=norm, residual=residual),
+            linear(x, half, residual=residual),
+            gated(x, weight, bias, norm=norm),
+            gated(x, weight, norm=norm),
+        )
+
+    found, plain = Graphs().of()("products", products, x, weight, bias, residual), products(x, weight, bias, residual)
+    norm = copy.deepcopy(norm).double()
+    truth = products(*(t.double() for t in (x, weight, bias, residual)))
+    for ours, theirs, exact in zip(found, plain, truth, strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, dtype)
+        error, their_error = (ours - exact).abs(), (theirs - exact).abs()
+        # Rounding once, and summing k terms in another order.
+        summed = torch.promote_types(dtype, torch.float32)
+        allowed = 2 * torch.finfo(dtype).eps + k * torch.finfo(summed).eps
+        assert error.max() <= 1.25 * their_error.max() + allowed * exact.abs().max()
+
+
+def double(x):
+    return 2 * x
+
+
+def grow(x, state):
+    state.add_(x.sum())
+
+
+@torch.no_grad()
+def test_a_recorded_step_runs_again_on_the_same_memory():
+    graphs, x, state = Graphs(), torch.ones(3), torch.zeros(1)
+    run = graphs.of("key")
+
+    def step():
+        y = x
+        for _ in range(3):
+            y = run("double", double, y)
+        run("grow", grow, y, state)
+
+    step()
+    replay = graphs.record(step, x.device)
+    assert state.item() == 2 * 24
+    x.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    replay()
+    assert state.item() == 2 * 24 + 48
+    replay()
+    assert state.item() == 2 * 24 + 2 * 48
+    step()  # and it can still be run as it is
+    assert state.item() == 2 * 24 + 3 * 48
+    assert graphs.count == len(graphs.parts) == 2
+    assert graphs.seconds > 0
+
+
+@torch.no_grad()
+def test_a_step_that_fails_while_it_is_recorded_leaves_nothing_behind():
+    graphs, x = Graphs(), torch.ones(3)
+
+    def fails():
+        graphs.of()("double", double, x)
+        raise KeyboardInterrupt
+
+    graphs.of()("double", double, x)
+    with pytest.raises(KeyboardInterrupt):
+        graphs.record(fails, x.device)
+    assert graphs._calls is None
+    assert graphs.of()("double", double, x).tolist() == [2, 2, 2]
+
+
+def test_explain_says_what_ran(tiny_pair):
+    _, model = tiny_pair("gqa")
+    engine, prompt = Engine(model, compile=True), list(range(3, 203))
+    with pytest.raises(ValueError, match="nothing has run"):
+        engine.explain()
+    mask, score_mod = [masks.sliding_window(20), masks.causal()], [None, scores.softcap(5.0)]
+    engine.generate([prompt], max_new_tokens=5, stop_token_ids=(), mask=mask, score_mod=score_mod)
+    lines = engine.explain().splitlines()
+    assert lines[0] == "float32 on cpu; float32 products at precision 'highest'"
+    assert lines[1] == f"2 steps compiled in {engine.graphs.count} graphs, 0 of them again"
+    assert lines[2:4] == ["  1 x 1 tokens against 1024 slots", "  1 x 128 tokens against 1024 slots"]
+    assert "1 layers, mask sliding_window(20)" in lines
+    assert "1 layers, mask causal(), scores softcap(5.0)" in lines
+    # The last token fed has index 203: a window of 20 ends in the second block, and causal sees the first as a whole.
+    assert [line for line in lines if "visits" in line] == [
+        "  the last query visits 1 of 9 blocks of 128 slots, 0 unmasked",
+        "  the last query visits 2 of 9 blocks of 128 slots, 1 unmasked",
+    ]
+    assert lines[-1].startswith(f"a token of 1 rows reads {model.bytes_per_step([204]) / 1e9:.3f} GB")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_compiled_decoding_gives_the_eager_tokens_for_every_kind_of_model(tiny_pair, name):
+    """One row is where products have code of their own: biases, tied embeddings, odd vocabularies."""
+    _, model = tiny_pair(name)
+    prompt, options = list(range(3, 30)), {"max_new_tokens": 12, "stop_token_ids": ()}
+    (found,) = Engine(model, compile=True).generate([prompt], **options)
+    ids = torch.tensor([prompt + found.tokens])
+    predicted = model(ids, backend="dense")[0, len(prompt) - 1 : -1]
+    assert found.tokens == predicted.argmax(-1).tolist()
+    logprobs = predicted.log_softmax(-1).gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found.logprobs), logprobs, atol=2e-5, rtol=2e-5)
