@@ -39,6 +39,7 @@ from torch import Tensor
 from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, hub, masks
 from llama_flex.compiling import Graphs
 from llama_flex.config import ConfigError
+from llama_flex.explain import read_bandwidth
 from llama_flex.weights import CheckpointError
 
 # What imports transformers, tools._peers, is imported where it is used: starts are measured without it.
@@ -419,8 +420,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         functools.partial(_stream, new=args.new, warm_up=args.warm_up),
         lambda peer, ids: peer.decode(ids, args.new, args.warm_up),
     )
-    reading = _reading(args.device)
-    bandwidth = max(reading["bytes"] / statistics.median(times) for times in reading["seconds"].values())
+    bandwidth = read_bandwidth(torch.device(args.device))
     print(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
 
     def cells(case: Case, way: Way) -> list[str]:
@@ -429,7 +429,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         return [f"{1 / each:.1f}", f"{each * 1e3:.3f}", f"{case.work / 1e9:.3f}", f"{share:.1%}"]
 
     _print_cases(["tokens/s", "ms a token", "GB to read a token", "of read bandwidth"], cases, cells)
-    return {"bytes_per_s": bandwidth, "reading": reading, "cases": [case.to_dict() for case in cases]}
+    return {"bytes_per_s": bandwidth, "cases": [case.to_dict() for case in cases]}
 
 
 def _stream(engine: Engine, ids: list[int], new: int, warm_up: int) -> tuple[float, list[int]]:
@@ -440,20 +440,6 @@ def _stream(engine: Engine, ids: list[int], new: int, warm_up: int) -> tuple[flo
         arrived.append(time.perf_counter())
         tokens.append(step.token)
     return arrived[-1] - arrived[warm_up], tokens
-
-
-def _reading(device: str) -> dict[str, Any]:
-    """How long reductions over a large buffer take, each 5 times."""
-    size = 2**32 if device.startswith("cuda") else 2**30
-    buffer = torch.ones(size // 4, device=device)
-    halves = buffer.chunk(2)
-    ways = {
-        "sum": buffer.sum,
-        "amax": buffer.amax,
-        "amax of int32": buffer.view(torch.int32).amax,
-        "dot": lambda: torch.dot(*halves),
-    }
-    return {"bytes": size, "seconds": {name: _several(device, way) for name, way in ways.items()}}
 
 
 def _several(device: str, work: Callable[[], object], count: int = 5) -> list[float]:
