@@ -204,7 +204,8 @@ class Cache:
 
     def _forget(self, chosen: Tensor) -> None:
         self._free(chosen)
-        self.rolled_out = torch.minimum(self.rolled_out, self.length)  # indices from there on are given again
+        # Indices from there on are given again. In place: a recorded step works on this tensor.
+        self.rolled_out.copy_(torch.minimum(self.rolled_out, self.length))
         self._count()
 
     def _count(self) -> None:

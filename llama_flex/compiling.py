@@ -7,6 +7,7 @@ as fast as one graph: on CUDA as a CUDA graph, on the CPU as a list of calls, wi
 from __future__ import annotations
 
 import operator
+import threading
 import time
 import types
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +27,13 @@ class _Call(NamedTuple):
     outputs: Sequence[Tensor]
 
 
+class _Recording(threading.local):
+    """The step that a thread records: the compiled code that it called, and how many parts it ran."""
+
+    calls: list[_Call] | None = None
+    parts = 0
+
+
 class Graphs:
     """Compiles the parts of steps, each once for what it is named by, and replays steps.
 
@@ -36,19 +44,22 @@ class Graphs:
         self.count = 0
         self.seconds = 0.0
         self.parts: dict[Hashable, Callable[..., Any]] = {}
-        self._calls: list[_Call] | None = None  # of the step being recorded
+        self._recording = _Recording()
 
     def of(self, *key: Hashable) -> Callable[..., Any]:
         """What runs a part of a step compiled for `key`: the shapes, and all that the code depends on."""
 
         def run(name: str, function: Callable[..., Any], *args: Any) -> Any:
+            self._recording.parts += 1
             part = self.parts.get((*key, name))
             if part is not None:
                 return part(*args)
-            started = time.perf_counter()
-            part = self.parts[*key, name] = self._compiled(function)
-            result = part(*args)
-            self.seconds += time.perf_counter() - started
+            started, part = time.perf_counter(), self._compiled(function)
+            try:
+                result = part(*args)
+            finally:
+                self.seconds += time.perf_counter() - started
+            self.parts[*key, name] = part
             return result
 
         return run
@@ -58,18 +69,16 @@ class Graphs:
 
         Again means on the same memory: what a step takes from outside and what it leaves are tensors that stay.
         """
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            graph.replay()
-            return graph.replay
-        calls: list[_Call] = []
-        self._calls = calls
+        recording, calls = self._recording, list[_Call]()
+        recording.calls, recording.parts = calls, 0
         try:
+            if device.type == "cuda":
+                return _cuda_graph(step, device)
             step()
         finally:
-            self._calls = None
+            recording.calls = None
+        if len(calls) != recording.parts:
+            return step  # torch.compile is switched off, as TORCHDYNAMO_DISABLE=1 does
         made: dict[int, tuple[int, int]] = {}  # tensors by identity: which output of which call
         plan = []
         for n, call in enumerate(calls):
@@ -97,16 +106,29 @@ class Graphs:
         return torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
 
     def _backend(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        self.count += 1
         code = inductor(graph, inputs)
+        self.count += 1
 
         def call(*inputs: Tensor) -> Sequence[Tensor]:
             outputs = code(*inputs)
-            if self._calls is not None:
-                self._calls.append(_Call(code, inputs, outputs))
+            if self._recording.calls is not None:
+                self._recording.calls.append(_Call(code, inputs, outputs))
             return outputs
 
         return call
+
+
+def _cuda_graph(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        step()
+    replay()  # capturing runs nothing
+    return replay
 
 
 def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -63,7 +63,11 @@ class Completion:
 
 
 class Engine:
-    """Generates with one model. Holds its compiled steps: keep the engine, and later calls compile nothing."""
+    """Generates with one model. Holds its compiled steps: keep the engine, and later calls compile nothing.
+
+    The model's weights may change between calls. Amid a stream they may change in place; a parameter that is replaced
+    by another is seen by the next stream.
+    """
 
     def __init__(self, model: Llama, tokenizer: Tokenizer | None = None, *, compile: bool = False) -> None:
         """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast)."""
@@ -166,13 +170,14 @@ class Engine:
             if not ahead:
                 decoding.next()
 
-    def explain(self, tokens_per_second: float | None = None) -> str:
+    def explain(self, bytes_per_second: float | None = None) -> str:
         """What the last stream ran, in lines of text: kernels and why, precision, graphs, and the blocks that the last
-        query visits. tokens_per_second: if given, measures how fast memory can be read, and says what share that is.
+        query visits. bytes_per_second: what decoding read (see `Llama.bytes_per_step`); if given, measures how fast
+        memory can be read, and says what share that is.
 
         Raises ValueError if nothing has run.
         """
-        return explain.explain(self, tokens_per_second)
+        return explain.explain(self, bytes_per_second)
 
     @property
     def compile_seconds(self) -> float:
@@ -358,6 +363,7 @@ class _Decoding:
             if self.replay is not None and cache.layers is layers and cache.tokens is tokens:
                 self.replay()
             elif self.engine.compile and self.steps:  # the first one compiles what is not compiled yet
+                self.replay, self.memory = None, (None, None)  # before the new one takes memory
                 self.replay = self.engine.graphs.record(self._step, self.engine.model.device)
                 self.memory = cache.layers, cache.tokens  # forking or reordering the cache amid a stream changes them
             else:
@@ -371,7 +377,7 @@ class _Decoding:
             return found.tolist
         copied, done = torch.empty_like(found, device="cpu", pin_memory=True), torch.cuda.Event()
         copied.copy_(found, non_blocking=True)
-        done.record()
+        done.record(torch.cuda.current_stream(found.device))
 
         def read() -> list[list[float]]:
             done.synchronize()

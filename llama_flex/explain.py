@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 
-def explain(engine: Engine, tokens_per_second: float | None = None) -> str:
+def explain(engine: Engine, bytes_per_second: float | None = None) -> str:
     """Lines of text about the engine's last stream; see `Engine.explain`."""
     model, last = engine.model, engine.last
     if last is None:
@@ -47,19 +47,18 @@ def explain(engine: Engine, tokens_per_second: float | None = None) -> str:
 
     contexts = (last.kv.index >= 0).sum(1).tolist()
     size = model.bytes_per_step(contexts)
-    lines.append(f"a token of {rows} rows reads {size / 1e9:.3f} GB: weights, keys and values")
-    if tokens_per_second:
-        rate, most = tokens_per_second / rows * size, read_bandwidth(device)
-        lines.append(
-            f"{rate / 1e9:.1f} GB/s reached of {most / 1e9:.1f} that memory gives to a reduction: {rate / most:.0%}"
-        )
+    lines.append(f"a step of {rows} rows reads {size / 1e9:.3f} GB: weights, keys and values")
+    if bytes_per_second:
+        rates = f"{bytes_per_second / 1e9:.1f} GB/s reached of {(most := read_bandwidth(device)) / 1e9:.1f}"
+        lines.append(f"{rates} that memory gives to a reduction: {bytes_per_second / most:.0%}")
     return "\n".join(lines)
 
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes per second at which memory is read: the best of some reductions over far more than the caches hold."""
     cuda = device.type == "cuda"
-    numbers = torch.ones(2**30 if cuda else 2**28, device=device)
+    # Beside a model and its cache there may be little left.
+    numbers = torch.ones(min(2**30, torch.cuda.mem_get_info(device)[0] // 8) if cuda else 2**28, device=device)
     rates = []
     for reduce in (numbers.sum, numbers.amax, numbers.view(torch.int32).amax, lambda: numbers.dot(numbers)):
         times = []

@@ -243,7 +243,7 @@ class _Session:
         if not self.args.quiet and self.statistics.first_seconds is not None:
             self.statistics.print()
         if self.args.explain and self.engine.last is not None:
-            print(self.engine.explain(self.statistics.tokens_per_second), file=sys.stderr)
+            print(self.engine.explain(self.statistics.bytes_per_second), file=sys.stderr)
 
     def complete(self, asked: list[Job], live: bool) -> None:
         """Complete all jobs, a batch at a time. live: write the text as it comes, else when a batch is done."""
@@ -398,9 +398,9 @@ class _Statistics:
             started, compiled = time.perf_counter(), self.engine.compile_seconds
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """The speed of decoding, all rows together; None if no step has been timed."""
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else None
+    def bytes_per_second(self) -> float | None:
+        """How fast decoding read weights, keys and values; None if no step has been timed."""
+        return self.bytes_read / self.decode_seconds if self.decode_seconds else None
 
     def print(self) -> None:
         """One line: load, compile, time to first token, prefill and decode speed, bytes read per second decoding."""
@@ -411,9 +411,9 @@ class _Statistics:
             parts.append(f"first token {self.first_seconds:.2f} s")
         if self.prefill_seconds:
             parts.append(f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_seconds:.1f} tok/s")
-        if speed := self.tokens_per_second:
-            rate = self.bytes_read / self.decode_seconds / 1e9
-            parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate:.1f} GB/s")
+        if rate := self.bytes_per_second:
+            speed = self.decoded_tokens / self.decode_seconds
+            parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate / 1e9:.1f} GB/s")
         print("; ".join(parts), file=sys.stderr)
 
 

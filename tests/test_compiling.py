@@ -1,6 +1,7 @@
 """Compiled parts, steps that are replayed, products of one row, and what `explain` says of them."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,8 +89,29 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing_behind():
     graphs.of()("double", double, x)
     with pytest.raises(KeyboardInterrupt):
         graphs.record(fails, x.device)
-    assert graphs._calls is None
+    assert graphs._recording.calls is None
     assert graphs.of()("double", double, x).tolist() == [2, 2, 2]
+
+
+@torch.no_grad()
+def test_switching_torch_compile_off_changes_no_result(tiny_pair):
+    """As TORCHDYNAMO_DISABLE=1 does, to look for the cause of something: nothing is recorded then."""
+    _, model = tiny_pair("gqa")
+    options = {"max_new_tokens": 6, "stop_token_ids": ()}
+    expected = Engine(model).generate([[5, 6, 7]], **options)
+    with torch.compiler.set_stance("force_eager"):
+        found = Engine(model, compile=True).generate([[5, 6, 7]], **options)
+    assert found[0].tokens == expected[0].tokens
+
+
+def test_threads_record_apart(tiny_pair):
+    _, model = tiny_pair("gqa")
+    engine, prompts = Engine(model, compile=True), [[5 + n, 6, 7] for n in range(12)]
+    options = {"max_new_tokens": 12, "stop_token_ids": ()}
+    expected = [engine.generate([prompt], **options)[0].tokens for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: engine.generate([prompt], **options)[0].tokens, prompts))
+    assert found == expected
 
 
 def test_explain_says_what_ran(tiny_pair):
@@ -110,7 +132,7 @@ def test_explain_says_what_ran(tiny_pair):
         "  the last query visits 1 of 9 blocks of 128 slots, 0 unmasked",
         "  the last query visits 2 of 9 blocks of 128 slots, 1 unmasked",
     ]
-    assert lines[-1].startswith(f"a token of 1 rows reads {model.bytes_per_step([204]) / 1e9:.3f} GB")
+    assert lines[-1].startswith(f"a step of 1 rows reads {model.bytes_per_step([204]) / 1e9:.3f} GB")
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -647,13 +647,15 @@ def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(ti
 
 
 @pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize("rolling", [False, True])
 @pytest.mark.parametrize("operation", ["fork", "reorder", "evict", "truncate"])
-def test_a_compiled_stream_follows_what_happens_to_its_cache(tiny, operation):
+def test_a_compiled_stream_follows_what_happens_to_its_cache(tiny, operation, rolling):
     """Steps are replayed on the memory they were recorded on; it may change hands between two tokens."""
-    prompts, forks = [random_ids(40, 31), random_ids(9, 31)], []
+    prompts, forks, ends = [random_ids(40, 31), random_ids(9, 31)], [], []
 
     def generated(engine: Engine) -> list[int]:
-        cache, tokens = tiny.new_cache(2, 200), []
+        cache = tiny.new_rolling_cache(2, 20, 2, largest_append=128) if rolling else tiny.new_cache(2, 200)
+        tokens = []
         for n, step in enumerate(engine.stream(prompts, max_new_tokens=16, stop_token_ids=[], cache=cache)):
             tokens.append(step.token)
             if n == 15:
@@ -662,13 +664,17 @@ def test_a_compiled_stream_follows_what_happens_to_its_cache(tiny, operation):
                 elif operation == "reorder":
                     cache.reorder([1, 0])
                 elif operation == "evict":
-                    cache.evict([0, 3, 4])
+                    cache.evict(lambda t: (t.index == t.index.amax(1, keepdim=True)) | (t.index == 0))
+                elif rolling:
+                    cache.truncate(0)
                 else:
                     cache.truncate(9)
+        ends.append((cache.tokens.index.amax(1).tolist(), cache.rolled_out.tolist()))
         return tokens
 
     found, expected = generated(Engine(tiny, compile=True)), generated(Engine(tiny))
     assert found == expected
+    assert ends[0] == ends[1]
     if forks:  # they hold what the cache held then
         ours, theirs = (fork.layers[0][0] for fork in forks)
         assert torch.equal(forks[0].tokens.index, forks[1].tokens.index)
