@@ -184,7 +184,7 @@ def _moved(value: Any, device: torch.device | str, seen: dict[Any, Any]) -> Any:
     if isinstance(value, Tensor):
         moved = value.to(device)
         memory = moved.untyped_storage()
-        # A view becomes a tensor of its own: a nested compile region refuses tensors that share memory.
+        # A view becomes a tensor of its own: which tensors share memory is nothing that compiled code should depend on.
         shared = seen.setdefault(("memory", memory.data_ptr()), id(value)) != id(value)
         return moved.clone() if shared or memory.nbytes() != moved.nbytes else moved
     parts = None if id(value) in seen else _parts(value)

@@ -506,7 +506,7 @@ def test_functions_are_told_apart_by_their_attributes_and_keep_them():
 
 
 def test_captured_tensors_that_share_memory_become_tensors_of_their_own():
-    """A nested compile region refuses aliases."""
+    """Which of them share memory is nothing that compiled code should depend on."""
     table = torch.rand(8)
     views = [table, table.view(2, 4), table[:3]]
     moved = Mask(lambda q, kv: kv.index < views[0][0] + views[1][0, 0] + views[2][0]).to("cpu")
