@@ -1,24 +1,25 @@
-"""Generation: chunked prefill, decoding token by token, batches, streaming, compiled steps."""
+"""Generation: requests to batches, chunked prefill, streams of tokens and text, compiled steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import explain, masks, scores
+from . import explain
 from .attention import Layers
 from .cache import Cache
 from .compiling import Graphs
-from .fusion import Ensemble, Prompt, Request, as_ensemble, combined
+from .decoding import Batch, Decoding, filled
+from .fusion import Ensemble, Prompt, Request, as_ensemble
 from .masks import BLOCK, Mask
 from .model import Llama, last, plainly
 from .rules import Tokens
-from .sampling import Sampling, SamplingTensors, sample, stack
+from .sampling import Sampling, stack
 from .scores import ScoreMod
 from .streaming import StopStrings
 from .tokenizer import Tokenizer
@@ -26,7 +27,6 @@ from .tokenizer import Tokenizer
 # Rows of a prefill step: the largest that a prompt still fills, the last one padded. A GPU needs many to be busy.
 CHUNKS = {"cpu": (512, 128), "cuda": (2048, 512, 128)}
 DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json says how many
-WEIGHTS = 16  # log-weights of fused prompts come in tables of multiples of this, so that graphs are shared
 # Compiled graphs have static shapes, so caches come in few sizes: powers of two, from so many slots in all.
 MIN_SLOTS = 8192
 
@@ -124,7 +124,7 @@ class Engine:
             raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one each")
         stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
         texts = [_Text(self.tokenizer, request.prompts[0].ids, stop) for request in requests]
-        batch = _Batch(requests, model.device)
+        batch = Batch(requests, model.device)
         # Who holds the cache sees after every token what it held before the token.
         ahead = cache is None and model.device.type == "cuda"
         if cache is None:
@@ -136,7 +136,7 @@ class Engine:
     @torch.no_grad()
     def _run(
         self,
-        batch: _Batch,
+        batch: Batch,
         limits: list[int],
         sampling: Sequence[Sampling],
         texts: list[_Text],
@@ -146,7 +146,12 @@ class Engine:
         ahead: bool,
     ) -> Iterator[Step]:
         self.last = _Last(layers, cache.tokens)
-        decoding = _Decoding(self, batch, layers, cache, stack(sampling, self.model.device), limits, stop_ids)
+
+        def step(ids: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
+            return self._step(ids, lengths, positions, batch.generated_segment, layers, cache)
+
+        parameters, graphs = stack(sampling, self.model.device), self.graphs if self.compile else None
+        decoding = Decoding(self.model, batch, cache, parameters, limits, stop_ids, step, graphs)
         decoding.first(self._prefill(batch.rows, layers, cache))
         alive = set(range(len(limits)))
         for count in range(1, max(limits) + 1):
@@ -248,10 +253,10 @@ class Engine:
         longest = max(len(prompt.ids) for prompt in rows)
         padded = -(-longest // chunks[-1]) * chunks[-1]
         width = padded + chunks[-1]  # where a chunk is taken in parts, the last one reaches further
-        ids = _padded([prompt.ids for prompt in rows], width, torch.int64).to(device)
-        positions = _padded([prompt.positions for prompt in rows], width, torch.int32).to(device)
+        ids = filled([prompt.ids for prompt in rows], width, torch.int64).to(device)
+        positions = filled([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
-        segments = _padded([prompt.segments for prompt in rows], width, torch.int32).to(device)
+        segments = filled([prompt.segments for prompt in rows], width, torch.int32).to(device)
         x, start = torch.empty(0), 0
         while start < longest:
             size = next((c for c in chunks if start + c <= padded), chunks[-1])
@@ -298,171 +303,6 @@ class _Last(NamedTuple):
         """Each row's newest token, `[B, 1]`."""
         at = self.kv.index.argmax(1, keepdim=True)
         return Tokens(*(x.gather(1, at) for x in self.kv))
-
-
-class _State(NamedTuple):
-    """What a decoding step reads and changes, in place; Q requests, R rows."""
-
-    ids: Tensor  # [R, 1], the newest tokens
-    positions: Tensor  # [R, 1], theirs
-    lengths: Tensor  # [R], 1 for a row that goes on, else 0
-    running: Tensor  # [Q], the same for requests
-    done: Tensor  # [Q], how many tokens each has
-    limits: Tensor  # [Q], how many it may have
-    stop_ids: Tensor  # [N]
-    seen: Tensor | None  # [Q, V], for the repetition penalty
-    result: Tensor  # [2, Q], float64: the newest tokens and their log-probabilities, for one copy to the host
-
-
-class _Decoding:
-    """The loop of one stream: every step on the same memory, recorded once it is compiled, then replayed."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        batch: _Batch,
-        layers: Layers,
-        cache: Cache,
-        parameters: SamplingTensors,
-        limits: list[int],
-        stop_ids: frozenset[int],
-    ) -> None:
-        model = engine.model
-        q, device = len(limits), model.device
-        seen = None
-        if parameters.repetition_penalty is not None:
-            seen = torch.zeros(q, model.config.vocab_size, dtype=torch.bool, device=device)
-            for prompt, request in zip(batch.rows, batch.requests, strict=True):
-                seen[request, torch.tensor(prompt.ids, device=device)] = True
-        ones = torch.ones(q, dtype=torch.int32, device=device)
-        self.state = _State(
-            ids=torch.zeros(len(batch.rows), 1, dtype=torch.int64, device=device),
-            positions=batch.generated_position + cache.next_position[:, None] - 1,
-            lengths=torch.ones(len(batch.rows), dtype=torch.int32, device=device),
-            running=ones,
-            done=torch.zeros_like(ones),
-            limits=torch.tensor(limits, dtype=torch.int32, device=device),
-            stop_ids=torch.tensor(sorted(stop_ids) or [-1], device=device),
-            seen=seen,
-            result=torch.zeros(2, q, dtype=torch.float64, device=device),
-        )
-        self.engine, self.batch, self.layers, self.cache, self.parameters = engine, batch, layers, cache, parameters
-        self.steps = 0
-        self.replay: Callable[[], object] | None = None
-        self.memory: tuple[object, object] = None, None  # what of the cache the recorded step works on
-
-    def first(self, x: Tensor) -> None:
-        """The first tokens, from the last layer's output `[R, 1, E]` at the prompts' ends."""
-        self._choose(x)
-
-    def next(self) -> None:
-        """One more token for each request; only enqueued, on CUDA."""
-        cache = self.cache
-        with cache.appending(1):
-            layers, tokens = self.memory
-            if self.replay is not None and cache.layers is layers and cache.tokens is tokens:
-                self.replay()
-            elif self.engine.compile and self.steps:  # the first one compiles what is not compiled yet
-                self.replay, self.memory = None, (None, None)  # before the new one takes memory
-                self.replay = self.engine.graphs.record(self._step, self.engine.model.device)
-                self.memory = cache.layers, cache.tokens  # forking or reordering the cache amid a stream changes them
-            else:
-                self._step()
-        self.steps += 1
-
-    def result(self) -> Callable[[], list[list[float]]]:
-        """What reads the newest tokens and their log-probabilities, however many steps are enqueued by then."""
-        found = self.state.result
-        if not found.is_cuda:
-            return found.tolist
-        copied, done = torch.empty_like(found, device="cpu", pin_memory=True), torch.cuda.Event()
-        copied.copy_(found, non_blocking=True)
-        done.record(torch.cuda.current_stream(found.device))
-
-        def read() -> list[list[float]]:
-            done.synchronize()
-            return copied.tolist()
-
-        return read
-
-    def stop(self, request: int) -> None:
-        """No more tokens for a request."""
-        self.state.running[request] = 0
-        self.state.lengths.mul_(self.batch.request_of != request)
-
-    def _step(self) -> None:
-        s = self.state
-        x = self.engine._step(s.ids, s.lengths, s.positions, self.batch.generated_segment, self.layers, self.cache)
-        self._choose(x)
-
-    def _choose(self, x: Tensor) -> None:
-        run = plainly
-        if self.engine.compile:
-            kinds = tuple(p is None for p in self.parameters)
-            run = self.engine.graphs.of(len(self.batch.rows), len(self.batch.rows_of), len(self.state.stop_ids), kinds)
-        run("choose", _choose, self.engine.model, x, self.batch, self.parameters, self.state)
-
-
-def _choose(model: Llama, x: Tensor, batch: _Batch, parameters: SamplingTensors, s: _State) -> None:
-    """From the last layer's output `[R, 1, E]` to the next tokens, and to what the next step needs."""
-    token, logprob = sample(batch.combined(model.head(x)[:, 0]), parameters, s.done, s.seen)
-    if s.seen is not None:
-        s.seen.scatter_(1, token[:, None], True)
-    s.result.copy_(torch.stack((token.double(), logprob.double())))
-    s.done.add_(1)
-    s.running.mul_((s.done < s.limits) & (token[:, None] != s.stop_ids).all(1))
-    s.ids.copy_(token[batch.request_of, None])
-    s.lengths.copy_(s.running[batch.request_of])
-    s.positions.add_(1)
-
-
-class _Batch:
-    """Requests laid out in rows: one each, but for the members of an ensemble."""
-
-    def __init__(self, requests: Sequence[Ensemble], device: torch.device) -> None:
-        self.rows: list[Prompt] = [prompt for request in requests for prompt in request.prompts]
-        self.requests = [q for q, request in enumerate(requests) for _ in request.prompts]
-        self.request_of = torch.tensor(self.requests, device=device)
-        self.is_max = torch.tensor([request.combine == "max" for request in requests], device=device)
-        self.rows_of = torch.tensor([len(request.prompts) for request in requests], device=device)
-        after = [(prompt.generated_position or 0, prompt.generated_segment) for prompt in self.rows]
-        columns = torch.tensor(after, dtype=torch.int32, device=device).T.contiguous()
-        self.generated_position, self.generated_segment = columns[:, :, None].unbind(0)
-
-    def combined(self, logits: Tensor) -> Tensor:
-        """The logits `[Q, V]` of each request from those of its rows, `[R, V]`."""
-        if len(self.rows) == len(self.rows_of):
-            return logits
-        return combined(logits, self.request_of, self.is_max, self.rows_of)
-
-    def attention_layers(
-        self,
-        model: Llama,
-        mask: Mask | Sequence[Mask | None] | None,
-        score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
-        cache: Cache,
-    ) -> Layers:
-        """How each layer attends: as asked, but prompts that are fused are kept apart, and weighted."""
-        if any(prompt.generated_segment == masks.GENERATED for prompt in self.rows):
-            fused = masks.fused()
-            mask = [m or fused for m in mask] if isinstance(mask, list | tuple) else mask or fused
-        layers = model.attention_layers(mask, score_mod, cache)
-        if any(prompt.log_weights for prompt in self.rows):
-            count = max(len(prompt.log_weights) for prompt in self.rows)
-            size = -(-count // WEIGHTS) * WEIGHTS
-            table = _padded([prompt.log_weights for prompt in self.rows], size, torch.float32)
-            weights = scores.segment_weights(table)
-            own = [layers.patterns[i].score_mod for i in layers.of_layer]
-            layers = model.attention_layers(mask, [weights if s is None else s >> weights for s in own], cache)
-        return layers
-
-
-def _padded(rows: Sequence[Sequence[float]], size: int, dtype: torch.dtype) -> Tensor:
-    """Rows of numbers as one tensor `[R, size]`, filled up with zeros."""
-    padded = torch.zeros(len(rows), size, dtype=dtype)
-    for row, values in zip(padded, rows, strict=True):
-        row[: len(values)] = torch.tensor(values, dtype=dtype)
-    return padded
 
 
 def _requests(prompts: Sequence[Request]) -> list[Ensemble]:

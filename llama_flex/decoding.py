@@ -1,0 +1,188 @@
+"""The decoding loop: what a step reads and changes stays in one place, so that a step can be recorded and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import masks, scores
+from .attention import Layers
+from .cache import Cache
+from .compiling import Graphs
+from .fusion import Ensemble, Prompt, combined
+from .masks import Mask
+from .model import Llama, plainly
+from .sampling import SamplingTensors, sample
+from .scores import ScoreMod
+
+WEIGHTS = 16  # log-weights of fused prompts come in tables of multiples of this, so that graphs are shared
+
+
+class Batch:
+    """Requests laid out in rows: one each, but for the members of an ensemble."""
+
+    def __init__(self, requests: Sequence[Ensemble], device: torch.device) -> None:
+        self.rows: list[Prompt] = [prompt for request in requests for prompt in request.prompts]
+        self.requests = [q for q, request in enumerate(requests) for _ in request.prompts]
+        self.request_of = torch.tensor(self.requests, device=device)
+        self.is_max = torch.tensor([request.combine == "max" for request in requests], device=device)
+        self.rows_of = torch.tensor([len(request.prompts) for request in requests], device=device)
+        after = [(prompt.generated_position or 0, prompt.generated_segment) for prompt in self.rows]
+        columns = torch.tensor(after, dtype=torch.int32, device=device).T.contiguous()
+        self.generated_position, self.generated_segment = columns[:, :, None].unbind(0)
+
+    def combined(self, logits: Tensor) -> Tensor:
+        """The logits `[Q, V]` of each request from those of its rows, `[R, V]`."""
+        if len(self.rows) == len(self.rows_of):
+            return logits
+        return combined(logits, self.request_of, self.is_max, self.rows_of)
+
+    def attention_layers(
+        self,
+        model: Llama,
+        mask: Mask | Sequence[Mask | None] | None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
+        cache: Cache,
+    ) -> Layers:
+        """How each layer attends: as asked, but prompts that are fused are kept apart, and weighted."""
+        if any(prompt.generated_segment == masks.GENERATED for prompt in self.rows):
+            fused = masks.fused()
+            mask = [m or fused for m in mask] if isinstance(mask, list | tuple) else mask or fused
+        layers = model.attention_layers(mask, score_mod, cache)
+        if any(prompt.log_weights for prompt in self.rows):
+            count = max(len(prompt.log_weights) for prompt in self.rows)
+            size = -(-count // WEIGHTS) * WEIGHTS
+            table = filled([prompt.log_weights for prompt in self.rows], size, torch.float32)
+            weights = scores.segment_weights(table)
+            own = [layers.patterns[i].score_mod for i in layers.of_layer]
+            layers = model.attention_layers(mask, [weights if s is None else s >> weights for s in own], cache)
+        return layers
+
+
+def filled(rows: Sequence[Sequence[float]], size: int, dtype: torch.dtype) -> Tensor:
+    """Rows of numbers as one tensor `[R, size]`, filled up with zeros."""
+    padded = torch.zeros(len(rows), size, dtype=dtype)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = torch.tensor(values, dtype=dtype)
+    return padded
+
+
+class _State(NamedTuple):
+    """What a decoding step reads and changes, in place; Q requests, R rows."""
+
+    ids: Tensor  # [R, 1], the newest tokens
+    positions: Tensor  # [R, 1], theirs
+    lengths: Tensor  # [R], 1 for a row that goes on, else 0
+    running: Tensor  # [Q], the same for requests
+    done: Tensor  # [Q], how many tokens each has
+    limits: Tensor  # [Q], how many it may have
+    stop_ids: Tensor  # [N]
+    seen: Tensor | None  # [Q, V], for the repetition penalty
+    result: Tensor  # [2, Q], float64: the newest tokens and their log-probabilities, for one copy to the host
+
+
+class Decoding:
+    """The loop of one stream: every step on the same memory, recorded once it is compiled, then replayed."""
+
+    def __init__(
+        self,
+        model: Llama,
+        batch: Batch,
+        cache: Cache,
+        parameters: SamplingTensors,
+        limits: list[int],
+        stop_ids: frozenset[int],
+        step: Callable[[Tensor, Tensor, Tensor], Tensor],
+        graphs: Graphs | None,
+    ) -> None:
+        """step: from ids, lengths and positions of a batch's newest tokens to the last layer's output `[R, 1, E]`.
+        graphs: what compiles and records, if anything does."""
+        q, device = len(limits), model.device
+        seen = None
+        if parameters.repetition_penalty is not None:
+            seen = torch.zeros(q, model.config.vocab_size, dtype=torch.bool, device=device)
+            for prompt, request in zip(batch.rows, batch.requests, strict=True):
+                seen[request, torch.tensor(prompt.ids, device=device)] = True
+        ones = torch.ones(q, dtype=torch.int32, device=device)
+        self.state = _State(
+            ids=torch.zeros(len(batch.rows), 1, dtype=torch.int64, device=device),
+            positions=batch.generated_position + cache.next_position[:, None] - 1,
+            lengths=torch.ones(len(batch.rows), dtype=torch.int32, device=device),
+            running=ones,
+            done=torch.zeros_like(ones),
+            limits=torch.tensor(limits, dtype=torch.int32, device=device),
+            stop_ids=torch.tensor(sorted(stop_ids) or [-1], device=device),
+            seen=seen,
+            result=torch.zeros(2, q, dtype=torch.float64, device=device),
+        )
+        self.model, self.batch, self.cache, self.parameters = model, batch, cache, parameters
+        self.step, self.graphs = step, graphs
+        self.has_run = False
+        self.replay: Callable[[], object] | None = None
+        self.memory: tuple[object, object] = None, None  # what of the cache the recorded step works on
+
+    def first(self, x: Tensor) -> None:
+        """The first tokens, from the last layer's output `[R, 1, E]` at the prompts' ends."""
+        self._choose(x)
+
+    def next(self) -> None:
+        """One more token for each request; only enqueued, on CUDA."""
+        cache = self.cache
+        with cache.appending(1):
+            layers, tokens = self.memory
+            if self.replay is not None and cache.layers is layers and cache.tokens is tokens:
+                self.replay()
+            elif self.graphs is not None and self.has_run:  # the first one compiles what is not compiled yet
+                self.replay, self.memory = None, (None, None)  # before the new one takes memory
+                self.replay = self.graphs.record(self._step, self.model.device)
+                self.memory = cache.layers, cache.tokens  # forking or reordering the cache amid a stream changes them
+            else:
+                self._step()
+        self.has_run = True
+
+    def result(self) -> Callable[[], list[list[float]]]:
+        """What reads the newest tokens and their log-probabilities, however many steps are enqueued by then."""
+        found = self.state.result
+        if not found.is_cuda:
+            return found.tolist
+        copied, done = torch.empty_like(found, device="cpu", pin_memory=True), torch.cuda.Event()
+        copied.copy_(found, non_blocking=True)
+        done.record(torch.cuda.current_stream(found.device))
+
+        def read() -> list[list[float]]:
+            done.synchronize()
+            return copied.tolist()
+
+        return read
+
+    def stop(self, request: int) -> None:
+        """No more tokens for a request."""
+        self.state.running[request] = 0
+        self.state.lengths.mul_(self.batch.request_of != request)
+
+    def _step(self) -> None:
+        s = self.state
+        self._choose(self.step(s.ids, s.lengths, s.positions))
+
+    def _choose(self, x: Tensor) -> None:
+        run = plainly
+        if self.graphs is not None:
+            kinds = tuple(p is None for p in self.parameters)
+            run = self.graphs.of(len(self.batch.rows), len(self.batch.rows_of), len(self.state.stop_ids), kinds)
+        run("choose", _choose, self.model, x, self.batch, self.parameters, self.state)
+
+
+def _choose(model: Llama, x: Tensor, batch: Batch, parameters: SamplingTensors, s: _State) -> None:
+    """From the last layer's output `[R, 1, E]` to the next tokens, and to what the next step needs."""
+    token, logprob = sample(batch.combined(model.head(x)[:, 0]), parameters, s.done, s.seen)
+    if s.seen is not None:
+        s.seen.scatter_(1, token[:, None], True)
+    s.result.copy_(torch.stack((token.double(), logprob.double())))
+    s.done.add_(1)
+    s.running.mul_((s.done < s.limits) & (token[:, None] != s.stop_ids).all(1))
+    s.ids.copy_(token[batch.request_of, None])
+    s.lengths.copy_(s.running[batch.request_of])
+    s.positions.add_(1)
