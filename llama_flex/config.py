@@ -53,13 +53,29 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "quantization_config": (None,),
     "compression_config": (None,),
-    "sliding_window": (None,),
     "layer_types": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
     "rope_interleaved": (False, None),
 }
+
+
+# model_type -> (the architecture of a language model, its keys' defaults where they differ from LlamaConfig's)
+_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": (
+        "MistralForCausalLM",
+        {
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+}
+# The keys that only one of them reads.
+_ONLY_LLAMA, _ONLY_MISTRAL = ("attention_bias", "mlp_bias"), ("sliding_window",)
 
 
 class ConfigError(ValueError):
@@ -85,12 +101,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The numbers that define a LLaMA, under Hugging Face's key names and with its defaults.
+    """The numbers that define a LLaMA or Mistral, under Hugging Face's key names and with LLaMA's defaults.
 
     `num_key_value_heads` and `head_dim` may be None and are then derived as the reference derives them
     (`num_attention_heads`, `hidden_size // num_attention_heads`). `dtype` is the checkpoint's own, as a string.
     """
 
+    model_type: str = "llama"
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -104,12 +121,15 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    sliding_window: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.model_type not in _ARCHITECTURES:
+            raise ConfigError(f"model_type {self.model_type!r} is not supported; known: {', '.join(_ARCHITECTURES)}")
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -133,6 +153,12 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        self.rope_parameters.check(self.head_dim)
+        if self.sliding_window is not None:
+            _require_size("sliding_window", self.sliding_window)
+        for name in self._unread:
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not supported for model_type {self.model_type!r}")
         if not _is_number(self.rms_norm_eps) or not 0 <= self.rms_norm_eps < 1:
             raise ConfigError(f"rms_norm_eps must be a small number, found {self.rms_norm_eps!r}")
         _token_ids("eos_token_id", self.eos_token_id)
@@ -143,6 +169,11 @@ class LlamaConfig:
             raise ConfigError(f"num_hidden_layers={self.num_hidden_layers} is more than {MAX_LAYERS}")
         if not isinstance(self.dtype, str | None):
             raise ConfigError(f"dtype must be a name, found {self.dtype!r}")
+
+    @property
+    def _unread(self) -> tuple[str, ...]:
+        """Keys that the architecture does not read."""
+        return _ONLY_MISTRAL if self.model_type == "llama" else _ONLY_LLAMA
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -166,33 +197,38 @@ class LlamaConfig:
         Raises ConfigError for another architecture and for every known key whose value would change the
         mathematics. Keys that transformers' LlamaForCausalLM does not know either are named in a warning.
         """
-        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-        if raw.get("model_type", "llama") != "llama" or architectures != ["LlamaForCausalLM"]:
+        model_type, architectures = raw.get("model_type", "llama"), raw.get("architectures")
+        architecture, defaults = _ARCHITECTURES.get(str(model_type), ("", {}))
+        if not architecture or (architectures or [architecture]) != [architecture]:
+            supported = " and ".join(name for name, _ in _ARCHITECTURES.values())
             raise ConfigError(
-                f"architecture {architectures} (model_type {raw.get('model_type')!r}) is not supported; "
-                "this package computes LlamaForCausalLM"
+                f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes "
+                f"{supported}"
             )
         for key, neutral in _NEUTRAL_VALUES.items():
             if key in raw and raw[key] not in neutral:
                 raise ConfigError(f"{key}={raw[key]!r} is not supported (only {neutral[0]!r})")
 
-        names = [f.name for f in dataclasses.fields(cls)]
-        fields = {name: raw[name] for name in names if raw.get(name) is not None}
+        ignored = _ONLY_LLAMA if model_type == "mistral" else ()
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in ignored]
+        fields = defaults | {name: raw[name] for name in names if raw.get(name) is not None}
         fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "num_key_value_heads"):
             if key in raw:  # an explicit null means none, not the default
                 fields[key] = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
-        fields["rope_parameters"] = RopeParameters.from_config(raw)
+        context = fields.get("max_position_embeddings", cls.max_position_embeddings)
+        fields["rope_parameters"] = RopeParameters.from_config({**raw, "max_position_embeddings": context})
 
         known = {*names, *_INERT_KEYS, *_NEUTRAL_VALUES, *RopeParameters.CONFIG_KEYS, "torch_dtype"}
         if unknown := sorted(set(raw) - known):
-            warnings.warn(f"config.json has keys LlamaForCausalLM does not use: {', '.join(unknown)}", stacklevel=2)
+            warnings.warn(f"config.json has keys {architecture} does not use: {', '.join(unknown)}", stacklevel=2)
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The object to write as `config.json`; transformers and this package read it back."""
-        out: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        architecture, _ = _ARCHITECTURES[self.model_type]
+        out: dict[str, Any] = {"architectures": [architecture], "hidden_act": "silu"}
+        out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self._unread}
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         return out | {"rope_parameters": self.rope_parameters.to_dict()}

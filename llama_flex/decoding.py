@@ -49,7 +49,7 @@ class Batch:
     ) -> Layers:
         """How each layer attends: as asked, but prompts that are fused are kept apart, and weighted."""
         if any(prompt.generated_segment == masks.GENERATED for prompt in self.rows):
-            fused = masks.fused()
+            fused = masks.fused() & model.default_mask
             mask = [m or fused for m in mask] if isinstance(mask, list | tuple) else mask or fused
         layers = model.attention_layers(mask, score_mod, cache)
         if any(prompt.log_weights for prompt in self.rows):

@@ -105,8 +105,9 @@ class Engine:
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
         stop: strings that end a text. stop_token_ids: default the model's end-of-text ids. Neither appears in the text;
         the tokens do.
-        mask: default causal, or `masks.fused()` if a prompt is fused. score_mod: default none. One for all layers or
-        one each. Compiled steps are shared by masks of the same code, whatever the values of their tensors.
+        mask: default causal, or the model's sliding window; if a prompt is fused, and `masks.fused()`. score_mod:
+        default none. One for all layers or one each. Compiled steps are shared by masks of the same code, whatever the
+        values of their tensors.
         cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt (an ensemble has
         several). It does not hold the last token generated, which was never fed: begin the next prompt with that. The
         repetition penalty sees prompts and generated tokens, not what was in the cache.
@@ -192,7 +193,7 @@ class Engine:
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache for this engine: if it compiles, of one of few sizes, so that graphs are shared."""
         if self.compile:
-            usual = min(MIN_SLOTS // batch_size, self.model.config.max_position_embeddings)
+            usual = min(MIN_SLOTS // batch_size, self.model.context)
             max_length = 1 << (max(usual, max_length, BLOCK) - 1).bit_length()
         return self.model.new_cache(batch_size, max_length)
 
@@ -232,7 +233,7 @@ class Engine:
             raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
         if cache is not None and cache.window is not None:
             return math.inf, len(prompt.ids), "cache"
-        held, context = 0 if cache is None else int(cache.next_position.max()), config.max_position_embeddings
+        held, context = 0 if cache is None else int(cache.next_position.max()), self.model.context
         needed = held + max(max(prompt.positions) + 1, prompt.generated_position or 0)
         rooms = [(context - needed, needed, f"context of {context} tokens")]
         if cache is not None:

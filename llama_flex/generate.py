@@ -340,7 +340,7 @@ class _Session:
                 _refuse(error)
                 messages.pop()
                 continue
-            needed = min(len(prompt) + self.expected, self.engine.model.config.max_position_embeddings)
+            needed = min(len(prompt) + self.expected, self.engine.model.context)
             if cache is None or needed > cache.max_length:
                 cache, held = self.engine.new_cache(1, needed), []
             fresh = prompt[:-1]  # at least one token is computed anew, to have its logits

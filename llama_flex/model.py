@@ -21,10 +21,10 @@ from .cache import Cache, store
 from .config import GenerationConfig, LlamaConfig
 from .linear import RMSNorm, gated, linear
 from .masks import Mask
+from .rope import Rotary, RotaryEmbedding
 from .rules import Tokens, arange, grid
 from .scores import ScoreMod
 
-Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step, as `plainly` does: its name, a function, its arguments
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
 
@@ -97,9 +97,8 @@ def plainly(name: str, function: Callable[..., Any], *args: Any) -> Any:
 
 
 class Llama(nn.Module):
-    """A LLaMA for causal language modelling. Parameters are fused (q, k, v; gate, up) and tied if so configured."""
-
-    inv_freq: Tensor  # [D/2], float32 whatever the parameters are
+    """A LLaMA or Mistral for causal language modelling. Parameters are fused (q, k, v; gate, up) and tied if so
+    configured."""
 
     def __init__(self, config: LlamaConfig, generation_config: GenerationConfig | None = None) -> None:
         super().__init__()
@@ -111,7 +110,7 @@ class Llama(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self._make_inv_freq()
+        self.rotary = RotaryEmbedding(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
     @classmethod
     def from_pretrained(
@@ -162,6 +161,17 @@ class Llama(nn.Module):
         """The token ids that end a text: generation_config.json's, else config.json's."""
         return self.generation_config.eos_token_ids or self.config.eos_token_ids
 
+    @property
+    def context(self) -> int:
+        """How long a sequence may become: `max_position_embeddings`, or where its keys, already cached, would turn."""
+        limit, longest = self.rotary.limit, self.config.max_position_embeddings
+        return longest if limit is None else min(limit, longest)
+
+    @property
+    def _keys_turn(self) -> str:
+        kind = self.config.rope_parameters.rope_type
+        return f"beyond {self.rotary.limit} tokens rope_type {kind!r} rotates all keys anew, those in the cache too"
+
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Slots for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
         return Cache(self.config, batch_size, max_length, dtype=self.dtype, device=self.device)
@@ -174,6 +184,8 @@ class Llama(nn.Module):
         """
         if largest_append < 1:
             raise ValueError(f"largest_append must be at least 1, not {largest_append}")
+        if self.rotary.limit is not None:
+            raise ValueError(f"a rolling cache has no end, but {self._keys_turn}; use new_cache")
         slots = sinks + window - 1 + largest_append
         return Cache(self.config, batch_size, slots, window=window, sinks=sinks, dtype=self.dtype, device=self.device)
 
@@ -183,7 +195,8 @@ class Llama(nn.Module):
         c = self.config
         weights = sum(p.nbytes for p in self.parameters()) - (0 if self.lm_head is None else self.embed.weight.nbytes)
         per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
-        return weights + per_token * sum(contexts)
+        window = c.sliding_window
+        return weights + per_token * sum(n if window is None else min(n, window) for n in contexts)
 
     def forward(
         self,
@@ -203,11 +216,12 @@ class Llama(nn.Module):
         lengths `[B]`: how many tokens of each row are real, the rest being padding on the right (default: all).
         positions `[B, T]`: rotary positions (default: on from the highest that the row holds, or 0). segments `[B, T]`:
         default 0.
-        mask: default causal. score_mod: default none. One for all layers or one each; tensors they capture are moved to
-        the model. logits_to_keep: compute only the last so many logits of each row's real tokens (0: all),
-        `[B, logits_to_keep, V]`.
-        Raises ValueError for shapes that do not fit, for a cache that is full, and for gradients on the CPU, where
-        FlexAttention has none and only backend "dense" does.
+        mask: default causal, or the model's sliding window. score_mod: default none. One for all layers or one each;
+        tensors they capture are moved to the model. logits_to_keep: compute only the last so many logits of each row's
+        real tokens (0: all), `[B, logits_to_keep, V]`.
+        Raises ValueError for shapes that do not fit, for a cache that is full, for sequences in a cache beyond the
+        length at which "dynamic" and "longrope" embeddings change (without a cache they are the reference's), and for
+        gradients on the CPU, where FlexAttention has none and only backend "dense" does.
         """
         if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int32, torch.int64):
             found = f"{list(input_ids.shape)} {input_ids.dtype}"
@@ -241,6 +255,11 @@ class Llama(nn.Module):
         input_ids = input_ids.to(self.device)
         if cache is not None:
             self.check_cache(cache, b)
+            end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
+            if self.rotary.limit is not None and int(end.max()) > self.context:
+                raise ValueError(
+                    f"the cache reaches {int(end.max())} tokens, but {self._keys_turn}; go without a cache"
+                )
         with nullcontext() if cache is None else cache.appending(t):
             x = self.step(input_ids, lengths, positions, segments, cache, layers, backend)
             return self.head(last(x, lengths, logits_to_keep) if logits_to_keep else x)
@@ -278,7 +297,7 @@ class Llama(nn.Module):
         patterns: dict[Hashable, Pattern] = {}
         of_layer = []
         for m, s in zip(each_mask, each_score_mod, strict=True):
-            m = m or masks.causal()
+            m = m or self.default_mask
             key = m.identity(), s and s.identity()
             if key not in patterns:
                 m = m if cache is None or cache.mask is None else m & cache.mask
@@ -288,6 +307,12 @@ class Llama(nn.Module):
                     pattern.score_mod.evaluate(score, q, kv)
             of_layer.append(list(patterns).index(key))
         return Layers(tuple(patterns.values()), tuple(of_layer))
+
+    @property
+    def default_mask(self) -> Mask:
+        """Who attends to whom if nobody says: causal, or the window that the model was trained with."""
+        window = self.config.sliding_window
+        return masks.causal() if window is None else masks.sliding_window(window)
 
     def check_cache(self, cache: Cache, batch_size: int) -> None:
         """Raise ValueError for a cache of another batch size or another model."""
@@ -345,7 +370,7 @@ class Llama(nn.Module):
         slots = None if cache is None else cache.append(tokens)
         kv = tokens if cache is None else cache.tokens
         views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend) for p in patterns]
-        return self.embed(input_ids), rope.cos_sin(tokens.position, self.inv_freq), views, slots
+        return self.embed(input_ids), self.rotary(tokens), views, slots
 
     def head(self, x: Tensor) -> Tensor:
         """Logits `[B, T, V]` of the last layer's output `[B, T, E]`."""
@@ -355,19 +380,6 @@ class Llama(nn.Module):
     def output_weight(self) -> Tensor:
         """The matrix `[V, E]` from the last hidden state to the logits: the embedding itself where tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
-
-    def _make_inv_freq(self) -> None:
-        # Computed on the CPU, where the reference computes it: one unit in the last place of a frequency is a visible
-        # angle at position 100,000.
-        dtype = torch.promote_types(torch.float32, self.dtype)
-        inv_freq = self.config.rope_parameters.inverse_frequencies(self.config.head_dim, dtype=dtype)
-        self.register_buffer("inv_freq", inv_freq.to(self.device), persistent=False)
-
-    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        # model.bfloat16() casts buffers too; frequencies in bfloat16 would be wrong.
-        super()._apply(*args, **kwargs)
-        self._make_inv_freq()
-        return self
 
 
 def last(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:

@@ -10,10 +10,14 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .rules import Tokens
+
+Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
 
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -25,9 +29,17 @@ class RopeParameters:
     rope_type: str = "default"
     rope_theta: float = 10000.0
     factor: float | None = None
+    original_max_position_embeddings: int | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     # The keys of config.json that are read here.
     CONFIG_KEYS: ClassVar[tuple[str, ...]] = (
@@ -41,15 +53,28 @@ class RopeParameters:
     def __post_init__(self) -> None:
         if self.rope_type not in _TYPES:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported; known types: {', '.join(_TYPES)}")
-        required, _ = _TYPES[self.rope_type]
-        for name in ("rope_theta", *required):
+        kind = _TYPES[self.rope_type]
+        for name in ("rope_theta", *kind.required, *kind.optional):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_FLOAT32:
+            if value is None and name in kind.optional:
+                continue
+            if name == "truncate":
+                if not isinstance(value, bool):
+                    raise ValueError(f"truncate must be true or false, found {value!r}")
+            elif name in ("short_factor", "long_factor"):
+                if not isinstance(value, list | tuple) or not all(map(_is_positive, value)):
+                    raise ValueError(f"rope_type {self.rope_type!r} needs a list of positive numbers {name}")
+                object.__setattr__(self, name, tuple(value))
+            elif not _is_positive(value):
                 raise ValueError(f"rope_type {self.rope_type!r} needs a positive number {name}, found {value!r}")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
             raise ValueError(
                 f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
             )
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_type 'yarn' needs a rope_theta above 1, found {self.rope_theta!r}")
+        if self.rope_type == "longrope" and self.original_max_position_embeddings <= 1:  # type: ignore[operator]
+            raise ValueError("rope_type 'longrope' needs an original_max_position_embeddings above 1")
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> RopeParameters:
@@ -71,13 +96,21 @@ class RopeParameters:
         if not isinstance(values["rope_type"], str) or values["rope_type"] not in _TYPES:
             raise ValueError(f"rope_type {values['rope_type']!r} is not supported; known types: {', '.join(_TYPES)}")
 
-        required, _ = _TYPES[values["rope_type"]]
-        if "original_max_position_embeddings" in required:
+        kind, context = _TYPES[values["rope_type"]], raw.get("max_position_embeddings")
+        if "original_max_position_embeddings" in kind.required:
             # A length beside rope_scaling, Phi-3's habit, wins in the reference; max_position_embeddings stands in
             # where there is none.
-            fallback = given.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
-            given["original_max_position_embeddings"] = raw.get("original_max_position_embeddings", fallback)
-        values |= {name: given.pop(name) for name in required if name in given}
+            fallback = given.get("original_max_position_embeddings", context)
+            original = raw.get("original_max_position_embeddings", fallback)
+            given["original_max_position_embeddings"] = original
+            if (
+                kind.factor_is_ratio
+                and given.get("factor") is None
+                and _is_positive(context)
+                and _is_positive(original)
+            ):
+                given["factor"] = context / original
+        values |= {name: given.pop(name) for name in (*kind.required, *kind.optional) if name in given}
         if given:
             unused = ", ".join(sorted(map(str, given)))
             warnings.warn(f"rope_type {values['rope_type']!r} does not use: {unused}", stacklevel=2)
@@ -85,29 +118,110 @@ class RopeParameters:
 
     def to_dict(self) -> dict[str, Any]:
         """The `rope_parameters` object of a `config.json`."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None}
 
-    def inverse_frequencies(self, head_dim: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Angle per position of each pair of dimensions, `[D/2]`, radians."""
-        exponent = torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim
-        _, scale = _TYPES[self.rope_type]
-        return scale(1.0 / self.rope_theta**exponent, self)
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError if the type cannot turn heads of this size."""
+        if self.rope_type == "dynamic" and head_dim <= 2:
+            raise ValueError(f"rope_type 'dynamic' needs a head_dim above 2, found {head_dim}")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if factors is not None and len(factors) != head_dim // 2:
+                raise ValueError(f"{name} has {len(factors)} numbers; a head_dim of {head_dim} needs {head_dim // 2}")
+
+    def limit(self, context: int) -> int | None:
+        """The longest sequence whose frequencies are those of every shorter one; None if length does not matter.
+
+        context: the model's `max_position_embeddings`.
+        """
+        return {"dynamic": context, "longrope": self.original_max_position_embeddings}.get(self.rope_type)
+
+    def inverse_frequencies(
+        self,
+        head_dim: int,
+        *,
+        context: int | None = None,
+        length: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Angle per position of each pair of dimensions, `[D/2]`, radians.
+
+        context: the model's `max_position_embeddings`, which "dynamic" needs. length `[B]`: of sequences beyond the
+        `limit`, for each of which there is a row of the result, `[B, D/2]`.
+        """
+        device = "cpu" if length is None else length.device
+        exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+        return _TYPES[self.rope_type].frequencies(self, exponent, context, length)
+
+    @property
+    def scale(self) -> float:
+        """What cosine and sine are multiplied by, which makes attention sharper: 1, but for "yarn" and "longrope"."""
+        if self.attention_factor is not None:
+            return float(self.attention_factor)
+        if self.rope_type == "yarn":
+            if self.mscale and self.mscale_all_dim:
+                return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+            return _mscale(self.factor, 1.0)
+        if self.rope_type == "longrope":
+            assert self.factor is not None and self.original_max_position_embeddings is not None  # noqa: PT018
+            return math.sqrt(1 + math.log(max(self.factor, 1.0)) / math.log(self.original_max_position_embeddings))
+        return 1.0
 
 
-def _default(inv_freq: Tensor, _: RopeParameters) -> Tensor:
-    return inv_freq
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MAX_FLOAT32
 
 
-def _linear(inv_freq: Tensor, p: RopeParameters) -> Tensor:
+def _default(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    return 1.0 / p.rope_theta**exponent
+
+
+def _linear(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
     """Position interpolation (arXiv:2306.15595)."""
     assert p.factor is not None
-    return inv_freq / p.factor
+    return 1.0 / p.rope_theta**exponent / p.factor
 
 
-def _llama3(inv_freq: Tensor, p: RopeParameters) -> Tensor:
+def _dynamic(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """Dynamic NTK scaling (described in arXiv:2309.00071): a base that grows with sequences beyond the context."""
+    assert p.factor is not None and context is not None  # noqa: PT018
+    longest: Any = context if length is None else length.to(exponent.dtype).clamp(min=context)[:, None]
+    growth = (p.factor * longest / context - (p.factor - 1)) ** (2 * len(exponent) / (2 * len(exponent) - 2))
+    return 1.0 / (p.rope_theta * growth) ** exponent
+
+
+def _yarn(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """YaRN (arXiv:2309.00071): stretch slow pairs by `factor`, keep fast ones, a ramp over the dimensions between."""
+    assert p.factor is not None and p.original_max_position_embeddings is not None  # noqa: PT018
+    pairs, trained = len(exponent), p.original_max_position_embeddings
+
+    def pair(turns: float) -> float:
+        """Which pair turns so often within the trained context."""
+        return pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(p.rope_theta)
+
+    low, high = pair(p.beta_fast or 32), pair(p.beta_slow or 1)
+    if p.truncate in (None, True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    high += 0.001 if low == high else 0  # as the reference avoids dividing by zero
+    slow = ((torch.arange(pairs, dtype=exponent.dtype, device=exponent.device) - low) / (high - low)).clamp(0, 1)
+    fast = 1 - slow
+    wavelength = p.rope_theta**exponent
+    return 1.0 / (p.factor * wavelength) * (1 - fast) + 1.0 / wavelength * fast
+
+
+def _longrope(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """LongRoPE (arXiv:2402.13753): a factor for each pair, one list for the trained context, one for longer texts."""
+    factors = p.short_factor if length is None else p.long_factor
+    return 1.0 / (torch.tensor(factors, dtype=exponent.dtype, device=exponent.device) * p.rope_theta**exponent)
+
+
+def _llama3(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
     """Llama 3.1: stretch wavelengths beyond the trained context by `factor`, keep short ones, a ramp in between."""
     assert p.factor is not None and p.low_freq_factor is not None and p.high_freq_factor is not None  # noqa: PT018
     assert p.original_max_position_embeddings is not None
+    inv_freq = 1.0 / p.rope_theta**exponent
     wavelength = 2 * math.pi / inv_freq
     turns = p.original_max_position_embeddings / wavelength  # turns of the pair within the trained context
     ramp = (turns - p.low_freq_factor) / (p.high_freq_factor - p.low_freq_factor)
@@ -117,16 +231,84 @@ def _llama3(inv_freq: Tensor, p: RopeParameters) -> Tensor:
     return torch.where(slow, inv_freq / p.factor, torch.where(fast, inv_freq, blended))
 
 
-# type -> (the keys it needs besides rope_theta, what it does to the inverse frequencies)
-_TYPES: dict[str, tuple[tuple[str, ...], Callable[[Tensor, RopeParameters], Tensor]]] = {
-    "default": ((), _default),
-    "linear": (("factor",), _linear),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), _llama3),
+def _mscale(factor: float | None, weight: float) -> float:
+    assert factor is not None
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+class _Type(NamedTuple):
+    """The keys that a type needs and may have besides rope_theta, and its frequencies of exponents 2d/D `[D/2]`."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    frequencies: Callable[[RopeParameters, Tensor, int | None, Tensor | None], Tensor]
+
+    @property
+    def factor_is_ratio(self) -> bool:
+        """Whether a missing factor is the ratio of the context to the trained one."""
+        return "attention_factor" in self.optional
+
+
+_TYPES: dict[str, _Type] = {
+    "default": _Type((), (), _default),
+    "linear": _Type(("factor",), (), _linear),
+    "dynamic": _Type(("factor",), (), _dynamic),
+    "yarn": _Type(
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        _yarn,
+    ),
+    "longrope": _Type(
+        ("factor", "original_max_position_embeddings", "short_factor", "long_factor"), ("attention_factor",), _longrope
+    ),
+    "llama3": _Type(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (), _llama3),
 }
 
 
-def cos_sin(position: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle: position `[B, T]` and inv_freq `[D/2]` -> two of `[B, 1, T, D/2]`.
+class RotaryEmbedding(nn.Module):
+    """The rotations of a model's tokens. Its frequencies are float32 or wider whatever the parameters are."""
+
+    inv_freq: Tensor  # [D/2]
+
+    def __init__(self, parameters: RopeParameters, head_dim: int, context: int) -> None:
+        super().__init__()
+        self.of, self.head_dim, self.context = parameters, head_dim, context
+        self.limit = parameters.limit(context)
+        self.register_buffer("inv_freq", torch.empty(head_dim // 2), persistent=False)
+        self._make_inv_freq()
+
+    def forward(self, tokens: Tokens) -> Rotary:
+        """Cosine and sine `[B, 1, T, D/2]` for the positions of tokens `[B, T]`.
+
+        Where the length of a sequence matters it is that of the tokens given.
+        """
+        inv_freq = self.inv_freq
+        if self.limit is not None:
+            length = torch.where(tokens.index < 0, 0, tokens.position + 1).amax(1)
+            longer = self.of.inverse_frequencies(
+                self.head_dim, context=self.context, length=length, dtype=inv_freq.dtype
+            )
+            inv_freq = torch.where(length[:, None] > self.limit, longer, inv_freq)[:, None, None]
+        cos, sin = cos_sin(tokens.position, inv_freq)
+        return cos * self.of.scale, sin * self.of.scale
+
+    def _make_inv_freq(self) -> None:
+        # Computed on the CPU, where the reference computes it: one unit in the last place of a frequency is a visible
+        # angle at position 100,000.
+        dtype = torch.promote_types(torch.float32, self.inv_freq.dtype)
+        inv_freq = self.of.inverse_frequencies(self.head_dim, context=self.context, dtype=dtype)
+        self.inv_freq = inv_freq.to(self.inv_freq.device)
+
+    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        # model.bfloat16() casts buffers too; frequencies in bfloat16 would be wrong.
+        super()._apply(*args, **kwargs)
+        self._make_inv_freq()
+        return self
+
+
+def cos_sin(position: Tensor, inv_freq: Tensor) -> Rotary:
+    """Cosine and sine of every angle: position `[B, T]` and inv_freq `[D/2]` or `[B, 1, 1, D/2]` -> two of
+    `[B, 1, T, D/2]`.
 
     Computed in inv_freq's dtype, float32 in the model whatever its weights are: bfloat16 cannot tell positions beyond
     256 apart.

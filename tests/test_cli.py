@@ -412,7 +412,7 @@ def changed(folder: Path, copy: Path, change: str) -> None:
         (copy / "config.json").write_text('{"vocab_size": ')
     elif change == "another architecture":
         config = json.loads((copy / "config.json").read_text())
-        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        config |= {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}
         (copy / "config.json").write_text(json.dumps(config))
 
 
@@ -425,7 +425,7 @@ def changed(folder: Path, copy: Path, change: str) -> None:
         ("no tokenizer", ["tokenizer.json"]),
         ("no config", ["config.json"]),
         ("damaged config", ["config.json", "JSON"]),
-        ("another architecture", ["MistralForCausalLM", "not supported"]),
+        ("another architecture", ["GemmaForCausalLM", "not supported"]),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_named_with_the_reason(cli, folder, tmp_path, change, fragments):

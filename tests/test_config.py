@@ -21,6 +21,7 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 COMMON = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "use_cache": True}
 # The keys that these checkpoints' config.json really hold.
 REAL = {
@@ -207,7 +208,7 @@ def test_defaults_are_those_of_transformers():
     ours, reference = LlamaConfig(), transformers.LlamaConfig()
     assert_same_mathematics(ours, reference)
     for f in dataclasses.fields(LlamaConfig):
-        if f.name != "rope_parameters":
+        if f.name not in ("rope_parameters", "sliding_window"):  # the second is Mistral's
             assert getattr(ours, f.name) == getattr(reference, f.name), f.name
     assert LlamaConfig.from_dict({}) == ours
 
@@ -369,7 +370,13 @@ def test_unknown_keys_are_named_in_one_warning():
 @pytest.mark.parametrize(
     ("raw", "named"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "llama"}, "['MistralForCausalLM']"),
+        ({"architectures": ["MistralForSequenceClassification"], "model_type": "mistral"}, "SequenceClassification"),
+        ({"architectures": ["LlamaForCausalLM", "LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"model_type": ["llama"]}, "['llama']"),
+        ({"model_type": None}, "None"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
         ({"model_type": "qwen2"}, "qwen2"),
         ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "SequenceClassification"),
@@ -382,9 +389,18 @@ def test_unknown_keys_are_named_in_one_warning():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "magic", "factor": 2.0}}, "'magic'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "'longrope'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.0}}, "factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": "1"}}, "attention_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "rope_theta above 1"),
+        ({"rope_scaling": {"type": "dynamic"}}, "factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim above 2"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor has 1"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0] * 63}}, "long_factor has 63 numbers"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 63 + [0]}}, "short_factor"),
+        ({"rope_scaling": LONGROPE | {"short_factor": 1.0}}, "short_factor"),
+        ({"rope_scaling": LONGROPE, "original_max_position_embeddings": 1}, "original_max_position_embeddings"),
         ({"rope_scaling": {"rope_type": None, "factor": 2.0}}, "rope_type None"),
         ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),

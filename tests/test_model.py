@@ -156,7 +156,7 @@ def mutated(model: Llama, change) -> Llama:
 
 
 def wrong_theta(model):
-    model.inv_freq.copy_(RopeParameters(rope_theta=10100.0).inverse_frequencies(model.config.head_dim))
+    model.rotary.inv_freq.copy_(RopeParameters(rope_theta=10100.0).inverse_frequencies(model.config.head_dim))
 
 
 def permuted_q_rows(model):

@@ -13,7 +13,7 @@ import torch
 from conftest import TINY, compiled_forward, tiny_reference
 from torch._dynamo.utils import counters
 
-from llama_flex import Engine, Llama, Mask, ScoreMod, masks, rope, scores
+from llama_flex import Engine, Llama, Mask, ScoreMod, masks, scores
 from llama_flex.attention import Pattern, View, attend, view_of
 from llama_flex.masks import BlockLists
 from llama_flex.rules import Tokens
@@ -371,7 +371,7 @@ def test_each_layer_has_its_own_pattern(model):
     local, far = masks.sliding_window(5), masks.causal() & ~masks.sliding_window(9) | masks.sink(1)
     cap = scores.softcap(1.0)
     tokens = Tokens(torch.arange(60).int().expand(2, -1), text.positions.int(), text.segments.int())
-    rotary = rope.cos_sin(tokens.position, model.inv_freq)
+    rotary = model.rotary(tokens)
     x = model.embed(text.input_ids)
     for block, pattern in zip(model.blocks(), (Pattern(local), Pattern(far, cap)), strict=True):
         x = block(x, rotary, pattern, view_of(pattern, tokens, tokens, HEADS, "dense"), None, None)

@@ -10,8 +10,8 @@ import transformers
 from conftest import TINY
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from llama_flex import Llama, LlamaConfig, rope
-from llama_flex.rope import RopeParameters
+from llama_flex import Engine, Llama, LlamaConfig, Tokens, rope
+from llama_flex.rope import RopeParameters, RotaryEmbedding
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -21,6 +21,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8192}
 PARAMETERS = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "default, integer base": {"rope_type": "default", "rope_theta": 100000},
@@ -31,39 +32,97 @@ PARAMETERS = {
     "llama3.2": LLAMA3 | {"factor": 32.0},
     "llama3, other ramp": LLAMA3
     | {"low_freq_factor": 1.5, "high_freq_factor": 9.0, "original_max_position_embeddings": 4096},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": YARN,
+    "yarn, deepseek's": YARN | {"factor": 40.0, "mscale": 1.2, "mscale_all_dim": 0.7, "beta_fast": 20, "beta_slow": 2},
+    "yarn, own attention factor": YARN | {"attention_factor": 0.8, "truncate": False},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+    },
 }
+CONTEXT = 131072  # max_position_embeddings
 HEAD_DIMS = [2, 4, 64, 80, 96, 128, 256]
+CASES = [(name, d) for name in PARAMETERS for d in HEAD_DIMS if d > 2 or name != "dynamic"]  # there it is undefined
 # The start, the powers of two around which a narrow dtype loses its grip, and the longest context of Llama 3.
 POSITIONS = [0, 1, 2, 3, 127, 128, 129, 255, 256, 257, 258, 259, 1000, 2047, 8191, 8192, 32768, 65537, 131071, 131072]
 
 
-def reference(parameters: dict, head_dim: int) -> LlamaRotaryEmbedding:
+def parameters_of(name: str, head_dim: int) -> dict:
+    """What PARAMETERS has, and factors for each pair of such heads where the type needs them."""
+    parameters = PARAMETERS[name]
+    if parameters["rope_type"] != "longrope":
+        return parameters
+    pairs = range(head_dim // 2)
+    return parameters | {"short_factor": [1 + 0.01 * p for p in pairs], "long_factor": [1 + 0.7 * p for p in pairs]}
+
+
+def reference(parameters: dict, head_dim: int, context: int = CONTEXT) -> LlamaRotaryEmbedding:
     return LlamaRotaryEmbedding(
         transformers.LlamaConfig(
             hidden_size=2 * head_dim,
             num_attention_heads=2,
             head_dim=head_dim,
             rope_parameters=dict(parameters),
-            max_position_embeddings=131072,
+            max_position_embeddings=context,
         )
     )
 
 
-def frequencies_by_hand(parameters: dict, head_dim: int) -> list[float]:
-    """The definition, in Python's float64 arithmetic."""
+def tokens_at(positions: torch.Tensor) -> Tokens:
+    """Tokens `[B, T]` at positions."""
+    index = torch.arange(positions.shape[1], dtype=torch.int32).repeat(len(positions), 1)
+    return Tokens(index, positions.to(torch.int32), torch.zeros_like(index))
+
+
+def frequencies_by_hand(parameters: dict, head_dim: int, length: int = 1, context: int = CONTEXT) -> list[float]:
+    """The definition, in Python's float64 arithmetic, for a sequence of some length."""
+    kind, theta = parameters["rope_type"], parameters["rope_theta"]
+    if kind == "dynamic" and length > context:
+        stretch = parameters["factor"] * length / context - parameters["factor"] + 1
+        theta *= stretch ** (head_dim / (head_dim - 2))
     out = []
     for pair in range(head_dim // 2):
-        f = math.exp(-2 * pair / head_dim * math.log(parameters["rope_theta"]))
-        if parameters["rope_type"] == "linear":
+        f = math.exp(-2 * pair / head_dim * math.log(theta))
+        if kind == "linear":
             f /= parameters["factor"]
-        if parameters["rope_type"] == "llama3":
+        if kind == "llama3":
             turns = parameters["original_max_position_embeddings"] * f / (2 * math.pi)
             low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
             # 1: turned often within the trained context, kept; 0: turned rarely, stretched; linear in between
             keep = min(1.0, max(0.0, (turns - low) / (high - low)))
             f *= keep + (1 - keep) / parameters["factor"]
+        if kind == "yarn":
+            # As llama3, but linear from the pair that turns beta_fast times to the one that turns beta_slow times.
+            ends = []
+            for beta in (parameters.get("beta_fast", 32), parameters.get("beta_slow", 1)):
+                wavelength = parameters["original_max_position_embeddings"] / beta
+                ends.append(head_dim / 2 * math.log(wavelength / (2 * math.pi)) / math.log(theta))
+            if parameters.get("truncate", True):
+                ends = [math.floor(ends[0]), math.ceil(ends[1])]
+            first, end = max(ends[0], 0), min(ends[1], head_dim - 1)
+            end += 0.001 * (first == end)
+            keep = 1 - min(1.0, max(0.0, (pair - first) / (end - first)))
+            f *= keep + (1 - keep) / parameters["factor"]
+        if kind == "longrope":
+            longer = length > parameters["original_max_position_embeddings"]
+            f /= parameters["long_factor" if longer else "short_factor"][pair]
         out.append(f)
     return out
+
+
+def scale_by_hand(parameters: dict) -> float:
+    """What cosine and sine are multiplied by."""
+    if "attention_factor" in parameters:
+        return parameters["attention_factor"]
+    if parameters["rope_type"] == "yarn":
+        grown = 0.1 * math.log(parameters["factor"])
+        return (parameters.get("mscale", 1) * grown + 1) / (parameters.get("mscale_all_dim", 0) * grown + 1)
+    if parameters["rope_type"] == "longrope":
+        return math.sqrt(1 + math.log(parameters["factor"], parameters["original_max_position_embeddings"]))
+    return 1.0
 
 
 def rotate_by_hand(x: torch.Tensor, positions: list[int], frequencies: list[float]) -> torch.Tensor:
@@ -90,7 +149,7 @@ def random_heads(head_dim: int, dtype: torch.dtype = torch.float32, tokens: int 
 
 def wrong_theta(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     theta = parameters.rope_theta * (1 + 1e-6)
-    return dataclasses.replace(parameters, rope_theta=theta).inverse_frequencies(head_dim, dtype=dtype)
+    return own(dataclasses.replace(parameters, rope_theta=theta), head_dim, dtype)
 
 
 def ignored_scaling(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -98,8 +157,7 @@ def ignored_scaling(parameters: RopeParameters, head_dim: int, dtype: torch.dtyp
 
 
 def inverted_ramp(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    plain = ignored_scaling(parameters, head_dim, dtype)
-    right = parameters.inverse_frequencies(head_dim, dtype=dtype)
+    plain, right = ignored_scaling(parameters, head_dim, dtype), own(parameters, head_dim, dtype)
     between = (right != plain) & (right != plain / parameters.factor)
     return torch.where(between, plain + plain / parameters.factor - right, right)
 
@@ -117,7 +175,7 @@ def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 
 
 def own(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return parameters.inverse_frequencies(head_dim, dtype=dtype)
+    return parameters.inverse_frequencies(head_dim, context=CONTEXT, dtype=dtype)
 
 
 def check_frequencies_have_the_references_bits(make, parameters: dict, head_dim: int) -> None:
@@ -140,7 +198,7 @@ def check_rotation_has_the_references_bits(rotate, parameters: dict, head_dim: i
     q, k = random_heads(head_dim), random_heads(head_dim).flip(0, 1)
     position = torch.tensor([POSITIONS])
     ref_cos, ref_sin = module(q, position)
-    cos, sin = rope.cos_sin(position, module.inv_freq)
+    cos, sin = RotaryEmbedding(RopeParameters(**parameters), head_dim, CONTEXT)(tokens_at(position))
     for ours, theirs in ((cos, ref_cos), (sin, ref_sin)):
         assert ours.shape == (1, 1, len(POSITIONS), head_dim // 2)
         assert torch.equal(torch.cat((ours, ours), -1)[:, 0], theirs)
@@ -151,42 +209,38 @@ def check_rotation_has_the_references_bits(rotate, parameters: dict, head_dim: i
 def check_rotation_turns_complex_numbers(rotate, parameters: dict, head_dim: int) -> None:
     x = random_heads(head_dim, torch.float64)
     by_hand = rotate_by_hand(x, POSITIONS, frequencies_by_hand(parameters, head_dim))
-    inv_freq = RopeParameters(**parameters).inverse_frequencies(head_dim, dtype=torch.float64)
+    inv_freq = own(RopeParameters(**parameters), head_dim, torch.float64)
     ours = rotate(x, *rope.cos_sin(torch.tensor([POSITIONS]), inv_freq))
     # A frequency's relative error of a few ulp becomes an angle's absolute error: 131072 * 4 * 2.2e-16.
     torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("name", "head_dim"), CASES)
 def test_frequencies_have_the_references_bits_in_float32(name, head_dim):
-    check_frequencies_have_the_references_bits(own, PARAMETERS[name], head_dim)
+    check_frequencies_have_the_references_bits(own, parameters_of(name, head_dim), head_dim)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("name", "head_dim"), CASES)
 def test_frequencies_are_the_definition_in_python_arithmetic(name, head_dim):
-    check_frequencies_are_the_definition(own, PARAMETERS[name], head_dim)
+    check_frequencies_are_the_definition(own, parameters_of(name, head_dim), head_dim)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("name", "head_dim"), CASES)
 def test_cos_sin_and_rotation_have_the_references_bits_in_float32(name, head_dim):
-    check_rotation_has_the_references_bits(rope.rotate, PARAMETERS[name], head_dim)
+    check_rotation_has_the_references_bits(rope.rotate, parameters_of(name, head_dim), head_dim)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("head_dim", [2, 16, 64])
+@pytest.mark.parametrize(("name", "head_dim"), [(name, d) for name in PARAMETERS for d in (4, 16, 64)])
 def test_rotation_turns_complex_numbers_in_float64(name, head_dim):
-    check_rotation_turns_complex_numbers(rope.rotate, PARAMETERS[name], head_dim)
+    check_rotation_turns_complex_numbers(rope.rotate, parameters_of(name, head_dim), head_dim)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_rotation_in_float32_strays_no_further_than_rounded_frequencies_allow(name):
     x = random_heads(64, torch.float64)
-    frequencies = frequencies_by_hand(PARAMETERS[name], 64)
+    frequencies = frequencies_by_hand(parameters_of(name, 64), 64)
     by_hand = rotate_by_hand(x, POSITIONS, frequencies)
-    ours = rotated(x.float(), POSITIONS, RopeParameters(**PARAMETERS[name]).inverse_frequencies(64)).double()
+    ours = rotated(x.float(), POSITIONS, own(RopeParameters(**parameters_of(name, 64)), 64)).double()
     angle = torch.tensor(POSITIONS)[:, None] * torch.tensor(frequencies)  # [T, D/2]
     bound = (angle * 8 + 8).repeat(1, 2) * 2.0**-24 * x.abs().max()
     assert ((ours - by_hand).abs() <= bound).all()
@@ -196,11 +250,12 @@ def test_rotation_in_float32_strays_no_further_than_rounded_frequencies_allow(na
 @pytest.mark.parametrize("mutant", [wrong_theta, ignored_scaling, inverted_ramp])
 def test_checks_of_frequencies_catch(mutant, name):
     kind = PARAMETERS[name]["rope_type"]
-    if (mutant is ignored_scaling and kind == "default") or (mutant is inverted_ramp and kind != "llama3"):
+    scaled = kind not in ("default", "dynamic")
+    if (mutant is ignored_scaling and not scaled) or (mutant is inverted_ramp and kind not in ("llama3", "yarn")):
         pytest.skip("no mutation of this type")
     for check in (check_frequencies_have_the_references_bits, check_frequencies_are_the_definition):
         with pytest.raises(AssertionError):
-            check(mutant, PARAMETERS[name], 128)
+            check(mutant, parameters_of(name, 128), 128)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -208,7 +263,67 @@ def test_checks_of_frequencies_catch(mutant, name):
 def test_checks_of_rotation_catch(mutant, name):
     for check in (check_rotation_has_the_references_bits, check_rotation_turns_complex_numbers):
         with pytest.raises(AssertionError):
-            check(mutant, PARAMETERS[name], 16)
+            check(mutant, parameters_of(name, 16), 16)
+
+
+@pytest.mark.parametrize("length", [1, 2047, 2048, 2049, 6000, 40000])
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_a_long_sequence_is_rotated_by_its_own_length(name, length):
+    """Before, at and beyond the context that a model was trained with, in one batch with a short sequence."""
+    parameters = parameters_of(name, 64) | ({"original_max_position_embeddings": 2048} if name == "longrope" else {})
+    rotary = RotaryEmbedding(RopeParameters(**parameters), 64, 2048)
+    positions = torch.arange(length - 1, length + 2).clamp(min=0)
+    tokens = tokens_at(torch.stack((positions, torch.tensor([5, 6, 7]))))
+    tokens.index[:, 1:] = -1  # padding, whose positions count nothing
+    cos, sin = rotary(tokens)
+    for row in range(2):
+        alone = tokens.position[row : row + 1, :1]
+        expected = reference(parameters, 64, 2048)(torch.zeros(1), alone)
+        for ours, theirs in zip((cos, sin), expected, strict=True):
+            assert torch.equal(ours[row, :, :1].repeat(1, 1, 2), theirs)
+    by_hand = torch.tensor(frequencies_by_hand(parameters, 64, length, 2048)) * (length - 1)
+    scaled = torch.stack((by_hand.cos(), by_hand.sin())) * scale_by_hand(parameters)
+    torch.testing.assert_close(torch.stack((cos[0, 0, 0], sin[0, 0, 0])), scaled, rtol=0, atol=length * 4e-7)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_cosine_and_sine_are_scaled_as_defined(name):
+    parameters = parameters_of(name, 64)
+    assert RopeParameters(**parameters).scale == pytest.approx(scale_by_hand(parameters), rel=1e-12)
+    assert RopeParameters(**parameters).scale == reference(parameters, 64).attention_scaling
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_a_cache_ends_where_its_keys_would_have_to_turn(name):
+    """Whoever needs more is told, in each of the ways to get there; without a cache there is no limit."""
+    parameters = parameters_of(name, 32) | ({"original_max_position_embeddings": 64} if name == "longrope" else {})
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 1}
+    context = 64 if name == "dynamic" else 512
+    rope_parameters = RopeParameters(**parameters)
+    model = Llama(
+        LlamaConfig(
+            **sizes,
+            num_attention_heads=4,
+            head_dim=32,
+            max_position_embeddings=context,
+            rope_parameters=rope_parameters,
+        )
+    )
+    model.requires_grad_(False)
+    ids = torch.arange(65)[None] % 64
+    cache = model.new_cache(1, 128)
+    model(ids[:, :63], cache=cache)
+    model(ids[:, 63:64], cache=cache)
+    reason = f"beyond 64 tokens rope_type '{name}' rotates all keys anew"
+    for positions in (None, torch.tensor([[64]])):
+        with pytest.raises(ValueError, match=reason):
+            model(ids[:, 64:], cache=cache, positions=positions)
+    assert model(ids[:, 64:], cache=cache, positions=torch.tensor([[9]])).isfinite().all()
+    with pytest.raises(ValueError, match=f"no end, but {reason}"):
+        model.new_rolling_cache(1, 16)
+    with pytest.raises(ValueError, match="exceed the context of 64 tokens"):
+        Engine(model).generate([[1] * 60], max_new_tokens=5)
+    assert model(ids).isfinite().all()
 
 
 def test_every_supported_type_is_tested_here():
@@ -217,7 +332,7 @@ def test_every_supported_type_is_tested_here():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_scores_depend_on_the_distance_alone(name):
-    inv_freq = RopeParameters(**PARAMETERS[name]).inverse_frequencies(64, dtype=torch.float64)
+    inv_freq = own(RopeParameters(**parameters_of(name, 64)), 64, torch.float64)
     q, k = random_heads(64, torch.float64, 1), random_heads(64, torch.float64, 2)[:, :, 1:]
     scores = [
         (rotated(q, [start + 17], inv_freq) * rotated(k, [start], inv_freq)).sum(-1) for start in (0, 5, 900, 131000)
@@ -300,15 +415,15 @@ def test_casting_the_model_never_rounds_its_frequencies(name):
     cast, dtype = CASTS[name]
     model = cast(tiny_model())
     head_dim = model.config.head_dim
-    assert model.inv_freq.dtype == dtype
-    assert torch.equal(model.inv_freq, RopeParameters(**LLAMA3).inverse_frequencies(head_dim, dtype=dtype))
+    assert model.rotary.inv_freq.dtype == dtype
+    assert torch.equal(model.rotary.inv_freq, RopeParameters(**LLAMA3).inverse_frequencies(head_dim, dtype=dtype))
     by_hand = torch.tensor(frequencies_by_hand(LLAMA3, head_dim), dtype=torch.float64)
     rtol = 1e-14 if dtype == torch.float64 else 1e-6
-    torch.testing.assert_close(model.inv_freq.double(), by_hand, rtol=rtol, atol=0)
+    torch.testing.assert_close(model.rotary.inv_freq.double(), by_hand, rtol=rtol, atol=0)
 
 
 def test_the_frequencies_are_no_part_of_the_weights():
-    assert "inv_freq" in dict(tiny_model().named_buffers())
+    assert "rotary.inv_freq" in dict(tiny_model().named_buffers())
     assert not [name for name in tiny_model().state_dict() if "inv_freq" in name]
 
 

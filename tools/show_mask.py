@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-from llama_flex import Llama, Mask, Prompt, Tokenizer, Tokens, attention, fuse, masks, rope
+from llama_flex import Llama, Mask, Prompt, Tokenizer, Tokens, attention, fuse, masks
 from llama_flex.check import attempt
 from llama_flex.fusion import Positions
 from llama_flex.masks import BLOCK, GENERATED, Sparsity
@@ -80,7 +80,7 @@ def attention_weights(model: Llama, ids: Sequence[int], tokens: Tokens, mask: Ma
     tokens, mask = Tokens(*(x.to(model.device) for x in tokens)), mask.to(model.device)
     pattern = attention.Pattern(mask)
     view = _run(attention.view_of, pattern, tokens, tokens, heads, "dense")
-    rotary = rope.cos_sin(tokens.position, model.inv_freq)
+    rotary = model.rotary(tokens)
     x = model.embed(torch.tensor([list(ids)], device=model.device))  # [1, T, E]
     for block in blocks[:layer]:
         x = block(x, rotary, pattern, view, None, None)
