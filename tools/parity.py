@@ -1,0 +1,486 @@
+"""Compares this package with transformers on the same weights and tokens: `python -m tools.parity MODEL`.
+
+First site by site, from the embeddings to the logits, and in words what the first site that diverges points to. Then
+what must give the same logits: chunks, single tokens, ragged batches, compiled code, far positions; and tokens,
+generated and of texts. A site may differ from transformers' eager attention by FACTOR times its spread there. That is
+the largest difference of that run from the same with sdpa attention, in 16 bits also from the same in float32 (since
+this package rounds less often), and at least FLOOR units in the last place of the largest value (before the first
+attention, eager and sdpa are one). Other comparisons of logits may differ by what those of the last site may.
+
+--inject makes a fault on this package's side, in memory, which must be found.
+Exit code 0 if all agrees, 1 if something diverges, 2 for an argument that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import sentencepiece
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from llama_flex import Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, attention, hub, masks
+from llama_flex.cache import Cache
+from llama_flex.compiling import Graphs
+from llama_flex.linear import RMSNorm, gated, linear
+from tools.bench import CONFIGS, PARAPHRASES, whole_number
+from tools.check_mask import Parser
+
+# On a CPU, right models are the same to the bit in float32 and within 0.41 of the limit in bfloat16; from 33 tokens on,
+# each of the faults exceeds it 2.9 times or more, in both.
+FACTOR, FLOOR = 4, 2
+SKIPPED = "  ...  what follows from it: --all"
+LENGTH, STEPS, FAR = 256, 32, 32768  # tokens to compare, tokens one by one, the first of the far positions
+FAULTS = {
+    "q-rows": "the rows of q_proj's first head interleaved",
+    "theta": "RoPE's theta doubled",
+    "eps": "an eps of 0.01 in all norms",
+    "window": "a sliding window one token wider than the reference's",
+    "gate-up": "gate_proj and up_proj exchanged",
+}
+IN_ONE_LAYER = ("q-rows", "gate-up")
+PROJECTIONS = ("q", "k", "v")
+OUTPUT, AFTER_ATTENTION, ACTIVATIONS = "attention output", "residual after attention", "MLP activations"
+EMBEDDINGS, AFTER_MLP, NORM, LOGITS = "embeddings", "residual after MLP", "final norm", "logits"
+CAUSES = {
+    EMBEDDINGS: "the embedding, or other token ids",
+    AFTER_ATTENTION: "o_proj",
+    ACTIVATIONS: "gate_proj and up_proj (exchanged?), or the norm before them",
+    AFTER_MLP: "down_proj",
+    NORM: "the final norm: its eps or weight",
+    LOGITS: "lm_head, or the embedding tied to it",
+}
+TEXTS = (
+    *PARAPHRASES,
+    "Съешь же ещё этих мягких французских булок, 天地玄黃 いろはにほへと 키스의 نصٌّ حكيمٌ",
+    "Cafe\u0301 nai\u0308ve 👩‍👩‍👧‍👦 🇩🇪 👍🏽 \u200b\u00a0\ufeff\U0010ffff",
+    "two  spaces,   three\t\ttabs\r\nlines\n\n\n   and the end   ",
+    "def f(x: int) -> int:\n    return x ** 2  # I'm WE'LL 1,234.5e-6",
+)
+WITH_SPECIAL_TOKENS = (" leading space", "{bos}begins {eos}and ends{eos}", "a {bos} b{eos}\n{bos}")
+SAID = (("user", "Is it raining?"), ("assistant", "  No.\n"), ("user", "Warum nicht? 🌧"))
+CHAT = [{"role": role, "content": content} for role, content in SAID]
+
+Sites: TypeAlias = dict[tuple[int | None, str], Tensor]  # by layer and name, in the order of computation: [1, T, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """How far apart both sides are at one site; layer: None for what is before or after them.
+
+    relative_error: the root mean square of the difference over that of the reference. first_position, heads: where the
+    limit is exceeded; heads: None if in all.
+    """
+
+    layer: int | None
+    name: str
+    max_error: float
+    relative_error: float
+    spread: float
+    limit: float
+    diverges: bool
+    first_position: int | None
+    heads: list[int] | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that must be the same: the largest difference, and how large it may be."""
+
+    name: str
+    difference: float
+    limit: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is within the limit."""
+        return self.difference <= self.limit
+
+
+class Reference:
+    """transformers' model of a folder, in the ways whose differences are its spread: eager attention, then others."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = model.to(device).eval().requires_grad_(False)
+        wide = [("eager", copy.deepcopy(model).float())] if dtype.itemsize < 4 else []
+        self.ways = [("eager", model), ("sdpa", model), *wide]
+
+    def runs(self, ids: Tensor, **options: Any) -> Iterator[Sites]:
+        """Everything on the way to the logits, once in each way."""
+        return (_record(kind, model, ids, options) for kind, model in self.ways)
+
+
+def _record(kind: str, model: Any, ids: Tensor, options: dict[str, Any]) -> Sites:
+    found: Sites = {}
+    attend = eager_attention_forward if kind == "eager" else AttentionInterface()[kind]
+
+    def recording(module: Any, *heads: Any, **kwargs: Any) -> Any:  # heads: q, k, v, a mask
+        for name, x in zip(PROJECTIONS, heads, strict=False):
+            found[module.layer_idx, name] = x.transpose(1, 2)
+        output, weights = attend(module, *heads, **kwargs)
+        found[module.layer_idx, OUTPUT] = output
+        return output, weights
+
+    def before(module: Any, layer: int | None, name: str) -> Any:
+        return module.register_forward_pre_hook(lambda _, args: found.update({(layer, name): args[0]}))
+
+    def after(module: Any, layer: int | None, name: str) -> Any:
+        return module.register_forward_hook(lambda _, args, output: found.update({(layer, name): output}))
+
+    AttentionInterface.register("recording", recording)
+    AttentionMaskInterface.register("recording", AttentionMaskInterface()[kind])
+    model.set_attn_implementation("recording")
+    with ExitStack() as hooks:
+        hooks.enter_context(after(model.model.embed_tokens, None, EMBEDDINGS))
+        for i, layer in enumerate(model.model.layers):
+            hooks.enter_context(before(layer.post_attention_layernorm, i, AFTER_ATTENTION))
+            hooks.enter_context(before(layer.mlp.down_proj, i, ACTIVATIONS))
+            hooks.enter_context(after(layer, i, AFTER_MLP))
+        hooks.enter_context(after(model.model.norm, None, NORM))
+        found[None, LOGITS] = model(ids, use_cache=False, **options).logits
+    return found
+
+
+def walk(model: Llama, ids: Tensor, mask: Mask | None = None) -> Sites:
+    """Everything on the way to the logits, which are those of `model(ids, mask=mask)` to the bit."""
+    layers = model.attention_layers(mask)
+    x, rotary, views, _ = model.enter(ids, None, None, None, None, layers.patterns, "flex")
+    found: Sites = {(None, EMBEDDINGS): x}
+    for i, (block, p) in enumerate(zip(model.blocks(), layers.of_layer, strict=True)):
+        q, k, v = block.attention.project(x, rotary)
+        out = attention.attend(q, k, v, layers.patterns[p], views[p])
+        for name, heads in zip((*PROJECTIONS, OUTPUT), (q, k, v, out), strict=True):
+            found[i, name] = heads.transpose(1, 2)
+        o, gate_up = block.attention.o, block.mlp.gate_up
+        x = found[i, AFTER_ATTENTION] = linear(found[i, OUTPUT].flatten(2), o.weight, o.bias, residual=x)
+        found[i, ACTIVATIONS] = gated(x, gate_up.weight, gate_up.bias, norm=block.mlp.norm)
+        x = found[i, AFTER_MLP] = block.mlp(x)
+    found[None, NORM], found[None, LOGITS] = model.norm(x), model.head(x)
+    logits = (found[None, LOGITS], model(ids, mask=mask))
+    assert torch.equal(*(x.nan_to_num() for x in logits)), "the walk is not the model's forward"
+    return found
+
+
+def difference(x: Tensor, y: Tensor) -> Tensor:
+    """The absolute difference in float64; what is not finite counts as float32's largest number."""
+    most = torch.finfo(torch.float32).max
+    return (x.double() - y.double()).abs().nan_to_num(nan=most).clamp(max=most)
+
+
+def largest(x: Tensor, y: Tensor) -> float:
+    """The largest absolute difference."""
+    return difference(x, y).max().item()
+
+
+def spread_and_limit(reference: Tensor, others: Iterable[Tensor]) -> tuple[float, float]:
+    """What the reference's ways differ by, and what may differ from the first: nothing if that is not finite."""
+    spread = max(largest(reference, other) for other in others)
+    if not reference.isfinite().all():
+        return spread, 0.0
+    floor = FLOOR * torch.finfo(reference.dtype).eps * reference.abs().max().item()
+    return spread, FACTOR * max(spread, floor)
+
+
+def compare(ours: Sites, reference: Sites, others: Sequence[Sites]) -> list[Site]:
+    """Every site, in the order of computation."""
+    compared = []
+    for key, expected in reference.items():
+        error = difference(ours[key], expected)
+        spread, limit = spread_and_limit(expected, [other[key] for other in others])
+        wrong = (error > limit)[0]
+        at = wrong.flatten(1).any(1).nonzero().flatten().tolist()
+        heads = wrong.any(2).any(0) if wrong.dim() == 3 else torch.ones(1)
+        some = None if heads.all() or not at else heads.nonzero().flatten().tolist()
+        tiny = torch.finfo(torch.float32).tiny
+        relative = (error.square().mean() / expected.double().square().mean().clamp(min=tiny)).sqrt().item()
+        first = at[0] if at else None
+        compared.append(Site(*key, error.max().item(), relative, spread, limit, bool(at), first, some))
+    return compared
+
+
+def verdict(compared: Sequence[Site], checks: Sequence[Check] = ()) -> str:
+    """The first site that diverges and what that points to; where all sites agree, the checks that do not."""
+    first = next((site for site in compared if site.diverges), None)
+    if first is None:
+        failed = ", ".join(check.name for check in checks if not check.agrees)
+        return f"all sites agree, but not: {failed}" if failed else "nothing diverges"
+    at_once = PROJECTIONS if first.name in PROJECTIONS else (first.name,)
+    wrong = [site for site in compared if site.diverges and site.layer == first.layer and site.name in at_once]
+    names, start = [site.name for site in wrong], min(site.first_position or 0 for site in wrong)
+    where = "" if first.layer is None else f"layer {first.layer}, "
+    heads = f"in heads {first.heads}, " if first.heads is not None and names[0] in PROJECTIONS else ""
+    found = f"{where}{' and '.join(names)}: first to diverge, {heads}from position {start} on"
+    return f"{found}. This points to {_cause(names, start)}."
+
+
+def _cause(names: Sequence[str], start: int) -> str:
+    """What a divergence points to where all before is right; start: the first position that has it."""
+    if names[0] in CAUSES:
+        return CAUSES[names[0]]
+    if names[0] == OUTPUT:
+        other = "the scale of the scores" if start else "which heads share keys"
+        return f"the mask, which is wrong from query {start} on, or {other}"
+    if len(names) == 3:
+        return "the norm before attention: its eps or weight"
+    if "v" not in names and start > 0:  # a rotation by 0 changes nothing
+        return "RoPE: its theta or scaling"
+    return f"the rows of {' and '.join(f'{name}_proj' for name in names)} (permuted?)"
+
+
+def inject(model: Llama, fault: str, layer: int) -> None:
+    """Make one of FAULTS in the model, but for the window, which is in the masks."""
+    block = list(model.blocks())[layer]
+    if fault == "q-rows":
+        q = block.attention.qkv.weight[: model.config.head_dim]
+        q.copy_(q.view(2, -1, q.shape[1]).transpose(0, 1).reshape(q.shape))
+    elif fault == "theta":
+        rope = replace(model.config.rope_parameters, rope_theta=2 * model.config.rope_parameters.rope_theta)
+        context = model.config.max_position_embeddings
+        model.rotary.inv_freq.copy_(rope.inverse_frequencies(model.config.head_dim, context=context))
+    elif fault == "eps":
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.eps = 0.01
+    elif fault == "gate-up":
+        weight = block.mlp.gate_up.weight
+        weight.copy_(torch.cat(weight.chunk(2)[::-1]))
+
+
+def windows(count: int, model: Llama) -> tuple[Mask, Tensor]:
+    """Our sliding window, and what transformers adds to scores, `[1, 1, T, T]`, for one that is a token narrower."""
+    width, index = min(8, count // 2), torch.arange(count, device=model.device)
+    distance = index[:, None] - index
+    hidden = ((distance < 0) | (distance >= width))[None, None]
+    added = torch.zeros(hidden.shape, dtype=model.dtype, device=model.device)
+    return masks.sliding_window(width + 1), added.masked_fill(hidden, torch.finfo(model.dtype).min)
+
+
+def logits_checks(model: Llama, reference: Reference, ids: Tensor, limit: float, compile: bool) -> Iterator[Check]:
+    """What must give the same logits, each as soon as it is known."""
+    count, full, graphs, layers = ids.shape[1], model(ids), Graphs(), model.attention_layers()
+    steps, third = min(STEPS, count - 1), -(-count // 3)
+
+    def eager(part: Tensor, cache: Cache) -> Tensor:
+        return model(part, cache=cache)
+
+    def compiled(part: Tensor, cache: Cache) -> Tensor:
+        with cache.appending(part.shape[1]):
+            return model.head(model.step(part, None, None, None, cache, layers, "flex", graphs.of(part.shape)))
+
+    def cached(parts: Sequence[Tensor], forward: Callable[[Tensor, Cache], Tensor]) -> float:
+        cache = model.new_cache(1, count)
+        return largest(torch.cat([forward(part.clone(), cache) for part in parts], 1), full)
+
+    one_by_one = [ids[:, :-steps], *ids[:, -steps:].split(1, 1)]
+    yield Check("prefill in three chunks", cached(ids.split(third, 1), eager), limit)
+    yield Check(f"the last {steps} one by one", cached(one_by_one, eager), limit)
+    if compile:
+        yield Check(f"compiled, the last {steps} one by one", cached(one_by_one, compiled), limit)
+    other = ids.flip(1)
+    ragged = model(torch.cat([ids, other]), lengths=torch.tensor([count, third]))
+    alone = torch.cat([full[0], model(other[:, :third])[0]])
+    yield Check("a ragged batch", largest(torch.cat([ragged[0], ragged[1, :third]]), alone), limit)
+    positions = torch.arange(FAR, FAR + count, device=ids.device)[None]
+    expected, *others = (run[None, LOGITS] for run in reference.runs(ids, position_ids=positions))
+    far = largest(model(ids, positions=positions), expected)
+    yield Check(f"positions from {FAR} on", far, spread_and_limit(expected, others)[1])
+    options = {"max_new_tokens": STEPS, "sampling": Sampling(), "stop_token_ids": ()}
+    new = torch.tensor([Engine(model).generate([ids[0].tolist()], **options)[0].tokens], device=ids.device)
+    expected = next(reference.runs(torch.cat([ids, new[:, :-1]], 1)))[None, LOGITS][:, count - 1 :]
+    # By how much the reference prefers its own token; rounding may move both logits.
+    lost = largest(expected.amax(2), expected.gather(2, new[:, :, None])[:, :, 0])
+    yield Check(f"{STEPS} greedy tokens, logits lost", lost, 2 * limit)
+
+
+def tokenizer_checks(folder: Path, tokenizer: Tokenizer) -> Iterator[Check]:
+    """How many texts have other ids than the reference gives them, and whether a conversation has another text.
+
+    The reference is PreTrainedTokenizerFast for a tokenizer.json. For a tokenizer.model it is sentencepiece, which has
+    no special tokens and no chats: transformers rebuilds a LlamaTokenizer from the vocabulary, and treats spaces and
+    special tokens unlike the file.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        wrong = sum(tokenizer.encode(text, add_special_tokens=False) != pieces.encode(text) for text in TEXTS)
+        yield Check(f"texts with other ids, of {len(TEXTS)}", wrong, 0)
+        return
+    theirs: Any = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    special = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token or ""}
+    texts = [*TEXTS, *(text.format(**special) for text in WITH_SPECIAL_TOKENS)]
+    wrong = sum(tokenizer.encode(text) != theirs.encode(text) for text in texts)
+    yield Check(f"texts with other ids, of {len(texts)}", wrong, 0)
+    if tokenizer.chat_template is not None:
+        expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        yield Check("chats with another text, of 1", int(tokenizer.apply_chat_template(CHAT) != expected), 0)
+
+
+def random_checkpoint(name: str, seed: int, folder: Path) -> None:
+    """Write a shape of `tools.bench`, scaled down, with random weights. Raises ValueError for a name it has not."""
+    if name not in CONFIGS:
+        raise ValueError(f"random:{name} is not known; choose random: and one of {', '.join(CONFIGS)}")
+    shape = LlamaConfig.from_dict(CONFIGS[name] | {"bos_token_id": None, "eos_token_id": None})
+    scale = min(16, shape.hidden_size // 128)
+    sizes = {name: getattr(shape, name) // scale for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {"num_hidden_layers": min(4, shape.num_hidden_layers), "head_dim": min(64, shape.head_dim)}
+    heads = 2 * shape.num_attention_heads // shape.num_key_value_heads
+    model = Llama(replace(shape, **sizes, num_attention_heads=heads, num_key_value_heads=2)).requires_grad_(False)
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        weight.normal_(1.0, 0.2) if weight.dim() == 1 else weight.normal_(std=weight.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+
+
+def token_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: Llama) -> list[int]:
+    """The text's first tokens, without a tokenizer random ones. Raises ValueError for too few or too many."""
+    count = args.length or LENGTH
+    if tokenizer is None and args.text is not None:
+        raise ValueError("the model has no tokenizer for --text; leave that out, and tokens are random")
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(args.seed)
+        ids = torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+    else:
+        text = " ".join(PARAPHRASES) if args.text is None else args.text.read_text(encoding="utf-8")
+        ids = tokenizer.encode(text)[:count]
+    least, context = max(2, args.length or 0), model.context
+    if len(ids) < least:
+        raise ValueError(f"found {len(ids)} tokens, {least} are needed; give a longer --text, or another --length")
+    if len(ids) + STEPS > context:
+        few = context - STEPS
+        raise ValueError(f"{len(ids)} tokens and {STEPS} new ones exceed the context; give --length {few} or less")
+    return ids
+
+
+def check_shapes(ours: LlamaConfig, theirs: LlamaConfig) -> None:
+    """Raises ValueError for models that have no sites in common."""
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *heads):
+        if (a := getattr(ours, name)) != (b := getattr(theirs, name)):
+            raise ValueError(f"{name} is {a} in MODEL and {b} in --against; give models of one shape")
+
+
+def fault_and_layer(given: str, layers: int) -> tuple[str, int]:
+    """What FAULT[:LAYER] says, by default the layer in the middle. Raises ValueError."""
+    fault, colon, layer = given.partition(":")
+    if fault not in FAULTS:
+        raise ValueError(f"--inject {fault} is not known; choose one of {', '.join(FAULTS)}")
+    if colon and fault not in IN_ONE_LAYER:
+        raise ValueError(f"--inject {given}: the fault is in all layers; leave out :{layer}")
+    if colon and not (layer.isdecimal() and int(layer) < layers):
+        raise ValueError(f"--inject {given}: the model has layers 0 to {layers - 1}")
+    return fault, int(layer) if colon else layers // 2
+
+
+def table(compared: Sequence[Site], every: bool) -> str:
+    """One line a layer, of the site that is nearest to its limit or furthest beyond; all sites of the first layer that
+    diverges, but of the layers after it only the last site. every: all sites of all layers."""
+    first = next((site for site in compared if site.diverges), compared[-1])
+    worst = {site.layer: site for site in sorted(compared, key=lambda site: site.max_error / (site.limit or 1))}
+    lines, after = [f"layer  {'site':25}{'max error':>10}{'relative':>10}{'spread':>10}{'limit':>10}"], False
+    for site in compared:
+        after = after or site is first
+        if every or site.layer in (None, first.layer) or (site is worst[site.layer] and not after):
+            numbers = (site.max_error, site.relative_error, site.spread, site.limit)
+            start = f"{'' if site.layer is None else site.layer:>5}  {site.name:25}"
+            lines.append(start + "".join(f"{number:10.1e}" for number in numbers) + "  diverges" * site.diverges)
+        elif after and lines[-1] != SKIPPED:
+            lines.append(SKIPPED)
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m tools.parity", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=f"a folder, a hub name, or random: and one of {', '.join(CONFIGS)}")
+    add("--against", metavar="PATH", help="a folder or hub name for transformers (default: MODEL)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--length", type=whole_number, metavar="N", help=f"tokens, at least 2 (default: {LENGTH}, or all of the text)")
+    add("--seed", type=int, default=0, help="of random weights and tokens (default: 0)")
+    add("--text", type=Path, metavar="FILE", help="whose tokens to take (default: a text of this tool)")
+    faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
+    add("--inject", metavar="FAULT[:LAYER]", help=f"compare the sites with a fault. {faults}")
+    add("--no-compile", action="store_true", help="do not compile, which takes most of the time")
+    add("--all", action="store_true", help="print all sites")
+    add("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace, folder: Path) -> bool:
+    """Compare and print; whether all agrees. folder: for random weights. Raises ValueError for a wrong argument."""
+    files = hub.MODEL_FILES + hub.TOKENIZER_FILES
+    if args.model.startswith("random:"):
+        random_checkpoint(args.model.removeprefix("random:"), args.seed, folder)
+    else:
+        folder = hub.resolve(args.model, files)
+    model = Llama.from_pretrained(folder, device=args.device, dtype=getattr(torch, args.dtype))
+    against = folder if args.against is None else hub.resolve(args.against, files)
+    if against != folder:
+        check_shapes(model.config, LlamaConfig.from_pretrained(against))
+        Llama.from_pretrained(against, device="cpu")  # refuses what transformers would fill with random numbers
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
+    ids = torch.tensor([token_ids(args, tokenizer, model)], device=model.device)
+    mask, options, what = None, {}, ""
+    if args.inject is not None:
+        fault, layer = fault_and_layer(args.inject, model.config.num_hidden_layers)
+        inject(model, fault, layer)
+        what = f", {FAULTS[fault]}" + f" in layer {layer}" * (fault in IN_ONE_LAYER)
+        if fault == "window":
+            mask, options["attention_mask"] = windows(ids.shape[1], model)
+    reference = Reference(against, model.dtype, model.device)
+    expected, *others = reference.runs(ids, **options)
+    compared = compare(walk(model, ids, mask), expected, others)
+    say: Callable[[str], None] = (lambda line: None) if args.json else partial(print, flush=True)
+    say(f"{args.model}{what}, against {args.against or 'the same'} in transformers {transformers.__version__}")
+    say(f"{args.dtype}, {model.device}, {ids.shape[1]} tokens\n\n{table(compared, args.all)}\n")
+    checks: list[Check] = []
+    if args.inject is None:
+        say(f"{'what must be the same':36}{'difference':>10}{'limit':>10}")
+        of_logits = logits_checks(model, reference, ids, compared[-1].limit, not args.no_compile)
+        for check in chain(of_logits, () if tokenizer is None else tokenizer_checks(folder, tokenizer)):
+            checks.append(check)
+            mark = "" if check.agrees else "  diverges"
+            say(f"{check.name:36}{check.difference:10.1e}{check.limit:10.1e}{mark}")
+    found = verdict(compared, checks)
+    say(f"\n{found}" if checks else found)
+    agrees = not any(site.diverges for site in compared) and all(check.agrees for check in checks)
+    if args.json:
+        given = {name: getattr(args, name) for name in ("model", "against", "dtype", "inject")}
+        given |= {"device": str(model.device), "tokens": ids.shape[1], "agrees": agrees, "verdict": found}
+        of_checks = [asdict(check) | {"agrees": check.agrees} for check in checks]
+        print(json.dumps(given | {"sites": [asdict(site) for site in compared], "checks": of_checks}))
+    return agrees
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return int(not run(args, Path(folder)))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
