@@ -272,7 +272,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, parameters: RopeParameters, head_dim: int, context: int) -> None:
         super().__init__()
-        self.of, self.head_dim, self.context = parameters, head_dim, context
+        self.rope, self.head_dim, self.context = parameters, head_dim, context
         self.limit = parameters.limit(context)
         self.register_buffer("inv_freq", torch.empty(head_dim // 2), persistent=False)
         self._make_inv_freq()
@@ -285,18 +285,18 @@ class RotaryEmbedding(nn.Module):
         inv_freq = self.inv_freq
         if self.limit is not None:
             length = torch.where(tokens.index < 0, 0, tokens.position + 1).amax(1)
-            longer = self.of.inverse_frequencies(
+            longer = self.rope.inverse_frequencies(
                 self.head_dim, context=self.context, length=length, dtype=inv_freq.dtype
             )
             inv_freq = torch.where(length[:, None] > self.limit, longer, inv_freq)[:, None, None]
         cos, sin = cos_sin(tokens.position, inv_freq)
-        return cos * self.of.scale, sin * self.of.scale
+        return cos * self.rope.scale, sin * self.rope.scale
 
     def _make_inv_freq(self) -> None:
         # Computed on the CPU, where the reference computes it: one unit in the last place of a frequency is a visible
         # angle at position 100,000.
         dtype = torch.promote_types(torch.float32, self.inv_freq.dtype)
-        inv_freq = self.of.inverse_frequencies(self.head_dim, context=self.context, dtype=dtype)
+        inv_freq = self.rope.inverse_frequencies(self.head_dim, context=self.context, dtype=dtype)
         self.inv_freq = inv_freq.to(self.inv_freq.device)
 
     def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
