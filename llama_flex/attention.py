@@ -127,17 +127,30 @@ def kernel(device: torch.device, queries: int, group: int, mask_heads: int) -> s
     return f"Inductor's Triton flex decoding: one query{padded}"
 
 
-def _kernel_options(q: Tensor, k: Tensor) -> Any:
-    """The sizes of CUDA's kernels. With 16 bits, those found best on an H200, 32/8 heads of 128: decoding at a context
-    of 4,096 takes 15 us instead of 20, and 2,048 queries against themselves 124 instead of 141.
+# Queries and slots of a tile of CUDA's kernels, and for how many tiles ahead they load. The first is the best on an
+# H200 with 16 bits, 32/8 heads of 128: decoding at a context of 4,096 takes 15 us instead of torch's 20, and 2,048
+# queries against themselves 124 instead of 141. In float32 the second is. The others are for what does not fit.
+_TILES = ((64, 64, 3), (32, 64, 3), (32, 32, 3), (32, 32, 2), (16, 16, 1))
 
-    The decoding kernel makes a number of parts of the slots, here one for about 256 and fewer in a batch. Torch makes
-    as many whatever the number of slots, and gives each its share of the list of blocks: in a long cache one part then
-    gets all the blocks of a window, and works through them alone.
+
+def _kernel_options(q: Tensor, k: Tensor) -> Any:
+    """The sizes of CUDA's kernels, and which one it is.
+
+    For 2 to 127 queries torch 2.11 would take its decoding kernel, and cannot compile it or gets wrong results.
+
+    That kernel makes a number of parts of the slots, here one for about 256 and fewer in a batch. Torch makes as many
+    whatever the number of slots, and gives each its share of the list of blocks: in a long cache one part then gets
+    all the blocks of a window, and works through them alone.
     """
-    options = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 3} if k.itemsize == 2 else {}
+    row = (1 << (q.shape[3] - 1).bit_length()) * q.itemsize  # bytes; the kernels pad the head dim
+    device: Any = torch.cuda.get_device_properties(q.device)
+    most = device.shared_memory_per_block_optin
+    tiles = _TILES if q.itemsize == 2 else _TILES[1:]
+    fitting = [tile for tile in tiles if (tile[0] + 2 * tile[1] * tile[2]) * row <= most]
+    rows, slots, stages = (*fitting, _TILES[-1])[0]
+    options = {"BLOCK_N": slots, "num_warps": 4, "num_stages": stages}
     if q.shape[2] > 1:
-        return options | ({"BLOCK_M": 64} if k.itemsize == 2 else {})
+        return options | {"BLOCK_M": rows, "FORCE_USE_FLEX_ATTENTION": True}
     parts = max(k.shape[2] // 256, 16) // len(k)
     return options | {"SPLIT_KV": 1 << max(parts.bit_length() - 1, 0)}
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # torch and the rest of the package are imported once the arg
     from .fusion import Request
 
 _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
-COMPILE_FROM = 32  # new tokens from which `--compile auto` expects compiling to pay for itself
+# New tokens from which `--compile auto` compiles. Starting with the cache of compiled code takes 3 s more, on either
+# device; a token then takes 91 ms less on 2 cores (135M), on an H200 49 (1B) to 106 (8B): 33, 61, 28 tokens.
+COMPILE_FROM = 32
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,8 @@
 """Models the tests share: tiny random ones beside their transformers twins, and the demo weights."""
 
+import json
 import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers  # before anything compiles: it registers pytree nodes, and every graph would recompile once
+from families import SHAPES, tiny
 
 from llama_flex import Llama
 from llama_flex.compiling import Graphs
@@ -92,6 +95,32 @@ def tiny_pair(tmp_path_factory):
         return made[name]
 
     return pair
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory):
+    """A function from a family or shape to (transformers' model, ours), of the same config.json and weights."""
+    made = {}
+
+    def of(name: str) -> tuple[transformers.PreTrainedModel, Llama]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("family")
+            config = json.dumps(SHAPES[name] if name in SHAPES else tiny(name))
+            (folder / "config.json").write_text(config)
+            torch.manual_seed(0)
+            reference = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.from_pretrained(folder), attn_implementation="eager"
+            ).eval()
+            for key, parameter in reference.named_parameters():
+                torch.nn.init.normal_(parameter, mean=float("norm" in key), std=0.15)
+            reference.save_pretrained(folder)
+            (folder / "config.json").write_text(config)  # its own spelling again
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                made[name] = reference, Llama.from_pretrained(folder, device="cpu")
+        return made[name]
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -23,32 +23,6 @@ def token_ids(vocab_size: int, length: int, batch: int = 2) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-@pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    """A function from a family or shape to (transformers' model, ours), of the same config.json and weights."""
-    made = {}
-
-    def of(name: str) -> tuple[transformers.PreTrainedModel, Llama]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("family")
-            config = json.dumps(SHAPES[name] if name in SHAPES else tiny(name))
-            (folder / "config.json").write_text(config)
-            torch.manual_seed(0)
-            reference = transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.from_pretrained(folder), attn_implementation="eager"
-            ).eval()
-            for key, parameter in reference.named_parameters():
-                torch.nn.init.normal_(parameter, mean=float("norm" in key), std=0.15)
-            reference.save_pretrained(folder)
-            (folder / "config.json").write_text(config)  # its own spelling again
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                made[name] = reference, Llama.from_pretrained(folder, device="cpu")
-        return made[name]
-
-    return of
-
-
 @torch.no_grad()
 def logits_of(reference, ids: torch.Tensor, start: int = 0, attention: str = "eager") -> torch.Tensor:
     """The reference's, of tokens at positions from `start` on. It remembers lengths seen before, so with a new rope."""

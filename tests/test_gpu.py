@@ -40,6 +40,49 @@ def test_compiled_chunks_and_steps_equal_the_reference(tiny_pair, name, dtype):
     no_further_from_float64(torch.cat(parts, dim=1), expected, truth)
 
 
+FAMILIES_AND_SHAPES = [
+    "Mistral 7B v0.1",
+    "YaRN Llama 2 7B 64k",
+    "Llama with dynamic NTK",
+    "Llama with LongRoPE",
+    "Yi 34B",
+]
+FAMILIES_AND_SHAPES += ["head_dim 36", "head_dim 80", "head_dim 96", "head_dim 192", "groups of 32", "odd sizes"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES_AND_SHAPES)
+@torch.no_grad()
+def test_families_and_shapes_hold_compiled_in_chunks_and_steps(twins, name, dtype):
+    _, model = twins(name)
+    length = min(260, model.context)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    model = copy.deepcopy(model).to(dtype)
+    truth = copy.deepcopy(model).double()(ids, backend="dense")
+    model = model.cuda()
+    dense = model(ids, backend="dense")
+    forward, cache, parts = compiled_forward(model), model.new_cache(2, length), []
+    half = length // 2 - 2
+    for a, b in ((0, half), (half, 2 * half), *((i, i + 1) for i in range(2 * half, length))):
+        parts.append(forward(ids[:, a:b], cache=cache))
+    no_further_from_float64(torch.cat(parts, dim=1), dense, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+@torch.no_grad()
+def test_compiled_chunks_of_any_size_hold(tiny_pair, name, dtype):
+    _, model = tiny_pair(name)
+    ids = torch.randint(model.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
+    model = copy.deepcopy(model).to(dtype)
+    truth = copy.deepcopy(model).double()(ids, backend="dense")
+    model = model.cuda()
+    dense = model(ids, backend="dense")
+    forward, cache = compiled_forward(model), model.new_cache(2, 300)
+    parts = [forward(part, cache=cache) for part in ids.split([5, 62, 33, 127, 73], dim=1)]
+    no_further_from_float64(torch.cat(parts, dim=1), dense, truth)
+
+
 TABLE = torch.randn(8, 65, generator=torch.Generator().manual_seed(0))
 WIDTHS = torch.tensor([5, 40, 130, 300, 1000, 20, 7, 64])
 
@@ -193,3 +236,17 @@ def test_a_stream_that_runs_ahead_is_the_stream_that_does_not(tiny_pair):
         if tokens.row == 1:
             break  # leaves a step under way
     assert engine.generate(prompts, max_new_tokens=30, stop_token_ids=()) == first
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_device_that_is_not_the_current_one(tiny_pair, compile):
+    _, model = tiny_pair("gqa")
+    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 140)]
+    options = {"max_new_tokens": 20, "stop_token_ids": ()}
+    for device in ("cuda:1", "cuda:0"):
+        engine = Engine(copy.deepcopy(model).to(device), compile=compile)
+        for some in (prompts, prompts[:1]):
+            found, expected = (e.generate(some, **options) for e in (engine, Engine(model)))
+            assert [f.tokens for f in found] == [e.tokens for e in expected]
+        assert device in engine.explain()
