@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from . import files
 from .rope import RopeParameters
 
-# config.json is a few kilobytes; anything much larger is not one.
-MAX_JSON_BYTES = 16 * 2**20
+# config.json is a few kilobytes; anything much larger is not one, and takes 25 times its size when parsed.
+MAX_JSON_BYTES = 4 * 2**20
 MAX_SIZE = 2**31 - 1
-MAX_LAYERS = 10_000  # modules are made before any tensor is seen
+MAX_LAYERS = 1_000  # making the modules of so many takes a second
 
 # Keys that say nothing about what is computed at inference: bookkeeping, training, or the way transformers runs it.
 _INERT_KEYS = frozenset(
@@ -78,21 +80,17 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 _ONLY_LLAMA, _ONLY_MISTRAL = ("attention_bias", "mlp_bias"), ("sliding_window",)
 
 
-class ConfigError(ValueError):
+class ConfigError(files.FolderError):
     """A configuration that is malformed, or describes a model this package would not compute exactly."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ConfigError naming the file if it is absent, too large or not an object."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which is no configuration file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ConfigError:
-        raise
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(files.read(path, MAX_JSON_BYTES).decode("utf-8"))
+    except files.FolderError as error:
+        raise ConfigError(error) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -187,7 +185,7 @@ class LlamaConfig:
         raw = read_json(path)
         try:
             return cls.from_dict(raw)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
@@ -221,7 +219,8 @@ class LlamaConfig:
 
         known = {*names, *_INERT_KEYS, *_NEUTRAL_VALUES, *RopeParameters.CONFIG_KEYS, "torch_dtype"}
         if unknown := sorted(set(raw) - known):
-            warnings.warn(f"config.json has keys {architecture} does not use: {', '.join(unknown)}", stacklevel=2)
+            named = files.one_line(", ".join(unknown))
+            warnings.warn(f"config.json has keys {architecture} does not use: {named}", stacklevel=2)
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,7 +274,7 @@ class GenerationConfig:
     def from_pretrained(cls, folder: str | Path) -> GenerationConfig:
         """Read `folder/generation_config.json`; all defaults if there is none. Warns of settings it cannot honour."""
         path = Path(folder) / "generation_config.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             return cls()
         raw = read_json(path)
         ignored = [key for key, neutral in cls._NEUTRAL.items() if raw.get(key) not in (None, neutral)]
@@ -291,7 +290,7 @@ class GenerationConfig:
                     raise ConfigError(f"{name} must be a number, found {values[name]!r}")
             if "max_new_tokens" in values:
                 _require_size("max_new_tokens", values["max_new_tokens"])
-        except ConfigError as error:
+        except (ConfigError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from None
         return cls(**values)
 

@@ -131,10 +131,11 @@ class Llama(nn.Module):
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be a torch.dtype such as torch.bfloat16, found {dtype!r}")
         folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
-        config = LlamaConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = cls(config, GenerationConfig.from_pretrained(folder))
-        return weights.load(model, folder, device=_device(device), dtype=dtype).eval().requires_grad_(False)
+        config, generation_config = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+        model = weights.load(
+            lambda: cls(config, generation_config), config, folder, device=_device(device), dtype=dtype
+        )
+        return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors under Hugging Face's names; loading them back gives the same bits."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from . import files
 from .rules import Tokens
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
@@ -112,7 +113,7 @@ class RopeParameters:
                 given["factor"] = context / original
         values |= {name: given.pop(name) for name in (*kind.required, *kind.optional) if name in given}
         if given:
-            unused = ", ".join(sorted(map(str, given)))
+            unused = files.one_line(", ".join(sorted(map(str, given))))
             warnings.warn(f"rope_type {values['rope_type']!r} does not use: {unused}", stacklevel=2)
         return cls(**values)
 

@@ -1,8 +1,12 @@
 """Text to token ids and back: `tokenizer.json` or sentencepiece's `tokenizer.model`, and text streamed exactly."""
 
+import base64
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,29 @@ import tokenizers
 
 from . import hub
 from .chat import render_chat
-from .config import read_json
+from .config import MAX_JSON_BYTES, read_json
+from .files import FolderError, read
 from .streaming import Decoding, StreamDecoder
+
+# Bounds of memory and time while reading. The tokenizer.json of Llama 3 has 17 MB and a million items.
+MAX_TOKENIZER_BYTES = 48 * 2**20
+MAX_TOKENIZER_ITEMS = 2**21
+MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions of a tokenizer.json; compiled, they are far larger
+MAX_NORMALIZED_BYTES = 2**21  # of the added tokens of a tokenizer.json, which normalises them when it is read
+MAX_SENTENCEPIECE_BYTES = 8 * 2**20
+MAX_ADDED_CHARACTERS = 2**18  # of the added tokens around a tokenizer.model; one regular expression finds them
+MAX_IDS = 2**22
 
 # NormalizerSpec.add_dummy_prefix = false as protobuf bytes; appended to a model they are merged into it.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _SPACES = re.compile(r"\s*")
+# What code meets that takes JSON for what it should be.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+class TokenizerError(FolderError):
+    """A folder whose tokenizer is absent, damaged, or not of the form that such files have."""
 
 
 class Tokenizer:
@@ -61,23 +81,29 @@ class Tokenizer:
         config = _read_if_there(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # older folders spread this over two more files
             config |= _read_if_there(folder / "special_tokens_map.json")
+        backend: _JsonBackend | _SentencePieceBackend
         try:
             special_tokens = _special_tokens(config)
             added = _added_tokens(folder, config, special_tokens)
             templates = _chat_templates(folder, config)
-        except (AttributeError, KeyError, TypeError) as error:  # JSON, but not of the form these files have
-            raise ValueError(f"{folder}: malformed tokenizer_config.json or its companions ({error!r})") from error
-        backend: _JsonBackend | _SentencePieceBackend
-        if (folder / "tokenizer.json").is_file():
-            if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
-                for key, token in {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}.items():
-                    if key not in config:
-                        special_tokens[key] = token
-            backend = _JsonBackend(folder / "tokenizer.json", config, added, special_tokens)
-        elif (folder / "tokenizer.model").is_file():
-            backend = _SentencePieceBackend(folder / "tokenizer.model", config, added, special_tokens)
-        else:
-            raise ValueError(f"{folder} has neither tokenizer.json nor tokenizer.model; fetch one of them into it")
+            if os.path.lexists(folder / "tokenizer.json"):
+                if str(config.get("tokenizer_class")).startswith("LlamaTokenizer"):
+                    for key, token in {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}.items():
+                        if key not in config:
+                            special_tokens[key] = token
+                backend = _JsonBackend(folder / "tokenizer.json", config, added, special_tokens)
+            elif os.path.lexists(folder / "tokenizer.model"):
+                backend = _SentencePieceBackend(folder / "tokenizer.model", config, added, special_tokens)
+            else:
+                raise TokenizerError(
+                    f"{folder} has neither tokenizer.json nor tokenizer.model; fetch one of them into it"
+                )
+        except FolderError:
+            raise
+        except _MALFORMED as error:  # JSON, but not of the form these files have
+            raise TokenizerError(
+                f"{folder}: malformed tokenizer_config.json or its companions ({_why(error)})"
+            ) from error
         return cls(backend, special_tokens, templates)
 
     def _named(self, key: str) -> tuple[str | None, int | None]:
@@ -171,11 +197,17 @@ class _JsonBackend:
         added: Mapping[int, tokenizers.AddedToken],
         special_tokens: dict[str, str],
     ) -> None:
-        serialized = path.read_bytes()
+        self._path = path
+        serialized = read(path, MAX_TOKENIZER_BYTES)
+        extra = _extra_special_tokens(config)
         try:
+            _check_json(serialized, [*special_tokens.values(), *(t.content for t in (*added.values(), *extra))])
+        except _MALFORMED as error:
+            raise TokenizerError(
+                f"{path} cannot be read as a tokenizer ({_why(error)}); fetch the file again"
+            ) from error
+        with self._native():
             self._tokenizer = tokenizers.Tokenizer.from_buffer(serialized)
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); fetch the file again") from error
         if self._tokenizer.padding is not None:
             special_tokens.setdefault("pad_token", self._tokenizer.padding["pad_token"])
         self._tokenizer.no_padding()
@@ -188,8 +220,9 @@ class _JsonBackend:
         for key, content in special_tokens.items():
             if content not in contents:
                 new.append(_as_added_token(config.get(key, content), special=True))
-        new += [token for token in _extra_special_tokens(config) if token.content not in contents]
-        self._tokenizer.add_tokens(new)
+        new += [token for token in extra if token.content not in contents]
+        with self._native():
+            self._tokenizer.add_tokens(new)
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.special_ids = frozenset(
             id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
@@ -202,12 +235,26 @@ class _JsonBackend:
             or config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
         )
 
+    @contextmanager
+    def _native(self) -> Iterator[None]:
+        """What `tokenizers` raises within, panics included, becomes a TokenizerError that names the file."""
+        try:
+            yield
+        except BaseException as error:  # a panic is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(
+                f"{self._path} cannot be read as a tokenizer ({error}); fetch the file again"
+            ) from error
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with self._native():
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        with self._native():
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         if self._clean_up:
             for spaced in _CLEANUPS:
                 text = text.replace(spaced, spaced.strip(" "))
@@ -256,18 +303,18 @@ class _SentencePieceBackend:
         added: Mapping[int, tokenizers.AddedToken],
         special_tokens: dict[str, str],
     ) -> None:
-        model = path.read_bytes()
+        model = read(path, MAX_SENTENCEPIECE_BYTES)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
             self._unprefixed = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
-        except RuntimeError as error:
-            raise ValueError(_not_sentencepiece(path)) from error
-        size = self._model.get_piece_size() if model else 0
+            size = self._model.get_piece_size() if model else 0
+            self._pieces: list[str | None] = [self._model.id_to_piece(id) for id in range(size)]
+        except (RuntimeError, UnicodeError) as error:
+            raise TokenizerError(_not_sentencepiece(path)) from error
         if size == 0:
-            raise ValueError(_not_sentencepiece(path))
+            raise TokenizerError(_not_sentencepiece(path))
         self._legacy = config.get("legacy") in (True, None)
         self._prefix = config.get("add_prefix_space") in (True, None)
-        self._pieces: list[str | None] = [self._model.id_to_piece(id) for id in range(size)]
 
         ids_of_roles = {"bos_token": self._model.bos_id(), "eos_token": self._model.eos_id()}
         ids_of_roles |= {"unk_token": self._model.unk_id(), "pad_token": self._model.pad_id()}
@@ -285,6 +332,8 @@ class _SentencePieceBackend:
                 self._add(token, self._ids.get(token.content, len(self._pieces)))
         self.vocab_size = len(self._pieces)
         self.special_ids = frozenset(self._ids[token.content] for token in self._added.values() if token.special)
+        if sum(map(len, self._added)) > MAX_ADDED_CHARACTERS:
+            raise TokenizerError(f"{path.parent}: more than {MAX_ADDED_CHARACTERS:,} characters of added tokens")
         longest_first = sorted(self._added, key=len, reverse=True)
         words = {content: rf"(?<!\w){re.escape(content)}(?!\w)" for content in self._added}
         self._pattern = re.compile(
@@ -334,6 +383,10 @@ class _SentencePieceBackend:
         return Decoding(replacements=(("▁", " "),), byte_fallback=True, strip_left=int(self._prefix))
 
 
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _not_sentencepiece(path: Path) -> str:
     return (
         f"{path} is no sentencepiece model: cut short, a git-lfs pointer, or a tiktoken file as Llama 3's; "
@@ -342,7 +395,7 @@ def _not_sentencepiece(path: Path) -> str:
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -375,22 +428,99 @@ def _added_tokens(
 ) -> dict[int, tokenizers.AddedToken]:
     """By id: from tokenizer_config.json, or from added_tokens.json, which older folders have in its place."""
     if "added_tokens_decoder" in config:
-        return {int(id): _as_added_token(t, special=False) for id, t in config["added_tokens_decoder"].items()}
+        return {_id(int(id)): _as_added_token(t, special=False) for id, t in config["added_tokens_decoder"].items()}
     special = {*special_tokens.values(), *(token.content for token in _extra_special_tokens(config))}
     contents = _read_if_there(folder / "added_tokens.json")
-    return {id: _as_added_token(content, special=content in special) for content, id in contents.items()}
+    return {_id(id): _as_added_token(content, special=content in special) for content, id in contents.items()}
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < MAX_IDS:
+        raise ValueError(f"token id {value!r:.40} of an added token")
+    return value
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """By name. Files go before tokenizer_config.json, and that before chat_template.json, which processors write."""
     paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
+    if os.path.lexists(folder / "chat_template.jinja"):
         paths["default"] = folder / "chat_template.jinja"
     if paths:
-        return {name: path.read_text("utf-8") for name, path in paths.items()}
+        return {name: _text(path, folder) for name, path in paths.items()}
     template = config.get("chat_template")
     if template is None:
         template = _read_if_there(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    return template if isinstance(template, dict) else {} if template is None else {"default": template}
+    named = template if isinstance(template, dict) else {} if template is None else {"default": template}
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise TypeError("a chat template, or its name, is no text")
+    return named
+
+
+def _text(path: Path, folder: Path) -> str:
+    try:
+        return read(path, MAX_JSON_BYTES, folder).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def _check_json(serialized: bytes, added: list[str]) -> None:
+    """Refuses what `tokenizers` 0.23 does not survive reading. Raises ValueError, and others of _MALFORMED.
+
+    Merges that make no token of the vocabulary, by a continuing_subword_prefix or otherwise, are copied into a buffer
+    that is too short; and added tokens pass through normalizers, which can double them again and again.
+    """
+    if sum(map(serialized.count, (b",", b"[", b"{"))) + 4 * serialized.count(b":") > MAX_TOKENIZER_ITEMS:
+        raise ValueError("more items than a vocabulary has")
+    file = json.loads(serialized.decode("utf-8"), object_pairs_hook=_unique)
+    model = file["model"]
+    merges = [m for m in model.get("merges") or () if not (isinstance(m, str) and m.startswith("#version"))]
+    joined = ("".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges)
+    if (merges and model.get("continuing_subword_prefix")) or not all(map(model["vocab"].__contains__, joined)):
+        raise ValueError("merges that make no token of the vocabulary")
+    parts = [file.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    if sum(map(len, _patterns(parts))) > MAX_PATTERN_CHARACTERS:
+        raise ValueError("longer regular expressions than a tokenizer has")
+    texts = [*added, *(token["content"] for token in file.get("added_tokens") or ())]
+    if sum(len(text.encode()) for text in texts) * _growth(file.get("normalizer")) > MAX_NORMALIZED_BYTES:
+        raise ValueError("a normalizer that makes added tokens too long")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a key that is there twice")  # the last counts here, but each is read there
+    return unique
+
+
+def _patterns(part: Any) -> Iterator[str]:
+    """Every regular expression in a part of a tokenizer.json."""
+    if isinstance(part, dict):
+        if isinstance(pattern := part.get("Regex"), str):
+            yield pattern
+        part = list(part.values())
+    if isinstance(part, list):
+        for inner in part:
+            yield from _patterns(inner)
+
+
+def _growth(normalizer: Any) -> float:
+    """At most how many times longer a text becomes."""
+    match normalizer:
+        case None:
+            return 1
+        case {"type": "Sequence", "normalizers": steps}:
+            return math.prod(map(_growth, steps))
+        case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+            return max(1, len(new.encode()) / len(old.encode()))
+        case {"type": "Replace", "content": new}:  # a regular expression may match nothing
+            return 1 + len(new.encode())
+        case {"type": "Prepend", "prepend": new}:
+            return 1 + len(new.encode())
+        case {"type": "Precompiled", "precompiled_charsmap": encoded}:
+            charsmap = base64.b64decode(encoded)
+            replacements = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+            return max(map(len, replacements))
+        case _:  # a character becomes at most 18, in NFKD
+            return 18

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import ConfigError, read_json
+from .config import MAX_JSON_BYTES, ConfigError, LlamaConfig, read_json
+from .files import FolderError, regular
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -27,8 +28,29 @@ MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FolderError):
     """A folder whose weights are absent, damaged, or not those its config.json describes."""
+
+
+def shapes_by_name(config: LlamaConfig) -> dict[str, list[int]]:
+    """The shape of every tensor of the checkpoint by its Hugging Face name; nothing is allocated for it."""
+    c = config
+    e, f = c.hidden_size, c.intermediate_size
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = {"model.embed_tokens.weight": [c.vocab_size, e], "model.norm.weight": [e]}
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = [c.vocab_size, e]
+    attention = {"q_proj": [q, e], "k_proj": [kv, e], "v_proj": [kv, e], "o_proj": [e, q]}
+    mlp = {"gate_proj": [f, e], "up_proj": [f, e], "down_proj": [e, f]}
+    for i in range(c.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.{norm}_layernorm.weight": [e] for norm in ("input", "post_attention")}
+        for part, linears, bias in (("self_attn", attention, c.attention_bias), ("mlp", mlp, c.mlp_bias)):
+            for linear, shape in linears.items():
+                shapes[f"{layer}.{part}.{linear}.weight"] = shape
+                if bias:
+                    shapes[f"{layer}.{part}.{linear}.bias"] = shape[:1]
+    return shapes
 
 
 def tensors_by_name(model: Llama) -> dict[str, Tensor]:
@@ -57,21 +79,54 @@ def tensors_by_name(model: Llama) -> dict[str, Tensor]:
     return {name: view.detach() for name, view in views.items()}
 
 
-def load(model: LlamaT, folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> LlamaT:
-    """Fill `model` (made on the meta device) from the safetensors in `folder`; returns it.
+def load(
+    make: Callable[[], LlamaT],
+    config: LlamaConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> LlamaT:
+    """The model that `make` makes for `config`, filled from the safetensors in `folder`.
 
-    Each tensor is copied from its file straight into its place, converted on the way, so peak memory is about one copy
-    of the model. dtype: default config.json's, else the file's. Raises CheckpointError listing by name what is missing,
-    unexpected or misshapen, and for damaged files; warns of weights that are not finite.
+    The headers are compared with `config` first; only then is the model made, on the meta device. Each tensor is copied
+    from its file straight into its place, converted on the way, so peak memory is about one copy of the model.
+    dtype: default config.json's, else the file's. Raises CheckpointError listing by name what is missing, unexpected or
+    misshapen, and for damaged files, FolderError for links out of the folder; warns of weights that are not finite.
     """
-    files = _shards(folder)
-    expected = tensors_by_name(model)
+    shards, stored, tied_copy = _checked(folder, config)
+    dtype = dtype or _config_dtype(config, folder) or stored
+    with torch.device("meta"):
+        model = make()
+    model = model.to(dtype).to_empty(device=device)
+    places = tensors_by_name(model)
+    for path in shards:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                if name in places:
+                    places[name].copy_(file.get_tensor(name))
+    if tied_copy is not None:
+        with _opened(tied_copy) as file:
+            if not torch.equal(file.get_tensor("lm_head.weight").to(model.device, model.dtype), model.embed.weight):
+                raise CheckpointError(
+                    f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "
+                    "set it to false there, or remove lm_head.weight"
+                )
+    _warn_if_not_finite(places)
+    return model
+
+
+def _checked(folder: Path, config: LlamaConfig) -> tuple[list[Path], torch.dtype, Path | None]:
+    """The files of a checkpoint whose headers fit `config`, the dtype of its embedding, and the file with a copy of a
+    tied embedding, if there is one. Raises CheckpointError."""
+    shards = _shards(folder)
+    expected = shapes_by_name(config)
     found: dict[str, Path] = {}
     problems: list[str] = []
     stored: dict[str, torch.dtype] = {}
-    for path in files:
+    for path in shards:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
+            for name in file.keys():  # noqa: SIM118
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # a buffer that old checkpoints saved; it follows from the config
                 if name in found:
@@ -82,40 +137,22 @@ def load(model: LlamaT, folder: Path, *, device: torch.device, dtype: torch.dtyp
                     problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
                 else:
                     stored[name] = _DTYPES[meta.get_dtype()]
-                if name in expected and meta.get_shape() != list(expected[name].shape):
-                    problems.append(
-                        f"shape: {name} is {meta.get_shape()}, config.json says {list(expected[name].shape)}"
-                    )
-    tied_copy = "lm_head.weight" if model.lm_head is None and "lm_head.weight" in found else None
-    problems += [f"missing: {name}" for name in sorted(set(expected) - set(found))]
-    problems += [f"unexpected: {name}" for name in sorted(set(found) - set(expected) - {tied_copy})]
+                if name in expected and meta.get_shape() != expected[name]:
+                    problems.append(f"shape: {name} is {meta.get_shape()}, config.json says {expected[name]}")
+    tied_copy = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    problems += [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise CheckpointError(f"{folder}: the weights do not fit config.json: " + "; ".join(shown))
-
-    model = model.to(dtype or _config_dtype(model) or stored[next(iter(expected))]).to_empty(device=device)
-    expected = tensors_by_name(model)
-    for path in files:
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in expected:
-                    expected[name].copy_(file.get_tensor(name))
-    if tied_copy:
-        with _opened(found[tied_copy]) as file:
-            if not torch.equal(file.get_tensor(tied_copy).to(model.device, model.dtype), model.embed.weight):
-                raise CheckpointError(
-                    f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "
-                    "set it to false there, or remove lm_head.weight"
-                )
-    _warn_if_not_finite(expected)
-    return model
+    return shards, stored[next(iter(expected))], tied_copy
 
 
 def save(model: Llama, folder: Path) -> None:
     """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
 
     Everything is written beside its place and renamed when all of it is there, the index last; then weight files that
-    an earlier save left in another layout are removed. If writing fails, the old files are whole.
+    an earlier save left in another layout are removed. If writing fails (OSError), the old files are whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -138,12 +175,19 @@ def save(model: Llama, folder: Path) -> None:
         documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
 
     partial = {name: folder / f".{name}.partial" for name in (*files, *documents)}
+    for temporary in partial.values():
+        temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
     try:
         for file, shard in files.items():
             # Cloned because parts of a fused parameter share storage, which the format refuses; one shard at a time.
-            save_file({name: t.clone() for name, t in shard.items()}, partial[file], metadata={"format": "pt"})
+            try:
+                save_file({name: t.clone() for name, t in shard.items()}, partial[file], metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{folder / file}: cannot be written ({error}); what was there is whole") from None
         for file, document in documents.items():
             partial[file].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if len(files) > 1:  # killed between two renames, the folder is refused; shards of two models would not be
+            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         for file, temporary in partial.items():
             os.replace(temporary, folder / file)
     finally:
@@ -157,9 +201,9 @@ def save(model: Llama, folder: Path) -> None:
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises CheckpointError if there are none, or the index is wrong."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if os.path.lexists(single):
         return [single]
-    if not index.exists():
+    if not os.path.lexists(index):
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if others:
             raise CheckpointError(
@@ -170,33 +214,38 @@ def _shards(folder: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
-    names = sorted(set(map(str, weight_map.values())))
-    for name in names:
+    for name in weight_map.values():
         # Plain names only. A file may itself be a link, as the hub's cache makes them.
-        if name != os.path.basename(name) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise CheckpointError(f"{index}: points to {name!r}; only safetensors files beside it are read")
-    if absent := [name for name in names if not (folder / name).exists()]:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            found = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise CheckpointError(f"{index}: points to {found}; only safetensors files beside it are read")
+    names = sorted(set(weight_map.values()))
+    if absent := [name for name in names if not os.path.lexists(folder / name)]:
         raise CheckpointError(f"{folder}: missing {', '.join(absent)} (of {len(names)} files in {index.name})")
     return [folder / name for name in names]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    """An open safetensors file; its errors name it. Raises CheckpointError."""
+    """An open safetensors file; its errors name it. Raises CheckpointError, or FolderError from `regular`."""
+    file = regular(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
+        with open(file, "rb") as start:
+            header_bytes = int.from_bytes(start.read(8), "little")
+        if header_bytes > MAX_JSON_BYTES:  # as large as it is, the parsed one would be far larger
+            raise CheckpointError(f"{path}: damaged or not a safetensors file (a header of {header_bytes} bytes)")
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            yield opened
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: too large to be mapped
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def _config_dtype(model: Llama) -> torch.dtype | None:
-    name = model.config.dtype
-    if name is None:
+def _config_dtype(config: LlamaConfig, folder: Path) -> torch.dtype | None:
+    if config.dtype is None:
         return None
-    dtype = {str(d).removeprefix("torch."): d for d in _DTYPES.values()}.get(name)
+    dtype = {str(d).removeprefix("torch."): d for d in _DTYPES.values()}.get(config.dtype)
     if dtype is None:
-        raise ConfigError(f"dtype {name!r} in config.json is not supported")
+        raise ConfigError(f"{folder / 'config.json'}: dtype {config.dtype!r} is not supported; pass another")
     return dtype
 
 

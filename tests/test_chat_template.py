@@ -2,8 +2,13 @@
 
 import datetime
 import json
+import multiprocessing
+import re
+import signal
+import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jinja2
@@ -193,6 +198,11 @@ def test_text_is_the_references(name, conversation, tools, prompt):
         "{{ 'since 20240101: %s, %-9.3f%%' % ('x', 2.5) }}{{ '%(k)s' % {'k': 1} }}{{ '%s' | format('20240101') }}",
         "{{ ('<{}>' | safe).format('<') }}{{ '{:>{}}'.format('x', 5) }}{{ '20240101{}'.format('12345678') }}",
         "{{ '<' | e ~ '<' }}{{ ('<' | e) + '<' }}{{ messages | tojson }}{{ messages | length }}{{ 'abc' | list }}",
+        "{{ 'a' ~ 'b' == 'ab' }}{{ 1 < 2 < 3 }}{{ [1] ~ [2] }}{{ ([1, 2] + [3])[1:] ~ 'x'[:1] }}",
+        "{{ 'b' ~ 'c' in ['bc'] }}{{ {'a' ~ 1: [1 ~ 2]}['a1'][0][1:] }}{{ {'k': messages[0:1]}.k[0].role }}",
+        "{% set a, b = 1, (2, 3)[1:] %}{{ a }}{{ b }}{{ 7 // 2 }}{{ 7 / 2 }}{{ 7 - 2.5 }}{{ 2.345 | round(2) }}",
+        "{{ 'x (y) 20240101 %s' % 1 }}{{ 'a b'.split() }}{{ 'a-b-c'.rsplit('-', 1) }}{{ 'a\\nb'.splitlines() }}",
+        "{{ [1, 2] | sum }}{{ [1, 1, 2] | unique | list }}{{ 'abc' | list | last }}{{ 'x' ~ namespace is defined }}",
         "{{ 'x' if messages is defined and missing is undefined }}{{ messages[0].get('nothing', 'default') }}",
     ],
 )
@@ -222,12 +232,12 @@ def test_dates(monkeypatch):
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "not safely callable|unsafe"),
-        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "underscore"),
-        ("{{ namespace(_x=1) }}", "underscore"),
         ("{% include 'other' %}", "no loader"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ messages | nofilter }}", "nofilter"),
         ("{{ strftime_now(1) }}", "must be str"),
+        ("{{ cycler() }}", "at least one item"),
+        ("{{ raise_exception('a\x1b[31mb') }}", r"a\\x1b\[31mb"),
     ],
 )
 def test_faulty_templates_end_in_one_line(template, reason):
@@ -236,12 +246,40 @@ def test_faulty_templates_end_in_one_line(template, reason):
     assert "\n" not in str(error.value)
 
 
+# Two lists that are equal, and take 2 ** 40 steps to compare, to hash or to print.
+NESTED = "{% set ns = namespace(a=(), b=()) %}{% for i in range(40) %}{% set ns.a = (ns.a, ns.a) %}"
+NESTED += "{% set ns.b = (ns.b, ns.b) %}{% endfor %}"
+ALIKE = "range(0, 50000 * 2305843009213693951, 2305843009213693951)"  # numbers with one hash
 ENDLESS = [
     "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for a in [1] recursive %}{{ loop([1, 1]) if loop.depth < 60 }}{% endfor %}",
     "{% set ns = namespace(n=[]) %}{% for a in range(60) %}{% set ns.n = [ns.n, ns.n] %}{% endfor %}{{ ns.n }}",
+    *(NESTED + end for end in ("{{ ns.a == ns.b }}", "{{ ns.a in [ns.b] }}", "{{ {ns.a: 1} }}", "{{ ns.a | upper }}")),
+    *(NESTED + end for end in ("{{ {1: ns.a}.values() }}", "{{ '{!r}'.format(ns.a) }}", "{{ raise_exception(ns.a) }}")),
+    *(NESTED + end for end in ("{{ [ns.a] | select('eq', ns.b) | list }}", "{{ [ns.b].index(ns.a) }}")),
+    "{% set ns = namespace(a=()) %}{% macro m() %}{% set ns.a = varargs %}{% endmacro %}"
+    "{% for i in range(60) %}{{ m(ns.a, ns.a) }}{% endfor %}{{ {ns.a: 1} }}",
+    "{{ 5 | round(-100000000) }}",
+    "{{ 5 | round(precision=100000000, method='ceil') }}",
+    "{{ ('f' * 20000000) | int(base=16) // 7 }}",
+    "{% set f %}{{ 'f' * 4000 }}{% endset %}{% set x = f | int(base=16) %}{% for i in range(99999) %}"
+    "{% set x = x * x // 7 %}{{ x * x * x * x * x }}{% endfor %}",
+    "{{ ('x' * 10000000) | wordwrap(1) }}",
+    "{{ ('<!---->' * 1000000) | striptags }}",
+    "{{ (('<!---->' * 1000000) | safe).striptags() }}",
+    "{{ ('äöü' * 300000).encode('punycode') }}",
+    "{{ ('a' * 10000000).rfind('ab' ~ 'a' * 3000000) }}",
+    "{{ ('%(a)s' * 1000000) % {'a': 'x'} }}",
+    "{{ ([[1]] * 200000) | sum(start=[]) }}",
+    "{{ (['x'] * 100000) | map(attribute='0' ~ '.0' * 30000) | list }}",
+    f"{{{{ {ALIKE} | unique | list }}}}",
+    f"{{{{ {{}}.fromkeys({ALIKE}) }}}}",
+    f"{{{{ dict({ALIKE} | map('batch', 2)) }}}}",
+    "{% set a = 'x' * 10000000 %}{% if a is lower and a is lower and a is lower %}{% endif %}" * 700,
+    "{{ [" + "[]," * 20000 + "] }}",
+    "{% macro m() %}{% endmacro %}" * 20000,
 ]
 GROWING = [
     "{{ 'x' * 10000000000 }}",
@@ -281,27 +319,115 @@ GROWING = [
     "{% set s = 'x' * 1000000 %}{% for a in range(100000) %}{{ s }}{% endfor %}",
     "{% set s = 'x' * 1000000 %}{{ ([{'a': s}] * 100000) | map(attribute='a') | join }}",
     "{{ lipsum(n=100000) }}",
+    "{% set s = 'x' * 1000000 %}{% set ns = namespace(l=[]) %}{% for i in range(10000) %}"
+    "{% set ns.l = [ns.l, s[1:]] %}{% endfor %}",
+    "{% set ns = namespace(l=[]) %}{% for i in range(90000) %}{% set ns.l = [ns.l, [" + "[]," * 1000 + "]] %}"
+    "{% endfor %}",
+    "{% set ns = namespace(l=[]) %}{% for i in range(90000) %}{% set ns.l = [ns.l, 2 ** 32000 + i] %}{% endfor %}",
+    "{{ ('€' * 2000000) | list }}",
+    "{{ ''.join('€' * 2000000) }}",
+    "{{ ([0] * 10000000) | length }}",
+    "{{ ('a,' * 2000000).split(',') }}",
+    "{{ ('a ' * 2000000).split() }}",
+    "{{ ('é1\n' * 1000000).splitlines() }}",
+    "{{ ('' * 4000000) | tojson }}",
+    "{{ range(100000) | map('default', 'x' * 1000000) | map('center', 1000000) | join }}",
+    "{{ ('a' * 1000000) | replace(new='b' * 2000, old='') }}",
+    "{{ strftime_now('%Y' * 30000000) }}",
+    "{{ ('b%9999999999d').encode() % 1 }}",
+    "{{ '%(a(b))99999999999d' % {'a(b)': 1} }}",
+    "{% autoescape true %}{{ '<' * 1000000 }}{% endautoescape %}",
+    "{{ a }}" * 20000,
 ]
 
 
 @pytest.mark.parametrize("template", [*ENDLESS, *GROWING])
 def test_templates_that_would_not_end_are_stopped(template, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
-    monkeypatch.setattr(chat, "MAX_CHARACTERS", 1 << 25)
+    """Some of them, which do a great deal of work in a single call, are done before they are stopped."""
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1)
     start = time.monotonic()
-    with pytest.raises(ValueError, match="the chat template failed"):
+    tracemalloc.start()
+    try:
+        text = render_chat(template, TURNS)
+    except ValueError as error:
+        text = str(error)
+        assert text.startswith("the chat template failed")
+        assert "ended with" not in text
+    assert len(text) <= chat.MAX_TEXT_BYTES
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+    assert time.monotonic() - start < 6
+    assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))  # the next is as ever
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (ENDLESS[0], "it runs for more than 1 seconds"),
+        (GROWING[0], "it takes more than 128 MiB"),
+        ("{{ ('€' * 3000000) }}", "its text has more than 8 MiB"),
+    ],
+)
+def test_what_was_too_much_is_said(template, reason, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1)
+    with pytest.raises(ValueError, match=f"^the chat template failed: {reason}$"):
         render_chat(template, TURNS)
-    assert time.monotonic() - start < 5
 
 
-def test_growth_is_stopped_before_the_memory_is_taken(monkeypatch):
-    monkeypatch.setattr(chat, "MAX_CHARACTERS", 1 << 22)
-    for template in GROWING:
-        tracemalloc.start()
-        with pytest.raises(ValueError, match="the chat template failed"):
-            render_chat(template, TURNS)
-        assert tracemalloc.get_traced_memory()[1] < 100 << 20, template
-        tracemalloc.stop()
+def test_the_process_that_renders_can_open_nothing(monkeypatch):
+    """Even if a template came out of the sandbox."""
+    assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))
+    process = chat._running[0]._process
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    for name in ("Max open files", "Max file size", "Max core file size"):
+        assert re.search(rf"{name} +0 +0 ", limits), limits
+    assert re.search(r"Max address space +\d+ ", limits), limits
+
+
+def test_the_process_is_kept_and_replaced():
+    assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))
+    (renderer,) = chat._running
+    with pytest.raises(ValueError, match="nothing"):
+        render_chat("{{ nothing.at.all }}", TURNS)
+    assert chat._running == [renderer]
+    renderer.end()
+    assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))
+    assert chat._running != [renderer]
+
+
+@pytest.mark.parametrize("kind", ["filter", "test"])
+def test_all_of_jinja_is_imported_beforehand(kind):
+    """What is imported later, when no file can be opened, would fail."""
+    names = jinja2.filters.FILTERS if kind == "filter" else jinja2.tests.TESTS
+    said = []
+    for name in names:
+        for value in ("'a b'", "1.5", "[1]", "{'a': 1}", "nothing"):
+            try:
+                said.append(render_chat(f"{{{{ {value} {'|' if kind == 'filter' else 'is'} {name} }}}}", TURNS))
+            except ValueError as error:
+                said.append(str(error))
+    assert not [text for text in said if "open files" in text]
+
+
+def test_threads_and_forks_each_get_their_own_text():
+    def length(n: int) -> str:
+        return render_chat("{{ messages | length }}{{ n }}", TURNS, n=n)
+
+    expected = [f"{len(TURNS)}{n}" for n in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(length, range(40))) == expected
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.starmap(render_chat, [("{{ messages | length }}", TURNS)] * 4) == [str(len(TURNS))] * 4
+    assert length(7) == expected[7]
+
+
+def test_ctrl_c_while_rendering():
+    threading.Timer(0.5, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        render_chat(ENDLESS[0], TURNS)
+    assert time.monotonic() - start < 3
+    assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))
 
 
 def test_long_conversations_are_not_stopped():

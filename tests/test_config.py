@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 
 import pytest
@@ -489,7 +490,7 @@ def test_a_number_of_layers_that_could_not_even_be_listed_is_refused():
         ("[" * 200_000, "not readable as JSON"),
         ('{"a":' * 200_000, "not readable as JSON"),
         ('{"vocab_size": ' + "9" * 5000 + "}", ""),
-        (" " * (16 * 2**20 + 1), "larger than 16 MiB"),
+        (" " * (4 * 2**20 + 1), "larger than 4 MiB"),
     ],
     ids=["empty", "cut", "prose", "bom", "list", "null", "string", "deep list", "deep object", "long number", "large"],
 )
@@ -509,6 +510,52 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(ConfigError, match="not readable as JSON"):
         LlamaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key", ["architectures", "hidden_act", "rope_scaling", "dtype", "eos_token_id", "rms_norm_eps"]
+)
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, json.dumps("x" * 10**6), json.dumps("a\nb\x1b[31m"), "1e999"])
+def test_a_value_that_cannot_be_shown_is_shown_in_one_short_line(key, value, tmp_path):
+    write(tmp_path, f'{{"{key}": {value}}}')
+    try:
+        LlamaConfig.from_pretrained(tmp_path)
+    except ConfigError as error:
+        message = str(error)
+        assert str(tmp_path / "config.json") in message
+        assert message.isprintable()
+        assert len(message) < 2100
+
+
+def test_keys_are_shown_in_warnings_of_one_short_line(tmp_path):
+    write(tmp_path, {"a\nb\x1b[31m": 1, "c" * 10**6: 2, "rope_parameters": {"rope_type": "default", "d\ne": 3}})
+    with pytest.warns(UserWarning, match="use") as caught:
+        LlamaConfig.from_pretrained(tmp_path)
+    assert len(caught) == 2
+    for warning in caught:
+        assert str(warning.message).isprintable()
+        assert len(str(warning.message)) < 2100
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, GenerationConfig])
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (os.mkfifo, "not a regular file"),
+        (os.mkdir, "not a regular file"),
+        (lambda path: os.symlink("/dev/zero", path), "links to /dev/zero"),
+        (lambda path: os.symlink("/etc/passwd", path), "links to /etc/passwd"),
+        (lambda path: os.symlink(path.name, path), "cannot be opened"),
+        (lambda path: os.symlink("gone", path), "no such file"),
+    ],
+    ids=["fifo", "directory", "device", "file elsewhere", "loop", "broken link"],
+)
+def test_only_a_regular_file_of_the_folder_is_opened(kind, make, named, tmp_path):
+    path = tmp_path / ("config.json" if kind is LlamaConfig else "generation_config.json")
+    make(path)
+    with pytest.raises(ConfigError, match=named) as caught:
+        kind.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
 
 
 def test_an_absent_file_is_named(tmp_path):

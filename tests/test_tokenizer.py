@@ -1,6 +1,7 @@
 """Ids and text against transformers and sentencepiece, on real tokenizers and on small ones trained here; streaming
 against decoding the whole."""
 
+import base64
 import io
 import json
 import os
@@ -559,6 +560,118 @@ def test_broken_files_are_named(tmp_path, folders, content):
         folder = write_folder(tmp_path / "config", None, tokenizer__json=whole, tokenizer_config__json=raw)
         with pytest.raises(ValueError, match=r"tokenizer_config.json: (not readable as JSON|expected a JSON object)"):
             Tokenizer.from_pretrained(folder)
+
+
+def test_merges_that_make_no_token_are_refused(folders, tmp_path):
+    """`tokenizers` copies their result into a buffer as long as the longest token, and sometimes reads beyond it."""
+    file = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    model = file["model"]
+    for change in (
+        {"continuing_subword_prefix": "a"},
+        {"merges": [*model["merges"], ["Ġ" * 50, "Ġ" * 50]]},
+        {"merges": [*model["merges"], "ab ba"]},
+        {"merges": [*model["merges"], ["#version", "x"]]},
+        {"vocab": dict(list(model["vocab"].items())[:-1])},
+    ):
+        folder = write_folder(tmp_path, None, tokenizer__json=json.dumps(file | {"model": model | change}))
+        with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer .*merges that make no"):
+            Tokenizer.from_pretrained(folder)
+    repeated = json.dumps(file).replace('"model":', '"model": {"merges": [["a", "b"]]}, "model":')
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer .*twice"):
+        Tokenizer.from_pretrained(write_folder(tmp_path, None, tokenizer__json=repeated))
+    model["merges"] = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]  # the older form
+    older = Tokenizer.from_pretrained(write_folder(tmp_path, None, tokenizer__json=json.dumps(file)))
+    assert older.encode("Hello") == Tokenizer.from_pretrained(folders["byte_level"]).encode("Hello")
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "l"}, "content": "ll"}] * 60},
+        {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 60},
+        {"type": "Replace", "pattern": {"Regex": "x?"}, "content": "y" * 10**6},
+        {"type": "Prepend", "prepend": "y" * 10**6},
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(4) + b"y" * 10**6).decode()},
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        {"type": "Replace", "pattern": {"String": ""}, "content": ""},
+    ],
+    ids=lambda normalizer: json.dumps(normalizer)[:40],
+)
+def test_a_normalizer_that_would_swell_added_tokens_is_refused(normalizer, folders, tmp_path):
+    file = json.loads((folders["byte_level"] / "tokenizer.json").read_text()) | {"normalizer": normalizer}
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer"):
+        Tokenizer.from_pretrained(write_folder(tmp_path, None, tokenizer__json=json.dumps(file)))
+
+
+def test_a_panic_while_encoding_is_an_error_that_names_the_file(folders, tmp_path):
+    file = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    file["post_processor"]["special_tokens"] = {}
+    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, None, tokenizer__json=json.dumps(file)))
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer \(no entry found for key\)"):
+        tokenizer.encode("Hello")
+
+
+@pytest.mark.parametrize("id", [-1, 2**22, 2**31, 10**400, 1.5, None, "x", [1]], ids=repr)
+def test_an_added_token_has_an_id_that_can_be_one(id, tiny_model, tmp_path):
+    for config, added in (({}, {"<tool>": id}), ({"added_tokens_decoder": {str(id): {"content": "<tool>"}}}, {})):
+        folder = write_folder(tmp_path, config, tokenizer__model=tiny_model, added_tokens__json=json.dumps(added))
+        with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+            Tokenizer.from_pretrained(folder)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"extra_special_tokens": [{"content": "<x>", "lstrip": "yes"}]},
+        {"bos_token": "\ud800"},
+        {"pad_token": {"no content": 1}},
+        {"extra_special_tokens": [5]},
+        {"extra_special_tokens": ["\ud800"]},
+        {"added_tokens_decoder": {"5": {"content": 5}}},
+        {"added_tokens_decoder": [1]},
+        {"chat_template": 5},
+        {"chat_template": [{"name": 5, "template": "x"}]},
+        {"chat_template": [{"name": [], "template": "x"}]},
+        {"chat_template": {"default": ["x"]}},
+    ],
+    ids=lambda config: json.dumps(config)[:40],
+)
+def test_a_malformed_configuration_is_named(config, folders, tmp_path):
+    for file in ("tokenizer.json", "tokenizer.model"):
+        shutil.rmtree(tmp_path)
+        source = folders["byte_level" if file == "tokenizer.json" else "tiny_model"] / file
+        folder = write_folder(tmp_path, config, **{file.replace(".", "__"): source.read_bytes()})
+        with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+            Tokenizer.from_pretrained(folder)
+        assert str(caught.value).isprintable()
+
+
+def test_files_of_a_tokenizer_are_regular_ones_of_its_folder(folders, tmp_path):
+    outside = tmp_path / "outside"
+    shutil.copytree(folders["byte_level"], outside)
+    (outside / "x.jinja").write_text("x")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"):
+        folder = Path(shutil.copytree(folders["byte_level"], tmp_path / name))
+        (folder / name).unlink(missing_ok=True)
+        source = outside if name.startswith("additional") else outside / name
+        (folder / name).symlink_to(source if source.exists() else outside / "x.jinja")
+        with pytest.raises(ValueError, match=r"links to .*, out of its folder") as caught:
+            Tokenizer.from_pretrained(folder)
+        assert str(folder / name) in str(caught.value)
+        (folder / name).unlink()
+        if name.endswith(("json", "jinja")):
+            os.mkfifo(folder / name)
+            with pytest.raises(ValueError, match="not a regular file"):
+                Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"\xc3\x28", "x".encode("utf-16")])
+def test_a_chat_template_that_is_no_text_is_named(content, folders, tmp_path):
+    folder = Path(shutil.copytree(folders["byte_level"], tmp_path / "a"))
+    (folder / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(ValueError, match=r"chat_template.jinja: not UTF-8 text"):
+        Tokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["byte_level", "tiny_model"])

@@ -4,7 +4,9 @@ import copy
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -126,6 +128,13 @@ def test_every_tensor_is_loaded_bit_by_bit(name, tiny_pair):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_shapes_are_known_without_a_model(name, tiny_pair):
+    _, model = tiny_pair(name)
+    held = {name: list(view.shape) for name, view in weights.tensors_by_name(model).items()}
+    assert weights.shapes_by_name(model.config) == held
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_fused_parameters_are_the_sources_one_above_the_other(name, tiny_pair):
     reference, model = tiny_pair(name)
     for ours, theirs in zip(model.blocks(), reference.model.layers, strict=True):
@@ -225,8 +234,9 @@ def test_buffers_of_old_checkpoints_are_ignored(folder):
     assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), source)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_links_as_in_the_hubs_cache_are_followed(sharded, folder, tmp_path):
+def test_links_as_in_the_hubs_cache_are_followed(sharded, shared, folder, tmp_path):
     source = load_file(folder / "model.safetensors")
     if sharded:
         shard(folder)
@@ -235,9 +245,19 @@ def test_links_as_in_the_hubs_cache_are_followed(sharded, folder, tmp_path):
     (cache / "blobs").mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, path in enumerate(sorted(folder.iterdir())):
-        path.rename(cache / "blobs" / f"{number:064x}")  # a blob's name has no suffix
-        (snapshot / path.name).symlink_to(Path("../../blobs") / f"{number:064x}")
+        blob = cache / "blobs" / f"{number:064x}"  # a blob's name has no suffix
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+        if shared:  # of huggingface_hub 2: repositories share a blob
+            (tmp_path / "blobs" / "00").mkdir(parents=True, exist_ok=True)
+            blob.rename(tmp_path / "blobs" / "00" / blob.name)
+            blob.symlink_to(Path("../../blobs/00") / blob.name)
     assert_same_tensors(weights.tensors_by_name(load_quietly(snapshot)), source)
+
+
+def test_a_folder_that_is_a_link_is_followed(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert load_quietly(tmp_path / "link").config.vocab_size == 48
 
 
 def test_a_path_may_be_a_string_or_relative(saved, monkeypatch):
@@ -358,13 +378,101 @@ def test_saving_over_the_folder_it_was_loaded_from(folder):
     assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.tensors_by_name(model))
 
 
-def test_saving_replaces_a_link_and_leaves_what_it_pointed_to(folder, tmp_path):
-    blob = tmp_path / "blob"
+def test_saving_replaces_a_link_and_leaves_what_it_pointed_to(folder):
+    blob = folder / "blob"
     (folder / "model.safetensors").rename(blob)
     (folder / "model.safetensors").symlink_to(blob)
     before = blob.read_bytes()
     changed(load_quietly(folder)).save_pretrained(folder)
     assert blob.read_bytes() == before
+
+
+def test_saving_writes_through_no_link(folder, tmp_path):
+    """Left in a folder by somebody else, a link of the name that a save writes first would lead it anywhere."""
+    model = load_quietly(folder)
+    outside = tmp_path / "outside"
+    outside.write_text("whole")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        (folder / f".{name}.partial").symlink_to(outside)
+    model.save_pretrained(folder)
+    assert outside.read_text() == "whole"
+    load_quietly(folder)
+
+
+def in_a_child(work) -> int:
+    """The status with which a forked process ends that does `work`: 0, 1 if it raises, or -9 if it is killed."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:  # noqa: BLE001  (this process ends here, whatever it is)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def sharded(folder, monkeypatch) -> Path:
+    """A checkpoint of several shards, as another save would write them."""
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 15_000)
+    load_quietly(folder).save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("most", [100, 14_000])
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint_whole(most, sharded):
+    model, before = changed(load_quietly(sharded)), contents(sharded)
+
+    def save():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # writing beyond it fails midway
+        with pytest.raises(OSError, match=r"model-0000\d-of-.*cannot be written \(.*\); what was there is whole"):
+            model.save_pretrained(sharded)
+
+    assert in_a_child(save) == 0
+    assert contents(sharded) == before
+
+
+def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_none_that_loads(sharded, monkeypatch):
+    model, before = changed(load_quietly(sharded)), contents(sharded)
+    shards = sorted(name for name in before if name.endswith(".safetensors"))
+    assert len(shards) > 2
+    steps = 0
+
+    def save_and_be_killed():
+        def counted(function):
+            def step(*args, **kwargs):
+                nonlocal steps
+                if not steps:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                steps -= 1
+                return function(*args, **kwargs)
+
+            return step
+
+        for place, name in ((weights, "save_file"), (Path, "write_text"), (os, "replace")):
+            monkeypatch.setattr(place, name, counted(getattr(place, name)))
+        model.save_pretrained(sharded)
+
+    for planned in range(2 * len(before)):  # each file is written, then each is renamed
+        steps = planned
+        assert in_a_child(save_and_be_killed) == -signal.SIGKILL
+        after = {name: content for name, content in contents(sharded).items() if not name.endswith(".partial")}
+        if planned < len(before):  # while it was writing
+            assert after == before
+        else:
+            assert after.keys() == before.keys() - {INDEX}
+            replaced = [name for name in sorted(after) if after[name] != before[name]]
+            assert replaced == shards[: planned - len(before)]  # of both models, the other files are the same
+            refusal(sharded, str(sharded), INDEX)
+        for name, content in before.items():
+            (sharded / name).write_bytes(content)
+    model.save_pretrained(sharded)
+    assert not list(sharded.glob(".*"))  # what the killed ones had begun
+    assert_same_tensors(weights.tensors_by_name(load_quietly(sharded)), weights.tensors_by_name(model))
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(1)], ids=repr)

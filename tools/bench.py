@@ -38,9 +38,8 @@ from torch import Tensor
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, hub, masks
 from llama_flex.compiling import Graphs
-from llama_flex.config import ConfigError
 from llama_flex.explain import read_bandwidth
-from llama_flex.weights import CheckpointError
+from llama_flex.files import FolderError
 
 # What imports transformers, tools._peers, is imported where it is used: starts are measured without it.
 
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.name == "first-token":
             return _first_token(args)
         results = COMMANDS[args.name](args)
-    except (ConfigError, CheckpointError) as error:
+    except FolderError as error:
         parser.error(str(error))
     given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
     print(json.dumps({**given, **_hardware(args.device), **results}))

@@ -1,0 +1,526 @@
+"""Folders that somebody else made: loading one ends in a model or in one line that names it, soon, and touches no more.
+
+The contract and a table of outcomes are in docs/hostile-files.md. The table comes from thousands of cases:
+FUZZ_CASES=3000 python -m pytest tests/test_fuzz.py -s
+"""
+
+import json
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_flex import GenerationConfig, Llama, LlamaConfig, Tokenizer, chat, weights
+from llama_flex.files import FolderError
+
+CASES = int(os.environ.get("FUZZ_CASES", "250"))  # of each kind
+SECONDS = 2.0  # on a machine that does other things too
+MEGABYTES = 220  # above the size of the files
+INDEX = "model.safetensors.index.json"
+TEMPLATE = """\
+{%- set ns = namespace(system='', n=0) %}
+{%- for message in messages if message.role == 'system' %}{% set ns.system = message.content | trim %}{% endfor %}
+{%- for message in messages %}
+{%- if loop.first and ns.system %}{{ bos_token ~ '<<SYS>>' ~ ns.system[:80] ~ '<</SYS>>' }}{% endif %}
+{%- if message.role == 'user' %}{{ '[INST] %s [/INST]' % message['content'].strip() }}
+{%- else %}{{ message.content.split('</think>')[-1] + eos_token }}{% endif %}
+{%- set ns.n = ns.n + 1 %}
+{%- endfor %}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}"""
+MESSAGES = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hi </think> é"}]
+
+# ---- what is watched
+
+_TOUCHES = ("open", "os.", "shutil.", "socket.", "subprocess.", "pickle.", "ctypes.")
+_LOOKS = ("os.listdir", "os.scandir")
+_watched: list[tuple] | None = None
+
+
+def _audit(event: str, args: tuple) -> None:
+    if _watched is not None and event.startswith(_TOUCHES) and event not in _LOOKS:
+        _watched.append((event, args))
+
+
+sys.addaudithook(_audit)
+
+
+def listing(folder: Path) -> dict:
+    stats = {path: path.lstat() for path in folder.rglob("*")}
+    return {path: (stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+class Outcomes:
+    """How the cases of a kind ended: "loaded", or the class of the error; and the slowest."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Counter] = {}
+        self.slowest: dict[str, float] = {}
+
+    def of(self, kind: str, folder: Path, work, named: str | None = None) -> str:
+        """Does `work` with a folder, and checks all of the contract but memory. named: what an error names."""
+        global _watched
+        before, message = listing(folder), None
+        start, _watched = time.perf_counter(), []
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                work(folder)
+                end = "loaded"
+            except FolderError as error:
+                end, message = type(error).__name__, str(error)
+            finally:
+                touched, _watched = _watched, None
+        seconds = time.perf_counter() - start
+        assert seconds < SECONDS, message
+        if message is not None:
+            assert message.isprintable(), message
+            assert (named or str(folder)) in message
+        for warning in warned:
+            assert (
+                issubclass(warning.category, (DeprecationWarning, SyntaxWarning)) or str(warning.message).isprintable()
+            )
+        for event, args in touched:
+            path, mode, *_ = args if event == "open" else (None, None)
+            inside = isinstance(path, str | os.PathLike) and Path(path).resolve().is_relative_to(folder.resolve())
+            assert event == "open", (event, args)
+            assert inside, (event, args)
+            assert mode in ("r", "rb", None), (event, args)
+        assert listing(folder) == before
+        self.counts.setdefault(kind, Counter())[end] += 1
+        self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
+        return end
+
+    def table(self) -> str:
+        lines = ["| mutated | cases | loaded | refused as | slowest |", "|---|---|---|---|---|"]
+        for kind, counts in self.counts.items():
+            refused = ", ".join(f"`{name}` {count:,}" for name, count in counts.most_common() if name != "loaded")
+            slowest = f"{self.slowest[kind]:.2f} s"
+            lines.append(f"| {kind} | {counts.total():,} | {counts['loaded']:,} | {refused or '-'} | {slowest} |")
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    counted = Outcomes()
+    yield counted
+    if "FUZZ_CASES" in os.environ:
+        print(f"\n{counted.table()}")
+
+
+# ---- sound folders
+
+
+def make_sound(root: Path) -> None:
+    """Small folders that load: one file of weights and a tokenizer.json; shards and a tokenizer.model."""
+    from test_tokenizer import byte_level_json, sentencepiece_model  # which imports transformers, slowly
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = Llama(config, GenerationConfig(eos_token_id=(2, 3), temperature=0.5, max_new_tokens=9))
+    tool = {"content": "<tool>", "lstrip": True, "rstrip": False, "normalized": False, "special": True}
+    named = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "extra_special_tokens": ["<x>"]}
+    single, sharded = root / "single", root / "sharded"
+    model.save_pretrained(single)
+    (single / "tokenizer.json").write_text(byte_level_json())
+    settings = named | {"added_tokens_decoder": {"700": tool}, "chat_template": TEMPLATE, "legacy": False}
+    (single / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "MAX_SHARD_BYTES", 20_000)
+        model.save_pretrained(sharded)
+    (sharded / "tokenizer.model").write_bytes(sentencepiece_model())
+    (sharded / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": "<s>"}))
+    (sharded / "special_tokens_map.json").write_text(json.dumps(named))
+    (sharded / "added_tokens.json").write_text(json.dumps({"<tool>": 700, "word": 701}))
+    (sharded / "chat_template.jinja").write_text(TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sound")
+    make_sound(root)
+    for folder in (root / "single", root / "sharded"):
+        load_all(folder)  # also imports what is imported late, whose files are opened then
+    return root
+
+
+def load_config(folder: Path) -> None:
+    LlamaConfig.from_pretrained(folder)
+    GenerationConfig.from_pretrained(folder)
+
+
+def load_model(folder: Path) -> None:
+    Llama.from_pretrained(folder, device="cpu")
+
+
+def load_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.encode("Hello <s> wörld 日 <tool>")
+
+
+def load_all(folder: Path) -> None:
+    load_config(folder)
+    load_model(folder)
+    load_tokenizer(folder)
+    Tokenizer.from_pretrained(folder).apply_chat_template(MESSAGES)
+
+
+# ---- mutations
+
+# Written into JSON as they are: what cannot be made from Python's values, or not quickly.
+RAW = {
+    "@deep@": "[" * 900 + "1" + "]" * 900,
+    "@deeper@": '{"a":' * 50_000 + "1" + "}" * 50_000,
+    "@long@": json.dumps("x" * 300_000),
+    "@digits@": "9" * 5000,
+    "@1e999@": "1e999",
+}
+EXTREMES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    7,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**63,
+    -(2**63),
+    2**64,
+    10**400,
+    1.5,
+    -0.0,
+    1e308,
+]
+EXTREMES += [
+    float("nan"),
+    float("inf"),
+    "",
+    "a",
+    "é\u2028",
+    "\ud800",
+    "a\nb\x1b[31m",
+    "<s>",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [1],
+]
+NAMES = [
+    "",
+    ".",
+    "..",
+    "../x.safetensors",
+    "/etc/passwd",
+    "x\0.safetensors",
+    "a\nb.safetensors",
+    "x" * 300 + ".safetensors",
+]
+NAMES += [
+    "model-00001-of-00003.safetensors",
+    "model-00002-of-00003.safetensors",
+    "config.json",
+    INDEX,
+    "BF16",
+    "F8_E4M3",
+]
+
+values = st.one_of(
+    st.sampled_from([*EXTREMES, *RAW, *NAMES]),
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+        max_leaves=6,
+    ),
+)
+json_changes = st.lists(
+    st.tuples(
+        st.sampled_from(["replace", "replace", "remove", "add", "copy"]),
+        st.lists(st.integers(0, 10_000), min_size=1, max_size=5),
+        values,
+        st.sampled_from(["a", "", "\n", "type", "model_type", "quantization_config", "rope_scaling", "chat_template"]),
+    ),
+    min_size=1,
+    max_size=3,
+)
+places = st.one_of(st.floats(0, 1), st.floats(0, 0.05), st.sampled_from([0.0, 1.0]))
+byte_changes = st.lists(
+    st.tuples(st.sampled_from(["flip", "set", "cut", "remove", "insert", "repeat"]), places, st.binary(min_size=1)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def changed_bytes(content: bytes, changes) -> bytes:
+    for what, place, data in changes:
+        i = min(int(place * len(content)), len(content) - 1)
+        match what:
+            case "flip":
+                content = content[:i] + bytes([content[i] ^ 1 << data[0] % 8]) + content[i + 1 :]
+            case "set":
+                content = content[:i] + data + content[i + len(data) :]
+            case "cut":
+                content = content[:i]
+            case "remove":
+                content = content[:i] + content[i + len(data) * data[0] :]
+            case "insert":
+                content = content[:i] + data * 5 + content[i:]
+            case "repeat":
+                content = content[: i + 16 * data[0]] + content[i:]
+        content = content or b" "
+    return content
+
+
+def changed_json(document, changes) -> str:
+    """The text of a JSON document in which values, found by following `steps` into it, are changed."""
+    document = json.loads(json.dumps(document))
+    for what, steps, value, key in changes:
+        holder, place, inner = None, None, document
+        for step in steps:
+            if not isinstance(inner, dict | list) or not inner:
+                break
+            places = list(inner) if isinstance(inner, dict) else range(len(inner))
+            holder, place = inner, places[step % len(places)]
+            inner = holder[place]
+        if holder is None:
+            document = value
+        elif what == "remove":
+            del holder[place]
+        elif what == "replace":
+            holder[place] = value
+        elif what == "copy":
+            holder[place] = json.loads(json.dumps(document))
+        elif isinstance(holder, dict):
+            holder[key] = value
+        else:
+            holder.insert(place, value)
+    text = json.dumps(document)
+    for name, raw in RAW.items():
+        text = text.replace(f'"{name}"', raw)
+    return text
+
+
+def parts(file: bytes) -> tuple[dict, bytes]:
+    """The header and the data of a safetensors file."""
+    size = struct.unpack("<Q", file[:8])[0]
+    return json.loads(file[8 : 8 + size]), file[8 + size :]
+
+
+def joined(header: str, data: bytes = b"", size: int | None = None) -> bytes:
+    raw = header.encode("utf-8", "surrogatepass")
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw) if size is None else size) + raw + data
+
+
+# ---- mutated files
+
+BYTES = [("config.json", load_config), ("model.safetensors", load_model), ("tokenizer.json", load_tokenizer)]
+BYTES += [("tokenizer_config.json", load_tokenizer), ("generation_config.json", load_config), (INDEX, load_model)]
+BYTES += [("model-00002-of-00003.safetensors", load_model), ("tokenizer.model", load_tokenizer)]
+BYTES += [("special_tokens_map.json", load_tokenizer), ("added_tokens.json", load_tokenizer)]
+BYTES += [("chat_template.jinja", load_tokenizer)]
+JSON = [case for case in BYTES if case[0].endswith(".json")]
+JSON[0] = ("config.json", load_model)
+
+
+def fuzzed(*strategies, cases: int = CASES):
+    """A property over so many cases, the same ones in every run; the time is measured by the test."""
+
+    def decorate(function):
+        return settings(
+            max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        )(given(*strategies)(function))
+
+    return decorate
+
+
+def mutate(sound: Path, outcomes: Outcomes, file: str, load, label: str, strategy, change) -> None:
+    """Load the folder that holds `file` with the file changed by each mutation."""
+    source = sound / "single" if (sound / "single" / file).exists() else sound / "sharded"
+    with tempfile.TemporaryDirectory(dir=sound) as place:
+        folder = Path(shutil.copytree(source, Path(place) / "model"))
+        whole = (folder / file).read_bytes()
+
+        @fuzzed(strategy)
+        def check(mutation):
+            (folder / file).write_bytes(change(whole, mutation))
+            outcomes.of(label, folder, load)
+
+        check()
+
+
+@pytest.mark.parametrize(("file", "load"), BYTES, ids=[file for file, _ in BYTES])
+def test_bytes_of_any_file(file, load, sound, outcomes):
+    mutate(sound, outcomes, file, load, f"bytes of `{file}`", byte_changes, changed_bytes)
+
+
+@pytest.mark.parametrize(("file", "load"), JSON, ids=[file for file, _ in JSON])
+def test_values_of_any_json(file, load, sound, outcomes):
+    def change(whole, mutation):
+        return changed_json(json.loads(whole), mutation).encode()
+
+    mutate(sound, outcomes, file, load, f"values in `{file}`", json_changes, change)
+
+
+sizes = st.one_of(st.none(), st.none(), st.none(), st.sampled_from([0, 1, 8, 100, 2**22, 2**31, 2**63 - 1, 2**64 - 1]))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00003.safetensors"])
+def test_headers_of_safetensors(file, sound, outcomes):
+    def change(whole, mutation):
+        header, data = parts(whole)
+        return joined(changed_json(header, mutation[0]), data, mutation[1])
+
+    strategy = st.tuples(json_changes, sizes)
+    mutate(sound, outcomes, file, load_model, f"header of `{file}`", strategy, change)
+
+
+# Changes to offsets, shapes, dtypes and names, which changes to any JSON seldom hit.
+TENSOR_CHANGES = {
+    "offsets": lambda info, n: info | {"data_offsets": [info["data_offsets"][0] + n, info["data_offsets"][1]]},
+    "ends": lambda info, n: info | {"data_offsets": [info["data_offsets"][0], info["data_offsets"][1] + n]},
+    "both": lambda info, n: info | {"data_offsets": [offset + n for offset in info["data_offsets"]]},
+    "shape": lambda info, n: info | {"shape": [*info["shape"], n]},
+    "size": lambda info, n: info | {"shape": [info["shape"][0] + n, *info["shape"][1:]]},
+    "flat": lambda info, n: info | {"shape": [max(1, n), -1]},
+    "dtype": lambda info, n: (
+        info | {"dtype": ["F64", "F16", "BF16", "I8", "U64", "BOOL", "F4", "C64", "f32", ""][n % 10]}
+    ),
+}
+tensor_changes = st.lists(
+    st.tuples(
+        st.sampled_from([*TENSOR_CHANGES, "rename", "swap", "twice", "remove"]),
+        st.integers(0, 99),
+        st.one_of(st.integers(-200, 200), st.sampled_from([2**31, 2**62, 2**63, 2**64 - 1, -(2**63)])),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00003.safetensors"])
+def test_tensors_of_safetensors(file, sound, outcomes):
+    def change(whole, mutation):
+        header, data = parts(whole)
+        text = None
+        for what, which, n in mutation:
+            names = [name for name in header if name != "__metadata__"]
+            name, other = names[which % len(names)], names[(which + 1) % len(names)]
+            if what == "rename":
+                header[f"{name}\n\x1b" if n % 2 else name.replace("0", "1")] = header.pop(name)
+            elif what == "swap":
+                header[name], header[other] = header[other], header[name]
+            elif what == "twice":
+                text = f'{{"{name}": {json.dumps(header[other])}, {json.dumps(header)[1:]}'
+            elif what == "remove" and len(names) > 2:
+                del header[name]
+            elif what in TENSOR_CHANGES:
+                header[name] = TENSOR_CHANGES[what](header[name], n)
+        return joined(text or json.dumps(header), data)
+
+    mutate(sound, outcomes, file, load_model, f"tensors of `{file}`", tensor_changes, change)
+
+
+# ---- chat templates
+
+NUMBERS = ["0", "1", "-1", "3", "99", "5000", "100000", "10000000000", "-100000000", "2.5", "1e308", "10 ** 400"]
+NUMBERS += ["0x" + "f" * 300, "2305843009213693951"]
+ATOMS = [
+    "'x'",
+    "''",
+    "'a\\nb'",
+    "'%s%d%*d'",
+    "'{:>{}}{!r}'",
+    "'é' * 3000",
+    "messages",
+    "messages[0]",
+    "missing",
+    "none",
+]
+ATOMS += ["[]", "[1]", "()", "{}", "true", "ns", "ns.a", "ns.b", "range(9)", "range(100000)", "loop", "self", "caller"]
+ATOMS += ["dict", "cycler", "joiner()", "namespace(a=1)", "strftime_now", "range", "raise_exception", "varargs"]
+FILTERS = sorted(jinja2.filters.FILTERS)
+TESTS = sorted(jinja2.tests.TESTS)
+METHODS = sorted({name for kind in (str, bytes, list, dict, int, float) for name in dir(kind) if name[0] != "_"})
+METHODS += ["__class__", "__init__", "__globals__", "gi_frame", "mapping", "changed", "cycle", "a", "call", "striptags"]
+FORMS = ["(@ OPERATOR @)", "(@ OPERATOR @)", "(@ | FILTER)", "(@ | FILTER(@))", "(@ | FILTER(@, @))", "(@).METHOD()"]
+FORMS += ["(@ | FILTER(width=@))", "(@ | FILTER(attribute=@))", "(@ | map('FILTER', @) | list)", "(@).METHOD(@)"]
+FORMS += ["(@).METHOD(@, @)", "(@ is TEST(@))", "@[@]", "@[@:@]", "[@, @]", "(@, @)", "{@: @}", "dict(a=@, b=@)"]
+FORMS += ["(@ if @ else @)", "m(@, @)", "[ns.a, ns.a]", "(ns.a * @)", "(ns.a ~ ns.a)"]
+STATEMENTS = ["{{ @ }}", "{% set ns.a = @ %}", "{% for i in range(60) %}{% set ns.a = @ %}{% endfor %}", "{{ ns.a }}"]
+STATEMENTS += ["{% for i in range(9000) %}{% set ns.b = @ %}{% endfor %}", "{% for x in @ %}{{ @ }}{% endfor %}"]
+STATEMENTS += ["{% macro m(x=@) %}{{ @ }}{% endmacro %}", "{% call m() %}{{ @ }}{% endcall %}", "{{ ns.a == @ }}"]
+STATEMENTS += [
+    "{% filter upper %}{{ @ }}{% endfilter %}",
+    "{% set x %}{{ ns.a }}{{ ns.a }}{% endset %}{% set ns.a = x %}",
+]
+STATEMENTS += ["{% if @ %}{{ @ }}{% endif %}", "{% if"]
+OPERATORS = ["+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "not in", "and", "or"]
+CHOICES = {
+    "ATOM": [*NUMBERS, *ATOMS, *ATOMS],
+    "FILTER": FILTERS,
+    "TEST": TESTS,
+    "METHOD": METHODS,
+    "OPERATOR": OPERATORS,
+}
+
+
+@st.composite
+def expressions(draw, depth: int = 3) -> str:
+    """A Jinja expression; @ in a form stands for a smaller one."""
+    form = draw(st.sampled_from(FORMS)) if depth and draw(st.integers(0, 4)) else "ATOM"
+    for name, choices in CHOICES.items():
+        while name in form:
+            form = form.replace(name, draw(st.sampled_from(choices)), 1)
+    while "@" in form:
+        form = form.replace("@", draw(expressions(depth - 1)), 1)
+    return form
+
+
+@st.composite
+def programs(draw) -> str:
+    body = [draw(st.sampled_from(STATEMENTS)) for _ in range(draw(st.integers(1, 5)))]
+    text = "{% set ns = namespace(a='x', b=[1]) %}" + "".join(body)
+    while "@" in text:
+        text = text.replace("@", draw(expressions()), 1)
+    return text
+
+
+def render(template: str):
+    return lambda folder: chat.render_chat(template, MESSAGES, bos_token="<s>", eos_token="</s>")
+
+
+def test_bytes_of_a_chat_template(tmp_path, outcomes, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
+
+    @fuzzed(byte_changes)
+    def check(mutation):
+        template = changed_bytes(TEMPLATE.encode(), mutation).decode("utf-8", "replace")
+        outcomes.of("characters of a chat template", tmp_path, render(template), named="the chat template failed")
+
+    check()
+
+
+def test_programs_as_chat_templates(tmp_path, outcomes, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
+
+    @fuzzed(programs(), cases=2 * CASES)
+    def check(template):
+        outcomes.of("programs as a chat template", tmp_path, render(template), named="the chat template failed")
+
+    check()
