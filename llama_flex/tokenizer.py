@@ -227,6 +227,8 @@ class _JsonBackend:
         self.special_ids = frozenset(
             id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
+        if unknown := [id for id in self.encode("", True) if self._tokenizer.id_to_token(id) is None]:
+            raise TokenizerError(f"{path} puts token id {unknown[0]} around texts, which is not in its vocabulary")
         self.token_to_id = self._tokenizer.token_to_id
         self.id_to_token = self._tokenizer.id_to_token
         # The cleanup is made for WordPiece and spoils BPE text: transformers, too, ignores it there unless told twice.

@@ -1,11 +1,14 @@
 """Folders that somebody else made: loading one ends in a model or in one line that names it, soon, and touches no more.
 
-The contract and a table of outcomes are in docs/hostile-files.md. The table comes from thousands of cases:
+The contract and a table of outcomes are in docs/hostile-files.md. The table comes from
 FUZZ_CASES=3000 python -m pytest tests/test_fuzz.py -s
 """
 
+import copy
+import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -25,8 +28,9 @@ from llama_flex import GenerationConfig, Llama, LlamaConfig, Tokenizer, chat, we
 from llama_flex.files import FolderError
 
 CASES = int(os.environ.get("FUZZ_CASES", "250"))  # of each kind
-SECONDS = 2.0  # on a machine that does other things too
-MEGABYTES = 220  # above the size of the files
+SECONDS = 1.0
+MEGABYTES = 200  # above what was there before
+SHARD = "model-00002-of-00004.safetensors"
 INDEX = "model.safetensors.index.json"
 TEMPLATE = """\
 {%- set ns = namespace(system='', n=0) %}
@@ -59,17 +63,30 @@ def listing(folder: Path) -> dict:
     return {path: (stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
+def resident(name: str) -> int:
+    """Bytes in memory, now ("VmRSS") or at most since `_forget_peak` ("VmHWM")."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) << 10
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 class Outcomes:
-    """How the cases of a kind ended: "loaded", or the class of the error; and the slowest."""
+    """How the cases of a kind ended: "loaded", or the class of the error; and the slowest and largest."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter] = {}
-        self.slowest: dict[str, float] = {}
+        self.seconds: Counter = Counter()
+        self.bytes: Counter = Counter()
 
-    def of(self, kind: str, folder: Path, work, named: str | None = None) -> str:
-        """Does `work` with a folder, and checks all of the contract but memory. named: what an error names."""
+    def of(self, kind: str, folder: Path, work) -> None:
+        """Does `work` with a folder, and checks all of the contract."""
         global _watched
         before, message = listing(folder), None
+        forget_peak()
+        taken = resident("VmRSS")
         start, _watched = time.perf_counter(), []
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
@@ -80,33 +97,38 @@ class Outcomes:
                 end, message = type(error).__name__, str(error)
             finally:
                 touched, _watched = _watched, None
-        seconds = time.perf_counter() - start
+        seconds, peak = time.perf_counter() - start, resident("VmHWM") - taken
         assert seconds < SECONDS, message
+        assert peak < MEGABYTES << 20, message
         if message is not None:
             assert message.isprintable(), message
-            assert (named or str(folder)) in message
+            assert str(folder) in message
         for warning in warned:
-            assert (
-                issubclass(warning.category, (DeprecationWarning, SyntaxWarning)) or str(warning.message).isprintable()
-            )
+            text = str(warning.message)
+            assert issubclass(warning.category, (DeprecationWarning, SyntaxWarning)) or text.isprintable(), text
         for event, args in touched:
-            path, mode, *_ = args if event == "open" else (None, None)
-            inside = isinstance(path, str | os.PathLike) and Path(path).resolve().is_relative_to(folder.resolve())
             assert event == "open", (event, args)
-            assert inside, (event, args)
+            path, mode, *_ = args
+            assert Path(path).resolve().is_relative_to(folder.resolve()), (event, args)
             assert mode in ("r", "rb", None), (event, args)
         assert listing(folder) == before
+        self.add(kind, end, seconds, peak)
+
+    def add(self, kind: str, end: str, seconds: float, peak: int = 0) -> None:
         self.counts.setdefault(kind, Counter())[end] += 1
-        self.slowest[kind] = max(seconds, self.slowest.get(kind, 0.0))
-        return end
+        self.seconds[kind] = max(seconds, self.seconds[kind])
+        self.bytes[kind] = max(peak, self.bytes[kind])
 
     def table(self) -> str:
-        lines = ["| mutated | cases | loaded | refused as | slowest |", "|---|---|---|---|---|"]
+        lines = ["| changed | cases | loaded | refused | slowest | most memory |", "|---|---|---|---|---|---|"]
         for kind, counts in self.counts.items():
-            refused = ", ".join(f"`{name}` {count:,}" for name, count in counts.most_common() if name != "loaded")
-            slowest = f"{self.slowest[kind]:.2f} s"
-            lines.append(f"| {kind} | {counts.total():,} | {counts['loaded']:,} | {refused or '-'} | {slowest} |")
-        return "\n".join(lines)
+            refused = ", ".join(f"{name} {count:,}" for name, count in counts.most_common() if name != "loaded")
+            slowest, most = f"{self.seconds[kind]:.2f} s", f"{self.bytes[kind] >> 20} MiB"
+            lines.append(
+                f"| {kind} | {counts.total():,} | {counts['loaded']:,} | {refused or '-'} | {slowest} | {most} |"
+            )
+        total = sum(counts.total() for counts in self.counts.values())
+        return "\n".join([*lines, f"| all | {total:,} | | | | |"])
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +137,14 @@ def outcomes():
     yield counted
     if "FUZZ_CASES" in os.environ:
         print(f"\n{counted.table()}")
+
+
+@pytest.fixture(autouse=True)
+def quiet(capfd):
+    """Native code, too, writes nothing to the terminal, but for panics of `tokenizers` that were caught."""
+    yield
+    err = capfd.readouterr().err
+    assert "panicked" in err or not err
 
 
 # ---- sound folders
@@ -166,7 +196,8 @@ def load_model(folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(folder)
-    tokenizer.encode("Hello <s> wörld 日 <tool>")
+    ids = tokenizer.encode("Hello <s> wörld 日 <tool> ab")
+    tokenizer.decode(ids)
 
 
 def load_all(folder: Path) -> None:
@@ -232,8 +263,8 @@ NAMES = [
     "x" * 300 + ".safetensors",
 ]
 NAMES += [
-    "model-00001-of-00003.safetensors",
-    "model-00002-of-00003.safetensors",
+    "model-00001-of-00004.safetensors",
+    SHARD,
     "config.json",
     INDEX,
     "BF16",
@@ -290,7 +321,7 @@ def changed_json(document, changes) -> str:
     """The text of a JSON document in which values, found by following `steps` into it, are changed."""
     document = json.loads(json.dumps(document))
     for what, steps, value, key in changes:
-        holder, place, inner = None, None, document
+        holder, place, inner, value = None, None, document, copy.deepcopy(value)
         for step in steps:
             if not isinstance(inner, dict | list) or not inner:
                 break
@@ -331,7 +362,7 @@ def joined(header: str, data: bytes = b"", size: int | None = None) -> bytes:
 
 BYTES = [("config.json", load_config), ("model.safetensors", load_model), ("tokenizer.json", load_tokenizer)]
 BYTES += [("tokenizer_config.json", load_tokenizer), ("generation_config.json", load_config), (INDEX, load_model)]
-BYTES += [("model-00002-of-00003.safetensors", load_model), ("tokenizer.model", load_tokenizer)]
+BYTES += [(SHARD, load_model), ("tokenizer.model", load_tokenizer)]
 BYTES += [("special_tokens_map.json", load_tokenizer), ("added_tokens.json", load_tokenizer)]
 BYTES += [("chat_template.jinja", load_tokenizer)]
 JSON = [case for case in BYTES if case[0].endswith(".json")]
@@ -380,7 +411,7 @@ def test_values_of_any_json(file, load, sound, outcomes):
 sizes = st.one_of(st.none(), st.none(), st.none(), st.sampled_from([0, 1, 8, 100, 2**22, 2**31, 2**63 - 1, 2**64 - 1]))
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", SHARD])
 def test_headers_of_safetensors(file, sound, outcomes):
     def change(whole, mutation):
         header, data = parts(whole)
@@ -413,7 +444,7 @@ tensor_changes = st.lists(
 )
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", SHARD])
 def test_tensors_of_safetensors(file, sound, outcomes):
     def change(whole, mutation):
         header, data = parts(whole)
@@ -434,6 +465,153 @@ def test_tensors_of_safetensors(file, sound, outcomes):
         return joined(text or json.dumps(header), data)
 
     mutate(sound, outcomes, file, load_model, f"tensors of `{file}`", tensor_changes, change)
+
+
+# ---- parts of a tokenizer.json
+
+# Type -> its keys, each with what it is usually given. All of the `tokenizers` library's but those that need data.
+PATTERNS = [{"String": "a"}, {"String": ""}, {"Regex": "\\s+"}, {"Regex": "(a*)*b"}, {"Regex": "("}, {"Regex": ""}]
+BEHAVIORS = ["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"]
+SCHEMES = ["always", "never", "first"]
+NORMALIZERS = {name: {} for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "ByteLevel")}
+NORMALIZERS |= {
+    "Strip": {"strip_left": [True], "strip_right": [True]},
+    "Prepend": {"prepend": ["▁", "", "x" * 999]},
+    "Replace": {"pattern": PATTERNS, "content": ["", "aa", "é" * 999]},
+    "BertNormalizer": {key: [True] for key in ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase")},
+    "Precompiled": {"precompiled_charsmap": ["", "AAAA", "/////w==", "CAAAAAEAAAACAAAAYQBiAA=="]},
+}
+PRE_TOKENIZERS = {name: {} for name in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts")}
+PRE_TOKENIZERS |= {
+    "ByteLevel": {"add_prefix_space": [True], "trim_offsets": [True], "use_regex": [True, False]},
+    "Metaspace": {"replacement": ["▁", "ab", ""], "prepend_scheme": SCHEMES, "split": [True]},
+    "Split": {"pattern": PATTERNS, "behavior": BEHAVIORS, "invert": [True, False]},
+    "Punctuation": {"behavior": BEHAVIORS},
+    "CharDelimiterSplit": {"delimiter": ["a", "ab"]},
+    "Digits": {"individual_digits": [True]},
+    "FixedLength": {"length": [1, 0, 2**63]},
+}
+DECODERS = {
+    "ByteLevel": PRE_TOKENIZERS["ByteLevel"],
+    "Metaspace": PRE_TOKENIZERS["Metaspace"],
+    "Replace": NORMALIZERS["Replace"],
+    "ByteFallback": {},
+    "Fuse": {},
+    "Strip": {"content": [" ", "ab"], "start": [1, 10**9], "stop": [0, 10**9]},
+    "WordPiece": {"prefix": ["##"], "cleanup": [True]},
+    "BPEDecoder": {"suffix": ["</w>"]},
+    "CTC": {"pad_token": ["<pad>"], "word_delimiter_token": ["|"], "cleanup": [True]},
+}
+IDS = [["<s>", 0], ["</s>", 2**31], ["", -1], ["<s>", 600]]
+PIECES = [[{"Sequence": {"id": "A", "type_id": 0}}], [{"SpecialToken": {"id": "<s>", "type_id": 0}}], []]
+KNOWN = [{"<s>": {"id": "<s>", "ids": ids, "tokens": ["<s>"]}} for ids in ([600], [], [1, 2], [2**32 - 1])]
+PROCESSORS = {
+    "BertProcessing": {"sep": IDS, "cls": IDS},
+    "RobertaProcessing": {"sep": IDS, "cls": IDS, "trim_offsets": [True], "add_prefix_space": [True]},
+    "ByteLevel": PRE_TOKENIZERS["ByteLevel"],
+    "TemplateProcessing": {"single": PIECES, "pair": PIECES, "special_tokens": [*KNOWN, {}]},
+}
+WORDS = {"a": 0, "b": 1, "ab": 2, "##b": 3, "<unk>": 4}
+MODELS = {
+    "BPE": {
+        "vocab": [WORDS, {"a": 0, "b": 2**31}, {}, {"a": 0, "b": 0, "ab": 0}],
+        "merges": [[["a", "b"]], ["a b"], ["a b c"], [["a", "a"]], [["a"]], ["#version: 1", "a b"], []],
+        "dropout": [0.5, 2.0, -1],
+        "unk_token": ["<unk>", "none"],
+        "continuing_subword_prefix": ["##", ""],
+        "end_of_word_suffix": ["</w>", ""],
+        "fuse_unk": [True],
+        "byte_fallback": [True],
+        "ignore_merges": [True],
+    },
+    "WordPiece": {
+        "vocab": [WORDS, {}],
+        "unk_token": ["<unk>", "none"],
+        "continuing_subword_prefix": ["##", ""],
+        "max_input_chars_per_word": [100, 0],
+    },
+    "WordLevel": {"vocab": [WORDS, {}], "unk_token": ["<unk>", "none"]},
+    "Unigram": {"vocab": [[["a", 0.0], ["b", -1]], [], [["", 0.0]]], "unk_id": [0, 9, -1], "byte_fallback": [True]},
+}
+SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+SEQUENCES |= {"post_processor": "processors"}
+PARTS = {"normalizer": NORMALIZERS, "pre_tokenizer": PRE_TOKENIZERS, "decoder": DECODERS, "post_processor": PROCESSORS}
+PARTS |= {"model": MODELS}
+TOP = {
+    "truncation": [{"direction": "Right", "max_length": n, "strategy": "LongestFirst", "stride": 9} for n in (0, 5)],
+    "padding": [
+        {"strategy": {"Fixed": n}, "direction": "Left", "pad_to_multiple_of": m} for n, m in ((9, 0), (9**9, 8))
+    ],
+    "added_tokens": [[{"id": id, "content": content}] for id, content in ((600, "<s>"), (2**32 - 1, "<t>"), (7, ""))],
+}
+TOP["padding"] = [pad | {"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"} for pad in TOP["padding"]]
+flags = {"single_word": False, "lstrip": True, "rstrip": True, "normalized": True, "special": False}
+TOP["added_tokens"] = [[token | flags for token in tokens] for tokens in TOP["added_tokens"]]
+
+
+@st.composite
+def tokenizer_parts(draw) -> dict:
+    """Parts of a tokenizer.json to replace, well formed but for a value in a few."""
+
+    def one(part: str) -> dict:
+        kind = draw(st.sampled_from(sorted(PARTS[part])))
+        made = {"type": kind}
+        for key, usual in PARTS[part][kind].items():
+            if draw(st.integers(0, 9)):
+                made[key] = draw(st.sampled_from(usual)) if draw(st.integers(0, 7)) else draw(values)
+        return made
+
+    made = {}
+    for part in draw(st.sets(st.sampled_from([*PARTS, *TOP]), min_size=1)):
+        if part in TOP:
+            made[part] = draw(st.sampled_from(TOP[part]))
+        elif part in SEQUENCES and draw(st.booleans()):
+            made[part] = {"type": "Sequence", SEQUENCES[part]: [one(part) for _ in range(draw(st.integers(0, 6)))]}
+        else:
+            made[part] = one(part)
+    return made
+
+
+def test_parts_of_a_tokenizer_json(sound, outcomes):
+    def change(whole, parts):
+        return (json.dumps(json.loads(whole) | parts)).encode()
+
+    mutate(sound, outcomes, "tokenizer.json", load_tokenizer, "parts of `tokenizer.json`", tokenizer_parts(), change)
+
+
+# ---- what stands in the place of a file
+
+ENTRIES = {
+    "nothing": lambda path: None,
+    "an empty file": lambda path: path.touch(),
+    "100 MB of spaces": lambda path: (path.touch(), os.truncate(path, 100 << 20)),
+    "100 GB of nothing": lambda path: (path.touch(), os.truncate(path, 100 << 30)),
+    "a directory": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "a link elsewhere": lambda path: path.symlink_to("/etc/passwd"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("gone"),
+    "a link to another file": lambda path: path.symlink_to("generation_config.json"),
+    "100,000 brackets": lambda path: path.write_text("[" * 100_000),
+    "10 MB of JSON": lambda path: path.write_text("[" + "{}," * 3_333_333 + "{}]"),
+    "JSON of one key": lambda path: path.write_text(json.dumps({"a": "x" * 3_000_000})),
+    "a pickle": lambda path: path.write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR."),
+}
+FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+FILES += [INDEX, SHARD, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+FILES += ["pytorch_model.bin", "chat_template.json"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entries_of_a_folder(entry, sound, outcomes):
+    for source, file in itertools.product(("single", "sharded"), FILES):
+        with tempfile.TemporaryDirectory(dir=sound) as place:
+            folder = Path(shutil.copytree(sound / source, Path(place) / "model"))
+            (folder / file).unlink(missing_ok=True)
+            ENTRIES[entry](folder / file)
+            for load in (load_config, load_model, load_tokenizer):
+                outcomes.of("what stands in the place of a file", folder, load)
 
 
 # ---- chat templates
@@ -501,26 +679,42 @@ def programs(draw) -> str:
     return text
 
 
-def render(template: str):
-    return lambda folder: chat.render_chat(template, MESSAGES, bos_token="<s>", eos_token="</s>")
+ENDS = {"for more than": "too long", "takes more than": "too much memory", "its text has": "too much text"}
 
 
-def test_bytes_of_a_chat_template(tmp_path, outcomes, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
+def rendered(outcomes: Outcomes, kind: str, template: str) -> None:
+    start, message = time.perf_counter(), None
+    try:
+        chat.render_chat(template, MESSAGES, bos_token="<s>", eos_token="</s>")
+    except ValueError as error:
+        message = str(error)
+    seconds = time.perf_counter() - start
+    assert seconds < 2 + SECONDS, template  # processor time is limited in whole seconds
+    end = "loaded"
+    if message is not None:
+        assert re.match(r"the chat template failed( \(line \d+\))?: .", message), message
+        assert message.isprintable(), message
+        assert "ended with" not in message, template
+        end = next((ENDS[text] for text in ENDS if text in message), "faulty")
+    outcomes.add(kind, end, seconds)
+
+
+def test_bytes_of_a_chat_template(outcomes, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1)
 
     @fuzzed(byte_changes)
     def check(mutation):
         template = changed_bytes(TEMPLATE.encode(), mutation).decode("utf-8", "replace")
-        outcomes.of("characters of a chat template", tmp_path, render(template), named="the chat template failed")
+        rendered(outcomes, "characters of a chat template", template)
 
     check()
 
 
-def test_programs_as_chat_templates(tmp_path, outcomes, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
+def test_programs_as_chat_templates(outcomes, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1)
 
-    @fuzzed(programs(), cases=2 * CASES)
+    @fuzzed(programs())
     def check(template):
-        outcomes.of("programs as a chat template", tmp_path, render(template), named="the chat template failed")
+        rendered(outcomes, "programs as a chat template", template)
 
     check()
