@@ -605,10 +605,22 @@ def test_a_normalizer_that_would_swell_added_tokens_is_refused(normalizer, folde
 
 def test_a_panic_while_encoding_is_an_error_that_names_the_file(folders, tmp_path):
     file = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
-    file["post_processor"]["special_tokens"] = {}
-    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path, None, tokenizer__json=json.dumps(file)))
-    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer \(no entry found for key\)"):
+    changed = file | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+    tokenizer = Tokenizer.from_pretrained(write_folder(tmp_path / "a", None, tokenizer__json=json.dumps(changed)))
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer \(chunk size must be non-zero"):
         tokenizer.encode("Hello")
+    file["post_processor"]["special_tokens"] = {}
+    folder = write_folder(tmp_path / "b", None, tokenizer__json=json.dumps(file))
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer \(no entry found for key\)"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_an_id_around_texts_that_is_none_is_refused(folders, tmp_path):
+    file = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    file["post_processor"]["special_tokens"]["<s>"]["ids"] = [2**31]
+    folder = write_folder(tmp_path, None, tokenizer__json=json.dumps(file))
+    with pytest.raises(ValueError, match="puts token id 2147483648 around texts"):
+        Tokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("id", [-1, 2**22, 2**31, 10**400, 1.5, None, "x", [1]], ids=repr)
