@@ -11,8 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from .files import one_line
@@ -58,11 +59,16 @@ def render_chat(
                 )
             if not isinstance(entry, Mapping):
                 raise ValueError(f"every {name} must be a dict, not {type(entry).__name__}: {entry!r:.80}")
-    data = {"messages": list(messages), "tools": tools, "documents": documents, **variables}
-    data = {key: _plain(value, key) for key, value in data.items()}
-    data["messages"] = [_with_reasoning(message) for message in data["messages"]]
-    with _lock:
-        return _process().render(template, {"add_generation_prompt": add_generation_prompt, **data})
+    data = {"add_generation_prompt": bool(add_generation_prompt), "tools": tools, "documents": documents, **variables}
+    try:
+        data = {key: _plain(value, key) for key, value in {"messages": list(messages), **data}.items()}
+        data["messages"] = [_with_reasoning(message) for message in data["messages"]]
+        request = marshal.dumps((template, data, MAX_SECONDS))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"the conversation is no plain data: {error}") from None
+    if len(request) > MAX_BYTES // 4:
+        raise ValueError(f"the conversation has {len(request) >> 20} MiB; a chat template takes {MAX_BYTES >> 22}")
+    return _renderer().render(request)
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -78,7 +84,7 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key, name): _plain(item, name) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item, name) for item in value)
+        return (list if isinstance(value, list) else tuple)(_plain(item, name) for item in value)
     raise ValueError(f"{name} holds a {type(value).__name__}; a chat template takes str, numbers, lists and dicts")
 
 
@@ -94,43 +100,48 @@ class _Renderer:
     def __init__(self) -> None:
         if sys.platform == "win32":
             raise ValueError("a chat template is rendered under limits that Windows does not have; use WSL")
-        self.owner = os.getpid()
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _START, str(MAX_BYTES), *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for this process
-        )
+        # Where this package is, and no relative places: a folder of somebody else's may be the current one.
+        paths = [str(Path(__file__).parents[1]), *filter(os.path.isabs, sys.path)]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable or "python3", "-I", "-c", _START, str(MAX_BYTES), *paths],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for this process
+            )
+        except OSError as error:
+            raise ValueError(f"the process that renders chat templates does not start: {error}") from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
-    def render(self, template: str, variables: dict[str, Any]) -> str:
-        """The text. Raises ValueError, after which the process may have ended: see `alive`."""
+    def render(self, request: bytes) -> str:
+        """The text that answers a request; then it is idle. Raises ValueError. If there is no answer, it has ended."""
         answered = False
         try:
-            is_text, content = self._ask(marshal.dumps((template, variables, MAX_SECONDS)))
+            is_text, content = self._ask(request)
             answered = True
         finally:
             if not answered:  # Ctrl-C, too: what it still says answers nobody
                 self.end()
+        _idle.append(self)
         text = content.decode("utf-8", "surrogatepass")
         if not is_text:
             raise ValueError(one_line(f"the chat template failed{text}"))
         return text
 
     def _ask(self, request: bytes) -> tuple[bool, bytes]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
         try:
-            stdin.write(len(request).to_bytes(8, "little") + request)
-            stdin.flush()
+            self._stdin.write(len(request).to_bytes(8, "little") + request)
+            self._stdin.flush()
         except BrokenPipeError:
             pass  # why is said by how it ended
-        head = stdout.read(9)
+        head = self._stdout.read(9)
         size = int.from_bytes(head[1:], "little")
         if len(head) == 9 and size > MAX_TEXT_BYTES:
             raise ValueError(f"the chat template failed: its text has more than {MAX_TEXT_BYTES >> 20} MiB")
-        content = stdout.read(size)
+        content = self._stdout.read(size)
         if len(head) < 9 or len(content) < size:
             raise ValueError(f"the chat template failed: {self._how_it_ended()}")
         return bool(head[0]), content
@@ -145,30 +156,45 @@ class _Renderer:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked, by this process."""
-        return self.owner == os.getpid() and self._process.poll() is None
+        """Whether it can be asked."""
+        return self._process.poll() is None
 
     def end(self) -> None:
         """Stop the process, and wait until it has."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close what leads to the process, as one must whose parent it belongs to."""
+        self._process.returncode = self._process.returncode or 0  # a warning follows if it is not known
+        for pipe in (self._stdin, self._stdout):
+            with suppress(BrokenPipeError):  # what a process did not read before it ended
+                pipe.close()
 
 
-_lock = threading.Lock()
-_running: list[_Renderer] = []
+_idle: list[_Renderer] = []  # not one and a lock: each thread takes one, and a fork inherits no lock that is held
 
 
-def _process() -> _Renderer:
-    """The one that renders; a new one if it has ended, or is that of the process this one was forked from."""
-    if _running and not _running[0].alive:
-        del _running[:]
-    if not _running:
-        _running.append(_Renderer())
-    return _running[0]
+def _renderer() -> _Renderer:
+    while _idle:
+        with suppress(IndexError):  # another thread took the last
+            if (renderer := _idle.pop()).alive:
+                return renderer
+    return _Renderer()
+
+
+def _after_fork() -> None:
+    for renderer in _idle:
+        renderer.forget()
+    _idle.clear()
 
 
 @atexit.register
 def _end() -> None:
-    for renderer in _running:
-        if renderer.alive:
-            renderer.end()
+    for renderer in _idle:
+        renderer.end()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_after_fork)

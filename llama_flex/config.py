@@ -17,7 +17,7 @@ from .rope import RopeParameters
 # config.json is a few kilobytes; anything much larger is not one, and takes 25 times its size when parsed.
 MAX_JSON_BYTES = 4 * 2**20
 MAX_SIZE = 2**31 - 1
-MAX_LAYERS = 1_000  # making the modules of so many takes a second
+MAX_LAYERS = 512  # making the modules of so many takes a second
 
 # Keys that say nothing about what is computed at inference: bookkeeping, training, or the way transformers runs it.
 _INERT_KEYS = frozenset(

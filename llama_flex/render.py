@@ -70,7 +70,8 @@ def _strftime_now(format: str) -> str:
 
 
 def _limit(name: int, most: int) -> None:
-    resource.setrlimit(name, (most, resource.getrlimit(name)[1]))
+    hard = resource.getrlimit(name)[1]
+    resource.setrlimit(name, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def main(max_bytes: int) -> None:
@@ -100,6 +101,8 @@ def _serve(max_bytes: int) -> None:
             text, is_text = compiled(template).render(variables), True
         except MemoryError:
             raise
+        except OSError:
+            text, is_text = ": it needs a file, such as that of a codec", False
         except Exception as error:  # noqa: BLE001  (a template may raise what it likes)
             where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             text, is_text = f"{where}: {str(error) or type(error).__name__}", False

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,21 @@ from .streaming import Decoding, StreamDecoder
 
 # Bounds of memory and time while reading. The tokenizer.json of Llama 3 has 17 MB and a million items.
 MAX_TOKENIZER_BYTES = 48 * 2**20
-MAX_TOKENIZER_ITEMS = 2**21
-MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions of a tokenizer.json; compiled, they are far larger
-MAX_NORMALIZED_BYTES = 2**21  # of the added tokens of a tokenizer.json, which normalises them when it is read
+MAX_TOKENIZER_ITEMS = 3 * 2**20
+MAX_PREFIXES = 2**19  # of a Unigram vocabulary, all different; each takes 350 bytes
+MAX_STEPS = 1000  # of normalizers, pre-tokenizers and so on
+MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions; compiled, they are far larger
+MAX_NORMALIZED_BYTES = 2**18  # of the added tokens, which are normalised when the file is read
+MAX_SEARCHED_CHARACTERS = 2**12  # the same, if regular expressions are searched for in them
 MAX_SENTENCEPIECE_BYTES = 8 * 2**20
+MAX_PIECES = 360_000  # of a tokenizer.model
 MAX_ADDED_CHARACTERS = 2**18  # of the added tokens around a tokenizer.model; one regular expression finds them
 MAX_IDS = 2**22
 
 # NormalizerSpec.add_dummy_prefix = false as protobuf bytes; appended to a model they are merged into it.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _SPACES = re.compile(r"\s*")
+_AGAIN = "; if it is damaged, fetch it again"
 # What code meets that takes JSON for what it should be.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
@@ -203,9 +208,7 @@ class _JsonBackend:
         try:
             _check_json(serialized, [*special_tokens.values(), *(t.content for t in (*added.values(), *extra))])
         except _MALFORMED as error:
-            raise TokenizerError(
-                f"{path} cannot be read as a tokenizer ({_why(error)}); fetch the file again"
-            ) from error
+            raise TokenizerError(f"{path} cannot be read as a tokenizer ({_why(error)}){_AGAIN}") from error
         with self._native():
             self._tokenizer = tokenizers.Tokenizer.from_buffer(serialized)
         if self._tokenizer.padding is not None:
@@ -245,9 +248,7 @@ class _JsonBackend:
         except BaseException as error:  # a panic is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise TokenizerError(
-                f"{self._path} cannot be read as a tokenizer ({error}); fetch the file again"
-            ) from error
+            raise TokenizerError(f"{self._path} cannot be read as a tokenizer ({error}){_AGAIN}") from error
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         with self._native():
@@ -306,6 +307,8 @@ class _SentencePieceBackend:
         special_tokens: dict[str, str],
     ) -> None:
         model = read(path, MAX_SENTENCEPIECE_BYTES)
+        if model.count(b"\n") > 2 * MAX_PIECES:  # each piece begins with two of them
+            raise TokenizerError(f"{path} has more than {MAX_PIECES:,} pieces")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
             self._unprefixed = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
@@ -476,17 +479,34 @@ def _check_json(serialized: bytes, added: list[str]) -> None:
     if sum(map(serialized.count, (b",", b"[", b"{"))) + 4 * serialized.count(b":") > MAX_TOKENIZER_ITEMS:
         raise ValueError("more items than a vocabulary has")
     file = json.loads(serialized.decode("utf-8"), object_pairs_hook=_unique)
-    model = file["model"]
+    model, normalizer = file["model"], file.get("normalizer")
+    if model.get("type") == "Unigram" and _prefixes(piece for piece, _ in model["vocab"]) > MAX_PREFIXES:
+        raise ValueError("pieces that are longer than those of a vocabulary")
     merges = [m for m in model.get("merges") or () if not (isinstance(m, str) and m.startswith("#version"))]
     joined = ("".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges)
     if (merges and model.get("continuing_subword_prefix")) or not all(map(model["vocab"].__contains__, joined)):
         raise ValueError("merges that make no token of the vocabulary")
-    parts = [file.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
-    if sum(map(len, _patterns(parts))) > MAX_PATTERN_CHARACTERS:
-        raise ValueError("longer regular expressions than a tokenizer has")
+    steps = list(_objects([normalizer, *(file.get(name) for name in ("pre_tokenizer", "decoder", "post_processor"))]))
+    if len(steps) > MAX_STEPS or sum(map(len, _patterns(steps))) > MAX_PATTERN_CHARACTERS:
+        raise ValueError("more steps, or longer regular expressions, than a tokenizer has")
     texts = [*added, *(token["content"] for token in file.get("added_tokens") or ())]
-    if sum(len(text.encode()) for text in texts) * _growth(file.get("normalizer")) > MAX_NORMALIZED_BYTES:
-        raise ValueError("a normalizer that makes added tokens too long")
+    if sum(len(text.encode()) for text in texts) * _growth(normalizer) > MAX_NORMALIZED_BYTES:
+        raise ValueError("added tokens that are too long, or that the normalizer makes too long")
+    searched = _patterns(_objects(normalizer))
+    repeats = [len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern))) for pattern in searched]
+    # With two repetitions, one inside or behind the other, a search can take as long as it likes.
+    if repeats and (max(repeats) > 1 or sum(map(len, texts)) > MAX_SEARCHED_CHARACTERS):
+        raise ValueError("a normalizer with a regular expression that may take too long on its added tokens")
+
+
+def _prefixes(pieces: Iterable[str]) -> int:
+    """How many different beginnings they have, as many as nodes of a trie."""
+    count, before = 0, ""
+    for piece in sorted(pieces):
+        differs = (i for i, (a, b) in enumerate(zip(before, piece, strict=False)) if a != b)
+        count += len(piece) - next(differs, min(len(before), len(piece)))
+        before = piece
+    return count
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -496,15 +516,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _patterns(part: Any) -> Iterator[str]:
-    """Every regular expression in a part of a tokenizer.json."""
+def _objects(part: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a part of a tokenizer.json."""
     if isinstance(part, dict):
-        if isinstance(pattern := part.get("Regex"), str):
-            yield pattern
+        yield part
         part = list(part.values())
     if isinstance(part, list):
         for inner in part:
-            yield from _patterns(inner)
+            yield from _objects(inner)
+
+
+def _patterns(objects: Iterable[dict[str, Any]]) -> list[str]:
+    """The regular expressions among them."""
+    return [found for x in objects if isinstance(found := x.get("Regex"), str)]
 
 
 def _growth(normalizer: Any) -> float:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     LlamaT = TypeVar("LlamaT", bound=Llama)
 
 MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARDS = 4096  # to read; opening so many takes a fifth of a second
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -151,8 +152,9 @@ def _checked(folder: Path, config: LlamaConfig) -> tuple[list[Path], torch.dtype
 def save(model: Llama, folder: Path) -> None:
     """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
 
-    Everything is written beside its place and renamed when all of it is there, the index last; then weight files that
-    an earlier save left in another layout are removed. If writing fails (OSError), the old files are whole.
+    Everything is written beside its place and renamed when all of it is there; weight files that an earlier save left
+    in another layout are removed. If writing fails (OSError) or is killed, the old checkpoint is whole. Between the
+    first rename and the last the folder has no config.json, and does not load, unless one rename is all it takes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
@@ -166,17 +168,18 @@ def save(model: Llama, folder: Path) -> None:
         total += tensor.nbytes
     stem = "model" if len(shards) == 1 else f"model-{{:05}}-of-{len(shards):05}"
     files = {f"{stem.format(i)}.safetensors": shard for i, shard in enumerate(shards, start=1)}
-    documents: dict[str, dict[str, Any]] = {
-        "config.json": model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")},
-        "generation_config.json": model.generation_config.to_dict(),
-    }
+    documents: dict[str, dict[str, Any]] = {"generation_config.json": model.generation_config.to_dict()}
     if len(files) > 1:
         weight_map = {name: file for file, shard in files.items() for name in shard}
         documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    documents["config.json"] = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
 
     partial = {name: folder / f".{name}.partial" for name in (*files, *documents)}
-    for temporary in partial.values():
+    for name, temporary in partial.items():
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a directory; remove it, or save elsewhere")
         temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
+    written = False
     try:
         for file, shard in files.items():
             # Cloned because parts of a fused parameter share storage, which the format refuses; one shard at a time.
@@ -186,16 +189,20 @@ def save(model: Llama, folder: Path) -> None:
                 raise OSError(f"{folder / file}: cannot be written ({error}); what was there is whole") from None
         for file, document in documents.items():
             partial[file].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if len(files) > 1:  # killed between two renames, the folder is refused; shards of two models would not be
-            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-        for file, temporary in partial.items():
-            os.replace(temporary, folder / file)
+        written = True
     finally:
-        for temporary in partial.values():
+        for temporary in () if written else partial.values():
             temporary.unlink(missing_ok=True)
+    config = folder / "config.json"
+    if len(files) > 1 or (config.exists() and config.read_bytes() != partial["config.json"].read_bytes()):
+        config.unlink(missing_ok=True)  # else shards of two models, or one's weights and another's config, would load
+    for file in partial:
+        if file != config.name:
+            os.replace(partial[file], folder / file)
     for path in folder.glob("model*.safetensors*"):
         if path.name not in partial and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
             path.unlink()
+    os.replace(partial[config.name], config)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -220,6 +227,8 @@ def _shards(folder: Path) -> list[Path]:
             found = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
             raise CheckpointError(f"{index}: points to {found}; only safetensors files beside it are read")
     names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{index}: names {len(names)} files, more than {MAX_SHARDS}")
     if absent := [name for name in names if not os.path.lexists(folder / name)]:
         raise CheckpointError(f"{folder}: missing {', '.join(absent)} (of {len(names)} files in {index.name})")
     return [folder / name for name in names]

@@ -3,13 +3,18 @@
 import datetime
 import json
 import multiprocessing
+import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import pytest
@@ -377,7 +382,7 @@ def test_what_was_too_much_is_said(template, reason, monkeypatch):
 def test_the_process_that_renders_can_open_nothing(monkeypatch):
     """Even if a template came out of the sandbox."""
     assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))
-    process = chat._running[0]._process
+    process = chat._idle[-1]._process
     limits = Path(f"/proc/{process.pid}/limits").read_text()
     for name in ("Max open files", "Max file size", "Max core file size"):
         assert re.search(rf"{name} +0 +0 ", limits), limits
@@ -386,13 +391,15 @@ def test_the_process_that_renders_can_open_nothing(monkeypatch):
 
 def test_the_process_is_kept_and_replaced():
     assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))
-    (renderer,) = chat._running
+    held = list(chat._idle)
     with pytest.raises(ValueError, match="nothing"):
         render_chat("{{ nothing.at.all }}", TURNS)
-    assert chat._running == [renderer]
-    renderer.end()
+    assert chat._idle == held
+    for renderer in held:
+        renderer.end()
     assert render_chat("{{ messages | length }}", TURNS) == str(len(TURNS))
-    assert chat._running != [renderer]
+    assert chat._idle
+    assert not set(chat._idle) & set(held)
 
 
 @pytest.mark.parametrize("kind", ["filter", "test"])
@@ -409,16 +416,63 @@ def test_all_of_jinja_is_imported_beforehand(kind):
     assert not [text for text in said if "open files" in text]
 
 
-def test_threads_and_forks_each_get_their_own_text():
-    def length(n: int) -> str:
-        return render_chat("{{ messages | length }}{{ n }}", TURNS, n=n)
+def length(n: int) -> str:
+    return render_chat("{{ messages | length }}{{ n }}", TURNS, n=n)
 
+
+def test_threads_and_forks_each_get_their_own_text():
     expected = [f"{len(TURNS)}{n}" for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(length, range(40))) == expected
+
+    def endless() -> None:
+        with pytest.raises(ValueError, match="seconds"):
+            render_chat(ENDLESS[0], TURNS)
+
+    rendering = threading.Thread(target=endless)
+    rendering.start()  # what is forked meanwhile does not wait for it
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.starmap(render_chat, [("{{ messages | length }}", TURNS)] * 4) == [str(len(TURNS))] * 4
+        assert pool.map(length, range(8)) == expected[:8]
+    rendering.join()
     assert length(7) == expected[7]
+
+
+def test_modules_in_the_current_folder_are_not_imported(tmp_path):
+    """As they would be where sys.path begins with "", in `python -c` and in notebooks."""
+    (tmp_path / "jinja2.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    code = "import os, sys; from llama_flex.chat import render_chat; assert sys.path[0] == ''; os.chdir(sys.argv[1]);"
+    code += "print(render_chat('{{ messages | length }}', [{}]))"
+    path = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=path)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("limit", ["-t 4", "-v 8000000", "-n 30"])
+def test_limits_of_the_shell_stay(limit):
+    code = "from llama_flex.chat import render_chat; print(render_chat('{{ messages | length }}', [{}]))"
+    command = f"ulimit {limit}; {sys.executable} -W error -c {shlex.quote(code)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_what_is_no_plain_data_but_nearly():
+    class List(list):
+        pass
+
+    class Pair(NamedTuple):
+        a: int
+        b: int
+
+    message = [{"role": "user", "content": List([1, Pair(2, 3)])}]
+    assert render_chat("{{ messages[0].content }}", message) == "[1, (2, 3)]"
+    assert render_chat("{{ add_generation_prompt }}", TURNS, add_generation_prompt=0) == "False"
+    nested: list = []
+    nested.append(nested)
+    with pytest.raises(ValueError, match="recursion"):
+        render_chat("", [{"content": nested}])
+    with pytest.raises(ValueError, match="the conversation has 60 MiB; a chat template takes 32"):
+        render_chat("", [{"content": "x" * (60 << 20)}])
 
 
 def test_ctrl_c_while_rendering():

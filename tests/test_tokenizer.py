@@ -695,3 +695,62 @@ def test_wrong_ids_and_text_are_refused(folders, name):
                 call(id)
     with pytest.raises(ValueError, match=r"lone surrogate .* at 1"):
         tokenizer.encode("a\ud83d")
+
+
+# --- files that would take too long, or too much memory
+
+
+def added(id: int, content: str) -> dict:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    return {"id": id, "content": content} | flags
+
+
+def searching(pattern: str, *contents: str) -> dict:
+    """A normalizer that searches the added tokens for a regular expression."""
+    normalizer = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
+    return {"normalizer": normalizer, "added_tokens": [added(i, text) for i, text in enumerate(contents, start=600)]}
+
+
+def unigram(pieces: list[str]) -> dict:
+    return {"model": {"type": "Unigram", "unk_id": 0, "vocab": [[piece, -1.0] for piece in pieces]}}
+
+
+ENDLESS = {
+    "two repetitions": searching("a*a*b", "a" * 100),
+    "nested repetitions": searching("(a+)+b", "a" * 100),
+    "a long search": searching("a+b", "a" * 100_000),
+    "many searches": searching("(a|aa)*b", *("a" * 30 + str(i) for i in range(200))),
+    "long added tokens": {"added_tokens": [added(600, "x" * 300_000)]},
+    "doubled added tokens": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 99}] * 5},
+        "added_tokens": [added(600, "x")],
+    },
+    "many normalizers": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}] * 100_000}},
+    "long pieces": unigram([f"{i:05}" + os.urandom(500).hex() for i in range(1000)]),
+    "many pieces": unigram([f"{i:06}" for i in range(600_000)]),
+    "many items": {"other": [[]] * 2_000_000},
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_would_take_too_long_is_refused(name, folders, tmp_path):
+    file = json.loads((folders["byte_level"] / "tokenizer.json").read_text())
+    folder = write_folder(tmp_path, None, tokenizer__json=json.dumps(file | ENDLESS[name]))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"than a vocabulary|than a tokenizer has|too long|than those of a vocabulary"):
+        Tokenizer.from_pretrained(folder)
+    assert time.process_time() - start < 3
+
+
+def test_what_a_usual_normalizer_does_is_not_refused(folders, tmp_path):
+    file = json.loads((folders["byte_level"] / "tokenizer.json").read_text()) | searching(" {2,}", "<a>", "<b>")
+    Tokenizer.from_pretrained(write_folder(tmp_path / "a", None, tokenizer__json=json.dumps(file)))
+    pieces = [f"{i}{word}" for i in range(1000) for word in ("a", "of the", "▁international")]
+    file = {**file, "post_processor": None} | unigram(["<unk>", *pieces])
+    Tokenizer.from_pretrained(write_folder(tmp_path / "b", None, tokenizer__json=json.dumps(file)))
+
+
+def test_a_sentencepiece_model_of_too_many_pieces(tiny_model, tmp_path):
+    folder = write_folder(tmp_path, None, tokenizer__model=tiny_model + b"\x0a\x03\x0a\x01x" * 800_000)
+    with pytest.raises(ValueError, match="has more than 360,000 pieces"):
+        Tokenizer.from_pretrained(folder)

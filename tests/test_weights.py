@@ -1,6 +1,7 @@
 """safetensors in and out: every tensor in its place, bit-exact round trips, and one clear line for every bad folder."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -436,10 +437,20 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_whole(most, sharded):
     assert contents(sharded) == before
 
 
-def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_none_that_loads(sharded, monkeypatch):
-    model, before = changed(load_quietly(sharded)), contents(sharded)
-    shards = sorted(name for name in before if name.endswith(".safetensors"))
-    assert len(shards) > 2
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(10**9, 10**9), (10**9, 15_000), (15_000, 10**9), (15_000, 15_000), (15_000, 30_000)]
+)
+def test_a_save_that_is_killed_leaves_a_whole_checkpoint_or_none_that_loads(sizes, configured, folder, monkeypatch):
+    """Killed before each write, rename and removal: all of the old model, all of the new one, or no config.json."""
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", sizes[0])
+    old = load_quietly(folder)
+    old.save_pretrained(folder)
+    before = contents(folder)
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", sizes[1])
+    new = changed(old)
+    if configured:
+        new.config = dataclasses.replace(new.config, rms_norm_eps=0.5)
     steps = 0
 
     def save_and_be_killed():
@@ -453,26 +464,43 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint_or_none_that_loads(shar
 
             return step
 
-        for place, name in ((weights, "save_file"), (Path, "write_text"), (os, "replace")):
+        for place, name in ((weights, "save_file"), (Path, "write_text"), (os, "replace"), (Path, "unlink")):
             monkeypatch.setattr(place, name, counted(getattr(place, name)))
-        model.save_pretrained(sharded)
+        new.save_pretrained(folder)
 
-    for planned in range(2 * len(before)):  # each file is written, then each is renamed
-        steps = planned
-        assert in_a_child(save_and_be_killed) == -signal.SIGKILL
-        after = {name: content for name, content in contents(sharded).items() if not name.endswith(".partial")}
-        if planned < len(before):  # while it was writing
-            assert after == before
+    ends = []
+    while True:
+        steps = len(ends)
+        if in_a_child(save_and_be_killed) == 0:
+            break
+        if "config.json" not in contents(folder):
+            refusal(folder, str(folder), "config.json: no such file")
+            ends.append("refused")
         else:
-            assert after.keys() == before.keys() - {INDEX}
-            replaced = [name for name in sorted(after) if after[name] != before[name]]
-            assert replaced == shards[: planned - len(before)]  # of both models, the other files are the same
-            refusal(sharded, str(sharded), INDEX)
+            found = load_quietly(folder)
+            whole = old if torch.equal(found.embed.weight, old.embed.weight) else new
+            assert found.config.rms_norm_eps == whole.config.rms_norm_eps
+            assert_same_tensors(weights.tensors_by_name(found), weights.tensors_by_name(whole))
+            ends.append("old" if whole is old else "new")
+        shutil.rmtree(folder)
+        folder.mkdir()
         for name, content in before.items():
-            (sharded / name).write_bytes(content)
-    model.save_pretrained(sharded)
-    assert not list(sharded.glob(".*"))  # what the killed ones had begun
-    assert_same_tensors(weights.tensors_by_name(load_quietly(sharded)), weights.tensors_by_name(model))
+            (folder / name).write_bytes(content)
+    assert not list(folder.glob(".*"))
+    assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.tensors_by_name(new))
+    assert sorted(ends, key=["old", "refused", "new"].index) == ends
+    assert ends.count("old") > 4
+    assert ("refused" in ends) == (configured or sizes[1] < 10**9)
+
+
+def test_a_directory_in_the_place_of_a_file_is_found_before_anything_is_written(folder):
+    model = load_quietly(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").mkdir()
+    before = sorted(folder.iterdir())
+    with pytest.raises(IsADirectoryError, match="is a directory; remove it"):
+        changed(model).save_pretrained(folder)
+    assert sorted(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
