@@ -104,7 +104,7 @@ class _Renderer:
         paths = [str(Path(__file__).parents[1]), *filter(os.path.isabs, sys.path)]
         try:
             self._process = subprocess.Popen(
-                [sys.executable or "python3", "-I", "-c", _START, str(MAX_BYTES), *paths],
+                [sys.executable, "-I", "-c", _START, str(MAX_BYTES), *paths],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -166,7 +166,7 @@ class _Renderer:
         self.forget()
 
     def forget(self) -> None:
-        """Close what leads to the process, as one must whose parent it belongs to."""
+        """Close what leads to the process, and leave it: it has ended, or after a fork is the parent's."""
         self._process.returncode = self._process.returncode or 0  # a warning follows if it is not known
         for pipe in (self._stdin, self._stdout):
             with suppress(BrokenPipeError):  # what a process did not read before it ended
