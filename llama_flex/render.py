@@ -21,6 +21,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .chat import OUT_OF_MEMORY
 
+# What a template can raise by being wrong about its input: Jinja's own errors and those of the Python operations it is
+# compiled to. (A SyntaxError: Python allows only so many nested loops.)
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 # What Jinja imports only when it needs it, and then files can no longer be opened.
 _LATE = ["jinja2.constants", "jinja2.debug", "html", "pprint", "textwrap"]
 _LATE += [f"encodings.{name}" for name in ("ascii", "latin_1", "unicode_escape", "utf_8")]
@@ -99,11 +112,9 @@ def _serve(max_bytes: int) -> None:
         _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
         try:
             text, is_text = compiled(template).render(variables), True
-        except MemoryError:
-            raise
         except OSError:
             text, is_text = ": it needs a file, such as that of a codec", False
-        except Exception as error:  # noqa: BLE001  (a template may raise what it likes)
+        except _FAULTS as error:
             where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             text, is_text = f"{where}: {str(error) or type(error).__name__}", False
         content = text.encode("utf-8", "surrogatepass")

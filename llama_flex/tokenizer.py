@@ -28,7 +28,7 @@ MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions; compiled, they are
 MAX_NORMALIZED_BYTES = 2**18  # of the added tokens, which are normalised when the file is read
 MAX_SEARCHED_CHARACTERS = 2**12  # the same, if regular expressions are searched for in them
 MAX_SENTENCEPIECE_BYTES = 8 * 2**20
-MAX_PIECES = 360_000  # of a tokenizer.model
+MAX_PIECES = 360_000  # the same, and of a tokenizer.model
 MAX_ADDED_CHARACTERS = 2**18  # of the added tokens around a tokenizer.model; one regular expression finds them
 MAX_IDS = 2**22
 
@@ -245,7 +245,7 @@ class _JsonBackend:
         """What `tokenizers` raises within, panics included, becomes a TokenizerError that names the file."""
         try:
             yield
-        except BaseException as error:  # a panic is no Exception
+        except BaseException as error:  # tokenizers raises nothing more precise, and a panic is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise TokenizerError(f"{self._path} cannot be read as a tokenizer ({error}){_AGAIN}") from error
@@ -480,8 +480,10 @@ def _check_json(serialized: bytes, added: list[str]) -> None:
         raise ValueError("more items than a vocabulary has")
     file = json.loads(serialized.decode("utf-8"), object_pairs_hook=_unique)
     model, normalizer = file["model"], file.get("normalizer")
-    if model.get("type") == "Unigram" and _prefixes(piece for piece, _ in model["vocab"]) > MAX_PREFIXES:
-        raise ValueError("pieces that are longer than those of a vocabulary")
+    if model.get("type") == "Unigram":
+        pieces = [piece for piece, _ in model["vocab"]]
+        if len(pieces) > MAX_PIECES or _prefixes(pieces) > MAX_PREFIXES:
+            raise ValueError("more or longer pieces than those of a vocabulary")
     merges = [m for m in model.get("merges") or () if not (isinstance(m, str) and m.startswith("#version"))]
     joined = ("".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges)
     if (merges and model.get("continuing_subword_prefix")) or not all(map(model["vocab"].__contains__, joined)):

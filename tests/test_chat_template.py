@@ -475,7 +475,9 @@ def test_what_is_no_plain_data_but_nearly():
         render_chat("", [{"content": "x" * (60 << 20)}])
 
 
-def test_ctrl_c_while_rendering():
+def test_ctrl_c_while_rendering(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it may be ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     threading.Timer(0.5, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

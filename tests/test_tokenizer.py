@@ -739,7 +739,7 @@ def test_what_would_take_too_long_is_refused(name, folders, tmp_path):
     start = time.process_time()
     with pytest.raises(ValueError, match=r"than a vocabulary|than a tokenizer has|too long|than those of a vocabulary"):
         Tokenizer.from_pretrained(folder)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 6  # a second or two, where nothing else runs
 
 
 def test_what_a_usual_normalizer_does_is_not_refused(folders, tmp_path):
