@@ -28,7 +28,7 @@ MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions; compiled, they are
 MAX_NORMALIZED_BYTES = 2**18  # of the added tokens, which are normalised when the file is read
 MAX_SEARCHED_CHARACTERS = 2**12  # the same, if regular expressions are searched for in them
 MAX_SENTENCEPIECE_BYTES = 8 * 2**20
-MAX_PIECES = 360_000  # the same, and of a tokenizer.model
+MAX_PIECES = 360_000  # of a Unigram vocabulary, or of a tokenizer.model
 MAX_ADDED_CHARACTERS = 2**18  # of the added tokens around a tokenizer.model; one regular expression finds them
 MAX_IDS = 2**22
 
