@@ -25,7 +25,8 @@ MAX_TOKENIZER_ITEMS = 3 * 2**20
 MAX_PREFIXES = 2**19  # of a Unigram vocabulary, all different; each takes 350 bytes
 MAX_STEPS = 1000  # of normalizers, pre-tokenizers and so on
 MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions; compiled, they are far larger
-MAX_NORMALIZED_BYTES = 2**18  # of the added tokens, which are normalised when the file is read
+MAX_ADDED_BYTES = 2**18  # of the added tokens, which are normalised when the file is read
+MAX_NORMALIZED_BYTES = 2**20  # of the same after that, as far as it can be told before
 MAX_SEARCHED_CHARACTERS = 2**12  # the same, if regular expressions are searched for in them
 MAX_SENTENCEPIECE_BYTES = 8 * 2**20
 MAX_PIECES = 360_000  # of a Unigram vocabulary, or of a tokenizer.model
@@ -492,7 +493,8 @@ def _check_json(serialized: bytes, added: list[str]) -> None:
     if len(steps) > MAX_STEPS or sum(map(len, _patterns(steps))) > MAX_PATTERN_CHARACTERS:
         raise ValueError("more steps, or longer regular expressions, than a tokenizer has")
     texts = [*added, *(token["content"] for token in file.get("added_tokens") or ())]
-    if sum(len(text.encode()) for text in texts) * _growth(normalizer) > MAX_NORMALIZED_BYTES:
+    size = sum(len(text.encode()) for text in texts)
+    if size > MAX_ADDED_BYTES or size * _growth(normalizer) > MAX_NORMALIZED_BYTES:
         raise ValueError("added tokens that are too long, or that the normalizer makes too long")
     searched = _patterns(_objects(normalizer))
     repeats = [len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern))) for pattern in searched]
@@ -550,5 +552,9 @@ def _growth(normalizer: Any) -> float:
             charsmap = base64.b64decode(encoded)
             replacements = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
             return max(map(len, replacements))
+        case {"type": "Strip" | "StripAccents" | "Nmt"}:
+            return 1
+        case {"type": "Lowercase" | "NFC" | "NFD" | "ByteLevel"}:
+            return 3
         case _:  # a character becomes at most 18, in NFKD
             return 18

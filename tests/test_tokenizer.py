@@ -745,6 +745,10 @@ def test_what_would_take_too_long_is_refused(name, folders, tmp_path):
 def test_what_a_usual_normalizer_does_is_not_refused(folders, tmp_path):
     file = json.loads((folders["byte_level"] / "tokenizer.json").read_text()) | searching(" {2,}", "<a>", "<b>")
     Tokenizer.from_pretrained(write_folder(tmp_path / "a", None, tokenizer__json=json.dumps(file)))
+    steps = [{"type": "NFKC"}, {"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "Lowercase"}]
+    several = file | {"normalizer": {"type": "Sequence", "normalizers": steps}}
+    several["added_tokens"] = [added(600 + i, f"<extra_id_{i}>") for i in range(1000)]
+    Tokenizer.from_pretrained(write_folder(tmp_path / "c", None, tokenizer__json=json.dumps(several)))
     pieces = [f"{i}{word}" for i in range(1000) for word in ("a", "of the", "▁international")]
     file = {**file, "post_processor": None} | unigram(["<unk>", *pieces])
     Tokenizer.from_pretrained(write_folder(tmp_path / "b", None, tokenizer__json=json.dumps(file)))
