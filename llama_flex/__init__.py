@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from .check import check_mask as check_mask
     from .config import GenerationConfig as GenerationConfig
     from .config import LlamaConfig as LlamaConfig
-    from .engine import Completion as Completion
     from .engine import Engine as Engine
     from .fusion import Ensemble as Ensemble
     from .fusion import Prompt as Prompt
@@ -18,11 +17,12 @@ if TYPE_CHECKING:
     from .rules import Tokens as Tokens
     from .sampling import Sampling as Sampling
     from .scores import ScoreMod as ScoreMod
+    from .streaming import Completion as Completion
     from .tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
     "Cache": "cache",
-    "Completion": "engine",
+    "Completion": "streaming",
     "Engine": "engine",
     "Ensemble": "fusion",
     "GenerationConfig": "config",

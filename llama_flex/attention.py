@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from .masks import BlockLists, Mask
+from .masks import BlockLists, Mask, slot_of
+from .paging import Pages
 from .rules import Token, Tokens
 from .scores import ScoreMod
 
@@ -53,16 +54,21 @@ class View(NamedTuple):
     q: Tokens
     kv: Tokens
     visible: BlockLists | Tensor
+    pages: Pages | None = None
 
 
-def view_of(pattern: Pattern, q: Tokens, kv: Tokens, num_heads: int, backend: Backend) -> View:
+def view_of(
+    pattern: Pattern, q: Tokens, kv: Tokens, num_heads: int, backend: Backend, pages: Pages | None = None
+) -> View:
     """What each query sees: block lists (backend "flex") or booleans ("dense")."""
     if kv is q and not torch.compiler.is_compiling():
         # Eager FlexAttention keeps graphs of its own. Torch 2.13 fails with a TypeError where it would explain why one
         # of them does not fit, if the reason is that two tensors became one.
         kv = Tokens(*(x.clone() for x in kv))
-    visible = pattern.mask.block_lists if backend == "flex" else pattern.mask.dense
-    return View(q, kv, visible(q, kv, num_heads))
+    if backend == "dense":
+        return View(q, kv, pattern.mask.dense(q, kv, num_heads), pages)
+    lists = pattern.mask.block_lists(q, kv, num_heads)
+    return View(q, kv, lists if pages is None else pages.listed(lists), pages)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Tensor:
@@ -75,7 +81,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
     if isinstance(view.visible, BlockLists):
         # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        score_mod, block_mask = _score_mod(pattern, view), pattern.mask.block_mask(view.q, view.kv, 1, view.visible)
+        score_mod = _score_mod(pattern, view)
+        block_mask = pattern.mask.block_mask(view.q, view.kv, 1, view.visible, view.pages)
         decoding, padded = q.is_cuda and q.shape[2] == 1, _padded(group)
         if decoding and padded != group and view.visible.partial_num.shape[1] == 1:
             q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
@@ -91,6 +98,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
                 kernel_options=_kernel_options(q, k) if q.is_cuda else None,
             )
         return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
+    if view.pages is not None:
+        k, v = view.pages.in_order(k), view.pages.in_order(v)
     wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(group, dim=1)
     return (weights(q, k, pattern, view) @ wide).to(q.dtype)
 
@@ -99,13 +108,16 @@ def _score_mod(
     pattern: Pattern, view: View, head_of: Callable[[Tensor], Tensor] = lambda h: h
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """FlexAttention's score_mod. head_of: the model's head of the kernel's."""
-    rule, q, kv = pattern.score_mod, view.q, view.kv
+    rule, (q, kv, visible, pages) = pattern.score_mod, view
+    if not isinstance(visible, BlockLists):
+        pages = None  # a dense view has the slots in order
     if rule is None:
         return None
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         h = head_of(h)
-        return rule.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
+        slot = kv_idx if pages is None else slot_of(pages.block_of, b, kv_idx).clamp(min=0)
+        return rule.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, slot))
 
     return score_mod
 

@@ -26,6 +26,8 @@ class Cache:
     That block always reads as free, so padding is written without a branch and never attended to.
     """
 
+    pages = None  # slots are in memory in their order
+
     def __init__(
         self,
         config: LlamaConfig,
@@ -230,7 +232,7 @@ class Cache:
 
 def store(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Write k and v `[B, K, T, D]` of new tokens into slots `[B, T]` of one layer's kv, in place; returns kv."""
-    row = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    row = torch.arange(slots.shape[0], device=slots.device)[:, None] % len(kv[0])  # all rows may share one pool
     for held, new in zip(kv, (k, v), strict=True):
         held[row, :, slots] = new.transpose(1, 2)  # the index dimensions come first: [B, T, K, D]
     return kv

@@ -145,18 +145,7 @@ class Decoding:
 
     def result(self) -> Callable[[], list[list[float]]]:
         """What reads the newest tokens and their log-probabilities, however many steps are enqueued by then."""
-        found = self.state.result
-        if not found.is_cuda:
-            return found.tolist
-        copied, done = torch.empty_like(found, device="cpu", pin_memory=True), torch.cuda.Event()
-        copied.copy_(found, non_blocking=True)
-        done.record(torch.cuda.current_stream(found.device))
-
-        def read() -> list[list[float]]:
-            done.synchronize()
-            return copied.tolist()
-
-        return read
+        return reading(self.state.result)
 
     def stop(self, request: int) -> None:
         """No more tokens for a request."""
@@ -173,6 +162,21 @@ class Decoding:
             kinds = tuple(p is None for p in self.parameters)
             run = self.graphs.of(len(self.batch.rows), len(self.batch.rows_of), len(self.state.stop_ids), kinds)
         run("choose", _choose, self.model, x, self.batch, self.parameters, self.state)
+
+
+def reading(found: Tensor) -> Callable[[], list[list[float]]]:
+    """What reads the numbers that a tensor has now, or will have when the device comes here; waits when called."""
+    if not found.is_cuda:
+        return found.tolist
+    copied, done = torch.empty_like(found, device="cpu", pin_memory=True), torch.cuda.Event()
+    copied.copy_(found, non_blocking=True)
+    done.record(torch.cuda.current_stream(found.device))
+
+    def read() -> list[list[float]]:
+        done.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def _choose(model: Llama, x: Tensor, batch: Batch, parameters: SamplingTensors, s: _State) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from .attention import Layers
 from .cache import Cache
 from .compiling import Graphs
 from .decoding import Batch, Decoding, filled
-from .fusion import Ensemble, Prompt, Request, as_ensemble
+from .fusion import AnyPrompt, Ensemble, Prompt, as_ensemble
 from .masks import BLOCK, Mask
 from .model import Llama, last, plainly
-from .rules import Tokens
-from .sampling import Sampling, stack
+from .paging import Rows
+from .sampling import Sampling, seeded, stack
+from .scheduler import Request, Scheduler
 from .scores import ScoreMod
-from .streaming import StopStrings
+from .streaming import Completion, Step, Steps
 from .tokenizer import Tokenizer
 
 # Rows of a prefill step: the largest that a prompt still fills, the last one padded. A GPU needs many to be busy.
@@ -31,37 +33,6 @@ DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json 
 MIN_SLOTS = 8192
 
 
-@dataclass(frozen=True)
-class Step:
-    """One new token for one prompt: the prompt's number, its id, its log-probability, and the text now certain.
-
-    finish_reason is None until the prompt's last step: "stop" (a stop token or string) or "length".
-    """
-
-    row: int
-    token: int
-    logprob: float
-    text: str
-    finish_reason: str | None
-
-
-@dataclass
-class Completion:
-    """All that was generated for one prompt: ids (a stop token included), log-probabilities, text."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-
-    def add(self, step: Step) -> None:
-        """Append one step of this row."""
-        self.tokens.append(step.token)
-        self.logprobs.append(step.logprob)
-        self.text += step.text
-        self.finish_reason = step.finish_reason
-
-
 class Engine:
     """Generates with one model. Holds its compiled steps: keep the engine, and later calls compile nothing.
 
@@ -69,16 +40,42 @@ class Engine:
     by another is seen by the next stream.
     """
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer | None = None, *, compile: bool = False) -> None:
-        """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast)."""
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer | None = None,
+        *,
+        compile: bool = False,
+        max_batch_size: int = 64,
+        max_slots: int | None = None,
+        max_length: int | None = None,
+        memory_fraction: float = 0.9,
+        prefill_tokens: int | None = None,
+    ) -> None:
+        """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast).
+
+        The rest is for `submit`, and takes nothing before. max_batch_size: sequences that run at a time. max_slots: for
+        the tokens of all of them; default enough for all to be as long as max_length, as far as memory_fraction of the
+        memory that is free holds them. max_length: of a sequence, default the model's context. prefill_tokens: of
+        prompts in a step (512 on a CPU, 2048 on a GPU): fewer let what runs go on sooner, more begin more at a time.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.compile = compile
+        self._new_scheduler = functools.partial(
+            Scheduler,
+            self,
+            max_batch_size=max_batch_size,
+            max_slots=max_slots,
+            max_length=max_length,
+            memory_fraction=memory_fraction,
+            prefill_tokens=prefill_tokens,
+        )
         self.graphs = Graphs()
-        self.last: _Last | None = None  # what the last stream ran
+        self.last: explain.Last | None = None  # what the last stream ran
         self.steps: set[tuple[Any, ...]] = set()  # compiled: by batch size, rows, slots, and structure of the layers
 
-    def generate(self, prompts: Sequence[Request], **options: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[AnyPrompt], **options: Any) -> list[Completion]:
         """Complete every prompt; see `stream` for the options."""
         prompts = list(prompts)
         completions = [Completion() for _ in prompts]
@@ -88,7 +85,7 @@ class Engine:
 
     def stream(
         self,
-        prompts: Sequence[Request],
+        prompts: Sequence[AnyPrompt],
         *,
         max_new_tokens: int | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
@@ -117,14 +114,15 @@ class Engine:
         model = self.model
         requests = _requests(prompts)
         limits = self.check(requests, max_new_tokens, cache)
-        if stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         if not isinstance(sampling, Sequence):
             sampling = [sampling or Sampling.recommended(model.generation_config)] * len(requests)
         if len(sampling) != len(requests):
             raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one each")
         stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
-        texts = [_Text(self.tokenizer, request.prompts[0].ids, stop) for request in requests]
+        steps = [
+            Steps(q, self.tokenizer, request.prompts[0].ids, stop, stop_ids, limit)
+            for q, (request, limit) in enumerate(zip(requests, limits, strict=True))
+        ]
         batch = Batch(requests, model.device)
         # Who holds the cache sees after every token what it held before the token.
         ahead = cache is None and model.device.type == "cuda"
@@ -132,21 +130,21 @@ class Engine:
             longest = max(len(p.ids) + limits[q] for p, q in zip(batch.rows, batch.requests, strict=True))
             cache = self.new_cache(len(batch.rows), longest)
         layers = batch.attention_layers(model, mask, score_mod, cache)
-        return self._run(batch, limits, sampling, texts, stop_ids, layers, cache, ahead)
+        return self._run(batch, steps, sampling, stop_ids, layers, cache, ahead)
 
     @torch.no_grad()
     def _run(
         self,
         batch: Batch,
-        limits: list[int],
+        steps: list[Steps],
         sampling: Sequence[Sampling],
-        texts: list[_Text],
         stop_ids: frozenset[int],
         layers: Layers,
         cache: Cache,
         ahead: bool,
     ) -> Iterator[Step]:
-        self.last = _Last(layers, cache.tokens)
+        held, limits = cache.tokens, [step.limit for step in steps]
+        self.last = explain.Last(layers, lambda: held)
 
         def step(ids: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
             return self._step(ids, lengths, positions, batch.generated_segment, layers, cache)
@@ -162,19 +160,55 @@ class Engine:
                 decoding.next()
             tokens, logprobs = read()
             for q in sorted(alive):
-                id = int(tokens[q])
-                text, stopped = ("", False) if id in stop_ids else texts[q].put(id)
-                reason = "stop" if stopped or id in stop_ids else "length" if count == limits[q] else None
-                if reason is not None:
+                new = steps[q].put(int(tokens[q]), logprobs[q])
+                if new.finish_reason is not None:
                     alive.remove(q)
-                    text += "" if stopped else texts[q].flush()
-                if stopped:
-                    decoding.stop(q)
-                yield Step(q, id, logprobs[q], text, reason)
+                if new.finish_reason == "stop" and new.token not in stop_ids:
+                    decoding.stop(q)  # a stop string, which only the host sees
+                yield new
             if not alive:
                 return
             if not ahead:
                 decoding.next()
+
+    @functools.cached_property
+    def scheduler(self) -> Scheduler:
+        """What runs the requests of `submit`; allocates the slots. Raises ValueError for sizes that cannot be."""
+        return self._new_scheduler()
+
+    def submit(self, prompt: AnyPrompt, **options: Any) -> Request:
+        """Ask for a prompt to be completed; `step` and `run` do it, many at a time, and requests may come meanwhile.
+
+        prompt, max_new_tokens, sampling, stop, stop_token_ids, mask, score_mod: as in `stream`, for one prompt; a mask
+        that reads `batch` finds the rows of this request alone. priority: higher ones go first, then those that came
+        first. callback: called with each `Step`; if it raises, that ends this request.
+        A request gets the tokens that it would get alone. Prompts that begin alike share what is computed of that, a
+        block of 128 tokens at a time, unless they have a mask or score function of their own. At most 8 different ones
+        run at a time. A mask that looks ahead sees what is appended in the same step.
+        Can be called from any thread. Raises ValueError as `stream` does, and for what the slots do not hold.
+        """
+        return self.scheduler.submit(prompt, **options)
+
+    def submit_samples(self, prompt: AnyPrompt, n: int, *, sampling: Sampling, **options: Any) -> list[Request]:
+        """`n` requests for one prompt, which share what is computed of it; sample i has the seed of `sampling` + i."""
+        seed = seeded(sampling).seed or 0
+        return [self.submit(prompt, sampling=replace(sampling, seed=seed + i), **options) for i in range(n)]
+
+    def step(self) -> list[Request]:
+        """Compute a chunk of the prompts submitted, and a token of each request under way.
+
+        Returns the requests that have ended since. If it fails or is interrupted, what was under way waits again, and no token that was given is lost.
+        """
+        return self.scheduler.step()
+
+    def run(self) -> None:
+        """Work until all that was submitted is done."""
+        while not self.scheduler.idle:
+            self.step()
+
+    def cancel(self, request: Request) -> None:
+        """End a request; what it has given stays. Can be called from any thread."""
+        self.scheduler.cancel(request)
 
     def explain(self, bytes_per_second: float | None = None) -> str:
         """What the last stream ran, in lines of text: kernels and why, precision, graphs, and the blocks that the last
@@ -198,7 +232,7 @@ class Engine:
         return self.model.new_cache(batch_size, max_length)
 
     def check(
-        self, prompts: Sequence[Request], max_new_tokens: int | None = None, cache: Cache | None = None
+        self, prompts: Sequence[AnyPrompt], max_new_tokens: int | None = None, cache: Cache | None = None
     ) -> list[int]:
         """How many new tokens each prompt gets at most; raises the ValueErrors of `stream`."""
         requests = _requests(prompts)
@@ -282,53 +316,20 @@ class Engine:
         positions: Tensor,
         segments: Tensor,
         layers: Layers,
-        cache: Cache,
+        cache: Cache | Rows,
     ) -> Tensor:
         """Append ids `[R, T]`, of which `lengths` in each row are real; the last layer's output `[R, T, E]`."""
         run = plainly
         if self.compile:
-            key = (*ids.shape, cache.max_length, layers.structure)
+            key = (*ids.shape, cache.max_length, type(cache), cache.layers[0][0].shape, layers.structure)
             self.steps.add(key)
             run = self.graphs.of(*key)
         return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run)
 
 
-class _Last(NamedTuple):
-    """What `explain` needs of a stream, without its keys and values."""
-
-    layers: Layers
-    kv: Tokens
-
-    @property
-    def q(self) -> Tokens:
-        """Each row's newest token, `[B, 1]`."""
-        at = self.kv.index.argmax(1, keepdim=True)
-        return Tokens(*(x.gather(1, at) for x in self.kv))
-
-
-def _requests(prompts: Sequence[Request]) -> list[Ensemble]:
+def _requests(prompts: Sequence[AnyPrompt]) -> list[Ensemble]:
     """Every request as an ensemble, most of one prompt."""
     try:
         return [as_ensemble(request) for request in prompts]
     except TypeError:
         raise ValueError(f"prompts must be lists of token ids, such as [[1, 2, 3]], not {prompts!r}") from None
-
-
-class _Text:
-    """The text of one row as its tokens come: whole characters only, cut at stop strings.
-
-    A model may have more ids than its tokenizer, where the vocabulary was padded; those have no text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self.size = tokenizer.vocab_size if tokenizer else 0
-        self.decoder = tokenizer.stream([id for id in prompt if id < self.size]) if tokenizer else None
-        self.stops = StopStrings(stop)
-
-    def put(self, token: int) -> tuple[str, bool]:
-        if self.decoder is None or token >= self.size:
-            return "", False
-        return self.stops.put(self.decoder.put(token))
-
-    def flush(self) -> str:
-        return "" if self.decoder is None else self.stops.put(self.decoder.flush())[0] + self.stops.flush()

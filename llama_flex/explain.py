@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .attention import kernel
+from .attention import Layers, kernel
 from .masks import BLOCK
+from .rules import Tokens
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+
+class Last(NamedTuple):
+    """What to know of the steps that ran last, without their keys and values."""
+
+    layers: Layers
+    tokens: Callable[[], Tokens]  # those held now, [B, S]
+
+    def newest(self) -> Tokens:
+        """Each row's newest token, `[B, 1]`."""
+        held = self.tokens()
+        at = held.index.argmax(1, keepdim=True)
+        return Tokens(*(x.gather(1, at) for x in held))
 
 
 def explain(engine: Engine, bytes_per_second: float | None = None) -> str:
@@ -27,13 +42,14 @@ def explain(engine: Engine, bytes_per_second: float | None = None) -> str:
     if engine.compile:
         again = graphs.count - len(graphs.parts)
         lines.append(f"{len(engine.steps)} steps compiled in {graphs.count} graphs, {again} of them again")
-        lines += sorted(f"  {b} x {t} tokens against {slots} slots" for b, t, slots, _ in engine.steps)
+        lines += sorted(f"  {b} x {t} tokens against {slots} slots" for b, t, slots, *_ in engine.steps)
     else:
         lines.append("not compiled: every operation runs by itself, attention by FlexAttention's own eager definition")
 
-    (rows, _), group = last.kv.index.shape, config.num_attention_heads // config.num_key_value_heads
+    q, kv = last.newest(), last.tokens()
+    (rows, _), group = kv.index.shape, config.num_attention_heads // config.num_key_value_heads
     for i, pattern in enumerate(last.layers.patterns):
-        full, some = pattern.mask.blocks(last.q, last.kv, config.num_attention_heads)
+        full, some = pattern.mask.blocks(q, kv, config.num_attention_heads)
         visited, total = int(some.sum()), some.numel()
         count = last.layers.of_layer.count(i)
         what = f"mask {pattern.mask}" + ("" if pattern.score_mod is None else f", scores {pattern.score_mod}")
@@ -45,7 +61,7 @@ def explain(engine: Engine, bytes_per_second: float | None = None) -> str:
             f"  the last query visits {visited} of {total} blocks of {BLOCK} slots, {int(full.sum())} unmasked"
         )
 
-    contexts = (last.kv.index >= 0).sum(1).tolist()
+    contexts = (kv.index >= 0).sum(1).tolist()
     size = model.bytes_per_step(contexts)
     lines.append(f"a step of {rows} rows reads {size / 1e9:.3f} GB: weights, keys and values")
     if bytes_per_second:

@@ -77,10 +77,10 @@ class Ensemble:
         object.__setattr__(self, "combine", combine)
 
 
-Request: TypeAlias = Sequence[int] | Prompt | Ensemble  # what an Engine completes: ids alone, or more
+AnyPrompt: TypeAlias = Sequence[int] | Prompt | Ensemble  # what an Engine completes: ids alone, or more
 
 
-def as_ensemble(request: Request) -> Ensemble:
+def as_ensemble(request: AnyPrompt) -> Ensemble:
     """The request itself, or an ensemble of it alone."""
     return request if isinstance(request, Ensemble) else Ensemble([request])
 

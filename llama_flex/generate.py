@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # torch and the rest of the package are imported once the arg
     from tqdm import tqdm
 
     from .cache import Cache
-    from .engine import Engine, Step
-    from .fusion import Request
+    from .engine import Engine
+    from .fusion import AnyPrompt
+    from .streaming import Step
 
 _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
 # New tokens from which `--compile auto` compiles. Starting with the cache of compiled code takes 3 s more, on either
@@ -261,8 +262,8 @@ class _Session:
             for start in range(0, len(asked), size):
                 self._complete_batch(asked[start : start + size], prompts[start : start + size], live, progress)
 
-    def _complete_batch(self, asked: list[Job], prompts: list[Request], live: bool, progress: tqdm[Any]) -> None:
-        from .engine import Completion
+    def _complete_batch(self, asked: list[Job], prompts: list[AnyPrompt], live: bool, progress: tqdm[Any]) -> None:
+        from .streaming import Completion
 
         done, seed = [Completion() for _ in asked], self.sampling.seed
         each = [self.sampling if seed is None else replace(self.sampling, seed=seed + job.number) for job in asked]
@@ -283,7 +284,7 @@ class _Session:
                     for job, completion in zip(asked, done, strict=True):
                         self.output.write(jobs.result(job, completion, self.args.json))
 
-    def _encode(self, job: Job) -> Request:
+    def _encode(self, job: Job) -> AnyPrompt:
         if isinstance(job.prompt, Question):
             return self._encode_question(job.prompt)
         if isinstance(job.prompt, str) and not self._templated:
@@ -299,7 +300,7 @@ class _Session:
         system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
         return self.tokenizer.apply_chat_template([*system, *messages])
 
-    def _encode_question(self, question: Question) -> Request:
+    def _encode_question(self, question: Question) -> AnyPrompt:
         """Prefix, prompts and suffix; what a chat template puts around a message goes to the prefix and the suffix."""
         from .fusion import Ensemble, fuse
 
@@ -374,7 +375,7 @@ class _Statistics:
         self.prompt_tokens = self.decoded_tokens = self.bytes_read = 0
         self.prefill_seconds = self.decode_seconds = 0.0
 
-    def timed(self, steps: Iterator[Step], prompts: Sequence[Request]) -> Iterator[Step]:
+    def timed(self, steps: Iterator[Step], prompts: Sequence[AnyPrompt]) -> Iterator[Step]:
         """Pass on the steps of one batch, taking times."""
         from .fusion import as_ensemble
 

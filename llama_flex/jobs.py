@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:  # torch is imported once the arguments are known to be good
-    from .engine import Completion
+    from .streaming import Completion
 
 Messages: TypeAlias = list[dict[str, Any]]
 

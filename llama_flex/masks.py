@@ -7,13 +7,16 @@ decoding, in ragged batches, eager and compiled. Dimensions: B batch, H heads, T
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .rules import Rule, Token, Tokens, arange, grid, name_of, take
+
+if TYPE_CHECKING:
+    from .paging import Pages
 
 BLOCK = 128  # slots and query rows per block of a BlockMask
 # Cells of the mask evaluated at once when its blocks are classified; bounds the memory of a long forward.
@@ -145,20 +148,32 @@ class Mask(Rule):
         # mask. Not a row with full blocks: a block in both lists would count twice.
         return BlockLists(partial_num.masked_fill(~some.any(-1), 1), partial_idx, *_list_blocks(full))
 
-    def block_mask(self, q: Tokens, kv: Tokens, num_heads: int, lists: BlockLists | None = None) -> BlockMask:
-        """The FlexAttention BlockMask of queries q against slots kv. lists: its block lists, where they are known."""
+    def block_mask(
+        self, q: Tokens, kv: Tokens, num_heads: int, lists: BlockLists | None = None, pages: Pages | None = None
+    ) -> BlockMask:
+        """The FlexAttention BlockMask of queries q against slots kv. lists: its block lists, where they are known.
+        pages: where the slots are in memory, if not in their order; the lists are of pages then."""
         lists = lists or self.block_lists(q, kv, num_heads)
+        length = kv.index.shape[1] if pages is None else pages.block_of.shape[1] * BLOCK
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return self._allows(Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
+            if pages is None:
+                return self._allows(Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
+            slot = slot_of(pages.block_of, b, kv_idx)
+            return (slot >= 0) & self._allows(Token(q, b, h, q_idx), Token(kv, b, h, slot.clamp(min=0)))
 
         return BlockMask.from_kv_blocks(
             *lists,
             BLOCK_SIZE=BLOCK,
             mask_mod=mask_mod,
-            seq_lengths=(q.index.shape[1], kv.index.shape[1]),
+            seq_lengths=(q.index.shape[1], length),
             compute_q_blocks=False,  # only a backward pass needs them
         )
+
+
+def slot_of(block_of: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """Which slot of a row lies at a place of the pool, negative if none does; block_of: see `paging.Pages`."""
+    return take(block_of, row, place // BLOCK) * BLOCK + place % BLOCK
 
 
 def _list_blocks(listed: Tensor) -> tuple[Tensor, Tensor]:

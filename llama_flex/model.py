@@ -21,6 +21,7 @@ from .cache import Cache, store
 from .config import GenerationConfig, LlamaConfig
 from .linear import RMSNorm, gated, linear
 from .masks import Mask
+from .paging import Rows
 from .rope import Rotary, RotaryEmbedding
 from .rules import Tokens, arange, grid
 from .scores import ScoreMod
@@ -331,7 +332,7 @@ class Llama(nn.Module):
         lengths: Tensor | None,
         positions: Tensor | None,
         segments: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Rows | None,
         layers: Layers,
         backend: Backend,
         run: Run = plainly,
@@ -353,7 +354,7 @@ class Llama(nn.Module):
         lengths: Tensor | None,
         positions: Tensor | None,
         segments: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Rows | None,
         patterns: tuple[Pattern, ...],
         backend: Backend,
     ) -> tuple[Tensor, Rotary, list[View], Tensor | None]:
@@ -362,15 +363,17 @@ class Llama(nn.Module):
         b, t = input_ids.shape
         column = torch.arange(t, dtype=torch.int32, device=input_ids.device).expand(b, t)
         index = column if cache is None else cache.length[:, None] + column
-        after = column if cache is None else cache.next_position[:, None] + column
+        if positions is None:
+            assert not isinstance(cache, Rows)  # which know no positions but those given
+            positions = column if cache is None else cache.next_position[:, None] + column
         tokens = Tokens(
             index if lengths is None else torch.where(column < lengths[:, None], index, -1),
-            after if positions is None else positions.to(torch.int32),
+            positions.to(torch.int32),
             torch.zeros_like(index) if segments is None else segments.to(torch.int32),
         )
         slots = None if cache is None else cache.append(tokens)
-        kv = tokens if cache is None else cache.tokens
-        views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend) for p in patterns]
+        kv, pages = (tokens, None) if cache is None else (cache.tokens, cache.pages)
+        views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend, pages) for p in patterns]
         return self.embed(input_ids), self.rotary(tokens), views, slots
 
     def head(self, x: Tensor) -> Tensor:

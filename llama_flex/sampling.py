@@ -76,7 +76,7 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
         values = [getattr(r, name) for r in requests]
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
-    requests = [r if r.seed is not None else replace(r, seed=secrets.randbits(63)) for r in requests]
+    requests = [seeded(r) for r in requests]
     if all(r.temperature == 0 for r in requests):
         penalty = column("repetition_penalty", torch.float32, 1.0)
         return SamplingTensors(None, None, None, None, penalty, None)
@@ -89,6 +89,11 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
         repetition_penalty=column("repetition_penalty", torch.float32, 1.0),
         seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
     )
+
+
+def seeded(sampling: Sampling) -> Sampling:
+    """With a seed, drawn here if it is None."""
+    return sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(63))
 
 
 def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,15 @@
 """Text as tokens come: exact decoding piece by piece, and stop strings found however the text is cut."""
 
+from __future__ import annotations
+
 import codecs
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -17,6 +23,77 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_LEVEL = _byte_level_alphabet()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One new token for one prompt: the prompt's number, its id, its log-probability, and the text now certain.
+
+    finish_reason is None until the prompt's last step: "stop" (a stop token or string) or "length".
+    """
+
+    row: int
+    token: int
+    logprob: float
+    text: str
+    finish_reason: str | None
+
+
+@dataclass
+class Completion:
+    """All that was generated for one prompt: ids (a stop token included), log-probabilities, text."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    def add(self, step: Step) -> None:
+        """Append one step of this row."""
+        self.tokens.append(step.token)
+        self.logprobs.append(step.logprob)
+        self.text += step.text
+        self.finish_reason = step.finish_reason
+
+
+class Steps:
+    """Makes the steps of one prompt of its tokens: whole characters only, text that ends before a stop string.
+
+    A model may have more ids than its tokenizer, where the vocabulary was padded; those have no text.
+    """
+
+    def __init__(
+        self,
+        row: int,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        stop_ids: Iterable[int],
+        limit: int,
+    ) -> None:
+        """limit: the most tokens. Raises ValueError for stop strings without a tokenizer."""
+        if stop and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
+        self.row, self.limit, self.stop_ids = row, limit, frozenset(stop_ids)
+        self.count = 0
+        self._size = tokenizer.vocab_size if tokenizer else 0
+        self._decoder = tokenizer.stream([id for id in prompt if id < self._size]) if tokenizer else None
+        self._stops = StopStrings(stop)
+
+    def put(self, token: int, logprob: float) -> Step:
+        """The step of one more token."""
+        self.count += 1
+        if token in self.stop_ids:
+            return Step(self.row, token, logprob, self._rest(), "stop")
+        text, stopped = "", False
+        if self._decoder is not None and token < self._size:
+            text, stopped = self._stops.put(self._decoder.put(token))
+        if not stopped and self.count == self.limit:
+            return Step(self.row, token, logprob, text + self._rest(), "length")
+        return Step(self.row, token, logprob, text, "stop" if stopped else None)
+
+    def _rest(self) -> str:
+        return "" if self._decoder is None else self._stops.put(self._decoder.flush())[0] + self._stops.flush()
 
 
 class Decoding(NamedTuple):

@@ -19,7 +19,7 @@ import tokenizers
 import torch
 
 from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Sampling, Tokenizer, fuse, generate
-from llama_flex.fusion import Request
+from llama_flex.fusion import AnyPrompt
 
 ROOT = Path(__file__).parent.parent
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
@@ -684,7 +684,7 @@ def parsed(out: str) -> list[dict]:
     return [json.loads(line) for line in out.split("\n") if line]
 
 
-def fused_text(engine: Engine, request: Request, new: int, **options) -> str:
+def fused_text(engine: Engine, request: AnyPrompt, new: int, **options) -> str:
     return engine.generate([request], max_new_tokens=new, **options)[0].text
 
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from llama_flex import Completion, Engine, Ensemble, Llama, Prompt, Sampling, Tokenizer, fuse, masks
-from llama_flex.fusion import Request
+from llama_flex.fusion import AnyPrompt
 
 PREFIX = (
     "Question: What is the largest planet in the Solar System?\n"
@@ -70,7 +70,7 @@ def is_right(text: str, answers: Sequence[str]) -> bool:
     return re.search(rf"(?<![\w-])(?<!\d[.,])({words})(?!\w|[.,]\d)", line) is not None
 
 
-def requests(question: Question, tokenizer: Tokenizer) -> dict[str, list[Request]]:
+def requests(question: Question, tokenizer: Tokenizer) -> dict[str, list[AnyPrompt]]:
     """What to complete for each way, by its name."""
     encode = partial(tokenizer.encode, add_special_tokens=False)
     prefix, suffix, line_end = tokenizer.encode(PREFIX), encode(SUFFIX), encode("\n")

@@ -1,0 +1,189 @@
+"""Pages: the keys and values of many sequences in one pool, a block of slots at a time.
+
+To masks and score functions a row's slots are what they always are, numbered from 0; only where a block of them lies in
+memory is looked up. So whatever holds for a cache holds for a paged one.
+Dimensions: B rows, T new tokens, K key/value heads, S slots of a row, Sb blocks of them, P pages, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import LlamaConfig
+from .masks import BLOCK, BlockLists
+from .rules import Tokens
+
+
+class Pages(NamedTuple):
+    """Where the blocks of slots of each row lie, and back.
+
+    of_block: int32 `[B, Sb]`, the page of each block; that of blocks without one is the last page, which takes padding.
+    block_of: int32 `[B, P]`, which block of a row's slots a page holds, or -1 if none of that row's.
+    """
+
+    of_block: Tensor
+    block_of: Tensor
+
+    def listed(self, lists: BlockLists) -> BlockLists:
+        """Lists of blocks of slots as lists of pages, with room for all pages, which FlexAttention asks for."""
+        room = self.block_of.shape[1] - self.of_block.shape[1]
+
+        def pages(blocks: Tensor) -> Tensor:
+            table = self.of_block[:, None, None].expand(*blocks.shape[:3], -1)
+            return torch.nn.functional.pad(table.gather(-1, blocks.long()), (0, max(room, 0)))
+
+        return BlockLists(lists.partial_num, pages(lists.partial_idx), lists.full_num, pages(lists.full_idx))
+
+    def in_order(self, pool: Tensor) -> Tensor:
+        """The slots of every row, `[B, K, S, D]`, out of a pool `[1, K, P * 128, D]`."""
+        b, blocks = self.of_block.shape
+        slots = torch.arange(blocks * BLOCK, device=pool.device).expand(b, -1)
+        return pool[0][:, places(self.of_block, slots)].transpose(0, 1)
+
+
+def places(of_block: Tensor, slots: Tensor) -> Tensor:
+    """Where slots `[B, T]` lie in the pool, int64 `[B, T]`; of_block: see `Pages`."""
+    return of_block.gather(1, slots.long() // BLOCK).long() * BLOCK + slots % BLOCK
+
+
+class PagedCache:
+    """Keys, values and attributes of all sequences: pages of 128 slots, and a last page that takes padding.
+
+    pool: which pages are taken. layers: keys and values `[1, K, P * 128, D]` of each layer, the last page included.
+    """
+
+    def __init__(self, config: LlamaConfig, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate. Memory: `page_bytes` for each page and one more. Raises ValueError for a pool whose keys are more
+        than 2**31 numbers in a layer, which FlexAttention cannot address."""
+        slots = (pages + 1) * BLOCK
+        shape = (1, config.num_key_value_heads, slots, config.head_dim)
+        if pages > (most := self.most_pages(config)):
+            raise ValueError(f"{pages * BLOCK} slots are more than attention can address; ask for {most * BLOCK}")
+        # Zeros, not empty: a masked slot still takes part in products, and 0 * NaN is NaN.
+        self.layers = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.position = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.segment = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.pool = Pool(pages)
+
+    @staticmethod
+    def page_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
+        """What a page takes in all layers."""
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return BLOCK * (numbers * dtype.itemsize + 2 * torch.int32.itemsize)
+
+    @staticmethod
+    def most_pages(config: LlamaConfig) -> int:
+        """With how many pages the offsets within a layer's keys are still numbers of 32 bits."""
+        return (2**31 - 1) // (config.num_key_value_heads * config.head_dim * BLOCK) - 1
+
+
+class Rows:
+    """What a step sees of a paged cache: a row each for some sequences, as the model takes a cache.
+
+    In a row, slots are in the order of arrival. Several rows may be of one sequence, and append to it one after the
+    other in a single step: keys are stored before anything attends to them.
+    """
+
+    mask = None  # a rolling cache has one
+
+    def __init__(self, cache: PagedCache, of_block: Tensor, start: Tensor, end: Tensor) -> None:
+        """of_block: see `Pages`. start: int32 `[B]`, the index of a row's first new token. end: int32 `[B]`, how many
+        tokens its sequence has after the step."""
+        self.layers, self.length = cache.layers, start
+        self.max_length = of_block.shape[1] * BLOCK
+        self._cache, self._of_block, self._end = cache, of_block, end
+
+    @property
+    def pages(self) -> Pages:
+        """Where the slots are."""
+        b, blocks = self._of_block.shape
+        count, device = len(self._cache.position) // BLOCK, self._of_block.device
+        number = torch.arange(blocks, dtype=torch.int32, device=device).expand(b, -1)
+        block_of = torch.full((b, count), -1, dtype=torch.int32, device=device)
+        block_of = block_of.scatter(1, self._of_block.long(), number)
+        return Pages(self._of_block, torch.where(torch.arange(count, device=device) < count - 1, block_of, -1))
+
+    @property
+    def tokens(self) -> Tokens:
+        """The attributes of the tokens in the slots, `[B, S]`."""
+        slots = torch.arange(self.max_length, dtype=torch.int32, device=self._of_block.device)
+        slots = slots.expand(len(self._of_block), -1)
+        at = places(self._of_block, slots)
+        index = torch.where(slots < self._end[:, None], slots, -1)
+        return Tokens(index, self._cache.position[at], self._cache.segment[at])
+
+    def append(self, tokens: Tokens) -> Tensor:
+        """Where new tokens lie in the pool, `[B, T]`, their attributes recorded; padding goes to the last page."""
+        column = torch.arange(tokens.index.shape[1], device=tokens.index.device)
+        at = places(self._of_block, tokens.index.clamp(min=0))
+        at = torch.where(tokens.index >= 0, at, len(self._cache.position) - BLOCK + column % BLOCK)
+        self._cache.position[at] = tokens.position
+        self._cache.segment[at] = tokens.segment
+        return at
+
+
+class Pool:
+    """Which pages are taken, by how many rows, and what is in those that are full, so that rows can share them.
+
+    A page that nobody has any more, but whose content is known, is kept until it is needed: the longest unused first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.users = [0] * count
+        self._free = list(range(count))[::-1]
+        self._unused: OrderedDict[int, None] = OrderedDict()  # nobody's, but with known content; oldest first
+        self._page_of: dict[Hashable, int] = {}
+        self._content: dict[int, Hashable] = {}
+
+    @property
+    def available(self) -> int:
+        """How many pages can be taken."""
+        return len(self._free) + len(self._unused)
+
+    def take(self) -> int:
+        """A page for one row alone; there must be one."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._unused.popitem(last=False)
+            del self._page_of[self._content.pop(page)]
+        self.users[page] = 1
+        return page
+
+    def find(self, content: Hashable) -> int | None:
+        """The page with this content, with one user more; None if there is none."""
+        page = self._page_of.get(content)
+        if page is not None:
+            self.users[page] += 1
+            self._unused.pop(page, None)
+        return page
+
+    def name(self, page: int, content: Hashable) -> None:
+        """Say what a full page holds. A page of the same content that is known already stays the known one."""
+        if content not in self._page_of and page not in self._content:
+            self._page_of[content], self._content[page] = page, content
+
+    def forget(self) -> None:
+        """No content is known any more."""
+        self._free += self._unused
+        self._unused.clear()
+        self._page_of.clear()
+        self._content.clear()
+
+    def give_back(self, page: int) -> None:
+        """One user less."""
+        self.users[page] -= 1
+        if not self.users[page]:
+            if page in self._content:
+                self._unused[page] = None
+            else:
+                self._free.append(page)
