@@ -67,8 +67,10 @@ def view_of(
         kv = Tokens(*(x.clone() for x in kv))
     if backend == "dense":
         return View(q, kv, pattern.mask.dense(q, kv, num_heads), pages)
-    lists = pattern.mask.block_lists(q, kv, num_heads)
-    return View(q, kv, lists if pages is None else pages.listed(lists), pages)
+    if pages is None:
+        return View(q, kv, pattern.mask.block_lists(q, kv, num_heads))
+    decoding = q.index.is_cuda and q.index.shape[1] == 1
+    return View(q, kv, pages.listed(pattern.mask.block_lists(q, kv, num_heads, together=decoding)), pages)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Tensor:
@@ -95,7 +97,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
                 score_mod=score_mod,
                 block_mask=block_mask,
                 enable_gqa=q.shape[1] != k.shape[1],
-                kernel_options=_kernel_options(q, k) if q.is_cuda else None,
+                kernel_options=_kernel_options(q, k, view.pages is not None) if q.is_cuda else None,
             )
         return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
     if view.pages is not None:
@@ -142,17 +144,19 @@ def kernel(device: torch.device, queries: int, group: int, mask_heads: int) -> s
 # Queries and slots of a tile of CUDA's kernels, and for how many tiles ahead they load. The first is the best on an
 # H200 with 16 bits, 32/8 heads of 128: decoding at a context of 4,096 takes 15 us instead of torch's 20, and 2,048
 # queries against themselves 124 instead of 141. In float32 the second is. The others are for what does not fit.
+_PROGRAMS = 1024
 _TILES = ((64, 64, 3), (32, 64, 3), (32, 32, 3), (32, 32, 2), (16, 16, 1))
 
 
-def _kernel_options(q: Tensor, k: Tensor) -> Any:
+def _kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
     """The sizes of CUDA's kernels, and which one it is.
 
     For 2 to 127 queries torch 2.11 would take its decoding kernel, and cannot compile it or gets wrong results.
 
     That kernel makes a number of parts of the slots, here one for about 256 and fewer in a batch. Torch makes as many
     whatever the number of slots, and gives each its share of the list of blocks: in a long cache one part then gets
-    all the blocks of a window, and works through them alone.
+    all the blocks of a window, and works through them alone. Where the blocks are in one list, as they are for pages,
+    it is the list that torch divides, so there are as many parts as keep a GPU busy.
     """
     row = (1 << (q.shape[3] - 1).bit_length()) * q.itemsize  # bytes; the kernels pad the head dim
     device: Any = torch.cuda.get_device_properties(q.device)
@@ -163,7 +167,7 @@ def _kernel_options(q: Tensor, k: Tensor) -> Any:
     options = {"BLOCK_N": slots, "num_warps": 4, "num_stages": stages}
     if q.shape[2] > 1:
         return options | {"BLOCK_M": rows, "FORCE_USE_FLEX_ATTENTION": True}
-    parts = max(k.shape[2] // 256, 16) // len(k)
+    parts = _PROGRAMS // (len(q) * k.shape[1]) if paged else max(k.shape[2] // 256, 16) // len(k)
     return options | {"SPLIT_KV": 1 << max(parts.bit_length() - 1, 0)}
 
 

@@ -47,12 +47,12 @@ class Sparsity(NamedTuple):
 
 class BlockLists(NamedTuple):
     """The blocks that FlexAttention computes: how many in each row of blocks, int32 `[B, 1 or H, Tb]`, and which,
-    `[B, 1 or H, Tb, Sb]`; those that need the predicate, and those that are allowed as a whole."""
+    `[B, 1 or H, Tb, Sb]`; those that need the predicate, and, if they are apart, those that are allowed as a whole."""
 
     partial_num: Tensor
     partial_idx: Tensor
-    full_num: Tensor
-    full_idx: Tensor
+    full_num: Tensor | None
+    full_idx: Tensor | None
 
 
 class Mask(Rule):
@@ -136,17 +136,18 @@ class Mask(Rule):
         full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))
         return full, some
 
-    def block_lists(self, q: Tokens, kv: Tokens, num_heads: int) -> BlockLists:
-        """The blocks of queries q against slots kv, exactly.
+    def block_lists(self, q: Tokens, kv: Tokens, num_heads: int, together: bool = False) -> BlockLists:
+        """The blocks of queries q against slots kv, exactly. together: none apart as allowed as a whole.
 
         Only tensor operations, so it can be part of a compiled step: no host synchronisation, no Python branch on a
         value, static shapes.
         """
         full, some = self.blocks(q, kv, num_heads)
-        partial_num, partial_idx = _list_blocks(some & ~full)
+        partial_num, partial_idx = _list_blocks(some if together else some & ~full)
         # A row of blocks with none listed at all is NaN in the compiled CPU kernel, so it lists one, for mask_mod to
         # mask. Not a row with full blocks: a block in both lists would count twice.
-        return BlockLists(partial_num.masked_fill(~some.any(-1), 1), partial_idx, *_list_blocks(full))
+        partial_num = partial_num.masked_fill(~some.any(-1), 1)
+        return BlockLists(partial_num, partial_idx, *((None, None) if together else _list_blocks(full)))
 
     def block_mask(
         self, q: Tokens, kv: Tokens, num_heads: int, lists: BlockLists | None = None, pages: Pages | None = None

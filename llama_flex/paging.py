@@ -37,7 +37,8 @@ class Pages(NamedTuple):
             table = self.of_block[:, None, None].expand(*blocks.shape[:3], -1)
             return torch.nn.functional.pad(table.gather(-1, blocks.long()), (0, max(room, 0)))
 
-        return BlockLists(lists.partial_num, pages(lists.partial_idx), lists.full_num, pages(lists.full_idx))
+        full_idx = None if lists.full_idx is None else pages(lists.full_idx)
+        return BlockLists(lists.partial_num, pages(lists.partial_idx), lists.full_num, full_idx)
 
     def in_order(self, pool: Tensor) -> Tensor:
         """The slots of every row, `[B, K, S, D]`, out of a pool `[1, K, P * 128, D]`."""

@@ -326,6 +326,7 @@ class Scheduler:
 
         If it fails or is interrupted, what was under way waits again, and nothing that was read is lost.
         """
+        done = False
         try:
             while self._inbox:
                 heapq.heappush(self._waiting, self._inbox[0])
@@ -341,9 +342,10 @@ class Scheduler:
             while self._sent_away:
                 heapq.heappush(self._waiting, self._sent_away[-1])
                 self._sent_away.pop()
-        except BaseException:
-            self._start_over()
-            raise
+            done = True
+        finally:
+            if not done:  # an error, or Ctrl-C
+                self._start_over()
         with self._lock:
             ended, self._ended = self._ended, []
         return ended
@@ -609,9 +611,9 @@ class Scheduler:
             request.steps.append(step)
             self._end(request, step.finish_reason)
             if request._callback is not None:
-                try:
+                try:  # whatever it raises ends this request and no other
                     request._callback(step)
-                except Exception as error:  # noqa: BLE001  (whatever it is, it ends this request and no other)
+                except Exception as error:  # noqa: BLE001  - runs the user's code
                     request.error = error
                     self._end(request, "error")
 

@@ -19,7 +19,7 @@ VIEW_OF = attention.view_of
 @pytest.fixture(autouse=True)
 def dense(monkeypatch):
     """Attention by its dense definition: flex_attention run eagerly takes ten times as long. `flex` switches back."""
-    monkeypatch.setattr(attention, "view_of", lambda pattern, q, kv, heads, _: VIEW_OF(pattern, q, kv, heads, "dense"))
+    monkeypatch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_ragged_batch_in_flex_attention_gives_the_tokens_of_the_dense_definiti
     found = engine.generate(prompts, max_new_tokens=4, sampling=sampling, cache=cache)
     cache.truncate(100)
     found += engine.generate(prompts, max_new_tokens=4, sampling=sampling, cache=cache)
-    monkeypatch.setattr(attention, "view_of", lambda pattern, q, kv, heads, _: VIEW_OF(pattern, q, kv, heads, "dense"))
+    monkeypatch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
     expected = engine.generate(prompts, max_new_tokens=4, sampling=sampling)
     kept = [p[:100] + t.tokens[:3][: max(0, 100 - len(p))] for p, t in zip(prompts, expected, strict=True)]
     whole = [k + p for k, p in zip(kept, prompts, strict=True)]

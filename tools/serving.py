@@ -82,9 +82,7 @@ def _matrices(model: Llama) -> int:
 
 
 def _submit(engine: Engine, asked: Sequence[Asked]) -> list[Request]:
-    return [
-        engine.submit(a.ids, max_new_tokens=a.new, sampling=Sampling(), stop_token_ids=()) for a in asked
-    ]
+    return [engine.submit(a.ids, max_new_tokens=a.new, sampling=Sampling(), stop_token_ids=()) for a in asked]
 
 
 def _ours(engine: Engine, asked: Sequence[Asked]) -> tuple[float, list[list[int]]]:
@@ -98,7 +96,9 @@ def _theirs(peer: Any, asked: Sequence[Asked]) -> tuple[float, list[list[int]]]:
     """transformers' continuous batching, with a limit for each request; without the time it takes to get ready."""
     from transformers import GenerationConfig
 
-    config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(a.new for a in asked))
+    config = GenerationConfig(
+        do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(a.new for a in asked)
+    )
     with peer.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
         warm = manager.add_request(asked[0].ids, max_new_tokens=8)
         while (found := manager.get_result(timeout=60)) is None or found.request_id != warm or not found.is_finished():
@@ -178,7 +178,13 @@ def sweep(args: argparse.Namespace, model: Llama, machine: Machine) -> dict[str,
             engine.cancel(request)
         engine.run()
         seconds, bound = statistics.median(times), machine.step(model, [args.context + 40] * size)
-        row = [str(size), f"{seconds * 1e3:.2f}", f"{bound * 1e3:.2f}", f"{bound / seconds:.1%}", f"{size / seconds:.0f}"]
+        row = [
+            str(size),
+            f"{seconds * 1e3:.2f}",
+            f"{bound * 1e3:.2f}",
+            f"{bound / seconds:.1%}",
+            f"{size / seconds:.0f}",
+        ]
         print(" ".join(row), flush=True)
         rows.append(row)
         found.append({"size": size, "seconds": times, "bound": bound})
@@ -221,9 +227,7 @@ def latency(args: argparse.Namespace, model: Llama, machine: Machine) -> dict[st
     """Streams that run, and a long prompt every so many of their tokens."""
     rows, found = [], {}
     for name, tokens in (("in chunks", args.chunk), ("in one piece", args.long)):
-        engine = _engine(
-            args, model, max_batch_size=args.batch_size, max_length=args.long + 256, prefill_tokens=tokens
-        )
+        engine = _engine(args, model, max_batch_size=args.batch_size, max_length=args.long + 256, prefill_tokens=tokens)
         between: list[float] = []
         for warm in (True, False):
             times: dict[int, list[float]] = {}
@@ -233,7 +237,9 @@ def latency(args: argparse.Namespace, model: Llama, machine: Machine) -> dict[st
 
             streams = [
                 engine.submit(a.ids, max_new_tokens=a.new, sampling=Sampling(), stop_token_ids=(), callback=came)
-                for a in (Asked(a.ids, 200) for a in requests(args.streams, 500, 500, model.config.vocab_size, 1 + warm))
+                for a in (
+                    Asked(a.ids, 200) for a in requests(args.streams, 500, 500, model.config.vocab_size, 1 + warm)
+                )
             ]
             rng = np.random.default_rng(2 + warm)
             first = []
