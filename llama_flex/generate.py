@@ -7,20 +7,20 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from . import jobs
 from .jobs import Job, Question, UsageError
 
 if TYPE_CHECKING:  # torch and the rest of the package are imported once the arguments are known to be good
-    from tqdm import tqdm
-
     from .cache import Cache
     from .engine import Engine
     from .fusion import AnyPrompt
+    from .sampling import Sampling
+    from .scheduler import Request
     from .streaming import Step
 
 _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
@@ -74,10 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
-    run.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers decoded together (default 8)")
+    run.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences at a time, as far as memory goes (8; on a GPU 256)"
+    )
+    run.add_argument(
+        "--memory-fraction", type=float, default=0.9, metavar="F", help="of the free memory, for tokens (default 0.9)"
+    )
     run.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
     run.add_argument("--json", action="store_true", help="one JSON object a prompt: id, prompt, text, tokens, logprobs")
     run.add_argument("--resume", action="store_true", help="leave out what --output already has, and add to it")
+    run.add_argument(
+        "--strict", action="store_true", help="refuse a prompts file with a bad row, instead of skipping it"
+    )
     run.add_argument(
         "--explain", action="store_true", help="say on stderr what ran, and how near to the hardware's limit"
     )
@@ -135,8 +143,10 @@ def _refuse(error: Exception) -> int:
 def _jobs(args: argparse.Namespace) -> list[Job]:
     """What is asked for. Raises UsageError for nothing, an empty prompt, arguments that do not go together, and for
     malformed files."""
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if not 0 < args.memory_fraction <= 1:
+        raise UsageError(f"--memory-fraction must be above 0 and at most 1, not {args.memory_fraction}")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if args.output and args.prompts_file and args.output.exists() and args.output.samefile(args.prompts_file):
@@ -157,17 +167,28 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     asked = [Job(i, text, i) for i, text in enumerate(args.prompt)]
     if asked and question is not None:
         asked = [Job(0, jobs.question({"prompts": args.prompt}, question, "--prompt"), 0)]
+    for job in asked:
+        if not job.prompt:
+            raise UsageError(f"prompt {job.id} is empty; give it some text, such as the model's first token")
     if args.prompts_file:
-        asked += jobs.read(args.prompts_file, len(asked), question)
+        asked += jobs.read(args.prompts_file, len(asked), question, _bad_row(args))
     weighted = any(isinstance(job.prompt, Question) and job.prompt.weights for job in asked)
     if args.fuse in ("mean", "max") and (weighted or args.fuse_positions):
         raise UsageError(f"--fuse {args.fuse} has no weights and no positions; --fuse attention has")
     if not args.chat and not asked:
         raise UsageError("nothing to complete: give --prompt, --prompts-file or --chat")
-    for job in asked:
-        if not job.prompt:
-            raise UsageError(f"prompt {job.id} is empty; give it some text, such as the model's first token")
     return asked
+
+
+def _bad_row(args: argparse.Namespace) -> Callable[[UsageError], None]:
+    """What is done about a row of the prompts file that cannot be completed."""
+
+    def report(error: UsageError) -> None:
+        if args.strict:
+            raise error
+        print(f"skipped: {error}", file=sys.stderr)
+
+    return report
 
 
 class _Output:
@@ -249,40 +270,94 @@ class _Session:
             print(self.engine.explain(self.statistics.bytes_per_second), file=sys.stderr)
 
     def complete(self, asked: list[Job], live: bool) -> None:
-        """Complete all jobs, a batch at a time. live: write the text as it comes, else when a batch is done."""
-        from tqdm import tqdm
+        """Complete all jobs. live: there is one, and its text is written as it comes; else a row as soon as it is done,
+        in whatever order."""
+        prompts = list(self._encoded(asked))
+        if not prompts:
+            raise UsageError("no prompt is left to complete")
+        if live:
+            self.engine.compile = self._compiles(1)
+            self._complete_live(*prompts[0])
+        else:
+            self._complete_all(prompts)
 
-        args, size = self.args, self.args.batch_size
-        steps = self.expected * -(-len(asked) // size)
-        self.engine.compile = args.compile == "on" or (args.compile == "auto" and steps >= COMPILE_FROM)
-        prompts = [self._encode(job) for job in asked]
-        self.engine.check(prompts, args.max_new_tokens)  # all of them, before the first batch
-        hidden = True if args.quiet or not args.prompts_file else None  # None: hidden if stderr is no terminal
-        with tqdm(total=len(asked), unit="prompt", disable=hidden) as progress:
-            for start in range(0, len(asked), size):
-                self._complete_batch(asked[start : start + size], prompts[start : start + size], live, progress)
+    def _encoded(self, asked: list[Job]) -> Iterator[tuple[Job, AnyPrompt]]:
+        """The jobs with their tokens; without those of a prompts file that cannot be completed."""
+        for job in asked:
+            try:
+                prompt = self._encode(job)
+                self.engine.check([prompt], self.args.max_new_tokens)
+            except ValueError as error:
+                self._refuse(job, error)
+            else:
+                yield job, prompt
 
-    def _complete_batch(self, asked: list[Job], prompts: list[AnyPrompt], live: bool, progress: tqdm[Any]) -> None:
-        from .streaming import Completion
+    def _refuse(self, job: Job, error: ValueError) -> None:
+        what = str(error).removeprefix("prompt 0: ")
+        if job.where == "--prompt":
+            raise UsageError(f"prompt {job.id}: {what}") from None
+        _bad_row(self.args)(UsageError(f"{job.where}: {what}"))
 
-        done, seed = [Completion() for _ in asked], self.sampling.seed
-        each = [self.sampling if seed is None else replace(self.sampling, seed=seed + job.number) for job in asked]
-        steps = self.engine.stream(prompts, sampling=each, **self.options)
+    def _compiles(self, batches: int) -> bool:
+        asked = self.args.compile
+        return asked == "on" or (asked == "auto" and self.expected * batches >= COMPILE_FROM)
+
+    def _sampling_of(self, job: Job) -> Sampling:
+        seed = self.sampling.seed
+        return self.sampling if seed is None else replace(self.sampling, seed=seed + job.number)
+
+    def _complete_live(self, job: Job, prompt: AnyPrompt) -> None:
+        written = False
+        steps = self.engine.stream([prompt], sampling=self._sampling_of(job), **self.options)
         try:
-            for step in self.statistics.timed(steps, prompts):
-                done[step.row].add(step)
-                progress.update(step.finish_reason is not None)
-                if live and step.text:
+            for step in self.statistics.timed(steps, [prompt]):
+                written = True
+                if step.text:
                     self.output.write(step.text)
         finally:
-            if not any(completion.tokens for completion in done):
-                pass  # refused, or interrupted before the first token: what the output held stays
-            elif live:
+            if written:
                 self.output.write("\n")
-            else:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
-                with progress.external_write_mode():  # both may go to one terminal
-                    for job, completion in zip(asked, done, strict=True):
-                        self.output.write(jobs.result(job, completion, self.args.json))
+
+    def _complete_all(self, prompts: list[tuple[Job, AnyPrompt]]) -> None:
+        from tqdm import tqdm
+
+        from .engine import Engine
+        from .fusion import as_ensemble
+
+        args, model = self.args, self.engine.model
+        size = args.batch_size or (256 if model.device.type == "cuda" else 8)
+        each = [as_ensemble(prompt).prompts for _, prompt in prompts]
+        rows = max(min(size, sum(map(len, each))), *map(len, each))
+        longest = max(len(p.ids) for members in each for p in members)
+        self.engine = self.statistics.engine = Engine(
+            model,
+            self.tokenizer,
+            compile=self._compiles(-(-len(prompts) // size)),
+            max_batch_size=rows,
+            max_length=longest + self.expected,
+            memory_fraction=args.memory_fraction,
+        )
+        going = {}
+        for job, prompt in prompts:
+            try:
+                going[self.engine.submit(prompt, sampling=self._sampling_of(job), **self.options)] = job
+            except ValueError as error:
+                self._refuse(job, error)
+        hidden = True if args.quiet or not args.prompts_file else None  # None: hidden if stderr is no terminal
+        with tqdm(total=len(going), unit="prompt", disable=hidden) as progress:
+            try:
+                while going:
+                    for request in self.statistics.step():
+                        with progress.external_write_mode():  # both may go to one terminal
+                            self.output.write(jobs.result(going.pop(request), request.completion, args.json))
+                        progress.update()
+                    progress.set_postfix_str(self.statistics.now(), refresh=False)
+            finally:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
+                for request, job in going.items():
+                    if request.steps:
+                        self.output.write(jobs.result(job, request.completion, args.json))
+                if going and args.json and args.output:
+                    print(f"{len(going)} of {len(prompts)} prompts are not done; --resume goes on", file=sys.stderr)
 
     def _encode(self, job: Job) -> AnyPrompt:
         if isinstance(job.prompt, Question):
@@ -374,6 +449,9 @@ class _Statistics:
         self.first_seconds: float | None = None
         self.prompt_tokens = self.decoded_tokens = self.bytes_read = 0
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.started: float | None = None
+        self.batch_seconds = 0.0
+        self.batch_prompt_tokens = self.batch_new_tokens = 0
 
     def timed(self, steps: Iterator[Step], prompts: Sequence[AnyPrompt]) -> Iterator[Step]:
         """Pass on the steps of one batch, taking times."""
@@ -400,6 +478,27 @@ class _Statistics:
             yield step
             started, compiled = time.perf_counter(), self.engine.compile_seconds
 
+    def step(self) -> list[Request]:
+        """A step of what was submitted to the engine, taking times; the requests that it has ended."""
+        scheduler = self.engine.scheduler
+        started, compiled = time.perf_counter(), self.engine.compile_seconds
+        self.started = started if self.started is None else self.started
+        prompts, new = scheduler.prompt_tokens, scheduler.new_tokens
+        ended = self.engine.step()
+        if scheduler.new_tokens and self.first_seconds is None:
+            self.first_seconds = time.perf_counter() - self.started
+        if self.engine.compile_seconds == compiled:
+            self.batch_seconds += time.perf_counter() - started
+            self.batch_prompt_tokens += scheduler.prompt_tokens - prompts
+            self.batch_new_tokens += scheduler.new_tokens - new
+        return ended
+
+    def now(self) -> str:
+        """What the engine is doing, for a progress bar."""
+        s = self.engine.scheduler
+        rate = self.batch_new_tokens / self.batch_seconds if self.batch_seconds else 0.0
+        return f"{rate:.0f} tok/s, {s.num_running} running, {s.num_waiting} waiting, {s.pool.available} pages free"
+
     @property
     def bytes_per_second(self) -> float | None:
         """How fast decoding read weights, keys and values; None if no step has been timed."""
@@ -417,6 +516,9 @@ class _Statistics:
         if rate := self.bytes_per_second:
             speed = self.decoded_tokens / self.decode_seconds
             parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate / 1e9:.1f} GB/s")
+        if self.batch_seconds:
+            speed = self.batch_new_tokens / self.batch_seconds
+            parts.append(f"{self.batch_prompt_tokens} tokens in, {self.batch_new_tokens} out, {speed:.1f} tok/s")
         print("; ".join(parts), file=sys.stderr)
 
 

@@ -7,8 +7,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,11 +34,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to complete: a text, a conversation for the chat template, or a question; its place among all."""
+    """One thing to complete: a text, a conversation for the chat template, or a question; its place among all, and
+    where it was given."""
 
     id: Any
     prompt: str | Messages | Question
     number: int
+    where: str = field(default="--prompt", compare=False)
 
     @property
     def title(self) -> str:
@@ -55,11 +57,11 @@ class Job:
         return {"prompts": self.prompt.prompts} if isinstance(self.prompt, Question) else {"prompt": self.prompt}
 
 
-def read(path: Path, first: int, default: Question | None) -> Iterator[Job]:
+def read(path: Path, first: int, default: Question | None, bad_row: Callable[[UsageError], None]) -> Iterator[Job]:
     """The jobs of a prompts file, numbered from `first`: a JSON object a line if it ends in .jsonl, else a text a line.
 
-    default: for fused prompts, what a row that does not say has for prefix, suffix and weights.
-    Raises UsageError, with the line, for a file that cannot be read or understood.
+    default: for fused prompts, what a row that does not say has for prefix, suffix and weights. bad_row: told of each
+    line that cannot be understood; the others follow. Raises UsageError for a file that cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028, legal in JSON
@@ -69,16 +71,29 @@ def read(path: Path, first: int, default: Question | None) -> Iterator[Job]:
         if not line.strip():
             continue
         where = f"{path}, line {number - first + 1}"
-        if path.suffix != ".jsonl":
-            yield Job(number, line if default is None else question({"prompts": [line]}, default, where), number)
-            continue
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: not JSON ({error})") from None
-        row = row if isinstance(row, dict) else {"prompts" if isinstance(row, list) else "prompt": row}
-        yield Job(row.get("id", number), _prompt(row, default, where), number)
+            if path.suffix == ".jsonl":
+                id, prompt = _row(line, number, default, where)
+            else:
+                id, prompt = number, line if default is None else question({"prompts": [line]}, default, where)
+        except UsageError as error:
+            bad_row(error)
+        else:
+            yield Job(id, prompt, number, where)
+
+
+def _row(line: str, number: int, default: Question | None, where: str) -> tuple[Any, str | Messages | Question]:
+    """The id and the prompt of a line of JSON."""
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON ({error})") from None
+    row = row if isinstance(row, dict) else {"prompts" if isinstance(row, list) else "prompt": row}
+    prompt = _prompt(row, default, where)
+    if not prompt:
+        raise UsageError(f"{where}: the prompt is empty; give it some text, such as the model's first token")
+    return row.get("id", number), prompt
 
 
 def _prompt(row: dict[str, Any], default: Question | None, where: str) -> str | Messages | Question:

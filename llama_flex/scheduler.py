@@ -219,6 +219,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._ended: list[Request] = []
         self._unread: _Unread | None = None
+        self.prompt_tokens = self.new_tokens = 0  # computed so far, and given so far
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # of how a request ends
         self._advancing: asyncio.Task[object] | None = None
@@ -254,6 +255,16 @@ class Scheduler:
     def running(self) -> list[Request]:
         """Those whose tokens are being computed, the oldest first."""
         return sorted(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many wait, about: the cancelled ones leave when it is their turn."""
+        return len(self._inbox) + len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """How many run."""
+        return len(self._running)
 
     @property
     def idle(self) -> bool:
@@ -401,6 +412,7 @@ class Scheduler:
         self._running.append(request)
         request._asked = len(new)
         for sequence in request._sequences:
+            self.prompt_tokens += sequence.goal + 1 - sequence.start
             sequence.seat = self._seats.pop()
             self._sit(request, sequence, len(new))
         return request
@@ -503,6 +515,7 @@ class Scheduler:
         seats += [self.max_batch_size] * (size - len(rows))
         filled["ints"][:] = self._ints[seats].T
         filled["reals"][:] = self._reals[seats].T
+        filled["ints"][_INTS.index("leader")] = np.arange(size)  # padding too is no other's
         leaders: dict[int, int] = {}
         for row, (request, sequence) in enumerate(rows):
             filled["rows"][:, row] = sequence.start, sequence.start + 1, 1
@@ -609,6 +622,7 @@ class Scheduler:
                 continue
             step = request._maker.put(int(tokens[row]), logprobs[row])
             request.steps.append(step)
+            self.new_tokens += 1
             self._end(request, step.finish_reason)
             if request._callback is not None:
                 try:  # whatever it raises ends this request and no other

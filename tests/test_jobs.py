@@ -27,8 +27,12 @@ def written(path: Path, lines: list[str]) -> Path:
     return path
 
 
+def refuse(error: UsageError) -> None:
+    raise error
+
+
 def read(path: Path, default: Question | None = None, first: int = 0) -> list[Job]:
-    return list(jobs.read(path, first, default))
+    return list(jobs.read(path, first, default, refuse))
 
 
 def results(path: Path, *rows: tuple[Job, Completion]) -> bytes:
