@@ -1,4 +1,4 @@
-"""transformers on the weights of our models: what `tools.bench` measures against."""
+"""transformers on the weights of our models: what `tools.bench` and `tools.serving` measure against."""
 
 from __future__ import annotations
 
@@ -98,6 +98,25 @@ class Peer:
 
     def _first(self, ids: Tensor, cache: Any) -> Tensor:
         return _greedy(self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits)
+
+
+def batches(model: Any, asked: Sequence[tuple[list[int], int]]) -> float:
+    """Seconds of requests (ids, and how many new tokens) in transformers' continuous batching, greedy; without the time
+    it takes to get ready, its first request included."""
+    most = max(new for _, new in asked)
+    config = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=most)
+
+    def results(names: set[str]) -> None:
+        while names:
+            found = manager.get_result(timeout=60)
+            if found is not None and found.is_finished():
+                names.remove(found.request_id)
+
+    with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
+        results({manager.add_request(asked[0][0], max_new_tokens=8)})
+        started = time.perf_counter()
+        results({manager.add_request(ids, max_new_tokens=new) for ids, new in asked})
+        return time.perf_counter() - started
 
 
 def _greedy(logits: Tensor) -> Tensor:

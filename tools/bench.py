@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,57 +28,40 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, hub, masks
+from llama_flex import Engine, Llama, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, hub, masks
 from llama_flex.compiling import Graphs
 from llama_flex.explain import read_bandwidth
 from llama_flex.files import FolderError
+from tools._measuring import (
+    CONFIGS,
+    DEMO,
+    ROOT,
+    attempt,
+    clear,
+    config_of,
+    hardware,
+    model_of,
+    operations,
+    print_table,
+    products,
+    random_ids,
+    timed,
+    wait,
+    whole_number,
+)
 
 # What imports transformers, tools._peers, is imported where it is used: starts are measured without it.
 
-Result = TypeVar("Result")
 Run = Callable[[], tuple[float, list[int]]]  # does some work once: the seconds that count, and the tokens that came
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "weights/SmolLM2-135M-Instruct"
 OURS = "llama_flex"
 PEERS = ("dynamic", "static", "flex")
 START_LENGTH, START_NEW = 30, 10  # of the prompt, and of what is generated, in a start that is measured
-LLAMA_3 = {
-    "vocab_size": 128256,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
-CONFIGS: dict[str, dict[str, Any]] = {  # as published, but for the rotary scaling of 3.1 and 3.2
-    "llama-3.1-8b": LLAMA_3
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-3.2-1b": LLAMA_3
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-    | {"head_dim": 64, "tie_word_embeddings": True},
-    "llama-3.2-3b": LLAMA_3
-    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
-    | {"tie_word_embeddings": True},
-    "llama-3.1-70b": LLAMA_3
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 131072,
-    },
-}
 PARAPHRASES = (
     "A farmer has twelve apples in a basket. He gives three of them to his neighbour and two to his daughter, and "
     "then finds one more under the tree. In the afternoon a traveller comes to the farm and buys half of what is "
@@ -123,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     except FolderError as error:
         parser.error(str(error))
     given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
-    print(json.dumps({**given, **_hardware(args.device), **results}))
+    print(json.dumps({**given, **hardware(args.device), **results}))
     return 0
 
 
@@ -160,13 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def whole_number(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Settle which model and which device, or exit with what cannot be."""
     try:
@@ -185,7 +158,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         if args.model is not None:
             args.model = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES).resolve()
-        context = _config(args).max_position_embeddings
+        context = config_of(args).max_position_embeddings
     except ValueError as error:
         parser.error(str(error))
     if args.name == "decode" and args.new <= args.warm_up:
@@ -193,72 +166,6 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     needed = {"decode": lambda: max(args.context) + args.new, "prefill": lambda: max(args.length) + 1}
     if args.name in needed and needed[args.name]() > context:
         parser.error(f"{needed[args.name]()} tokens exceed the model's context of {context}")
-
-
-def _hardware(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else _cpu()
-    versions = {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")}
-    return {"hardware": name, "threads": torch.get_num_threads(), **versions, "python": platform.python_version()}
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _config(args: argparse.Namespace) -> LlamaConfig:
-    if args.config is None:
-        return LlamaConfig.from_pretrained(args.model)
-    return LlamaConfig.from_dict(CONFIGS[args.config])
-
-
-def _model(args: argparse.Namespace, dtype: str) -> Llama:
-    """The model asked for; a shape gets random weights, and ones for its norms."""
-    wanted = getattr(torch, dtype)
-    if args.config is None:
-        return Llama.from_pretrained(args.model, device=args.device, dtype=wanted)
-    with torch.device("meta"):
-        model = Llama(_config(args)).to(wanted)
-    model = model.to_empty(device=args.device).eval().requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
-    return model
-
-
-def _random_ids(count: int, config: LlamaConfig) -> list[int]:
-    return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-def _timed(device: str, work: Callable[[], object]) -> float:
-    """Seconds that some work takes, on the device too."""
-    _wait(device)
-    started = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def _clear(device: str) -> None:
-    """Forget what compiled, and give back the memory of what nobody holds any more."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-
-
-def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    print()
-    for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(row)} |")
-    print()
 
 
 # Ours and peers, in turns
@@ -284,21 +191,12 @@ class Way:
         """The seconds of one run, or nothing if a peer fails now or did before."""
         if self.run is None:
             return []
-        found = _attempt(self.run) if self.is_peer else self.run()
+        found = attempt(self.run) if self.is_peer else self.run()
         if isinstance(found, str):
             self.run, self.error = None, found
             return []
         seconds, self.tokens = found
         return [seconds]
-
-
-def _attempt(work: Callable[[], Result]) -> Result | str:
-    """What some work of a peer returns, or in words what it raised, which is not to cost the other results."""
-    try:
-        return work()
-    except Exception as error:  # noqa: BLE001
-        # Of a compiler's message, which can go on for thousands of lines, the beginning.
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 @dataclass
@@ -347,13 +245,13 @@ def _cases(
     register()
     cases = []
     for dtype in args.dtype:
-        model, loaded = _model(args, dtype), None
+        model, loaded = model_of(args, dtype), None
         for size in sizes:
-            ids = _random_ids(size, model.config)
+            ids = random_ids(size, model.config)
             ways = {OURS: Way(functools.partial(ours, Engine(model, compile=True), ids), is_peer=False)}
             _warm_up(ways[OURS], model, args.device)
             if args.peers and (loaded is None or isinstance(loaded, str)):
-                loaded = _attempt(functools.partial(load, model, args.model))
+                loaded = attempt(functools.partial(load, model, args.model))
             for kind in args.peers:
                 if isinstance(loaded, str):
                     way = Way(None, error=loaded)
@@ -363,9 +261,9 @@ def _cases(
                 ways[f"transformers, {kind}"] = way
             _rounds(ways, args.rounds, f"{dtype}, {size} tokens")
             cases.append(Case(dtype, size, work(model, size), ways))
-            _clear(args.device)
+            clear(args.device)
         del model, loaded
-        _clear(args.device)
+        clear(args.device)
     return cases
 
 
@@ -406,7 +304,7 @@ def _print_cases(head: Sequence[str], cases: Iterable[Case], cells: Callable[[Ca
             peak = "" if way.peak is None else f"{way.peak / 2**30:.2f}"
             same = "" if name == OURS else f"{case.agreeing(way)} of {len(way.tokens)}"
             rows.append([*row, *cells(case, way), peak, f"{case.faster(way):.2f}", same])
-    _print_table(["dtype", "tokens", "", *head, "peak GiB", f"{OURS} is times as fast", "first tokens the same"], rows)
+    print_table(["dtype", "tokens", "", *head, "peak GiB", f"{OURS} is times as fast", "first tokens the same"], rows)
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -433,7 +331,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
 
 def _stream(engine: Engine, ids: list[int], new: int, warm_up: int) -> tuple[float, list[int]]:
     """Seconds from the arrival of token number `warm_up` (0: from the call) to the last, and all tokens."""
-    _wait(engine.model.device.type)
+    wait(engine.model.device.type)
     arrived, tokens = [time.perf_counter()], []
     for step in engine.stream([ids], max_new_tokens=new, sampling=Sampling(), stop_token_ids=()):
         arrived.append(time.perf_counter())
@@ -441,21 +339,16 @@ def _stream(engine: Engine, ids: list[int], new: int, warm_up: int) -> tuple[flo
     return arrived[-1] - arrived[warm_up], tokens
 
 
-def _several(device: str, work: Callable[[], object], count: int = 5) -> list[float]:
-    """Seconds of some work, several times after one that does not count."""
-    return [_timed(device, work) for _ in range(count + 1)][1:]
-
-
 def _prefill(args: argparse.Namespace) -> dict[str, Any]:
     cases = _cases(
         args,
         args.length,
         1,
-        _operations,
+        operations,
         functools.partial(_stream, new=1, warm_up=0),
         lambda peer, ids: peer.prefill(ids),
     )
-    products = {dtype: _products(args.device, dtype) for dtype in args.dtype}
+    products = {dtype: products(args.device, dtype) for dtype in args.dtype}
     ceiling = {dtype: p["operations"] / statistics.median(p["seconds"]) for dtype, p in products.items()}
     for dtype, most in ceiling.items():
         print(f"{dtype}: matrix products run at {most / 1e12:.3f} TFLOP/s")
@@ -467,23 +360,6 @@ def _prefill(args: argparse.Namespace) -> dict[str, Any]:
 
     _print_cases(["ms to first token", "tokens/s", "TFLOP/s", "of matrix products"], cases, cells)
     return {"flop_per_s": ceiling, "products": products, "cases": [case.to_dict() for case in cases]}
-
-
-def _operations(model: Llama, length: int) -> int:
-    """Floating-point operations of a prompt: the layers' matrices, causal attention, one token's logits."""
-    c = model.config
-    matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.dim() == 2)
-    attention = 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    return 2 * matrices * length + attention + 2 * model.output_weight.numel()
-
-
-def _products(device: str, dtype: str) -> dict[str, Any]:
-    """How long a large product of square matrices takes, 5 times; on a GPU each time is that of 10 in a row."""
-    size, count = (8192, 10) if device.startswith("cuda") else (2048, 1)
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    out = torch.empty_like(a)
-    seconds = _several(device, lambda: [torch.mm(a, b, out=out) for _ in range(count)])
-    return {"operations": 2 * size**3, "seconds": [each / count for each in seconds]}
 
 
 # Starts
@@ -504,7 +380,7 @@ def _startup(args: argparse.Namespace) -> dict[str, Any]:
             same = [start["seconds"] for start in starts if (start["dtype"], start["kind"]) == (dtype, kind)]
             medians = [statistics.median(seconds[event] for seconds in same) for event in events]
             rows.append([dtype, kind, *(f"{median:.2f}" for median in medians)])
-    _print_table(["dtype", "start", *(f"{event}, s" for event in events)], rows)
+    print_table(["dtype", "start", *(f"{event}, s" for event in events)], rows)
     return {"starts": starts}
 
 
@@ -525,9 +401,9 @@ def _start(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, floa
 def _first_token(args: argparse.Namespace) -> int:
     """What `startup` starts: says when it has imported, when it has a model, and when each token comes."""
     print("imported", flush=True)
-    model = _model(args, args.dtype[0])
+    model = model_of(args, args.dtype[0])
     print("model", flush=True)
-    ids = _random_ids(START_LENGTH, model.config)
+    ids = random_ids(START_LENGTH, model.config)
     stream = Engine(model, compile=True).stream([ids], max_new_tokens=START_NEW, sampling=Sampling(), stop_token_ids=())
     for number, _ in enumerate(stream, start=1):
         print(f"token {number}", flush=True)
@@ -547,14 +423,14 @@ def _fusion(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{len(question.ids)} tokens in {len(PARAPHRASES)} prompts, {args.new} new")
     found, rows = [], []
     for dtype in args.dtype:
-        model = _model(args, dtype)
+        model = model_of(args, dtype)
         seconds, same = _fused(model, load(model, args.model, "eager"), tokenizer, question, args)
-        _clear(args.device)
+        clear(args.device)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         first = next(iter(medians.values()))
         rows += [[dtype, name, f"{m:.2f}", f"{m / first:.1f}", str(same[name])] for name, m in medians.items()]
         found.append({"dtype": dtype, "seconds": seconds, "same_tokens": same})
-    _print_table(["dtype", "", "s", "times the first", "same tokens"], rows)
+    print_table(["dtype", "", "s", "times the first", "same tokens"], rows)
     return {"prompt": len(question.ids), "cases": found}
 
 
@@ -575,7 +451,7 @@ def _fused(
     for _ in range(args.rounds):
         for name, way in ways.items():
             tokens: list[list[int]] = []
-            seconds[name].append(_timed(args.device, lambda way=way, tokens=tokens: tokens.append(way())))
+            seconds[name].append(timed(args.device, lambda way=way, tokens=tokens: tokens.append(way())))
             same[name] &= tokens[0] == expected
             print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
     return seconds, same
@@ -625,7 +501,7 @@ def _window(args: argparse.Namespace) -> dict[str, Any]:
         cases[f"context {context}"] = context, masks.causal()
     found, rows = [], []
     for dtype in args.dtype:
-        model = _model(args, dtype)
+        model = model_of(args, dtype)
         steps = {name: _decoding(model, *case, 3 + 20 * args.rounds) for name, case in cases.items()}
         for step in steps.values():
             _busy(args.device, step, 3)  # compiles
@@ -639,17 +515,17 @@ def _window(args: argparse.Namespace) -> dict[str, Any]:
         rows += [[dtype, name, f"{m * 1e3:.3f}", f"{m / first:.3f}"] for name, m in medians.items()]
         found.append({"dtype": dtype, "seconds": seconds})
         del model, steps, step
-        _clear(args.device)
-    _print_table(["dtype", "", "ms a token", "times the first"], rows)
+        clear(args.device)
+    print_table(["dtype", "", "ms a token", "times the first"], rows)
     return {"cases": found}
 
 
 def _busy(device: str, step: Callable[[], object], count: int) -> float:
     """Seconds a step keeps the device busy: on a GPU the sum of its kernels, so that launches do not hide them."""
     if not device.startswith("cuda"):
-        return _timed(device, lambda: [step() for _ in range(count)]) / count
+        return timed(device, lambda: [step() for _ in range(count)]) / count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        _timed(device, lambda: [step() for _ in range(count)])
+        timed(device, lambda: [step() for _ in range(count)])
     return sum(event.self_device_time_total for event in profile.key_averages()) / count / 1e6
 
 

@@ -37,7 +37,8 @@ from llama_flex import Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, at
 from llama_flex.cache import Cache
 from llama_flex.compiling import Graphs
 from llama_flex.linear import RMSNorm, gated, linear
-from tools.bench import CONFIGS, PARAPHRASES, whole_number
+from tools._measuring import CONFIGS, whole_number
+from tools.bench import PARAPHRASES
 from tools.check_mask import Parser
 
 # On a CPU, right models are the same to the bit in float32 and within 0.41 of the limit in bfloat16; from 33 tokens on,

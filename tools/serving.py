@@ -1,25 +1,29 @@
-"""Many requests at a time: `python -m tools.serving NAME`. Beside each number stands what the machine can do, measured
-in the same run.
+"""Many requests at a time: `python -m tools.serving NAME`. Beside each number stands a peer's, or what the machine can
+do, measured in the same run.
 
-    throughput  output tokens a second of many requests of random lengths, against transformers' continuous batching
+    throughput  output tokens a second of requests of random lengths, against transformers' continuous batching or
+                against one request after the other
     sweep       the time of a decoding step by batch size
     prefix      time to first token of requests that begin alike
-    latency     time between tokens while long prompts arrive, with these in chunks and in one piece
-    requests    write the requests of `throughput` as JSON lines: id, tokens, max_new_tokens
+    latency     time between tokens while long prompts arrive, these in chunks and in one piece
+    requests    write the requests of `throughput` as JSON lines: tokens, max_new_tokens
 
-The bound of a step is what reading the weights, or multiplying with them if that takes longer, and reading keys and
-values takes at the speeds measured. Prints a table in Markdown and last a line of JSON.
+The bound is what the machine needs at the speeds measured: for each step, to read the weights or to multiply with them,
+whichever takes longer, and to read keys and values; for prompts, to multiply. Requests are of random ids and greedy.
+Prints a table in Markdown and last a line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +32,21 @@ import torch
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.explain import read_bandwidth
 from llama_flex.scheduler import Request
-from tools import bench
+from llama_flex.streaming import Step
+from tools._measuring import (
+    CONFIGS,
+    DEMO,
+    attempt,
+    clear,
+    config_of,
+    hardware,
+    model_of,
+    operations,
+    print_table,
+    products,
+    wait,
+    whole_number,
+)
 
 
 class Asked(NamedTuple):
@@ -38,258 +56,246 @@ class Asked(NamedTuple):
     new: int
 
 
-def requests(count: int, low: int, high: int, vocabulary: int, seed: int = 0) -> list[Asked]:
+def requests(args: argparse.Namespace, vocabulary: int) -> list[Asked]:
     """Requests of random ids, with `low` to `high` tokens in and as many out; the same for the same arguments."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(low, high + 1, (count, 2))
-    return [Asked(rng.integers(3, vocabulary, n).tolist(), int(new)) for n, new in lengths]
+    rng = np.random.default_rng(args.seed)
+    lengths = rng.integers(args.low, args.high + 1, (args.count, 2))
+    return [Asked(_ids(rng, n, vocabulary), int(new)) for n, new in lengths]
+
+
+def _ids(rng: np.random.Generator, count: int, vocabulary: int) -> list[int]:
+    return rng.integers(vocabulary, size=count).tolist()
 
 
 class Machine(NamedTuple):
-    """What was measured of it, per second."""
+    """What was measured of it, per second: bytes of memory read, operations of large matrix products."""
 
     bytes: float
     operations: float
 
     @classmethod
-    def of(cls, device: str, dtype: str) -> Machine:
-        products = bench._products(device, dtype)
-        return cls(
-            read_bandwidth(torch.device(device)), products["operations"] / statistics.median(products["seconds"])
-        )
+    def measured(cls, args: argparse.Namespace) -> Machine:
+        found = products(args.device, args.dtype)
+        rate = found["operations"] / statistics.median(found["seconds"])
+        return cls(read_bandwidth(torch.device(args.device)), rate)
 
     def step(self, model: Llama, contexts: Sequence[int]) -> float:
         """The least seconds of a decoding step of rows with such contexts."""
         weights = model.bytes_per_step([])
-        kv = model.bytes_per_step(contexts) - weights
-        return max(weights / self.bytes, 2 * _matrices(model) * len(contexts) / self.operations) + kv / self.bytes
-
-    def prompt(self, model: Llama, length: int) -> float:
-        """The least seconds of a prompt."""
-        return bench._operations(model, length) / self.operations
+        matrices = [p for p in model.layers.parameters() if p.dim() == 2] + [model.output_weight]
+        multiplying = 2 * sum(p.numel() for p in matrices) * len(contexts) / self.operations
+        return max(weights / self.bytes, multiplying) + (model.bytes_per_step(contexts) - weights) / self.bytes
 
     def all(self, model: Llama, asked: Sequence[Asked]) -> float:
-        """The least seconds of requests that all run at once from the beginning."""
-        seconds = sum(self.prompt(model, len(a.ids)) for a in asked)
-        for n in range(max(a.new for a in asked)):
-            seconds += self.step(model, [len(a.ids) + n for a in asked if n < a.new])
-        return seconds
+        """The least seconds of requests that all run from the beginning."""
+        prompts = sum(operations(model, len(a.ids)) for a in asked) / self.operations
+        steps = range(max(a.new for a in asked))
+        return prompts + sum(self.step(model, [len(a.ids) + n for a in asked if n < a.new]) for n in steps)
 
 
-def _matrices(model: Llama) -> int:
-    layers = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
-    return layers + model.output_weight.numel()
+def throughput(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
+    machine, asked = Machine.measured(args), requests(args, model.config.vocab_size)
+    engine = Engine(model, compile=True, max_batch_size=args.batch_size, max_length=2 * args.high)
+    ways: dict[str, tuple[list[Asked], Callable[[list[Asked]], float]]] = {
+        "llama_flex": (asked, functools.partial(_together, engine))
+    }
+    if args.peer == "one by one":
+        ways["llama_flex, one by one"] = asked, functools.partial(_one_by_one, Engine(model, compile=True))
+    elif args.peer is not None:
+        from tools._peers import batches, load
 
-
-def _submit(engine: Engine, asked: Sequence[Asked]) -> list[Request]:
-    return [engine.submit(a.ids, max_new_tokens=a.new, sampling=Sampling(), stop_token_ids=()) for a in asked]
-
-
-def _ours(engine: Engine, asked: Sequence[Asked]) -> tuple[float, list[list[int]]]:
-    started = time.perf_counter()
-    submitted = _submit(engine, asked)
-    engine.run()
-    return time.perf_counter() - started, [[s.token for s in r.steps] for r in submitted]
-
-
-def _theirs(peer: Any, asked: Sequence[Asked]) -> tuple[float, list[list[int]]]:
-    """transformers' continuous batching, with a limit for each request; without the time it takes to get ready."""
-    from transformers import GenerationConfig
-
-    config = GenerationConfig(
-        do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(a.new for a in asked)
-    )
-    with peer.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
-        warm = manager.add_request(asked[0].ids, max_new_tokens=8)
-        while (found := manager.get_result(timeout=60)) is None or found.request_id != warm or not found.is_finished():
-            pass
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        names = [manager.add_request(a.ids, max_new_tokens=a.new) for a in asked]
-        results = {}
-        while len(results) < len(names):
-            found = manager.get_result(timeout=60)
-            if found is not None and found.is_finished():
-                results[found.request_id] = list(found.generated_tokens)
-        seconds = time.perf_counter() - started
-    return seconds, [results[name] for name in names]
-
-
-def _engine(args: argparse.Namespace, model: Llama, **options: Any) -> Engine:
-    return Engine(model, compile=not args.eager, **options)
-
-
-def throughput(args: argparse.Namespace, model: Llama, machine: Machine) -> dict[str, Any]:
-    asked = requests(args.count, args.low, args.high, model.config.vocab_size)
-    total = sum(a.new for a in asked)
-    engine = _engine(args, model, max_batch_size=args.batch_size, max_length=2 * args.high)
-    bound = machine.all(model, asked)
-    found: dict[str, Any] = {"bound_seconds": bound, "tokens": total}
-    for n in range(args.rounds + 1):  # the first compiles
-        seconds, tokens = _ours(engine, asked)
-        assert [len(t) for t in tokens] == [a.new for a in asked]
-        print(f"ours: {seconds:.2f} s, {total / seconds:.0f} tok/s, {bound / seconds:.1%} of the bound", flush=True)
-        found.setdefault("ours", []).append(seconds)
-    print(f"compile {engine.compile_seconds:.1f} s, pages {engine.scheduler.pool.count}", flush=True)
-    found["ours"] = found["ours"][1:] or found["ours"]
-    rows = [["llama_flex", *_cells(found["ours"], total, bound)]]
-    del engine
-    bench._clear(args.device)
-    if args.peer:
-        from tools._peers import load
-
-        some = asked[: args.peer_count]
-        peer = load(model, None if args.config else args.model, args.peer)
-        try:
-            seconds, theirs = _theirs(peer, some)
-            most = sum(a.new for a in some)
-            same = sum(a == b for x, y in zip(tokens, theirs, strict=False) for a, b in zip(x, y, strict=False))
-            found |= {"peer": seconds, "peer_tokens": most, "peer_same": same}
-            rows.append([f"transformers, {args.peer}, {len(some)}", *_cells([seconds], most, machine.all(model, some))])
-        except Exception as error:  # noqa: BLE001
-            print("peer:", repr(error)[:2000], flush=True)
-    bench._print_table(["", "s", "tok/s", "of the bound"], rows)
-    return found
-
-
-def _cells(seconds: list[float], tokens: int, bound: float) -> list[str]:
-    median = statistics.median(seconds)
-    return [f"{median:.2f}", f"{tokens / median:.0f}", f"{bound / median:.1%}"]
-
-
-def sweep(args: argparse.Namespace, model: Llama, machine: Machine) -> dict[str, Any]:
+        peer = load(model, args.model, args.peer)
+        ways[f"transformers, {args.peer}"] = asked[: args.peer_count], functools.partial(batches, peer)
     rows, found = [], []
-    sizes = [n for n in args.sizes if n <= args.batch_size]
-    engine = _engine(args, model, max_batch_size=args.batch_size, max_length=args.context + 256)
-    for size in sizes:
-        asked = [Asked(a.ids, 200) for a in requests(size, args.context, args.context, model.config.vocab_size, size)]
-        submitted = _submit(engine, asked)
-        while not all(len(r.steps) >= 8 for r in submitted):
+    for name, (some, way) in ways.items():
+        rounds = args.rounds if name.startswith("llama_flex") else 1
+        if rounds > 1 or name.startswith("llama_flex"):
+            way(some)  # compiles
+        seconds = attempt(lambda way=way, some=some, rounds=rounds: [way(some) for _ in range(rounds)])
+        if isinstance(seconds, str):
+            rows.append([name, seconds, "", "", "", ""])
+            continue
+        tokens, bound, median = sum(a.new for a in some), machine.all(model, some), statistics.median(seconds)
+        found.append({"name": name, "requests": len(some), "tokens": tokens, "bound": bound, "seconds": seconds})
+        first = found[0]["tokens"] / statistics.median(found[0]["seconds"])
+        rate = tokens / median
+        rows.append(
+            [name, str(len(some)), f"{median:.2f}", f"{rate:.1f}", f"{bound / median:.1%}", f"{first / rate:.1f}"]
+        )
+        print(*rows[-1], flush=True)
+    head = ["", "requests", "s", "tokens/s", "of the bound", "llama_flex is times as fast"]
+    print_table(head, rows)
+    return {**machine._asdict(), "ways": found}
+
+
+def _submit(engine: Engine, ids: list[int], new: int, **options: Any) -> Request:
+    return engine.submit(ids, max_new_tokens=new, sampling=Sampling(), stop_token_ids=(), **options)
+
+
+def _together(engine: Engine, asked: list[Asked]) -> float:
+    started = time.perf_counter()
+    for ids, new in asked:
+        _submit(engine, ids, new)
+    engine.run()
+    return time.perf_counter() - started
+
+
+def _one_by_one(engine: Engine, asked: list[Asked]) -> float:
+    started = time.perf_counter()
+    for ids, new in asked:
+        engine.generate([ids], max_new_tokens=new, sampling=Sampling(), stop_token_ids=())
+    return time.perf_counter() - started
+
+
+def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
+    machine, rows, found = Machine.measured(args), [], []
+    rng, steps = np.random.default_rng(args.seed), 10
+    new = 8 + steps * args.rounds + 8
+    engine = Engine(model, compile=True, max_batch_size=max(args.sizes), max_length=args.context + new)
+    for size in args.sizes:
+        submitted = [_submit(engine, _ids(rng, args.context, model.config.vocab_size), new) for _ in range(size)]
+        while min(len(r.steps) for r in submitted) < 8:
             engine.step()
-        times = []
+        seconds = []
         for _ in range(args.rounds):
-            bench._wait(args.device)
+            wait(args.device)
             started = time.perf_counter()
-            for _ in range(10):
+            for _ in range(steps):
                 engine.step()
-            bench._wait(args.device)
-            times.append((time.perf_counter() - started) / 10)
+            wait(args.device)
+            seconds.append((time.perf_counter() - started) / steps)
         for request in submitted:
             engine.cancel(request)
         engine.run()
-        seconds, bound = statistics.median(times), machine.step(model, [args.context + 40] * size)
-        row = [
-            str(size),
-            f"{seconds * 1e3:.2f}",
-            f"{bound * 1e3:.2f}",
-            f"{bound / seconds:.1%}",
-            f"{size / seconds:.0f}",
-        ]
-        print(" ".join(row), flush=True)
-        rows.append(row)
-        found.append({"size": size, "seconds": times, "bound": bound})
-    bench._print_table(["batch", "ms a step", "bound, ms", "of the bound", "tok/s"], rows)
-    return {"steps": found}
+        median, bound = statistics.median(seconds), machine.step(model, [args.context + new // 2] * size)
+        times = f"{median * 1e3:.2f}", f"{bound * 1e3:.2f}"
+        rows.append([str(size), *times, f"{bound / median:.1%}", f"{size / median:.0f}"])
+        found.append({"size": size, "seconds": seconds, "bound": bound})
+        print(*rows[-1], flush=True)
+    print_table(["batch", "ms a step", "bound, ms", "of the bound", "tokens/s"], rows)
+    return {**machine._asdict(), "steps": found}
 
 
-def prefix(args: argparse.Namespace, model: Llama, machine: Machine) -> dict[str, Any]:
-    """The first request computes the prefix, the others only their own tokens."""
-    rng = np.random.default_rng(0)
-    shared = rng.integers(3, model.config.vocab_size, args.prefix).tolist()
-    own = [rng.integers(3, model.config.vocab_size, args.own).tolist() for _ in range(args.count)]
-    found: dict[str, list[float]] = {"first": [], "rest": [], "own": []}
-    engine = _engine(args, model, max_batch_size=args.batch_size, max_length=args.prefix + args.own + 64)
-    for n in range(args.rounds + 1):
-        times = {}
-        beginning = [*shared[:-1], 3 + n]  # nothing of the round before
-        for name, prompts in (
-            ("first", [[*beginning, *own[0]]]),
-            ("rest", [[*beginning, *ids] for ids in own[1:]]),
-            ("own", [[4 + n, *ids] for ids in own[1:]]),
+def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
+    """Requests that share a prefix: the first, which computes it, and the rest; and these without it."""
+    vocabulary, rng = model.config.vocab_size, np.random.default_rng(args.seed)
+    engine = Engine(model, compile=True, max_batch_size=args.count, max_length=args.prefix + args.own + 2)
+    own = [_ids(rng, args.own, vocabulary) for _ in range(args.count)]
+    found: dict[str, list[float]] = {"the first": [], "the rest": [], "the rest, without a prefix": []}
+    computed: dict[str, int] = {}
+    for round in range(args.rounds + 1):  # the first compiles
+        shared = _ids(rng, args.prefix, vocabulary)  # nothing of the round before
+        for name, prompts in zip(
+            found,
+            ([shared + own[0]], [shared + ids for ids in own[1:]], [[round, *ids[1:]] for ids in own[1:]]),
+            strict=True,
         ):
-            bench._wait(args.device)
+            before = engine.scheduler.prompt_tokens
+            wait(args.device)
             started = time.perf_counter()
-            submitted = [
-                engine.submit(ids, max_new_tokens=2, sampling=Sampling(), stop_token_ids=()) for ids in prompts
-            ]
-            while not all(r.steps for r in submitted):
-                engine.step()
-            times[name] = time.perf_counter() - started
+            submitted = [_submit(engine, ids, 1) for ids in prompts]
             engine.run()
-        print(times, flush=True)
-        if n:
-            for name, seconds in times.items():
-                found[name].append(seconds)
-    return found
+            assert all(len(r.steps) == 1 for r in submitted)
+            computed[name] = engine.scheduler.prompt_tokens - before
+            if round:
+                found[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+    print_table(
+        ["requests", "prompt tokens computed", "ms to the first token of all"],
+        [[name, str(computed[name]), f"{median * 1e3:.1f}"] for name, median in medians.items()],
+    )
+    return {"computed": computed, "seconds": found}
 
 
-def latency(args: argparse.Namespace, model: Llama, machine: Machine) -> dict[str, Any]:
-    """Streams that run, and a long prompt every so many of their tokens."""
-    rows, found = [], {}
+def latency(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
+    """Streams under way, and a long prompt with every 20th of their tokens."""
+    vocabulary, rows, found = model.config.vocab_size, [], {}
     for name, tokens in (("in chunks", args.chunk), ("in one piece", args.long)):
-        engine = _engine(args, model, max_batch_size=args.batch_size, max_length=args.long + 256, prefill_tokens=tokens)
-        between: list[float] = []
-        for warm in (True, False):
-            times: dict[int, list[float]] = {}
+        engine = Engine(
+            model,
+            compile=True,
+            max_batch_size=args.count + 4,
+            max_length=args.long + 256,
+            prefill_tokens=tokens,
+        )
+        for seed in (0, 1):  # the first compiles
+            rng, times = np.random.default_rng(seed), dict[int, list[float]]()
 
-            def came(step: Any, times: dict[int, list[float]] = times) -> None:
+            def came(step: Step, times: dict[int, list[float]] = times) -> None:
                 times.setdefault(step.row, []).append(time.perf_counter())
 
-            streams = [
-                engine.submit(a.ids, max_new_tokens=a.new, sampling=Sampling(), stop_token_ids=(), callback=came)
-                for a in (
-                    Asked(a.ids, 200) for a in requests(args.streams, 500, 500, model.config.vocab_size, 1 + warm)
-                )
-            ]
-            rng = np.random.default_rng(2 + warm)
-            first = []
+            for _ in range(args.count):
+                _submit(engine, _ids(rng, 500, vocabulary), 200, callback=came)
             for n in itertools.count():
                 if engine.scheduler.idle:
                     break
                 if n % 20 == 10 and n < 200:
-                    ids = rng.integers(3, model.config.vocab_size, args.long).tolist()
-                    first.append(engine.submit(ids, max_new_tokens=1, sampling=Sampling(), stop_token_ids=()))
+                    _submit(engine, _ids(rng, args.long, vocabulary), 1)
                 engine.step()
-            between = [b - a for r in streams for a, b in itertools.pairwise(times[r.number])]
-        p50, p99 = np.percentile(between, [50, 99])
-        rows.append([name, str(tokens), f"{p50 * 1e3:.1f}", f"{p99 * 1e3:.1f}", f"{max(between) * 1e3:.1f}"])
-        print(rows[-1], flush=True)
-        found[name] = {"p50": p50, "p99": p99, "max": max(between)}
+        between = [b - a for each in times.values() for a, b in itertools.pairwise(each)]
+        p50, p99 = np.percentile(between, [50, 99]).tolist()
+        found[name] = {"p50": p50, "p99": p99, "most": max(between)}
+        rows.append([name, str(tokens), *(f"{x * 1e3:.1f}" for x in found[name].values())])
         del engine
-        bench._clear(args.device)
-    bench._print_table(["long prompts", "prefill tokens a step", "p50, ms", "p99, ms", "longest, ms"], rows)
+        clear(args.device)
+    print_table(["long prompts", "prompt tokens a step", "p50, ms", "p99, ms", "most, ms"], rows)
     return found
 
 
+NAMES: dict[str, Callable[[argparse.Namespace, Llama], dict[str, Any]]] = {
+    "throughput": throughput,
+    "sweep": sweep,
+    "prefix": prefix,
+    "latency": latency,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    each = {name: commands.add_parser(name) for name in (*NAMES, "requests")}
+    counts = {"throughput": 256, "requests": 256, "prefix": 64, "latency": 32}
+    for name, command in each.items():
+        models = command.add_mutually_exclusive_group()
+        models.add_argument("--model", type=Path, metavar="DIR", help="a folder of real weights")
+        models.add_argument("--config", choices=CONFIGS, help="a shape, with random weights")
+        command.add_argument("--seed", type=int, default=0)
+        if name in counts:
+            command.add_argument("--count", type=whole_number, default=counts[name], help="requests")
+        if name in NAMES:
+            command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+            command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+            command.add_argument("--rounds", type=whole_number, default=3)
+    for name in ("throughput", "requests"):
+        each[name].add_argument("--low", type=whole_number, default=100, help="fewest tokens, in and out")
+        each[name].add_argument("--high", type=whole_number, default=1024, help="most tokens, in and out")
+    each["throughput"].add_argument("--batch-size", type=whole_number, default=256)
+    each["throughput"].add_argument("--peer", help="'one by one', or an attention of transformers, such as sdpa")
+    each["throughput"].add_argument("--peer-count", type=whole_number, default=64, help="transformers gets the first")
+    each["sweep"].add_argument("--context", type=whole_number, default=1024)
+    each["sweep"].add_argument("--sizes", type=whole_number, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+    each["prefix"].add_argument("--prefix", type=whole_number, default=4000, help="tokens shared")
+    each["prefix"].add_argument("--own", type=whole_number, default=100, help="tokens of each request's own")
+    each["latency"].add_argument("--long", type=whole_number, default=8192, help="tokens of a long prompt")
+    each["latency"].add_argument("--chunk", type=whole_number, default=512, help="tokens of a chunk")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.serving", description=__doc__)
-    parser.add_argument("name", choices=("throughput", "sweep", "prefix", "latency", "requests"))
-    parser.add_argument("--config", choices=bench.CONFIGS)
-    parser.add_argument("--model", default=bench.DEMO)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--low", type=int, default=100)
-    parser.add_argument("--high", type=int, default=1024)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument("--prefix", type=int, default=4000)
-    parser.add_argument("--own", type=int, default=100)
-    parser.add_argument("--long", type=int, default=8192)
-    parser.add_argument("--chunk", type=int, default=1024)
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--peer", default=None)
-    parser.add_argument("--peer-count", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--eager", action="store_true")
-    args = parser.parse_args(argv)
-    model = bench._model(args, args.dtype)
-    machine = Machine.of(args.device, args.dtype)
-    print(f"memory {machine.bytes / 1e9:.0f} GB/s, products {machine.operations / 1e12:.1f} TFLOP/s", flush=True)
+    """Run one measurement; returns 0."""
+    args = _parser().parse_args(argv)
+    if args.model is None and args.config is None:
+        args.model = DEMO
+    if args.name == "requests":
+        for ids, new in requests(args, config_of(args).vocab_size):
+            print(json.dumps({"tokens": ids, "max_new_tokens": new}))
+        return 0
     with torch.no_grad():
-        found = globals()[args.name](args, model, machine)
-    print(json.dumps({**bench._hardware(args.device), **machine._asdict(), **found}, default=float))
+        found = NAMES[args.name](args, model_of(args, args.dtype))
+    given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({**given, **hardware(args.device), **found}))
     return 0
 
 

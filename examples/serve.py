@@ -1,0 +1,51 @@
+"""OpenAI-compatible completions over HTTP, in one batch however many ask at a time.
+
+pip install starlette uvicorn
+MODEL=weights/SmolLM2-135M-Instruct uvicorn examples.serve:app
+curl localhost:8000/v1/completions -d '{"prompt": "The capital of France is", "max_tokens": 16, "stream": true}'
+"""
+
+import json
+import os
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from llama_flex import Engine, Llama, Sampling, Tokenizer
+
+folder = os.environ.get("MODEL", "weights/SmolLM2-135M-Instruct")
+engine = Engine(Llama.from_pretrained(folder), Tokenizer.from_pretrained(folder), compile="EAGER" not in os.environ)
+
+
+async def completions(http: Request) -> Response:
+    body = await http.json()
+    sampling = Sampling(temperature=body.get("temperature", 1.0), top_p=body.get("top_p", 1.0), seed=body.get("seed"))
+    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
+    ids = engine.tokenizer.encode(body["prompt"])
+    request = engine.submit(ids, max_new_tokens=body.get("max_tokens", 16), sampling=sampling, stop=stop)
+
+    def answer(text: str, reason: str | None) -> dict:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+        return {"id": f"cmpl-{request.number}", "object": "text_completion", "choices": [choice]}
+
+    async def events():
+        async for step in request:
+            yield f"data: {json.dumps(answer(step.text, step.finish_reason))}\n\n"
+        yield "data: [DONE]\n\n"
+
+    if body.get("stream"):
+        return StreamingResponse(events(), media_type="text/event-stream")
+    text = "".join([step.text async for step in request])
+    return JSONResponse(answer(text, request.finish_reason))
+
+
+async def refuse(http: Request, error: Exception) -> Response:
+    return JSONResponse({"error": {"message": str(error)}}, 400)
+
+
+app = Starlette(
+    routes=[Route("/v1/completions", completions, methods=["POST"])],
+    exception_handlers={ValueError: refuse, KeyError: refuse},
+)

@@ -1,0 +1,156 @@
+"""What the measurements of `tools.bench` and `tools.serving` share: models, times, what the machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from llama_flex import Llama, LlamaConfig
+
+Result = TypeVar("Result")
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "weights/SmolLM2-135M-Instruct"
+LLAMA_3 = {
+    "vocab_size": 128256,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+CONFIGS: dict[str, dict[str, Any]] = {  # as published, but for the rotary scaling of 3.1 and 3.2
+    "llama-3.1-8b": LLAMA_3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-3.2-1b": LLAMA_3
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"head_dim": 64, "tie_word_embeddings": True},
+    "llama-3.2-3b": LLAMA_3
+    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    | {"tie_word_embeddings": True},
+    "llama-3.1-70b": LLAMA_3
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 131072,
+    },
+}
+
+
+def whole_number(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def hardware(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu()
+    versions = {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")}
+    return {"hardware": name, "threads": torch.get_num_threads(), **versions, "python": platform.python_version()}
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def config_of(args: argparse.Namespace) -> LlamaConfig:
+    if args.config is None:
+        return LlamaConfig.from_pretrained(args.model)
+    return LlamaConfig.from_dict(CONFIGS[args.config])
+
+
+def model_of(args: argparse.Namespace, dtype: str) -> Llama:
+    """The model asked for; a shape gets random weights, and ones for its norms."""
+    wanted = getattr(torch, dtype)
+    if args.config is None:
+        return Llama.from_pretrained(args.model, device=args.device, dtype=wanted)
+    with torch.device("meta"):
+        model = Llama(config_of(args)).to(wanted)
+    model = model.to_empty(device=args.device).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    return model
+
+
+def random_ids(count: int, config: LlamaConfig) -> list[int]:
+    return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def timed(device: str, work: Callable[[], object]) -> float:
+    """Seconds that some work takes, on the device too."""
+    wait(device)
+    started = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def clear(device: str) -> None:
+    """Forget what compiled, and give back the memory of what nobody holds any more."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print()
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def attempt(work: Callable[[], Result]) -> Result | str:
+    """What some work of a peer returns, or in words what it raised, which is not to cost the other results."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001
+        # Of a compiler's message, which can go on for thousands of lines, the beginning.
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+def several(device: str, work: Callable[[], object], count: int = 5) -> list[float]:
+    """Seconds of some work, several times after one that does not count."""
+    return [timed(device, work) for _ in range(count + 1)][1:]
+
+
+def operations(model: Llama, length: int) -> int:
+    """Floating-point operations of a prompt: the layers' matrices, causal attention, one token's logits."""
+    c = model.config
+    matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.dim() == 2)
+    attention = 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    return 2 * matrices * length + attention + 2 * model.output_weight.numel()
+
+
+def products(device: str, dtype: str) -> dict[str, Any]:
+    """How long a large product of square matrices takes, 5 times; on a GPU each time is that of 10 in a row."""
+    size, count = (8192, 10) if device.startswith("cuda") else (2048, 1)
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = several(device, lambda: [torch.mm(a, b, out=out) for _ in range(count)])
+    return {"operations": 2 * size**3, "seconds": [each / count for each in seconds]}
