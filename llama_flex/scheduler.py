@@ -340,6 +340,8 @@ class Scheduler:
         done = False
         try:
             while self._inbox:
+                if len(self._rules) < PATTERNS:
+                    self._pattern_of(self._inbox[0])  # known early, so that steps are compiled for all of them at once
                 heapq.heappush(self._waiting, self._inbox[0])
                 self._inbox.popleft()
             self._clear()

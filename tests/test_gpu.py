@@ -21,6 +21,15 @@ def no_further_from_float64(logits, reference_logits, truth):
     assert error.max() <= 2 * theirs.max()
 
 
+@torch.no_grad()
+def on_cuda(model, ids, dtype=torch.float32, **options):
+    """A copy of a model there, its dense logits, and those of float64."""
+    model = copy.deepcopy(model).to(dtype)
+    truth = copy.deepcopy(model).double()(ids, backend="dense", **options)
+    model = model.cuda()
+    return model, model(ids, backend="dense", **options), truth
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
@@ -47,7 +56,15 @@ FAMILIES_AND_SHAPES = [
     "Llama with LongRoPE",
     "Yi 34B",
 ]
-FAMILIES_AND_SHAPES += ["head_dim 36", "head_dim 80", "head_dim 96", "head_dim 192", "groups of 32", "odd sizes"]
+FAMILIES_AND_SHAPES += [
+    "head_dim 36",
+    "head_dim 80",
+    "head_dim 96",
+    "head_dim 192",
+    "head_dim 256",
+    "groups of 32",
+    "odd sizes",
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,10 +74,7 @@ def test_families_and_shapes_hold_compiled_in_chunks_and_steps(twins, name, dtyp
     _, model = twins(name)
     length = min(260, model.context)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    model = copy.deepcopy(model).to(dtype)
-    truth = copy.deepcopy(model).double()(ids, backend="dense")
-    model = model.cuda()
-    dense = model(ids, backend="dense")
+    model, dense, truth = on_cuda(model, ids, dtype)
     forward, cache, parts = compiled_forward(model), model.new_cache(2, length), []
     half = length // 2 - 2
     for a, b in ((0, half), (half, 2 * half), *((i, i + 1) for i in range(2 * half, length))):
@@ -74,10 +88,7 @@ def test_families_and_shapes_hold_compiled_in_chunks_and_steps(twins, name, dtyp
 def test_compiled_chunks_of_any_size_hold(tiny_pair, name, dtype):
     _, model = tiny_pair(name)
     ids = torch.randint(model.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
-    model = copy.deepcopy(model).to(dtype)
-    truth = copy.deepcopy(model).double()(ids, backend="dense")
-    model = model.cuda()
-    dense = model(ids, backend="dense")
+    model, dense, truth = on_cuda(model, ids, dtype)
     forward, cache = compiled_forward(model), model.new_cache(2, 300)
     parts = [forward(part, cache=cache) for part in ids.split([5, 62, 33, 127, 73], dim=1)]
     no_further_from_float64(torch.cat(parts, dim=1), dense, truth)
@@ -116,9 +127,7 @@ def test_masks_and_score_functions_hold_compiled_in_chunks_and_steps(tiny_pair, 
     ids = torch.randint(model.config.vocab_size, (2, 260), generator=torch.Generator().manual_seed(0))
     segments = (torch.arange(260) // 90).expand(2, -1).clone()
     segments[:, 255:] = masks.GENERATED
-    truth = copy.deepcopy(model).double()(ids, segments=segments, mask=mask, score_mod=score_mod, backend="dense")
-    model = copy.deepcopy(model).cuda()
-    dense = model(ids, segments=segments, mask=mask, score_mod=score_mod, backend="dense")
+    model, dense, truth = on_cuda(model, ids, segments=segments, mask=mask, score_mod=score_mod)
     forward, cache, parts = compiled_forward(model), model.new_cache(2, 260), []
     for a, b in ((0, 128), (128, 256), *((i, i + 1) for i in range(256, 260))):
         parts.append(forward(ids[:, a:b], segments=segments[:, a:b], cache=cache, mask=mask, score_mod=score_mod))
@@ -131,9 +140,7 @@ def test_a_rolling_cache_holds_its_window(tiny_pair):
     _, model = tiny_pair("gqa")
     ids = torch.randint(model.config.vocab_size, (2, 700), generator=torch.Generator().manual_seed(0))
     mask = masks.sliding_window(100) | masks.sink(3)
-    truth = copy.deepcopy(model).double()(ids, mask=mask, backend="dense")
-    model = copy.deepcopy(model).cuda()
-    dense = model(ids, mask=mask, backend="dense")
+    model, dense, truth = on_cuda(model, ids, mask=mask)
     cache, forward, parts = model.new_rolling_cache(2, 100, 3, largest_append=128), compiled_forward(model), []
     for a, b in (*((i, i + 128) for i in range(0, 640, 128)), *((i, i + 1) for i in range(640, 700))):
         parts.append(forward(ids[:, a:b], cache=cache))
@@ -238,6 +245,66 @@ def test_a_stream_that_runs_ahead_is_the_stream_that_does_not(tiny_pair):
     assert engine.generate(prompts, max_new_tokens=30, stop_token_ids=()) == first
 
 
+def asked_of_many_kinds():
+    """Prompts and options of requests: lengths about a block, masks, scores, several prompts, sampled, penalised."""
+    lengths = (1, 2, 127, 128, 129, 255, 300, 384, 40, 130)
+    ids = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    sampled = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=3)
+    return [
+        *((prompt, {}) for prompt in ids),
+        *((ids[7][:n], {"sampling": sampled}) for n in (383, 260, 140)),
+        (ids[6], {"mask": masks.sliding_window(70) | masks.sink(2)}),
+        (ids[6], {"mask": masks.causal() & Mask(per_head)}),
+        (ids[5], {"score_mod": scores.alibi(8) >> scores.softcap(5.0)}),
+        (ids[5], {"sampling": Sampling(temperature=0.7, repetition_penalty=1.3, seed=9)}),
+        (fuse([ids[8], ids[4]], prefix=[5, 6], suffix=[7], positions="parallel"), {}),
+        (fuse([ids[8], ids[9]], suffix=[7], weights=[2.0, 0.5]), {}),
+        (Ensemble([ids[8], ids[9], ids[1]], "mean"), {}),
+    ]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["gqa", "group3"])
+def test_requests_of_many_kinds_get_what_they_get_alone_on_the_cpu(tiny_pair, name, compile):
+    _, model = tiny_pair(name)
+    asked = [
+        (prompt, {"max_new_tokens": 20, "stop_token_ids": (), **options}) for prompt, options in asked_of_many_kinds()
+    ]
+    if name == "group3":
+        asked = [a for a in asked if not {"mask", "score_mod"} & set(a[1])]  # of 8 heads
+    alone = [Engine(model).generate([prompt], **options)[0] for prompt, options in asked]
+    tight = {"max_batch_size": 5, "max_slots": 1152}
+    for sizes in ({"max_batch_size": 16, "max_slots": 8192}, tight) if compile else (tight,):
+        engine = Engine(copy.deepcopy(model).cuda(), compile=compile, max_length=512, **sizes)
+        for _ in range(2 if compile else 1):  # recorded, then replayed
+            submitted = [engine.submit(prompt, **options) for prompt, options in asked]
+            gone = engine.submit(asked[0][0], max_new_tokens=50)
+            engine.step()
+            engine.step()
+            engine.cancel(gone)
+            engine.run()
+            for request, expected in zip(submitted, alone, strict=True):
+                assert request.completion.tokens == expected.tokens
+                assert request.completion.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+            assert engine.scheduler.pool.available == engine.scheduler.pool.count
+
+
+def test_steps_of_many_requests_wait_for_nothing(tiny_pair):
+    _, model = tiny_pair("gqa")
+    engine = Engine(copy.deepcopy(model).cuda(), compile=True, max_batch_size=8, max_slots=4096)
+    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 140, 300)]
+    tokens = []
+    for mode in ("default", "default", "error"):  # the first compiles, the second records
+        submitted = [engine.submit(prompt, max_new_tokens=150, stop_token_ids=()) for prompt in prompts]
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            engine.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        tokens.append([request.completion.tokens for request in submitted])
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 def test_on_a_device_that_is_not_the_current_one(tiny_pair, compile):
@@ -250,3 +317,6 @@ def test_on_a_device_that_is_not_the_current_one(tiny_pair, compile):
             found, expected = (e.generate(some, **options) for e in (engine, Engine(model)))
             assert [f.tokens for f in found] == [e.tokens for e in expected]
         assert device in engine.explain()
+        requests = [engine.submit(prompt, **options) for prompt in prompts]
+        engine.run()
+        assert [r.completion.tokens for r in requests] == [e.tokens for e in Engine(model).generate(prompts, **options)]
