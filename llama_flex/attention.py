@@ -48,7 +48,8 @@ class Layers:
 class View(NamedTuple):
     """A pattern's mask applied to the tokens at hand; made once per step, shared by the layers that have the pattern.
 
-    visible: block lists for FlexAttention, or booleans `[B, 1 or H, T, S]`.
+    visible: block lists for FlexAttention, or booleans `[B, 1 or H, T, S]`. pages: where the slots are in memory, if not
+    in their order; the lists of a compiled step are of pages then.
     """
 
     q: Tokens
@@ -67,8 +68,8 @@ def view_of(
         kv = Tokens(*(x.clone() for x in kv))
     if backend == "dense":
         return View(q, kv, pattern.mask.dense(q, kv, num_heads), pages)
-    if pages is None:
-        return View(q, kv, pattern.mask.block_lists(q, kv, num_heads))
+    if pages is None or not torch.compiler.is_compiling():
+        return View(q, kv, pattern.mask.block_lists(q, kv, num_heads), pages)
     decoding = q.index.is_cuda and q.index.shape[1] == 1
     return View(q, kv, pages.listed(pattern.mask.block_lists(q, kv, num_heads, together=decoding)), pages)
 
@@ -80,6 +81,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
     nothing gets 0.
     """
     group = q.shape[1] // k.shape[1]
+    if view.pages is not None and not (isinstance(view.visible, BlockLists) and torch.compiler.is_compiling()):
+        # Dense, or eager and then computed densely: over the slots of the rows, not over all that the pool has.
+        k, v, view = view.pages.in_order(k), view.pages.in_order(v), view._replace(pages=None)
     if isinstance(view.visible, BlockLists):
         # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -100,8 +104,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
                 kernel_options=_kernel_options(q, k, view.pages is not None) if q.is_cuda else None,
             )
         return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
-    if view.pages is not None:
-        k, v = view.pages.in_order(k), view.pages.in_order(v)
     wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(group, dim=1)
     return (weights(q, k, pattern, view) @ wide).to(q.dtype)
 
@@ -110,9 +112,7 @@ def _score_mod(
     pattern: Pattern, view: View, head_of: Callable[[Tensor], Tensor] = lambda h: h
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """FlexAttention's score_mod. head_of: the model's head of the kernel's."""
-    rule, (q, kv, visible, pages) = pattern.score_mod, view
-    if not isinstance(visible, BlockLists):
-        pages = None  # a dense view has the slots in order
+    rule, (q, kv, _, pages) = pattern.score_mod, view
     if rule is None:
         return None
 
