@@ -48,8 +48,8 @@ class Layers:
 class View(NamedTuple):
     """A pattern's mask applied to the tokens at hand; made once per step, shared by the layers that have the pattern.
 
-    visible: block lists for FlexAttention, or booleans `[B, 1 or H, T, S]`. pages: where the slots are in memory, if not
-    in their order; the lists of a compiled step are of pages then.
+    visible: block lists for FlexAttention, or booleans `[B, 1 or H, T, S]`. pages: where the slots are in memory, if
+    not in their order; the lists of a compiled step are of pages then.
     """
 
     q: Tokens

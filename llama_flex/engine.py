@@ -46,7 +46,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         compile: bool = False,
-        max_batch_size: int = 64,
+        max_batch_size: int | None = None,
         max_slots: int | None = None,
         max_length: int | None = None,
         memory_fraction: float = 0.9,
@@ -54,10 +54,11 @@ class Engine:
     ) -> None:
         """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast).
 
-        The rest is for `submit`, and takes nothing before. max_batch_size: sequences that run at a time. max_slots: for
-        the tokens of all of them; default enough for all to be as long as max_length, as far as memory_fraction of the
-        memory that is free holds them. max_length: of a sequence, default the model's context. prefill_tokens: of
-        prompts in a step (512 on a CPU, 2048 on a GPU): fewer let what runs go on sooner, more begin more at a time.
+        The rest is for `submit`, and takes nothing before. max_batch_size: sequences that run at a time, default 8 on a
+        CPU, 256 on a GPU. max_slots: for the tokens of all of them; default enough for all to be as long as max_length,
+        as far as memory_fraction of the memory that is free holds them. max_length: of a sequence, default the model's
+        context. prefill_tokens: of prompts in a step (default 512, on a GPU 2048): with fewer, what runs waits less for
+        prompts that come; with more, prompts are done sooner.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -197,7 +198,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Compute a chunk of the prompts submitted, and a token of each request under way.
 
-        Returns the requests that have ended since. If it fails or is interrupted, what was under way waits again, and no token that was given is lost.
+        Returns the requests that have ended since. If it fails or is interrupted, what was under way waits again, and
+        no token that was given is lost.
         """
         return self.scheduler.step()
 

@@ -323,9 +323,10 @@ class _Session:
 
         from .engine import Engine
         from .fusion import as_ensemble
+        from .scheduler import BATCH_SIZE
 
         args, model = self.args, self.engine.model
-        size = args.batch_size or (256 if model.device.type == "cuda" else 8)
+        size = args.batch_size or BATCH_SIZE[model.device.type]
         each = [as_ensemble(prompt).prompts for _, prompt in prompts]
         rows = max(min(size, sum(map(len, each))), *map(len, each))
         longest = max(len(p.ids) for members in each for p in members)

@@ -173,13 +173,6 @@ class Pool:
         if content not in self._page_of and page not in self._content:
             self._page_of[content], self._content[page] = page, content
 
-    def forget(self) -> None:
-        """No content is known any more."""
-        self._free += self._unused
-        self._unused.clear()
-        self._page_of.clear()
-        self._content.clear()
-
     def give_back(self, page: int) -> None:
         """One user less."""
         self.users[page] -= 1

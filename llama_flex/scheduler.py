@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import heapq
 import itertools
-import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Sequence
@@ -39,6 +38,7 @@ from .streaming import Completion, Step, Steps
 if TYPE_CHECKING:
     from .engine import Engine
 
+BATCH_SIZE = {"cpu": 8, "cuda": 256}
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # of a step; a GPU needs many to be busy
 PATTERNS = 8  # that may run at a time: every one is evaluated for every row
 
@@ -52,14 +52,15 @@ class _Sequence:
         self.start = 0  # how many of its tokens are in pages
         self.goal = 0  # how many are to be there before it can go on a token at a time
         self.seat = -1
+        self.version = 0  # of the model's weights
         self.tokens = np.empty((3, 0), np.int64)  # ids, positions, segments
         self.contents: list[bytes] = []  # what the full pages of `tokens` hold, as far as it was asked
 
-    def content(self, rule: Hashable) -> Iterator[bytes]:
-        """What each full page of the tokens holds: these tokens after all those before them, seen through a mask."""
+    def content(self, key: Hashable) -> Iterator[bytes]:
+        """What each full page of the tokens holds: these tokens after all those before them, under what key says."""
         yield from self.contents
         for page in range(len(self.contents), self.tokens.shape[1] // BLOCK):
-            before = self.contents[-1] if self.contents else repr(rule).encode()
+            before = self.contents[-1] if self.contents else repr(key).encode()
             values = np.ascontiguousarray(self.tokens[:, page * BLOCK : (page + 1) * BLOCK])
             self.contents.append(hashlib.sha256(before + values.tobytes()).digest())
             yield self.contents[-1]
@@ -179,7 +180,7 @@ class Scheduler:
         self,
         engine: Engine,
         *,
-        max_batch_size: int,
+        max_batch_size: int | None,
         max_slots: int | None,
         max_length: int | None,
         memory_fraction: float,
@@ -195,8 +196,8 @@ class Scheduler:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        self.max_batch_size = max_batch_size
-        blocks = -(-min(max_length or self.model.context, self.model.context) // BLOCK)
+        self.max_batch_size = max_batch_size = max_batch_size or BATCH_SIZE[device.type]
+        blocks = -(-(max_length or self.model.context) // BLOCK)
         if max_slots is None:
             pages = min(max_batch_size * blocks, PagedCache.most_pages(config))
             pages = min(pages, _pages_that_fit(self.model, memory_fraction))
@@ -204,7 +205,7 @@ class Scheduler:
             pages = -(-max_slots // BLOCK)
         self.cache = PagedCache(config, pages, dtype=self.model.dtype, device=device)
         blocks = min(blocks, pages)
-        self.max_length = min(blocks * BLOCK, self.model.context)
+        self.max_length = blocks * BLOCK
         self.prefill_blocks = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // BLOCK)
         # Compiled for each size that occurs. Up to 64 rows a step takes no longer: its products wait for the weights.
         rows, chunks = (1, 8, *(64 << i for i in range(16))), (4**i for i in range(16))
@@ -240,6 +241,8 @@ class Scheduler:
         self._rules = [self._rule(None, None, False)]
         self._combined: dict[Hashable, Layers] = {}
         self._of_row = self._tables(0)
+        self._weights: list[tuple[int, int]] = []
+        self._version = 0  # of the weights: what was computed with others is not shared
 
     @property
     def pool(self) -> Pool:
@@ -290,13 +293,15 @@ class Scheduler:
         ensemble = as_ensemble(prompt)
         if len(ensemble.prompts) > self.max_batch_size:
             raise ValueError(f"{len(ensemble.prompts)} prompts in one request; max_batch_size is {self.max_batch_size}")
-        longest, new = max(len(p.ids) for p in ensemble.prompts), max_new_tokens or 1
-        limit = min(limit, self.max_length - longest)
-        pages = sum(-(-(len(p.ids) + max(limit, new)) // BLOCK) for p in ensemble.prompts)
-        if limit < new or pages > self.pool.count:
+        lengths = [len(p.ids) for p in ensemble.prompts]
+        if max_new_tokens is None:  # as many as fit, if all have the same room
+            room = min(self.max_length, self.pool.count // len(lengths) * BLOCK)
+            limit = max(1, min(limit, room - max(lengths)))
+        pages = sum(-(-(length + limit) // BLOCK) for length in lengths)
+        if max(lengths) + limit > self.max_length or pages > self.pool.count:
             raise ValueError(
-                f"{longest} tokens and {new} new ones exceed the {self.max_length} slots that a sequence may take of "
-                f"{self.pool.count * BLOCK}; ask for fewer, or give the engine more max_slots"
+                f"{sum(lengths)} tokens and {limit} new ones exceed the slots: {self.max_length} of a sequence and "
+                f"{self.pool.count * BLOCK} in all; ask for fewer, or give the engine a larger max_length or max_slots"
             )
         stop_ids = model.eos_token_ids if stop_token_ids is None else stop_token_ids
         number = next(self._numbers)
@@ -318,10 +323,12 @@ class Scheduler:
         if not request.finished:
             self._end(request, "cancelled")
 
-    def _end(self, request: Request, reason: str | None) -> None:
+    def _end(self, request: Request, reason: str) -> None:
         with self._lock:
-            if reason is not None and request.finish_reason is None:
+            if request.finish_reason is None:
                 self._ended.append(request)
+            elif reason != "error":
+                return  # it has ended meanwhile, in another thread
             request.finish_reason = reason
 
     async def advance(self) -> None:
@@ -344,6 +351,7 @@ class Scheduler:
                     self._pattern_of(self._inbox[0])  # known early, so that steps are compiled for all of them at once
                 heapq.heappush(self._waiting, self._inbox[0])
                 self._inbox.popleft()
+            self._look_at_weights()
             self._clear()
             self._make_room()
             self._prefill()
@@ -362,6 +370,13 @@ class Scheduler:
         with self._lock:
             ended, self._ended = self._ended, []
         return ended
+
+    def _look_at_weights(self) -> None:
+        weights = [(id(p), p._version) for p in self.model.parameters()]
+        if weights != self._weights:
+            if [id for id, _ in weights] != [id for id, _ in self._weights]:
+                self._steps, self._recorded = {}, set()  # they compute with the ones that were there
+            self._weights, self._version = weights, self._version + 1
 
     # ---- who runs
 
@@ -396,7 +411,7 @@ class Scheduler:
         new = [step.token for step in request.steps]
         request._sequences = [_Sequence(prompt) for prompt in prompts]
         for sequence in request._sequences:
-            sequence.tokens = _tokens(sequence.prompt, new)
+            sequence.tokens, sequence.version = _tokens(sequence.prompt, new), self._version
             length = sequence.tokens.shape[1]
             sequence.goal = length - 1  # the last one is fed as new tokens are
             for content in itertools.islice(self._known(request, sequence), sequence.goal // BLOCK):
@@ -410,8 +425,8 @@ class Scheduler:
                 self._give_back(request)
                 return None
             sequence.pages += [self.pool.take() for _ in range(needed)]
+        self._running.append(request)  # first: an interrupt between the two must find it somewhere
         heapq.heappop(self._waiting)
-        self._running.append(request)
         request._asked = len(new)
         for sequence in request._sequences:
             self.prompt_tokens += sequence.goal + 1 - sequence.start
@@ -446,7 +461,8 @@ class Scheduler:
             self._seen[sequence.seat, ids.to(self.model.device)] = True
 
     def _known(self, request: Request, sequence: _Sequence) -> Iterable[bytes]:
-        return sequence.content(request._rule.key) if request._rule.shares else ()
+        key = request._rule.key, sequence.prompt.log_weights, sequence.version
+        return sequence.content(key) if request._rule.shares else ()
 
     def _name(self, request: Request, sequence: _Sequence, length: int) -> None:
         """Let others use the pages that the first `length` tokens fill."""
@@ -479,7 +495,8 @@ class Scheduler:
         under_way = {*self._running, *self._waiting, *self._sent_away}
         for request in under_way:
             request._sequences = []
-        self._waiting = sorted(r for r in under_way if not r.finished)
+        arriving = set(self._inbox.copy())  # one may be on its way from there
+        self._waiting = sorted(r for r in under_way - arriving if not r.finished)
         self._running, self._sent_away, self._unread = [], [], None
         self._seats = list(range(self.max_batch_size))[::-1]
         self.cache.pool = Pool(self.pool.count)
@@ -569,15 +586,20 @@ class Scheduler:
             filled["of_block"][row, : len(sequence.pages)] = sequence.pages
         layers = self._layers(rows)
         buffer.send()
-        key = size, width, kinds, layers
         start, end, count = buffer.on_device["rows"].unbind(0)
-        cache = Rows(self.cache, buffer.on_device["of_block"], start, end)
+        of_block = buffer.on_device["of_block"]
+        if not self.engine.compile:  # then shapes may differ, and what no row needs is not looked at
+            of_block = of_block[:, : max(len(sequence.pages) for _, sequence in rows)]
+        cache = Rows(self.cache, of_block, start, end)
         if width == 1:
             self.engine.last = Last(layers, lambda: cache.tokens)
+        key = size, width, kinds, layers
         if key not in self._steps:
-            step = self._steps[key] = self._step(size, buffer.on_device, layers, cache, count, kinds)
+            step = self._step(size, buffer.on_device, layers, cache, count, kinds)
             step()
-        elif self.engine.compile and key not in self._recorded:
+            if self.engine.compile:
+                self._steps[key] = step
+        elif key not in self._recorded:
             self._steps[key] = self.engine.graphs.record(self._steps[key], self.model.device)
             self._recorded.add(key)
         else:
@@ -625,7 +647,8 @@ class Scheduler:
             step = request._maker.put(int(tokens[row]), logprobs[row])
             request.steps.append(step)
             self.new_tokens += 1
-            self._end(request, step.finish_reason)
+            if step.finish_reason is not None:
+                self._end(request, step.finish_reason)
             if request._callback is not None:
                 try:  # whatever it raises ends this request and no other
                     request._callback(step)
@@ -717,21 +740,26 @@ class Scheduler:
 
 
 class _Alone:
-    """A token of a row as a mask sees it that was written for a request alone: rows are counted in the request."""
+    """A token of a row as a mask sees it that was written for a request alone: rows are counted in the request.
 
-    def __init__(self, token: Token, member: Tensor) -> None:
-        self.batch, self.head = take(member, token.batch), token.head
-        self.index, self.position, self.segment = token.index, token.position, token.segment
+    In rows of other requests all is 0: what the mask looks up may have no more.
+    """
+
+    def __init__(self, token: Token, member: Tensor, mine: Tensor) -> None:
+        each = take(member, token.batch), token.index, token.position, token.segment
+        self.batch, self.index, self.position, self.segment = (torch.where(mine, x, 0) for x in each)
+        self.head = token.head
 
 
 def _mask_of_each(numbers: list[int], each: list[Mask], pattern: Tensor, member: Tensor) -> Mask:
     """In each row the mask whose number is its pattern."""
 
     def predicate(q: Token, kv: Token) -> Tensor:
-        lone: Any = _Alone(q, member), _Alone(kv, member)
         number, allowed = take(pattern, q.batch), torch.zeros_like(kv.index, dtype=torch.bool)
         for n, mask in zip(numbers, each, strict=True):
-            allowed = allowed | (number == n) & mask.evaluate(*lone)
+            mine = number == n
+            lone: Any = _Alone(q, member, mine), _Alone(kv, member, mine)
+            allowed = allowed | mine & mask.evaluate(*lone)
         return allowed
 
     return Mask(predicate, " or ".join(map(str, each)))
@@ -743,11 +771,12 @@ def _score_of_each(numbers: list[int], each: list[ScoreMod | None], pattern: Ten
         return None
 
     def function(score: Tensor, q: Token, kv: Token) -> Tensor:
-        lone: Any = _Alone(q, member), _Alone(kv, member)
         number, new = take(pattern, q.batch), score
         for n, mod in zip(numbers, each, strict=True):
             if mod is not None:
-                new = torch.where(number == n, mod.evaluate(score, *lone), new)
+                mine = number == n
+                lone: Any = _Alone(q, member, mine), _Alone(kv, member, mine)
+                new = torch.where(mine, mod.evaluate(score, *lone), new)
         return new
 
     return ScoreMod(function, " or ".join(map(str, each)))
@@ -777,11 +806,19 @@ def _pages_that_fit(model: Llama, fraction: float) -> int:
         unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         free = torch.cuda.mem_get_info(model.device)[0] + unused
     else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = _free_memory()
     pages = int(free * fraction) // PagedCache.page_bytes(model.config, model.dtype) - 1
     if pages < 1:
         raise ValueError(f"{fraction} of {free / 1e9:.1f} GB free does not hold a page of {BLOCK} tokens")
     return pages
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    except OSError:
+        raise ValueError("how much memory is free is known on Linux only; give the engine max_slots") from None
 
 
 def _kinds(requests: Iterable[Request]) -> tuple[bool, ...]:

@@ -1,23 +1,53 @@
 """Continuous batching: every request gets what it would get alone, whatever else runs, comes and goes."""
 
+import asyncio
+import gc
 import random
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_flex import Engine, Llama, LlamaConfig, Mask, Sampling, fuse, masks
-from llama_flex.fusion import Prompt
-from llama_flex.scheduler import Request
+from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Mask, Sampling, attention, fuse, masks, scores
+from llama_flex.fusion import AnyPrompt, as_ensemble
+from llama_flex.paging import Pages, Pool
+from llama_flex.scheduler import PATTERNS, Request, Scheduler
+
+VIEW_OF = attention.view_of
 
 
 @dataclass
 class Asked:
-    prompt: list[int] | Prompt
+    prompt: AnyPrompt
     options: dict
     alone: list[int]
+
+    @property
+    def rows(self) -> int:
+        return len(as_ensemble(self.prompt).prompts)
+
+    @property
+    def pages(self) -> int:
+        new = self.options["max_new_tokens"]
+        return sum(-(-(len(p.ids) + new) // 128) for p in as_ensemble(self.prompt).prompts)
+
+
+def alone(engine: Engine, prompt: AnyPrompt, **options) -> Asked:
+    (completion,) = engine.generate([prompt], **options)
+    return Asked(prompt, options, completion.tokens)
+
+
+def tokens_of(request: Request) -> list[int]:
+    return [step.token for step in request.steps]
+
+
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(1000 * seed + length)
+    return [rng.randrange(3, 160) for _ in range(length)]
 
 
 def tiny() -> Llama:
@@ -40,6 +70,12 @@ def tiny() -> Llama:
 @pytest.fixture(scope="module")
 def plain() -> Engine:
     return Engine(tiny())
+
+
+@pytest.fixture
+def dense(monkeypatch):
+    """Attention by its dense definition, which is fast where flex_attention runs eagerly."""
+    monkeypatch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +106,48 @@ def asked(plain) -> list[Asked]:
             options["mask"] = rng.choice([window, Mask(own)])
         if n % 8 == 3:
             options["stop_token_ids"] = range(100, 160, 4)
-        (completion,) = plain.generate([prompt], **options)
-        found.append(Asked(prompt, options, completion.tokens))
-    assert len({tuple(a.alone) for a in found}) > 20
+        found.append(alone(plain, prompt, **options))
+
+    new = {"max_new_tokens": 9, "stop_token_ids": ()}
+    sampled = new | {"sampling": Sampling(temperature=1.0, top_p=0.9, seed=5)}
+    penalised = new | {"sampling": Sampling(temperature=0.8, repetition_penalty=1.4, seed=6)}
+    a, b, c, d = (random_ids(length, 7) for length in (3, 60, 140, 250))
+    # The same tokens weighted otherwise: what follows the prompts, a page of suffix too, is not the same to others.
+    weighted = [fuse([b, a], suffix=c, weights=w) for w in ([1, 1], [9, 1], [1, 20])]
+    each = fuse([d, b, a], prefix=[9], positions="parallel", weights=[0.2, 1, 4])
+    per_row = masks.sliding_window(torch.tensor([33]))
+    each_layer = [masks.sliding_window(20) | masks.sink(1), None]
+
+    widths = torch.tensor([5, 50])
+
+    def of_member(q, kv):
+        return (kv.index <= q.index) & (q.index - kv.index < widths[q.batch])
+
+    found += [
+        alone(plain, Ensemble([a, b], "mean"), **sampled),
+        alone(plain, Ensemble([b, a, b[:30]], "max"), **new),
+        alone(plain, Ensemble([c, d[:128]], "mean"), **penalised),
+        alone(plain, Ensemble([d, c], "max"), **new),
+        alone(plain, Ensemble([b, c], "mean"), **new, mask=Mask(of_member)),
+        alone(plain, Ensemble([fuse([a, b], suffix=a), b], "mean"), **sampled),
+        *(alone(plain, prompt, **new) for prompt in weighted),
+        alone(plain, each, **sampled),
+        alone(plain, each, **new, score_mod=scores.softcap(2.0)),
+        alone(plain, d, **sampled, score_mod=scores.alibi(4)),
+        alone(plain, c, **new, score_mod=[None, scores.softcap(1.5)], mask=masks.sliding_window(64)),
+        alone(plain, d, **new, mask=each_layer),
+        alone(plain, fuse([b, c]), **new, mask=each_layer),
+        alone(plain, c, **sampled, mask=per_row),
+    ]
+    assert len(found) == KINDS
+    assert len({tuple(one.alone) for one in found}) > 35
     return found
 
 
+KINDS = 40
 schedules = st.fixed_dictionaries(
     {
-        "order": st.lists(st.integers(0, 23), min_size=1, max_size=10),
+        "order": st.lists(st.integers(0, KINDS - 1), min_size=1, max_size=10),
         "arrivals": st.lists(st.integers(0, 4), min_size=10, max_size=10),
         "priorities": st.lists(st.integers(0, 2), min_size=10, max_size=10),
         "ends": st.lists(st.sampled_from([None] * 6 + ["cancel", "raise"]), min_size=10, max_size=10),
@@ -122,7 +191,13 @@ def run(plain: Engine, asked: list[Asked], plan: dict) -> list[tuple[Asked, Requ
                 if end == "raise" and len(said[step.row]) > after:
                     raise Refused
 
-            request = tested.submit(one.prompt, priority=priority, callback=callback, **one.options)
+            try:
+                request = tested.submit(one.prompt, priority=priority, callback=callback, **one.options)
+            except ValueError:
+                assert one.rows > plan["rows"] or one.pages > plan["pages"]
+                continue
+            assert one.rows <= plan["rows"]
+            assert one.pages <= plan["pages"]
             going.append((one, request, after if end else None))
             if end == "cancel" and rng.random() < 0.3:
                 tested.cancel(request)
@@ -157,7 +232,7 @@ def check(going: list[tuple[Asked, Request, int | None]]) -> None:
             assert len(tokens) == after + 1
 
 
-def schedule_test(cases: int):
+def schedule_test(cases: int, *fixtures: str):
     @settings(
         max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
@@ -165,8 +240,617 @@ def schedule_test(cases: int):
     def test(plain, asked, plan):
         check(run(plain, asked, plan))
 
-    return test
+    return pytest.mark.usefixtures(*fixtures)(test) if fixtures else test
 
 
-test_every_request_gets_what_it_gets_alone = schedule_test(100)
+test_every_request_gets_what_it_gets_alone = schedule_test(100, "dense")
+test_every_request_gets_what_it_gets_alone_in_flex_attention = schedule_test(30)
 test_every_request_gets_what_it_gets_alone_in_many_schedules = pytest.mark.slow(schedule_test(1000))
+
+
+NEW = {"max_new_tokens": 6, "stop_token_ids": ()}
+
+
+@pytest.fixture(scope="module")
+def short(plain) -> list[Asked]:
+    """Forty short requests, computed densely."""
+    rng = random.Random(3)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
+        for n in range(40):
+            prompt = random_ids(
+                rng.choice([rng.randint(1, 300), *[rng.choice([128, 128, 256]) - rng.randint(0, 2)] * 3]), n % 3
+            )
+            options = {
+                "max_new_tokens": rng.choice([1, 5, 9, 12]),
+                "stop_token_ids": range(3, 160, 40) if n % 4 == 3 else (),
+            }
+            if n % 2:
+                options["sampling"] = Sampling(temperature=0.9, top_p=0.95, seed=n)
+            if n % 10 == 4:
+                prompt = Ensemble([prompt[:115], prompt[:50]], "max" if n % 20 == 4 else "mean")
+            if n % 8 == 6:
+                options["mask"] = masks.sliding_window(20 + n)
+            found.append(alone(plain, prompt, **options))
+    return found
+
+
+@pytest.fixture
+def preempted(monkeypatch) -> list[Request]:
+    """Every request that had to leave before its end, as often as it had to."""
+    found, leave = [], Scheduler._leave
+
+    def noting(self, request):
+        if not request.finished:
+            found.append(request)
+        leave(self, request)
+
+    monkeypatch.setattr(Scheduler, "_leave", noting)
+    return found
+
+
+@pytest.fixture
+def prefilled(monkeypatch) -> list[tuple[int, int]]:
+    """The request and the first token of every block of prompts that is computed."""
+    found, run = [], Scheduler._run
+
+    def noting(self, size, width, buffer, filled, rows, kinds):
+        if width > 1:
+            found.extend((r.number, int(filled["rows"][0, row])) for row, (r, _) in enumerate(rows))
+        run(self, size, width, buffer, filled, rows, kinds)
+
+    monkeypatch.setattr(Scheduler, "_run", noting)
+    return found
+
+
+def check_empty(engine: Engine) -> None:
+    scheduler = engine.scheduler
+    assert scheduler.idle
+    assert scheduler.pool.available == scheduler.pool.count
+    assert not any(scheduler.pool.users)
+    assert sorted(scheduler._seats) == list(range(scheduler.max_batch_size))
+
+
+# --- Backends ---
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("seed", range(4))
+def test_every_kind_of_request_in_one_batch_gives_the_tokens_of_flex_attention_by_the_dense_definition(
+    plain, asked, seed
+):
+    """`asked` was computed by flex_attention."""
+    order = random.Random(seed).sample(range(KINDS), KINDS)
+    same = {"arrivals": [seed % 2 * n for n in range(KINDS)], "priorities": [0] * KINDS, "ends": [None] * KINDS}
+    check(run(plain, asked, {"order": order, **same, "rows": 5 + seed, "pages": 12, "prefill": 512, "seed": seed}))
+
+
+def compiled_schedule(engine: Engine, seed: int) -> list[tuple[AnyPrompt, dict, Request]]:
+    sampled = {"sampling": Sampling(temperature=0.9, top_p=0.9, seed=seed)}
+    window = {"mask": masks.sliding_window(60), "score_mod": scores.softcap(3.0)}
+    ids = [random_ids(length, seed) for length in (300, 140, 129, 20, 200)]
+    given = [
+        (ids[0], {}),
+        (ids[0][:256] + ids[1], sampled),
+        (ids[1], window),
+        (Ensemble([ids[3], ids[4]], "mean"), sampled),
+        (ids[4], window),
+        (ids[2], {}),
+    ]
+    requests = []
+    for prompt, options in given:
+        requests.append((prompt, options, engine.submit(prompt, **NEW, **options)))
+        engine.step()
+    engine.run()
+    return requests
+
+
+def test_compiled_steps_give_the_tokens_of_eager_ones_and_are_compiled_once_whatever_is_asked(plain):
+    engine = Engine(plain.model, compile=True, max_batch_size=2, max_slots=6 * 128, prefill_tokens=128)
+    random.Random(0).shuffle(engine.scheduler.pool._free)
+    # The second finds the window among the rules from its beginning, which is one more combination.
+    requests = compiled_schedule(engine, 1) + compiled_schedule(engine, 2)
+    count = engine.graphs.count
+    assert 0 < count < 40
+    for seed in (3, 4, 5):
+        requests += compiled_schedule(engine, seed)
+    assert engine.graphs.count == count
+    for prompt, options, request in requests:
+        assert tokens_of(request) == alone(plain, prompt, **NEW, **options).alone
+    check_empty(engine)
+
+
+def test_compiled_attention_computes_the_blocks_that_are_listed_and_no_others(plain, monkeypatch):
+    listed = Pages.listed
+
+    def one_less(self, lists):
+        found = listed(self, lists)
+        none = None if found.full_num is None else torch.zeros_like(found.full_num)
+        return found._replace(full_num=none)
+
+    monkeypatch.setattr(Pages, "listed", one_less)
+    engine = Engine(plain.model, compile=True, max_batch_size=1, max_slots=512, prefill_tokens=128)
+    ids = random_ids(300)
+    request = engine.submit(ids, **NEW)
+    engine.run()
+    assert tokens_of(request) != alone(plain, ids, **NEW).alone
+
+
+# --- Many ---
+
+
+def soak(plain: Engine, short: list[Asked], preempted: list[Request], count: int) -> None:
+    engine = Engine(plain.model, max_batch_size=5, max_slots=3 * 128, prefill_tokens=256)
+    scheduler, rng = engine.scheduler, random.Random(count)
+    going: dict[int, tuple[Asked, Request, str | None]] = {}
+    reasons, objects, ended = Counter(), [], 0
+    for number in range(count):
+        one, end = rng.choice(short), rng.choice([None] * 8 + ["cancel", "raise"])
+        after = rng.randrange(len(one.alone))
+
+        def callback(step, end=end, after=after):
+            if end == "raise" and len(going[step.row][1].steps) > after:
+                raise Refused
+
+        request = engine.submit(one.prompt, callback=callback, priority=rng.choice([0, 0, 1]), **one.options)
+        assert request.number == number
+        going[number] = one, request, end
+        while len(scheduler.waiting) > 8 or (number == count - 1 and not scheduler.idle):
+            if rng.random() < 0.1:
+                _, chosen, end = rng.choice(list(going.values()))
+                if end == "cancel":
+                    engine.cancel(chosen)
+            for done in engine.step():
+                one, request, end = going.pop(done.number)  # each ends once
+                assert request is done
+                assert tokens_of(done) == one.alone[: len(done.steps)]
+                reasons[done.finish_reason] += 1
+                if done.finish_reason in ("stop", "length"):
+                    assert tokens_of(done) == one.alone
+                else:
+                    assert end is not None
+                ended += 1
+        if number % (count // 4) == count // 4 - 1:
+            request = done = chosen = None
+            preempted_now, _ = len(preempted), preempted.clear()
+            assert preempted_now > count // 20, preempted_now
+            gc.collect()
+            objects.append(len(gc.get_objects()))
+    assert not going
+    assert ended == count
+    assert min(reasons[r] for r in ("stop", "length", "cancelled", "error")) > count // 100
+    assert objects[2] < objects[0] + 2000  # the last quarter ends idle
+    check_empty(engine)
+
+
+@pytest.mark.usefixtures("dense")
+def test_two_hundred_requests_on_few_pages_end_once_and_right(plain, short, preempted):
+    soak(plain, short, preempted, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dense")
+def test_two_thousand_requests_on_few_pages_end_once_and_right_in_memory_that_does_not_grow(plain, short, preempted):
+    soak(plain, short, preempted, 2000)
+
+
+# --- asyncio ---
+
+
+@pytest.mark.usefixtures("dense")
+def test_requests_are_read_as_they_come_several_at_once(plain, short):
+    engine = Engine(plain.model, max_batch_size=3, max_slots=8 * 128)
+
+    async def read(one: Asked, delay: int) -> list[int]:
+        for _ in range(delay):
+            await asyncio.sleep(0.002)
+        request = engine.submit(one.prompt, **one.options)  # while others run
+        return [step.token async for step in request]
+
+    async def main():
+        return await asyncio.gather(*(read(one, n) for n, one in enumerate(short[:12])))
+
+    assert asyncio.run(main()) == [one.alone for one in short[:12]]
+    assert asyncio.run(main()) == [one.alone for one in short[:12]]  # in another event loop
+    check_empty(engine)
+
+
+@pytest.mark.usefixtures("dense")
+def test_who_stops_reading_cancels_and_others_go_on(plain):
+    engine = Engine(plain.model, max_batch_size=4, max_slots=8 * 128)
+    options = {"max_new_tokens": 40, "stop_token_ids": ()}
+    one, other = (alone(plain, random_ids(length), **options) for length in (150, 20))
+
+    async def leave(request: Request) -> list[int]:
+        found = []
+        async for step in request:
+            found.append(step.token)
+            if len(found) == 3:
+                break
+        return found
+
+    async def main():
+        left, kept = (engine.submit(x.prompt, **options) for x in (one, other))
+        found, rest = await asyncio.gather(leave(left), leave_none(kept))
+        assert found == one.alone[:3]
+        assert rest == other.alone
+        assert left.finish_reason == "cancelled"
+        assert tokens_of(left) == one.alone[: len(left.steps)]
+        assert len(left.steps) < 40
+        late = engine.submit(one.prompt, **options)
+        task = asyncio.create_task(leave_none(late))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert late.finish_reason == "cancelled"
+
+    async def leave_none(request: Request) -> list[int]:
+        return [step.token async for step in request]
+
+    asyncio.run(main())
+    engine.run()
+    check_empty(engine)
+
+
+@pytest.mark.usefixtures("dense")
+def test_what_a_callback_raises_comes_out_of_the_loop_after_the_steps(plain, short):
+    engine = Engine(plain.model, max_batch_size=4, max_slots=8 * 128)
+    one, other = (x for x in short[:4:2])
+
+    def refuse(step):
+        raise Refused("no")
+
+    async def main():
+        bad, good = (
+            engine.submit(one.prompt, callback=refuse, **one.options),
+            engine.submit(other.prompt, **other.options),
+        )
+        reading = aiter(bad)
+        assert (await anext(reading)).token == one.alone[0]
+        with pytest.raises(Refused, match="no"):
+            await anext(reading)
+        assert bad.finish_reason == "error"
+        assert [step.token async for step in good] == other.alone
+
+    asyncio.run(main())
+    check_empty(engine)
+
+
+@pytest.mark.usefixtures("dense")
+def test_a_cancel_from_another_thread_while_a_token_is_taken_in_stays(plain):
+    """As the thread that steps is between asking whether the request has ended and saying that it goes on."""
+    for last in (False, True):
+        engine = Engine(plain.model, max_batch_size=2, max_slots=512)
+        request = engine.submit(random_ids(9), **NEW)
+        put = request._maker.put
+
+        def cancelled_meanwhile(token, logprob, engine=engine, request=request, put=put, last=last):
+            if request._maker.count == (5 if last else 2):
+                engine.cancel(request)
+            return put(token, logprob)
+
+        request._maker.put = cancelled_meanwhile
+        ended = []
+        while not engine.scheduler.idle:
+            ended += engine.step()
+        assert ended == [request]
+        assert request.finish_reason == "cancelled"
+        check_empty(engine)
+
+
+# --- Errors amid a step ---
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("fails", [(1,), (2, 3), (4, 9), (6, 7, 20)])
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_step_that_fails_loses_nothing(plain, short, monkeypatch, error, fails, computed):
+    engine = Engine(plain.model, max_batch_size=4, max_slots=6 * 128, prefill_tokens=128)
+    step, calls = engine._step, 0
+
+    def failing(*given):
+        nonlocal calls
+        calls += 1
+        found = step(*given) if computed or calls not in fails else None
+        if calls in fails:
+            raise error
+        return found
+
+    monkeypatch.setattr(engine, "_step", failing)
+    said = {}
+    asked = short[:10]
+    requests = [
+        engine.submit(x.prompt, callback=lambda step: said.setdefault(step.row, []).append(step.token), **x.options)
+        for x in asked
+    ]
+    for _ in fails:
+        with pytest.raises(error):
+            engine.run()
+    engine.run()
+    for one, request in zip(asked, requests, strict=True):
+        assert tokens_of(request) == said[request.number] == one.alone
+    check_empty(engine)
+
+
+@pytest.mark.usefixtures("dense")
+def test_ctrl_c_at_any_line_loses_nothing(plain):
+    prompts = [random_ids(length) for length in (5, 130, 20)]
+    expected = [alone(plain, ids, max_new_tokens=3, stop_token_ids=()).alone for ids in prompts]
+    file = sys.modules[Scheduler.__module__].__file__
+
+    def interrupted(at: int) -> bool:
+        engine = Engine(plain.model, max_batch_size=2, max_slots=3 * 128, prefill_tokens=128)
+        requests = [engine.submit(ids, max_new_tokens=3, stop_token_ids=()) for ids in prompts]
+        left = at
+
+        def trace(frame, event, arg):
+            nonlocal left
+            if frame.f_code.co_filename != file:
+                return None
+            if event == "line" and frame.f_code.co_name in LINES:
+                left -= 1
+                if left == 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        before, hit = sys.gettrace(), False
+        sys.settrace(trace)
+        try:
+            engine.run()
+        except KeyboardInterrupt:
+            hit = True
+        finally:
+            sys.settrace(before)
+        engine.run()
+        assert [tokens_of(r) for r in requests] == expected, at
+        assert all(r.finish_reason == "length" for r in requests), at
+        check_empty(engine)
+        return hit
+
+    at = 1
+    while interrupted(at):
+        at += 4
+    assert at > 300
+
+
+LINES = (
+    "step",
+    "_make_room",
+    "_admit",
+    "_leave",
+    "_give_back",
+    "_clear",
+    "_prefill",
+    "_decode",
+    "_sit",
+    "_name",
+    "_run",
+)
+
+
+# --- Prefixes ---
+
+
+@pytest.mark.usefixtures("dense")
+def test_a_prefix_of_requests_that_come_together_is_computed_once(plain, prefilled):
+    shared = random_ids(300)
+    asked = [alone(plain, shared + random_ids(5 + n, n), **NEW) for n in range(6)]
+    engine = Engine(plain.model, max_batch_size=6, max_slots=30 * 128, prefill_tokens=1024)
+    requests = [engine.submit(one.prompt, **NEW) for one in asked]
+    engine.run()
+    assert [tokens_of(r) for r in requests] == [one.alone for one in asked]
+    assert Counter(start for _, start in prefilled) == {0: 1, 128: 1, 256: 6}
+
+
+@pytest.mark.usefixtures("dense")
+def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(plain, prefilled):
+    ids, sampling = random_ids(300), Sampling(temperature=1.0, seed=11)
+    expected = [alone(plain, ids, **NEW, sampling=replace(sampling, seed=11 + i)).alone for i in range(4)]
+    assert len(set(map(tuple, expected))) == 4
+    engine = Engine(plain.model, max_batch_size=6, max_slots=7 * 128, prefill_tokens=1024)
+    requests = engine.submit_samples(ids, 4, sampling=sampling, **NEW)
+    engine.step()
+    pages = [r._sequences[0].pages for r in requests]
+    assert len({tuple(p[:2]) for p in pages}) == 1
+    assert [engine.scheduler.pool.users[page] for page in pages[0]] == [4, 4, 1]
+    assert len({p[2] for p in pages}) == 4
+    engine.run()
+    assert [tokens_of(r) for r in requests] == expected
+    assert Counter(start for _, start in prefilled) == {0: 1, 128: 1, 256: 4}
+    check_empty(engine)
+
+
+@pytest.mark.usefixtures("dense")
+def test_requests_with_masks_or_score_functions_of_their_own_share_nothing(plain, prefilled):
+    ids = random_ids(300)
+    engine = Engine(plain.model, max_batch_size=6, max_slots=30 * 128, prefill_tokens=1024)
+    each = [
+        {},
+        {"mask": masks.sliding_window(50)},
+        {"mask": masks.sliding_window(50)},
+        {"score_mod": scores.softcap(1)},
+    ]
+    requests = [engine.submit(ids, **NEW, **options) for options in each]
+    engine.run()
+    assert [tokens_of(r) for r in requests] == [alone(plain, ids, **NEW, **options).alone for options in each]
+    assert Counter(start for _, start in prefilled) == {0: 4, 128: 4, 256: 4}
+
+
+@pytest.mark.usefixtures("dense")
+def test_what_is_known_of_fused_prompts_is_known_for_their_weights_alone(plain, prefilled):
+    prompts = [fuse([[5, 6], [7]], suffix=random_ids(300), weights=w) for w in (None, [1, 9], [9, 1], [9, 1])]
+    expected = [alone(plain, prompt, **NEW).alone for prompt in prompts]
+    assert len(set(map(tuple, expected))) == 3
+    engine = Engine(plain.model, max_batch_size=6, max_slots=30 * 128, prefill_tokens=1024)
+    requests = [engine.submit(prompt, **NEW) for prompt in prompts]
+    engine.run()
+    assert [tokens_of(r) for r in requests] == expected
+    assert Counter(start for _, start in prefilled) == {0: 3, 128: 3, 256: 4}
+
+
+@pytest.mark.usefixtures("dense")
+def test_pages_that_nobody_holds_are_used_again_until_they_are_needed_the_oldest_first(plain, prefilled):
+    a, b, c = (alone(plain, random_ids(300, n), **NEW) for n in range(3))
+    engine = Engine(plain.model, max_batch_size=2, max_slots=6 * 128)
+
+    def computed(one: Asked) -> list[int]:
+        prefilled.clear()
+        request = engine.submit(one.prompt, **NEW)
+        engine.run()
+        assert tokens_of(request) == one.alone
+        check_empty(engine)
+        return [start for _, start in prefilled]
+
+    assert computed(a) == [0, 128, 256]
+    assert computed(a) == [256]
+    assert computed(b) == [0, 128, 256]
+    assert computed(a) == [256]  # newer than b now
+    assert computed(c) == [0, 128, 256]  # takes the free ones, and the end of b
+    assert computed(b) == [128, 256]
+    assert computed(a) == [128, 256]  # b took the end of a, the oldest then
+    assert computed(c) == [128, 256]
+
+
+def test_a_pool_throws_out_what_was_unused_for_longest():
+    pool = Pool(3)
+    pages = [pool.take() for _ in range(3)]
+    for page, content in zip(pages, "abc", strict=True):
+        pool.name(page, content)
+        pool.name(page, "other")  # a page holds one thing
+    assert pool.find("other") is None
+    assert pool.available == 0
+    for page in (pages[1], pages[0], pages[2]):
+        pool.give_back(page)
+    assert pool.find("b") == pages[1]
+    pool.give_back(pages[1])
+    assert pool.available == 3
+    assert pool.take() == pages[0]
+    assert pool.find("a") is None
+    assert (pool.find("c"), pool.find("c")) == (pages[2], pages[2])
+    pool.give_back(pages[2])
+    assert pool.available == 1
+    pool.give_back(pages[2])
+    pool.forget()
+    assert pool.available == 2
+    assert pool.find("b") is None
+
+
+@pytest.mark.usefixtures("dense")
+def test_a_mask_that_looks_ahead_sees_what_is_appended_in_the_same_step(plain):
+    options = NEW | {"mask": masks.prefix_lm(300)}
+    one = alone(plain, random_ids(450), **options)  # in a chunk of 512
+    engine = Engine(plain.model, max_batch_size=2, max_slots=1024, prefill_tokens=512)
+    request = engine.submit(one.prompt, **options)
+    engine.run()
+    assert tokens_of(request) == one.alone
+    assert one.alone != alone(plain, one.prompt, **NEW).alone
+
+
+@pytest.mark.usefixtures("dense")
+def test_a_mask_reads_nothing_of_other_requests(plain):
+    """What it looks up by token or by row has no more than its own request needs."""
+    table = torch.arange(40) % 3 != 1
+    own = Mask(lambda q, kv: (kv.index <= q.index) & (table[kv.index.clamp(min=0)] | (kv.index == q.index)))
+    bias = torch.linspace(-3, 3, 40)
+    score = scores.ScoreMod(lambda score, q, kv: score + bias[kv.position])
+    each = [
+        (random_ids(30), {}),
+        (random_ids(30), {"mask": own}),
+        (random_ids(30), {"mask": masks.sliding_window(torch.tensor([9]))}),
+        (random_ids(30), {"score_mod": score}),
+        (random_ids(500), {}),
+        (Ensemble([random_ids(400), random_ids(200), [5]]), {}),
+    ]
+    for order in (each, each[::-1]):
+        engine = Engine(plain.model, max_batch_size=12, max_slots=20 * 128, prefill_tokens=2048)
+        requests = [engine.submit(prompt, **NEW, **options) for prompt, options in order]
+        engine.run()
+        for (prompt, options), request in zip(order, requests, strict=True):
+            expected = engine.generate([prompt], **NEW, **options)[0].tokens
+            assert tokens_of(request) == expected
+
+
+@pytest.mark.usefixtures("dense")
+def test_weights_that_change_between_runs_are_seen():
+    model, ids = tiny(), random_ids(300)
+    engine = Engine(model, max_batch_size=2, max_slots=1024)
+    changes = (
+        lambda layer: layer.mlp.down.weight.mul_(1.5),
+        lambda layer: setattr(layer.attention.qkv, "weight", torch.nn.Parameter(layer.attention.qkv.weight * 0.5)),
+        lambda layer: None,
+    )
+    for change in changes:
+        request = engine.submit(ids, **NEW)
+        engine.run()
+        assert tokens_of(request) == alone(Engine(model), ids, **NEW).alone
+        with torch.no_grad():
+            change(model.layers[0])
+
+
+# --- What is refused, and what waits ---
+
+
+def test_what_cannot_be_is_refused(plain):
+    engine = Engine(plain.model, max_batch_size=2, max_slots=2 * 128)
+    for prompt, options, match in (
+        (random_ids(256), {}, "exceed the slots"),
+        (random_ids(250), {"max_new_tokens": 7}, "exceed the slots"),
+        (random_ids(2000), {}, "no room in the context"),
+        ([], {}, "empty"),
+        ([160], {}, "vocabulary"),
+        ("abc", {}, "lists of token ids"),
+        ([5], {"max_new_tokens": 0}, "at least 1"),
+        (Ensemble([[5], [6], [7]]), {}, "max_batch_size is 2"),
+        (Ensemble([random_ids(140), [6]]), {"max_new_tokens": 1}, "exceed"),  # three pages
+        ([5], {"stop": ["."]}, "need a tokenizer"),
+        ([5], {"mask": 7}, "must be a Mask"),
+        ([5], {"mask": [None]}, "1 masks for 2 layers"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            engine.submit(prompt, **options)
+    check_empty(engine)
+    assert len(tokens_of_one(engine, random_ids(250), max_new_tokens=6)) == 6
+    assert len(tokens_of_one(engine, random_ids(250))) == 6  # as many as there is room for
+
+
+def tokens_of_one(engine: Engine, prompt: AnyPrompt, **options) -> list[int]:
+    request = engine.submit(prompt, stop_token_ids=(), **options)
+    engine.run()
+    return tokens_of(request)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size must be at least 1"),
+        ({"max_slots": 0}, "max_slots must be at least 1"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"prefill_tokens": 0}, "prefill_tokens must be at least 1"),
+        ({"memory_fraction": 0}, "memory_fraction"),
+        ({"memory_fraction": 2}, "memory_fraction"),
+        ({"memory_fraction": 1e-12}, "does not hold a page"),
+        ({"max_slots": 2**40}, "more than attention can address"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(plain, options, match):
+    with pytest.raises(ValueError, match=match):
+        Engine(plain.model, **options).submit([5])
+
+
+@pytest.mark.usefixtures("dense")
+def test_more_masks_than_may_run_at_a_time_wait(plain):
+    ids = random_ids(150)
+    asked = [alone(plain, ids, **NEW, mask=masks.sliding_window(8 * n + 1)) for n in range(PATTERNS + 4)]
+    engine = Engine(plain.model, max_batch_size=16, max_slots=40 * 128, prefill_tokens=4096)
+    requests = [engine.submit(ids, **one.options) for one in asked]
+    engine.step()
+    assert len(engine.scheduler.running) == PATTERNS - 1  # the default has a place
+    assert len(engine.scheduler.waiting) == 5
+    engine.run()
+    assert [tokens_of(r) for r in requests] == [one.alone for one in asked]
+    assert len(set(map(tuple, (one.alone for one in asked)))) > PATTERNS
+    check_empty(engine)
