@@ -7,10 +7,13 @@ Dimensions: B rows, T new tokens, K key/value heads, S slots of a row, Sb blocks
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +77,19 @@ class PagedCache:
         self.segment = torch.zeros(slots, dtype=torch.int32, device=device)
         self.pool = Pool(pages)
 
+    def copy(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Copy what is in some pages to others, `(from, to)` each; does not wait."""
+        pairs = torch.tensor(pages)
+        if self.position.is_cuda:
+            pairs = pairs.pin_memory()
+        source, target = pairs.to(self.position.device, non_blocking=True).unbind(1)
+        for held in (*itertools.chain.from_iterable(self.layers), self.position, self.segment):
+            blocks = held.unflatten(2 if held.dim() == 4 else 0, (-1, BLOCK))
+            if held.dim() == 4:
+                blocks[:, :, target] = blocks[:, :, source]
+            else:
+                blocks[target] = blocks[source]
+
     @staticmethod
     def page_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
         """What a page takes in all layers."""
@@ -132,18 +148,21 @@ class Rows:
 
 
 class Pool:
-    """Which pages are taken, by how many rows, and what is in those that are full, so that rows can share them.
+    """Which pages are taken, by how many rows, and what is known of what they hold, so that rows can share it.
 
-    A page that nobody has any more, but whose content is known, is kept until it is needed: the longest unused first.
+    A page that nobody has any more, but of which something is known, is kept until it is needed: the longest unused
+    first.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.users = [0] * count
         self._free = list(range(count))[::-1]
-        self._unused: OrderedDict[int, None] = OrderedDict()  # nobody's, but with known content; oldest first
-        self._page_of: dict[Hashable, int] = {}
-        self._content: dict[int, Hashable] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # nobody's, but known; oldest first
+        self._page_of: dict[bytes, int] = {}  # full pages by what they hold
+        self._holds: dict[int, bytes] = {}
+        self._after: dict[bytes, dict[int, np.ndarray]] = {}  # pages by what came before them, with their first tokens
+        self._before: dict[int, bytes] = {}
 
     @property
     def available(self) -> int:
@@ -156,11 +175,17 @@ class Pool:
             page = self._free.pop()
         else:
             page, _ = self._unused.popitem(last=False)
-            del self._page_of[self._content.pop(page)]
+            if page in self._holds:
+                del self._page_of[self._holds.pop(page)]
+            if page in self._before:
+                before = self._before.pop(page)
+                del self._after[before][page]
+                if not self._after[before]:
+                    del self._after[before]
         self.users[page] = 1
         return page
 
-    def find(self, content: Hashable) -> int | None:
+    def find(self, content: bytes) -> int | None:
         """The page with this content, with one user more; None if there is none."""
         page = self._page_of.get(content)
         if page is not None:
@@ -168,16 +193,30 @@ class Pool:
             self._unused.pop(page, None)
         return page
 
-    def name(self, page: int, content: Hashable) -> None:
+    def find_beginning(self, before: bytes, tokens: np.ndarray) -> tuple[int, int]:
+        """Of the newest few pages after `before` the one that begins most like tokens `[3, N]`, and with how many."""
+        best = -1, 0
+        for page, held in itertools.islice(reversed(self._after.get(before, {}).items()), 8):
+            n = min(held.shape[1], tokens.shape[1])
+            differs = (held[:, :n] != tokens[:, :n]).any(0)
+            best = max(best, (page, int(differs.argmax()) if differs.any() else n), key=operator.itemgetter(1))
+        return best
+
+    def name(self, page: int, content: bytes) -> None:
         """Say what a full page holds. A page of the same content that is known already stays the known one."""
-        if content not in self._page_of and page not in self._content:
-            self._page_of[content], self._content[page] = page, content
+        if content not in self._page_of and page not in self._holds:
+            self._page_of[content], self._holds[page] = page, content
+
+    def begin(self, page: int, before: bytes, tokens: np.ndarray) -> None:
+        """Say with which tokens `[3, N]` a page begins, and after what; it may be filled further."""
+        self._before[page] = before
+        self._after.setdefault(before, {})[page] = tokens
 
     def give_back(self, page: int) -> None:
         """One user less."""
         self.users[page] -= 1
         if not self.users[page]:
-            if page in self._content:
+            if page in self._before or page in self._holds:
                 self._unused[page] = None
             else:
                 self._free.append(page)

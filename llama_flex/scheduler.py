@@ -1,6 +1,6 @@
 """Continuous batching: requests come and go while others run, over one pool of pages.
 
-Every step computes a chunk of prompts, in blocks of 128 tokens that may be of different requests, and then one token
+Every step computes a chunk of prompts, in rows of 64 tokens that may be of different requests, and then one token
 for each request that is under way. What it does is in a few tensors of fixed sizes that the host fills; what it leaves
 for the next one, the newest tokens, stays on the device. So steps are compiled for a few sizes and replayed, and tokens
 are read while the next step runs. Dimensions: R rows of a step, V vocabulary.
@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import heapq
 import itertools
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,30 +39,36 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = {"cpu": 8, "cuda": 256}
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # of a step; a GPU needs many to be busy
+ROW = 64  # tokens of a prompt in a row of a step; the last row of a prompt is padded
+_WORTH_COPYING = 16  # tokens; as long as computing few, copying a page takes
 PATTERNS = 8  # that may run at a time: every one is evaluated for every row
 
 
 class _Sequence:
     """One text of a request: a prompt and what is generated after it."""
 
-    def __init__(self, prompt: Prompt) -> None:
-        self.prompt = prompt
+    def __init__(self, prompt: Prompt, tokens: np.ndarray, key: Hashable) -> None:
+        """tokens: ids, positions and segments, `[3, N]`, of what there is so far. key: what else decides its keys and
+        values; None if they are not to be shared."""
+        self.prompt, self.tokens, self.key = prompt, tokens, key
         self.pages: list[int] = []
         self.start = 0  # how many of its tokens are in pages
-        self.goal = 0  # how many are to be there before it can go on a token at a time
+        self.goal = tokens.shape[1] - 1  # how many are to be there; the last one is fed as new tokens are
         self.seat = -1
-        self.version = 0  # of the model's weights
-        self.tokens = np.empty((3, 0), np.int64)  # ids, positions, segments
-        self.contents: list[bytes] = []  # what the full pages of `tokens` hold, as far as it was asked
+        self._contents: list[bytes] = []  # what is in the pages before each, as far as it was asked
 
-    def content(self, key: Hashable) -> Iterator[bytes]:
-        """What each full page of the tokens holds: these tokens after all those before them, under what key says."""
-        yield from self.contents
-        for page in range(len(self.contents), self.tokens.shape[1] // BLOCK):
-            before = self.contents[-1] if self.contents else repr(key).encode()
-            values = np.ascontiguousarray(self.tokens[:, page * BLOCK : (page + 1) * BLOCK])
-            self.contents.append(hashlib.sha256(before + values.tobytes()).digest())
-            yield self.contents[-1]
+    def before(self, page: int) -> bytes:
+        """What stands for all tokens before a page, each after those before it, and for `key`."""
+        if not self._contents:
+            self._contents.append(repr(self.key).encode())
+        while page >= len(self._contents):
+            block = np.ascontiguousarray(self.block(len(self._contents) - 1))
+            self._contents.append(hashlib.sha256(self._contents[-1] + block.tobytes()).digest())
+        return self._contents[page]
+
+    def block(self, page: int, end: int | None = None) -> np.ndarray:
+        """The tokens of a page, as far as there are any, or up to token `end`."""
+        return self.tokens[:, page * BLOCK : min((page + 1) * BLOCK, end or self.tokens.shape[1])]
 
 
 @dataclass(eq=False)
@@ -206,23 +211,23 @@ class Scheduler:
         self.cache = PagedCache(config, pages, dtype=self.model.dtype, device=device)
         blocks = min(blocks, pages)
         self.max_length = blocks * BLOCK
-        self.prefill_blocks = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // BLOCK)
+        self.prefill_rows = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // ROW)
         # Compiled for each size that occurs. Up to 64 rows a step takes no longer: its products wait for the weights.
         rows, chunks = (1, 8, *(64 << i for i in range(16))), (4**i for i in range(16))
         self.sizes = {
             1: sorted({min(size, max_batch_size) for size in rows}),
-            BLOCK: sorted({min(size, self.prefill_blocks) for size in chunks}),
+            ROW: sorted({min(size, self.prefill_rows) for size in chunks}),
         }
 
         self._inbox: deque[Request] = deque()  # from any thread
         self._waiting: list[Request] = []
+        self._copies: list[tuple[int, int]] = []  # of pages, in this step
         self._sent_away: list[Request] = []  # in this step; they wait once it is done
         self._running: list[Request] = []
-        self._ended: list[Request] = []
+        self._ended: deque[Request] = deque()  # from any thread
         self._unread: _Unread | None = None
         self.prompt_tokens = self.new_tokens = 0  # computed so far, and given so far
         self._numbers = itertools.count()
-        self._lock = threading.Lock()  # of how a request ends
         self._advancing: asyncio.Task[object] | None = None
 
         # A seat for each sequence, and one that takes what padding leaves.
@@ -324,11 +329,10 @@ class Scheduler:
             self._end(request, "cancelled")
 
     def _end(self, request: Request, reason: str) -> None:
-        with self._lock:
-            if request.finish_reason is None:
-                self._ended.append(request)
-            elif reason != "error":
-                return  # it has ended meanwhile, in another thread
+        if request.finish_reason is None:
+            request.finish_reason = reason
+            self._ended.append(request)
+        elif reason == "error":  # in the callback for the last token
             request.finish_reason = reason
 
     async def advance(self) -> None:
@@ -367,9 +371,7 @@ class Scheduler:
         finally:
             if not done:  # an error, or Ctrl-C
                 self._start_over()
-        with self._lock:
-            ended, self._ended = self._ended, []
-        return ended
+        return [self._ended.popleft() for _ in range(len(self._ended))]
 
     def _look_at_weights(self) -> None:
         weights = [(id(p), p._version) for p in self.model.parameters()]
@@ -409,22 +411,24 @@ class Scheduler:
             return None
         request._pattern = pattern
         new = [step.token for step in request.steps]
-        request._sequences = [_Sequence(prompt) for prompt in prompts]
+        for prompt in prompts:
+            # Weights are of a fused prompt, and change what comes after it.
+            key = (request._rule.key, prompt.log_weights, self._version) if request._rule.shares else None
+            request._sequences.append(_Sequence(prompt, _tokens(prompt, new), key))
+        copies = []
         for sequence in request._sequences:
-            sequence.tokens, sequence.version = _tokens(sequence.prompt, new), self._version
-            length = sequence.tokens.shape[1]
-            sequence.goal = length - 1  # the last one is fed as new tokens are
-            for content in itertools.islice(self._known(request, sequence), sequence.goal // BLOCK):
-                page = self.pool.find(content)
-                if page is None:
-                    break
-                sequence.pages.append(page)
+            sequence.pages = list(self._found(sequence))
             sequence.start = len(sequence.pages) * BLOCK
-            needed = -(-length // BLOCK) - len(sequence.pages)
+            needed = -(-sequence.tokens.shape[1] // BLOCK) - len(sequence.pages)
             if needed > self.pool.available:
                 self._give_back(request)
                 return None
+            page, count = self._beginning(sequence)
             sequence.pages += [self.pool.take() for _ in range(needed)]
+            if count:
+                copies.append((page, sequence.pages[sequence.start // BLOCK]))
+                sequence.start += count
+        self._copies += copies
         self._running.append(request)  # first: an interrupt between the two must find it somewhere
         heapq.heappop(self._waiting)
         request._asked = len(new)
@@ -460,22 +464,40 @@ class Scheduler:
             self._seen[sequence.seat] = False
             self._seen[sequence.seat, ids.to(self.model.device)] = True
 
-    def _known(self, request: Request, sequence: _Sequence) -> Iterable[bytes]:
-        key = request._rule.key, sequence.prompt.log_weights, sequence.version
-        return sequence.content(key) if request._rule.shares else ()
+    def _found(self, sequence: _Sequence) -> Iterator[int]:
+        """The pages that hold the beginning of a sequence already, now its own too."""
+        for number in range(sequence.goal // BLOCK if sequence.key is not None else 0):
+            page = self.pool.find(sequence.before(number + 1))
+            if page is None:
+                return
+            yield page
 
-    def _name(self, request: Request, sequence: _Sequence, length: int) -> None:
-        """Let others use the pages that the first `length` tokens fill."""
-        contents = itertools.islice(self._known(request, sequence), length // BLOCK)
-        for page, content in zip(sequence.pages, contents, strict=False):
-            self.pool.name(page, content)
+    def _beginning(self, sequence: _Sequence) -> tuple[int, int]:
+        """A page that holds some of the tokens that come next, and how many."""
+        number = sequence.start // BLOCK
+        if sequence.key is None:
+            return -1, 0
+        page, count = self.pool.find_beginning(sequence.before(number), sequence.block(number, sequence.goal))
+        return (page, count) if count >= _WORTH_COPYING else (-1, 0)
+
+    def _name(self, sequence: _Sequence, start: int, end: int) -> None:
+        """Let others use the pages that tokens `start` to `end` fill."""
+        for number in range(start // BLOCK, end // BLOCK if sequence.key is not None else 0):
+            self.pool.name(sequence.pages[number], sequence.before(number + 1))
+
+    def _begin(self, sequence: _Sequence, start: int, end: int) -> None:
+        """Let others copy, once they are computed, tokens `start` to `end` and what is before them in their pages."""
+        for number in range(start // BLOCK, -(-end // BLOCK) if sequence.key is not None else 0):
+            self.pool.begin(sequence.pages[number], sequence.before(number), sequence.block(number, end))
 
     def _leave(self, request: Request) -> None:
         """Give back what a request runs with."""
         new = [step.token for step in request.steps]
         for sequence in request._sequences:
             sequence.tokens = _tokens(sequence.prompt, new)
-            self._name(request, sequence, min(sequence.start, sequence.tokens.shape[1]))
+            end = min(sequence.start, sequence.tokens.shape[1])
+            self._name(sequence, sequence.goal, end)
+            self._begin(sequence, sequence.goal, end)
             self._seats.append(sequence.seat)
         self._give_back(request)
         self._running.remove(request)
@@ -497,7 +519,7 @@ class Scheduler:
             request._sequences = []
         arriving = set(self._inbox.copy())  # one may be on its way from there
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
-        self._running, self._sent_away, self._unread = [], [], None
+        self._running, self._sent_away, self._copies, self._unread = [], [], [], None
         self._seats = list(range(self.max_batch_size))[::-1]
         self.cache.pool = Pool(self.pool.count)
 
@@ -507,21 +529,26 @@ class Scheduler:
         """Enqueue a chunk: blocks of prompts, of those under way and then of those that can begin."""
         chosen: list[tuple[Request, _Sequence, int, int]] = []  # with the first token, and how many
         begun = (r for r in self.running if not all(s.start >= s.goal for s in r._sequences))
-        while len(chosen) < self.prefill_blocks and (request := next(begun, None) or self._admit()):
+        while len(chosen) < self.prefill_rows and (request := next(begun, None) or self._admit()):
             for sequence in request._sequences:
-                while sequence.start < sequence.goal and len(chosen) < self.prefill_blocks:
-                    count = min(BLOCK, sequence.goal - sequence.start)
+                first = sequence.start
+                while sequence.start < sequence.goal and len(chosen) < self.prefill_rows:
+                    count = min(ROW, sequence.goal - sequence.start)
                     chosen.append((request, sequence, sequence.start, count))
                     sequence.start += count
-                # From here on others may use them, in this very step even: see `Rows`.
-                self._name(request, sequence, min(sequence.start, sequence.goal))
+                self._name(sequence, first, sequence.start)  # others may use them in this very step: see `Rows`
+        if self._copies:
+            self.cache.copy(self._copies)
+            self._copies = []
         if not chosen:
             return
-        size, buffer, filled = self._filling(len(chosen), BLOCK)
+        size, buffer, filled = self._filling(len(chosen), ROW)
         for row, (_, sequence, start, count) in enumerate(chosen):
             filled["rows"][:, row] = start, sequence.start, count
             filled["tokens"][:, row, :count] = sequence.tokens[:, start : start + count]
-        self._run(size, BLOCK, buffer, filled, [(r, s) for r, s, _, _ in chosen], ())
+        self._run(size, ROW, buffer, filled, [(r, s) for r, s, _, _ in chosen], ())
+        for _, sequence, start, count in chosen:
+            self._begin(sequence, start, start + count)
 
     def _decode(self) -> _Unread | None:
         """Enqueue a token of each request whose prompt is done."""
@@ -697,7 +724,7 @@ class Scheduler:
         self._recorded &= set(self._steps)
 
     def _tables(self, weights: int) -> _Buffer:
-        rows = max(self.max_batch_size, self.prefill_blocks)
+        rows = max(self.max_batch_size, self.prefill_rows)
         number = torch.int32, (rows,)
         shapes = {"pattern": number, "member": number, "weights": (torch.float32, (rows, weights))}
         return _Buffer(self.model.device, shapes)

@@ -643,7 +643,7 @@ def test_a_prefix_of_requests_that_come_together_is_computed_once(plain, prefill
     requests = [engine.submit(one.prompt, **NEW) for one in asked]
     engine.run()
     assert [tokens_of(r) for r in requests] == [one.alone for one in asked]
-    assert Counter(start for _, start in prefilled) == {0: 1, 128: 1, 256: 6}
+    assert Counter(start for _, start in prefilled) == {0: 1, 64: 1, 128: 1, 192: 1, 256: 6}
 
 
 @pytest.mark.usefixtures("dense")
@@ -660,7 +660,7 @@ def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(plain
     assert len({p[2] for p in pages}) == 4
     engine.run()
     assert [tokens_of(r) for r in requests] == expected
-    assert Counter(start for _, start in prefilled) == {0: 1, 128: 1, 256: 4}
+    assert Counter(start for _, start in prefilled) == {0: 1, 64: 1, 128: 1, 192: 1, 256: 4}
     check_empty(engine)
 
 
@@ -677,7 +677,7 @@ def test_requests_with_masks_or_score_functions_of_their_own_share_nothing(plain
     requests = [engine.submit(ids, **NEW, **options) for options in each]
     engine.run()
     assert [tokens_of(r) for r in requests] == [alone(plain, ids, **NEW, **options).alone for options in each]
-    assert Counter(start for _, start in prefilled) == {0: 4, 128: 4, 256: 4}
+    assert Counter(start for _, start in prefilled) == dict.fromkeys(range(0, 300, 64), 4)
 
 
 @pytest.mark.usefixtures("dense")
@@ -689,13 +689,14 @@ def test_what_is_known_of_fused_prompts_is_known_for_their_weights_alone(plain, 
     requests = [engine.submit(prompt, **NEW) for prompt in prompts]
     engine.run()
     assert [tokens_of(r) for r in requests] == expected
-    assert Counter(start for _, start in prefilled) == {0: 3, 128: 3, 256: 4}
+    assert Counter(start for _, start in prefilled) == {0: 3, 64: 3, 128: 3, 192: 3, 256: 4}
 
 
 @pytest.mark.usefixtures("dense")
 def test_pages_that_nobody_holds_are_used_again_until_they_are_needed_the_oldest_first(plain, prefilled):
     a, b, c = (alone(plain, random_ids(300, n), **NEW) for n in range(3))
-    engine = Engine(plain.model, max_batch_size=2, max_slots=6 * 128)
+    engine = Engine(plain.model, max_batch_size=2, max_slots=8 * 128)
+    everything = list(range(0, 300, 64))
 
     def computed(one: Asked) -> list[int]:
         prefilled.clear()
@@ -705,14 +706,35 @@ def test_pages_that_nobody_holds_are_used_again_until_they_are_needed_the_oldest
         check_empty(engine)
         return [start for _, start in prefilled]
 
-    assert computed(a) == [0, 128, 256]
-    assert computed(a) == [256]
-    assert computed(b) == [0, 128, 256]
-    assert computed(a) == [256]  # newer than b now
-    assert computed(c) == [0, 128, 256]  # takes the free ones, and the end of b
-    assert computed(b) == [128, 256]
-    assert computed(a) == [128, 256]  # b took the end of a, the oldest then
-    assert computed(c) == [128, 256]
+    assert computed(a) == everything
+    assert computed(a) == []  # its last page is copied
+    assert computed(b) == everything
+    assert computed(a) == []  # newer than b now
+    assert computed(c) == everything  # takes the free ones, and the end of b
+    assert computed(b) == [256]
+    assert computed(a) == [256]  # b took the end of a, the oldest then
+    assert computed(c) == [256]
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize(
+    ("length", "starts"), [(5, [0]), (15, [0]), (16, [16]), (128, [128]), (200, [200]), (280, [280])]
+)
+def test_what_begins_alike_within_a_page_is_copied(plain, prefilled, length, starts):
+    first = random_ids(300)
+    other = first[:length] + [1 + id % 150 for id in first[length:]][:40]
+    assert other[length] != first[length]
+    engine = Engine(plain.model, max_batch_size=2, max_slots=6 * 128)
+    engine.submit(first, **NEW)
+    engine.run()
+    prefilled.clear()
+    for options in (NEW, NEW | {"sampling": Sampling(temperature=1.0, seed=3)}):
+        one = alone(plain, other, **options)
+        request = engine.submit(other, **options)
+        engine.run()
+        assert tokens_of(request) == one.alone
+    assert [start for _, start in prefilled] == starts
+    check_empty(engine)
 
 
 def test_a_pool_throws_out_what_was_unused_for_longest():
@@ -734,9 +756,7 @@ def test_a_pool_throws_out_what_was_unused_for_longest():
     pool.give_back(pages[2])
     assert pool.available == 1
     pool.give_back(pages[2])
-    pool.forget()
     assert pool.available == 2
-    assert pool.find("b") is None
 
 
 @pytest.mark.usefixtures("dense")
