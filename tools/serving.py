@@ -150,7 +150,8 @@ def _one_by_one(engine: Engine, asked: list[Asked]) -> float:
 def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
     machine, rows, found = Machine.measured(args), [], []
     rng, steps = np.random.default_rng(args.seed), 10
-    new = 8 + steps * args.rounds + 8
+    # Long enough for the first request to go on while the prompts of the last are computed.
+    new = 16 + steps * args.rounds + max(args.sizes) * args.context // 512
     engine = Engine(model, compile=True, max_batch_size=max(args.sizes), max_length=args.context + new)
     for size in args.sizes:
         submitted = [_submit(engine, _ids(rng, args.context, model.config.vocab_size), new) for _ in range(size)]
@@ -164,10 +165,12 @@ def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
                 engine.step()
             wait(args.device)
             seconds.append((time.perf_counter() - started) / steps)
+        assert engine.scheduler.num_running == size
+        contexts = [args.context + len(r.steps) for r in submitted]
         for request in submitted:
             engine.cancel(request)
         engine.run()
-        median, bound = statistics.median(seconds), machine.step(model, [args.context + new // 2] * size)
+        median, bound = statistics.median(seconds), machine.step(model, contexts)
         times = f"{median * 1e3:.2f}", f"{bound * 1e3:.2f}"
         rows.append([str(size), *times, f"{bound / median:.1%}", f"{size / median:.0f}"])
         found.append({"size": size, "seconds": seconds, "bound": bound})
