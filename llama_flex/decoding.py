@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,6 +163,34 @@ class Decoding:
             kinds = tuple(p is None for p in self.parameters)
             run = self.graphs.of(len(self.batch.rows), len(self.batch.rows_of), len(self.state.stop_ids), kinds)
         run("choose", _choose, self.model, x, self.batch, self.parameters, self.state)
+
+
+class Buffer:
+    """Numbers of one step, which the host fills and the device reads, always in the same memory."""
+
+    def __init__(self, device: torch.device, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self.on_device = {n: torch.zeros(shape, dtype=dtype, device=device) for n, (dtype, shape) in shapes.items()}
+        self._device = device
+        self._hosts = []  # two, so that one is filled while the other is copied
+        for _ in range(2 if device.type == "cuda" else 0):
+            pinned = {n: torch.zeros(shape, dtype=dtype, pin_memory=True) for n, (dtype, shape) in shapes.items()}
+            self._hosts.append((pinned, torch.cuda.Event()))
+
+    def fill(self) -> dict[str, np.ndarray]:
+        """What to write the next step's numbers to, before `send`."""
+        if not self._hosts:
+            return {n: x.numpy() for n, x in self.on_device.items()}
+        self._hosts.reverse()
+        pinned, sent = self._hosts[0]
+        sent.synchronize()
+        return {n: x.numpy() for n, x in pinned.items()}
+
+    def send(self) -> None:
+        """Give the device what was filled in; does not wait."""
+        for pinned, sent in self._hosts[:1]:
+            for name, x in pinned.items():
+                self.on_device[name].copy_(x, non_blocking=True)
+            sent.record(torch.cuda.current_stream(self._device))
 
 
 def reading(found: Tensor) -> Callable[[], list[list[float]]]:

@@ -20,8 +20,9 @@ from .fusion import AnyPrompt, Ensemble, Prompt, as_ensemble
 from .masks import BLOCK, Mask
 from .model import Llama, last, plainly
 from .paging import Rows
+from .request import Request
 from .sampling import Sampling, seeded, stack
-from .scheduler import Request, Scheduler
+from .scheduler import Scheduler
 from .scores import ScoreMod
 from .streaming import Completion, Step, Steps
 from .tokenizer import Tokenizer

@@ -19,8 +19,8 @@ if TYPE_CHECKING:  # torch and the rest of the package are imported once the arg
     from .cache import Cache
     from .engine import Engine
     from .fusion import AnyPrompt
+    from .request import Request
     from .sampling import Sampling
-    from .scheduler import Request
     from .streaming import Step
 
 _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message

@@ -13,9 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Mask, Sampling, attention, fuse, masks, scores
+from llama_flex.batching import Batches
 from llama_flex.fusion import AnyPrompt, as_ensemble
 from llama_flex.paging import Pages, Pool
-from llama_flex.scheduler import PATTERNS, Request, Scheduler
+from llama_flex.request import Request
+from llama_flex.scheduler import Scheduler
+from llama_flex.together import PATTERNS
 
 VIEW_OF = attention.view_of
 
@@ -208,7 +211,7 @@ def run(plain: Engine, asked: list[Asked], plan: dict) -> list[tuple[Asked, Requ
             break
         ended += tested.step()
         users = scheduler.pool.users
-        held = [page for r in scheduler.running for sequence in r._sequences for page in sequence.pages]
+        held = [page for r in scheduler.running for sequence in r.texts for page in sequence.pages]
         assert [held.count(page) for page in range(len(users))] == users
     assert scheduler.idle
     assert scheduler.pool.available == plan["pages"]
@@ -293,14 +296,14 @@ def preempted(monkeypatch) -> list[Request]:
 @pytest.fixture
 def prefilled(monkeypatch) -> list[tuple[int, int]]:
     """The request and the first token of every block of prompts that is computed."""
-    found, run = [], Scheduler._run
+    found, run = [], Batches._run
 
     def noting(self, size, width, buffer, filled, rows, kinds):
         if width > 1:
             found.extend((r.number, int(filled["rows"][0, row])) for row, (r, _) in enumerate(rows))
         run(self, size, width, buffer, filled, rows, kinds)
 
-    monkeypatch.setattr(Scheduler, "_run", noting)
+    monkeypatch.setattr(Batches, "_run", noting)
     return found
 
 
@@ -524,14 +527,14 @@ def test_a_cancel_from_another_thread_while_a_token_is_taken_in_stays(plain):
     for last in (False, True):
         engine = Engine(plain.model, max_batch_size=2, max_slots=512)
         request = engine.submit(random_ids(9), **NEW)
-        put = request._maker.put
+        put = request.maker.put
 
         def cancelled_meanwhile(token, logprob, engine=engine, request=request, put=put, last=last):
-            if request._maker.count == (5 if last else 2):
+            if request.maker.count == (5 if last else 2):
                 engine.cancel(request)
             return put(token, logprob)
 
-        request._maker.put = cancelled_meanwhile
+        request.maker.put = cancelled_meanwhile
         ended = []
         while not engine.scheduler.idle:
             ended += engine.step()
@@ -579,7 +582,7 @@ def test_a_step_that_fails_loses_nothing(plain, short, monkeypatch, error, fails
 def test_ctrl_c_at_any_line_loses_nothing(plain):
     prompts = [random_ids(length) for length in (5, 130, 20)]
     expected = [alone(plain, ids, max_new_tokens=3, stop_token_ids=()).alone for ids in prompts]
-    file = sys.modules[Scheduler.__module__].__file__
+    files = [sys.modules[part.__module__].__file__ for part in (Scheduler, Batches)]
 
     def interrupted(at: int) -> bool:
         engine = Engine(plain.model, max_batch_size=2, max_slots=3 * 128, prefill_tokens=128)
@@ -588,7 +591,7 @@ def test_ctrl_c_at_any_line_loses_nothing(plain):
 
         def trace(frame, event, arg):
             nonlocal left
-            if frame.f_code.co_filename != file:
+            if frame.f_code.co_filename not in files:
                 return None
             if event == "line" and frame.f_code.co_name in LINES:
                 left -= 1
@@ -625,8 +628,10 @@ LINES = (
     "_give_back",
     "_clear",
     "_prefill",
-    "_decode",
-    "_sit",
+    "prefill",
+    "decode",
+    "sit",
+    "_filling",
     "_name",
     "_run",
 )
@@ -654,7 +659,7 @@ def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(plain
     engine = Engine(plain.model, max_batch_size=6, max_slots=7 * 128, prefill_tokens=1024)
     requests = engine.submit_samples(ids, 4, sampling=sampling, **NEW)
     engine.step()
-    pages = [r._sequences[0].pages for r in requests]
+    pages = [r.texts[0].pages for r in requests]
     assert len({tuple(p[:2]) for p in pages}) == 1
     assert [engine.scheduler.pool.users[page] for page in pages[0]] == [4, 4, 1]
     assert len({p[2] for p in pages}) == 4

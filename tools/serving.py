@@ -31,7 +31,7 @@ import torch
 
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.explain import read_bandwidth
-from llama_flex.scheduler import Request
+from llama_flex.request import Request
 from llama_flex.streaming import Step
 from tools._measuring import (
     CONFIGS,

@@ -1,0 +1,293 @@
+"""The steps of many requests: computed in a few sizes, each always in the same memory, so that they can be replayed.
+
+What a step does is in a few tensors that the host fills; what it leaves for the next one, the newest tokens, stays on
+the device, so the host need not wait for it. Dimensions: R rows of a step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attention import Layers
+from .decoding import Buffer, reading
+from .explain import Last
+from .fusion import combined
+from .model import Llama, plainly
+from .paging import PagedCache, Rows
+from .request import Request, Text
+from .sampling import SamplingTensors, sample
+from .together import Row, Rules
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+WIDTH = 64  # tokens of a prompt in a row of a step; the last row of a prompt is padded
+# What the host says of each row of a decoding step; INTS as int64, REALS as float32.
+_INTS = ("seat", "id", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max")
+_REALS = ("temperature", "top_p", "min_p", "repetition_penalty")
+
+
+class Unread(NamedTuple):
+    """Tokens of a step that may not be there yet, and the row of each request."""
+
+    read: Callable[[], list[list[float]]]
+    rows: list[tuple[Request, int]]
+
+
+class Piece(NamedTuple):
+    """What a row of a step computes of a prompt: `length` tokens from `start` on."""
+
+    request: Request
+    text: Text
+    start: int
+    length: int
+
+
+class Batches:
+    """Computes steps of requests that have seats. A seat is what stays of a text from step to step."""
+
+    def __init__(self, engine: Engine, cache: PagedCache, rules: Rules, seats: int, pieces: int, blocks: int) -> None:
+        """pieces: of prompts in a step at most. blocks: of slots of a text at most."""
+        self.engine, self.model, self.cache, self.rules = engine, engine.model, cache, rules
+        self.seats, self.blocks = seats, blocks
+        # Compiled for each size that occurs. Up to 64 rows a step takes no longer: its products wait for the weights.
+        decoding, prefill = (1, 8, *(64 << i for i in range(16))), (4**i for i in range(16))
+        self.sizes = {
+            1: sorted({min(size, seats) for size in decoding}),
+            WIDTH: sorted({min(size, pieces) for size in prefill}),
+        }
+        device = self.model.device
+        # One seat more takes what padding leaves.
+        self._ints = np.zeros((seats + 1, len(_INTS)), np.int64)
+        self._reals = np.ones((seats + 1, len(_REALS)), np.float32)
+        self._ints[:, _INTS.index("seat")] = np.arange(seats + 1)
+        self._newest = torch.zeros(seats + 1, dtype=torch.int64, device=device)
+        self._seen: Tensor | None = None  # [seats + 1, V], once a request has a repetition penalty
+        self._result = torch.zeros(2, seats, dtype=torch.float64, device=device)
+        self._buffers: dict[tuple[int, int], Buffer] = {}
+        self._steps: dict[tuple[Any, ...], Callable[[], object]] = {}
+        self._recorded: set[tuple[Any, ...]] = set()
+        self._generation = rules.generation
+
+    def forget_recorded(self) -> None:
+        """Record steps anew: their parameters are others."""
+        self._steps, self._recorded = {}, set()
+
+    def sit(self, request: Request, text: Text, done: int) -> None:
+        """Fill in a seat for the step that feeds the last token known."""
+        s = request.sampling
+        id, position, segment = text.tokens[:, -1].tolist()
+        row = {
+            "seat": text.seat,
+            "id": id,
+            "position": position,
+            "segment": segment,
+            "done": done,
+            "top_k": s.top_k,
+            "seed": s.seed,
+            "members": len(request.texts),
+            "is_max": request.ensemble.combine == "max",
+        }
+        self._ints[text.seat] = [row.get(name, 0) for name in _INTS]
+        temperature = s.temperature if s.temperature > 1e-30 else 0.0  # see `sampling.stack`
+        self._reals[text.seat] = temperature, s.top_p, s.min_p, s.repetition_penalty
+        if s.repetition_penalty != 1:
+            if self._seen is None:
+                shape = self.seats + 1, self.model.config.vocab_size
+                self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
+            ids = torch.from_numpy(np.concatenate([other.tokens[0] for other in request.texts]))
+            self._seen[text.seat] = False
+            self._seen[text.seat, ids.to(self.model.device)] = True
+
+    def prefill(self, pieces: Sequence[Piece]) -> None:
+        """Enqueue some of some prompts."""
+        size, buffer, filled = self._filling(len(pieces), WIDTH)
+        for row, (_, text, start, length) in enumerate(pieces):
+            filled["rows"][:, row] = start, text.start, length
+            filled["tokens"][:, row, :length] = text.tokens[:, start : start + length]
+        self._run(size, WIDTH, buffer, filled, [(piece.request, piece.text) for piece in pieces], ())
+
+    def decode(self, going: Sequence[Request]) -> Unread:
+        """Enqueue a token of each request."""
+        rows = [(request, text) for request in going for text in request.texts]
+        size, buffer, filled = self._filling(len(rows), 1)
+        seats = [text.seat for _, text in rows]
+        seats += [self.seats] * (size - len(rows))
+        filled["ints"][:] = self._ints[seats].T
+        filled["reals"][:] = self._reals[seats].T
+        filled["ints"][_INTS.index("leader")] = np.arange(size)  # padding too is no other's
+        leaders: dict[int, int] = {}
+        for row, (request, text) in enumerate(rows):
+            filled["rows"][:, row] = text.start, text.start + 1, 1
+            text.start += 1
+            filled["ints"][_INTS.index("leader"), row] = leaders.setdefault(request.number, row)
+        self._run(size, 1, buffer, filled, rows, _kinds(going))
+        for request in going:
+            request.asked += 1
+            for text in request.texts:
+                after = text.prompt.generated_position or 0
+                values = {
+                    "id": -1,
+                    "position": after + request.asked - 1,
+                    "segment": text.prompt.generated_segment,
+                    "done": request.asked,
+                }
+                self._ints[text.seat, [_INTS.index(n) for n in values]] = list(values.values())
+        return Unread(reading(self._result), [(request, leaders[request.number]) for request in going])
+
+    def _filling(self, count: int, width: int) -> tuple[int, Buffer, dict[str, np.ndarray]]:
+        """The size of a step for so many rows, its buffer, and what to fill in."""
+        size = next(s for s in self.sizes[width] if s >= count)
+        if (size, width) not in self._buffers:
+            shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+                "of_block": (torch.int32, (size, self.blocks)),
+                "rows": (torch.int32, (3, size)),
+            }
+            if width == 1:
+                shapes |= {"ints": (torch.int64, (len(_INTS), size)), "reals": (torch.float32, (len(_REALS), size))}
+            else:
+                shapes |= {"tokens": (torch.int64, (3, size, width))}
+            self._buffers[size, width] = Buffer(self.model.device, shapes)
+        buffer = self._buffers[size, width]
+        filled = buffer.fill()
+        filled["of_block"].fill(self.cache.pool.count)
+        filled["rows"].fill(0)
+        return size, buffer, filled
+
+    def _run(
+        self,
+        size: int,
+        width: int,
+        buffer: Buffer,
+        filled: dict[str, np.ndarray],
+        rows: list[tuple[Request, Text]],
+        kinds: tuple[bool, ...],
+    ) -> None:
+        for row, (_, text) in enumerate(rows):
+            filled["of_block"][row, : len(text.pages)] = text.pages
+        layers = self.rules.layers([Row(r.pattern, r.texts.index(t), t.prompt.log_weights) for r, t in rows])
+        if self._generation != self.rules.generation:
+            self._generation = self.rules.generation
+            self.forget_recorded()
+        buffer.send()
+        start, end, count = buffer.on_device["rows"].unbind(0)
+        of_block = buffer.on_device["of_block"]
+        if not self.engine.compile:  # then shapes may differ, and what no row needs is not looked at
+            of_block = of_block[:, : max(len(text.pages) for _, text in rows)]
+        cache = Rows(self.cache, of_block, start, end)
+        if width == 1:
+            self.engine.last = Last(layers, lambda: cache.tokens)
+        key = size, width, kinds, layers
+        if key not in self._steps:
+            step = self._step(size, buffer.on_device, layers, cache, count, kinds)
+            step()
+            if self.engine.compile:
+                self._steps[key] = step
+        elif key not in self._recorded:
+            self._steps[key] = self.engine.graphs.record(self._steps[key], self.model.device)
+            self._recorded.add(key)
+        else:
+            self._steps[key]()
+
+    def _step(
+        self,
+        size: int,
+        given: dict[str, Tensor],
+        layers: Layers,
+        cache: Rows,
+        count: Tensor,
+        kinds: tuple[bool, ...],
+    ) -> Callable[[], None]:
+        """What computes a step of this size, from what is given and always in the same memory."""
+        engine = self.engine
+        if "tokens" in given:
+            ids, positions, segments = given["tokens"].unbind(0)
+
+            def prefill() -> None:
+                engine._step(ids, count, positions, segments, layers, cache)
+
+            return prefill
+
+        ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
+        reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
+        state = _State(**ints, **reals, newest=self._newest, seen=self._seen, result=self._result[:, :size])
+        run = engine.graphs.of("paged", size, self.seats, kinds) if engine.compile else plainly
+
+        def decode() -> None:
+            ids, positions, segments = run("feed", _feed, state)
+            x = engine._step(ids, count, positions, segments, layers, cache)
+            run("choose", _choose, self.model, x, state, kinds)
+
+        return decode
+
+
+def _kinds(requests: Iterable[Request]) -> tuple[bool, ...]:
+    """What any of them needs: temperature, top_k or top_p, min_p, repetition_penalty, several rows."""
+    each = [
+        (
+            r.sampling.temperature > 0,
+            r.sampling.top_k > 0 or r.sampling.top_p < 1,
+            r.sampling.min_p > 0,
+            r.sampling.repetition_penalty != 1,
+            len(r.texts) > 1,
+        )
+        for r in requests
+    ]
+    return tuple(map(any, zip(*each, strict=True)))
+
+
+class _State(NamedTuple):
+    """What choosing tokens reads and changes. Of each row `[R]`, in the order of _INTS and _REALS; and of seats."""
+
+    seat: Tensor
+    id: Tensor  # -1: the one chosen in the step before
+    position: Tensor
+    segment: Tensor
+    done: Tensor
+    top_k: Tensor
+    seed: Tensor
+    leader: Tensor
+    members: Tensor
+    is_max: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+    newest: Tensor  # [seats]
+    seen: Tensor | None  # [seats, V]
+    result: Tensor  # [2, R], float64: tokens and their log-probabilities
+
+
+def _feed(s: _State) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, positions and segments to go on with, each `[R, 1]`."""
+    ids = torch.where(s.id < 0, s.newest[s.seat], s.id)
+    return ids[:, None], s.position[:, None].to(torch.int32), s.segment[:, None].to(torch.int32)
+
+
+def _choose(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None:
+    """From the last layer's output `[R, 1, E]` to the next tokens."""
+    random, cut, least, penalty, several = kinds
+    parameters = SamplingTensors(
+        s.temperature if random else None,
+        s.top_k if cut else None,
+        s.top_p if cut else None,
+        s.min_p if least else None,
+        s.repetition_penalty if penalty else None,
+        s.seed if random else None,
+    )
+    logits = model.head(x)[:, 0]
+    if several:
+        logits = combined(logits, s.leader, s.is_max > 0, s.members)
+    seen = s.seen[s.seat] if penalty and s.seen is not None else None
+    token, logprob = sample(logits, parameters, s.done, seen)
+    if several:
+        token = token[s.leader]
+    if seen is not None and s.seen is not None:
+        s.seen[s.seat, token] = True
+    s.newest[s.seat] = token
+    s.result.copy_(torch.stack((token.double(), logprob.double())))

@@ -1,0 +1,115 @@
+"""A request under way: what was asked, what it has given, and its sequences of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .fusion import Ensemble, Prompt
+from .masks import BLOCK
+from .sampling import Sampling
+from .streaming import Completion, Step, Steps
+from .together import Rule
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
+
+
+class Text:
+    """One text of a request: a prompt and what is generated after it."""
+
+    def __init__(self, prompt: Prompt, tokens: np.ndarray, key: Hashable) -> None:
+        """tokens: ids, positions and segments, `[3, N]`, of what there is so far. key: what else decides its keys and
+        values; None if they are not to be shared."""
+        self.prompt, self.tokens, self.key = prompt, tokens, key
+        self.pages: list[int] = []
+        self.start = 0  # how many of its tokens are in pages
+        self.goal = tokens.shape[1] - 1  # how many are to be there; the last one is fed as new tokens are
+        self.seat = -1
+        self._contents: list[bytes] = []  # what is in the pages before each, as far as it was asked
+
+    def before(self, page: int) -> bytes:
+        """What stands for all tokens before a page, each after those before it, and for `key`."""
+        if not self._contents:
+            self._contents.append(repr(self.key).encode())
+        while page >= len(self._contents):
+            block = np.ascontiguousarray(self.block(len(self._contents) - 1))
+            self._contents.append(hashlib.sha256(self._contents[-1] + block.tobytes()).digest())
+        return self._contents[page]
+
+    def block(self, page: int, end: int | None = None) -> np.ndarray:
+        """The tokens of a page, as far as there are any, or up to token `end`."""
+        return self.tokens[:, page * BLOCK : min((page + 1) * BLOCK, end or self.tokens.shape[1])]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt under way, and what it has given so far; what `Engine.submit` returns.
+
+    steps: every token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error" (its
+    callback raised: `error`), or None while it waits or runs. `async for step in request` gives steps as they come.
+    """
+
+    number: int
+    sampling: Sampling
+    priority: int
+    steps: list[Step] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    ensemble: Ensemble = field(kw_only=True, repr=False)
+    maker: Steps = field(kw_only=True, repr=False)
+    callback: Callable[[Step], object] | None = field(kw_only=True, repr=False)
+    rule: Rule = field(kw_only=True, repr=False)
+    scheduler: Scheduler = field(kw_only=True, repr=False)
+    texts: list[Text] = field(default_factory=list, repr=False)
+    asked: int = field(default=0, repr=False)  # how many tokens have been asked for; the last may not be read yet
+    pattern: int = field(default=0, repr=False)
+
+    @property
+    def completion(self) -> Completion:
+        """What there is so far, in one."""
+        whole = Completion()
+        for step in self.steps:
+            whole.add(step)
+        whole.finish_reason = self.finish_reason
+        return whole
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None
+
+    def __lt__(self, other: Request) -> bool:
+        return (-self.priority, self.number) < (-other.priority, other.number)
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        """The steps, as they come; the engine runs meanwhile, in a thread. Cancels the request if left early."""
+        try:
+            for n in itertools.count():
+                while n >= len(self.steps) and not self.finished:
+                    await self.scheduler.advance()
+                if n >= len(self.steps):
+                    break
+                yield self.steps[n]
+        finally:
+            self.scheduler.cancel(self)
+        if self.error is not None:
+            raise self.error
+
+
+def tokens_of(prompt: Prompt, new: Sequence[int]) -> np.ndarray:
+    """Ids, positions and segments, `[3, N]`, of a prompt and of what was generated after it."""
+    after = prompt.generated_position or 0
+    return np.array(
+        [
+            [*prompt.ids, *new],
+            [*prompt.positions, *range(after, after + len(new))],
+            [*prompt.segments, *itertools.repeat(prompt.generated_segment, len(new))],
+        ],
+        np.int64,
+    )
