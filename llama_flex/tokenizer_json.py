@@ -1,0 +1,114 @@
+"""What is refused in a tokenizer.json before `tokenizers` reads it, which some files crash or keep for ever."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+# The tokenizer.json of Llama 3 has a million items.
+MAX_ITEMS = 3 * 2**20
+MAX_PREFIXES = 2**19  # of a Unigram vocabulary, all different; each takes 350 bytes
+MAX_STEPS = 1000  # of normalizers, pre-tokenizers and so on
+MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions; compiled, they are far larger
+MAX_ADDED_BYTES = 2**18  # of the added tokens, which are normalised when the file is read
+MAX_NORMALIZED_BYTES = 2**20  # of the same after that, as far as it can be told before
+MAX_SEARCHED_CHARACTERS = 2**12  # the same, if regular expressions are searched for in them
+MAX_PIECES = 360_000  # of a Unigram vocabulary, or of a tokenizer.model
+# What code meets that takes JSON for what it should be.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def check(serialized: bytes, added: list[str]) -> None:
+    """Refuse what `tokenizers` 0.23 does not survive reading, or not soon. added: the texts of further added tokens.
+
+    More items than a vocabulary has, and a Unigram one of more or longer pieces: its trie takes 350 bytes a node. Keys
+    that are there twice. Merges that make no token of the vocabulary, by a continuing_subword_prefix or otherwise: they
+    are copied into a buffer that is too short. Too many steps, too long regular expressions. Added tokens that are too
+    long, also once the normalizer has had them, which may double them again and again; and a normalizer whose regular
+    expression may take too long on them. Raises ValueError, and others of MALFORMED.
+    """
+    if sum(map(serialized.count, (b",", b"[", b"{"))) + 4 * serialized.count(b":") > MAX_ITEMS:
+        raise ValueError("more items than a vocabulary has")
+    file = json.loads(serialized.decode("utf-8"), object_pairs_hook=_unique)
+    model, normalizer = file["model"], file.get("normalizer")
+    if model.get("type") == "Unigram":
+        pieces = [piece for piece, _ in model["vocab"]]
+        if len(pieces) > MAX_PIECES or _prefixes(pieces) > MAX_PREFIXES:
+            raise ValueError("more or longer pieces than those of a vocabulary")
+    merges = [m for m in model.get("merges") or () if not (isinstance(m, str) and m.startswith("#version"))]
+    joined = ("".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges)
+    if (merges and model.get("continuing_subword_prefix")) or not all(map(model["vocab"].__contains__, joined)):
+        raise ValueError("merges that make no token of the vocabulary")
+    steps = list(_objects([normalizer, *(file.get(name) for name in ("pre_tokenizer", "decoder", "post_processor"))]))
+    if len(steps) > MAX_STEPS or sum(map(len, _patterns(steps))) > MAX_PATTERN_CHARACTERS:
+        raise ValueError("more steps, or longer regular expressions, than a tokenizer has")
+    texts = [*added, *(token["content"] for token in file.get("added_tokens") or ())]
+    size = sum(len(text.encode()) for text in texts)
+    if size > MAX_ADDED_BYTES or size * _growth(normalizer) > MAX_NORMALIZED_BYTES:
+        raise ValueError("added tokens that are too long, or that the normalizer makes too long")
+    searched = _patterns(_objects(normalizer))
+    repeats = [len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern))) for pattern in searched]
+    # With two repetitions, one inside or behind the other, a search can take as long as it likes.
+    if repeats and (max(repeats) > 1 or sum(map(len, texts)) > MAX_SEARCHED_CHARACTERS):
+        raise ValueError("a normalizer with a regular expression that may take too long on its added tokens")
+
+
+def _prefixes(pieces: Iterable[str]) -> int:
+    """How many different beginnings they have, as many as nodes of a trie."""
+    count, before = 0, ""
+    for piece in sorted(pieces):
+        differs = (i for i, (a, b) in enumerate(zip(before, piece, strict=False)) if a != b)
+        count += len(piece) - next(differs, min(len(before), len(piece)))
+        before = piece
+    return count
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("a key that is there twice")  # the last counts here, but each is read there
+    return unique
+
+
+def _objects(part: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a part of a tokenizer.json."""
+    if isinstance(part, dict):
+        yield part
+        part = list(part.values())
+    if isinstance(part, list):
+        for inner in part:
+            yield from _objects(inner)
+
+
+def _patterns(objects: Iterable[dict[str, Any]]) -> list[str]:
+    """The regular expressions among them."""
+    return [found for x in objects if isinstance(found := x.get("Regex"), str)]
+
+
+def _growth(normalizer: Any) -> float:
+    """At most how many times longer a text becomes."""
+    match normalizer:
+        case None:
+            return 1
+        case {"type": "Sequence", "normalizers": steps}:
+            return math.prod(map(_growth, steps))
+        case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+            return max(1, len(new.encode()) / len(old.encode()))
+        case {"type": "Replace", "content": new}:  # a regular expression may match nothing
+            return 1 + len(new.encode())
+        case {"type": "Prepend", "prepend": new}:
+            return 1 + len(new.encode())
+        case {"type": "Precompiled", "precompiled_charsmap": encoded}:
+            charsmap = base64.b64decode(encoded)
+            replacements = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+            return max(map(len, replacements))
+        case {"type": "Strip" | "StripAccents" | "Nmt"}:
+            return 1
+        case {"type": "Lowercase" | "NFC" | "NFD" | "ByteLevel"}:
+            return 3
+        case _:  # a character becomes at most 18, in NFKD
+            return 18
