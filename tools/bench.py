@@ -348,8 +348,8 @@ def _prefill(args: argparse.Namespace) -> dict[str, Any]:
         functools.partial(_stream, new=1, warm_up=0),
         lambda peer, ids: peer.prefill(ids),
     )
-    products = {dtype: products(args.device, dtype) for dtype in args.dtype}
-    ceiling = {dtype: p["operations"] / statistics.median(p["seconds"]) for dtype, p in products.items()}
+    found = {dtype: products(args.device, dtype) for dtype in args.dtype}
+    ceiling = {dtype: p["operations"] / statistics.median(p["seconds"]) for dtype, p in found.items()}
     for dtype, most in ceiling.items():
         print(f"{dtype}: matrix products run at {most / 1e12:.3f} TFLOP/s")
 
@@ -359,7 +359,7 @@ def _prefill(args: argparse.Namespace) -> dict[str, Any]:
         return [f"{way.median * 1e3:.2f}", f"{case.size / way.median:.0f}", f"{speed / 1e12:.3f}", f"{share:.1%}"]
 
     _print_cases(["ms to first token", "tokens/s", "TFLOP/s", "of matrix products"], cases, cells)
-    return {"flop_per_s": ceiling, "products": products, "cases": [case.to_dict() for case in cases]}
+    return {"flop_per_s": ceiling, "products": found, "cases": [case.to_dict() for case in cases]}
 
 
 # Starts
