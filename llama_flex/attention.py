@@ -144,8 +144,8 @@ def kernel(device: torch.device, queries: int, group: int, mask_heads: int) -> s
 # Queries and slots of a tile of CUDA's kernels, and for how many tiles ahead they load. The first is the best on an
 # H200 with 16 bits, 32/8 heads of 128: decoding at a context of 4,096 takes 15 us instead of torch's 20, and 2,048
 # queries against themselves 124 instead of 141. In float32 the second is. The others are for what does not fit.
-_PROGRAMS = 1024
 _TILES = ((64, 64, 3), (32, 64, 3), (32, 32, 3), (32, 32, 2), (16, 16, 1))
+_PROGRAMS = 1024  # that keep an H200 busy: parts of the slots, of all rows and key heads together
 
 
 def _kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:

@@ -94,8 +94,7 @@ class Batches:
             "is_max": request.ensemble.combine == "max",
         }
         self._ints[text.seat] = [row.get(name, 0) for name in _INTS]
-        temperature = s.temperature if s.temperature > 1e-30 else 0.0  # see `sampling.stack`
-        self._reals[text.seat] = temperature, s.top_p, s.min_p, s.repetition_penalty
+        self._reals[text.seat] = s.divisor, s.top_p, s.min_p, s.repetition_penalty
         if s.repetition_penalty != 1:
             if self._seen is None:
                 shape = self.seats + 1, self.model.config.vocab_size

@@ -83,12 +83,12 @@ class PagedCache:
         if self.position.is_cuda:
             pairs = pairs.pin_memory()
         source, target = pairs.to(self.position.device, non_blocking=True).unbind(1)
-        for held in (*itertools.chain.from_iterable(self.layers), self.position, self.segment):
-            blocks = held.unflatten(2 if held.dim() == 4 else 0, (-1, BLOCK))
-            if held.dim() == 4:
-                blocks[:, :, target] = blocks[:, :, source]
-            else:
-                blocks[target] = blocks[source]
+        for held in itertools.chain.from_iterable(self.layers):
+            blocks = held[0].unflatten(1, (-1, BLOCK))
+            blocks[:, target] = blocks[:, source]
+        for attribute in (self.position, self.segment):
+            blocks = attribute.unflatten(0, (-1, BLOCK))
+            blocks[target] = blocks[source]
 
     @staticmethod
     def page_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:

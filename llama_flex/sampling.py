@@ -48,6 +48,11 @@ class Sampling:
         if self.seed is not None and (not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
 
+    @property
+    def divisor(self) -> float:
+        """The temperature, 0 if greedy. Next to 0 is greedy too: dividing by it would overflow."""
+        return self.temperature if self.temperature > 1e-30 else 0.0
+
     @classmethod
     def recommended(cls, config: GenerationConfig, **overrides: float | int | None) -> Sampling:
         """What a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in place."""
@@ -81,8 +86,7 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
         penalty = column("repetition_penalty", torch.float32, 1.0)
         return SamplingTensors(None, None, None, None, penalty, None)
     return SamplingTensors(
-        # Next to 0 is greedy too, and dividing by it would overflow.
-        temperature=torch.tensor([r.temperature if r.temperature > 1e-30 else 0.0 for r in requests], device=device),
+        temperature=torch.tensor([r.divisor for r in requests], device=device),
         top_k=column("top_k", torch.int64, 0),
         top_p=column("top_p", torch.float32, 1.0),
         min_p=column("min_p", torch.float32, 0.0),

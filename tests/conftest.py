@@ -14,10 +14,11 @@ import torch
 import transformers  # before anything compiles: it registers pytree nodes, and every graph would recompile once
 from families import SHAPES, tiny
 
-from llama_flex import Llama
+from llama_flex import Llama, attention
 from llama_flex.compiling import Graphs
 
 DEMO = Path(__file__).parent.parent / "weights" / "SmolLM2-135M-Instruct"
+VIEW_OF = attention.view_of
 TEST_INPUTS = DEMO.parent / "test-inputs"
 
 # Cores are often shared, and two threads that wait for each other are then far slower than one.
@@ -56,6 +57,11 @@ def tiny_reference(**overrides) -> transformers.LlamaForCausalLM:
         if "norm" in name or "bias" in name:  # initialised to ones and zeros, which would hide a mistake
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
+
+
+def attend_densely(patch: pytest.MonkeyPatch) -> None:
+    """Engines compute attention by its dense definition: flex_attention run eagerly takes ten times as long."""
+    patch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
 
 
 def compiled_forward(model: Llama):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tokenizers
 import torch
-from conftest import TINY
+from conftest import TINY, VIEW_OF, attend_densely
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,13 +13,12 @@ from llama_flex import GenerationConfig, Llama, LlamaConfig, Mask, Sampling, Tok
 from llama_flex.engine import Completion, Engine
 
 BORDERS = (1, 127, 128, 129, 300, 511, 512, 513, 640, 900)  # around the chunks of 128 and 512 rows
-VIEW_OF = attention.view_of
 
 
 @pytest.fixture(autouse=True)
 def dense(monkeypatch):
-    """Attention by its dense definition: flex_attention run eagerly takes ten times as long. `flex` switches back."""
-    monkeypatch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
+    """Attention by its dense definition. `flex` switches back."""
+    attend_densely(monkeypatch)
 
 
 @pytest.fixture
@@ -169,7 +168,7 @@ def test_a_ragged_batch_in_flex_attention_gives_the_tokens_of_the_dense_definiti
     found = engine.generate(prompts, max_new_tokens=4, sampling=sampling, cache=cache)
     cache.truncate(100)
     found += engine.generate(prompts, max_new_tokens=4, sampling=sampling, cache=cache)
-    monkeypatch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
+    attend_densely(monkeypatch)
     expected = engine.generate(prompts, max_new_tokens=4, sampling=sampling)
     kept = [p[:100] + t.tokens[:3][: max(0, 100 - len(p))] for p, t in zip(prompts, expected, strict=True)]
     whole = [k + p for k, p in zip(kept, prompts, strict=True)]

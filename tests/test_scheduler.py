@@ -9,18 +9,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import attend_densely
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Mask, Sampling, attention, fuse, masks, scores
+from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Mask, Sampling, fuse, masks, scores
 from llama_flex.batching import Batches
 from llama_flex.fusion import AnyPrompt, as_ensemble
 from llama_flex.paging import Pages, Pool
 from llama_flex.request import Request
 from llama_flex.scheduler import Scheduler
 from llama_flex.together import PATTERNS
-
-VIEW_OF = attention.view_of
 
 
 @dataclass
@@ -77,8 +76,8 @@ def plain() -> Engine:
 
 @pytest.fixture
 def dense(monkeypatch):
-    """Attention by its dense definition, which is fast where flex_attention runs eagerly."""
-    monkeypatch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
+    """Attention by its dense definition."""
+    attend_densely(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +259,7 @@ def short(plain) -> list[Asked]:
     rng = random.Random(3)
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "view_of", lambda *given: VIEW_OF(*given[:4], "dense", *given[5:]))
+        attend_densely(patch)
         for n in range(40):
             prompt = random_ids(
                 rng.choice([rng.randint(1, 300), *[rng.choice([128, 128, 256]) - rng.randint(0, 2)] * 3]), n % 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -118,6 +119,12 @@ def clear(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def print_json(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """The last line of a measurement: what was asked, on what, and what came of it."""
+    given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({**given, **hardware(args.device), **results}))
+
+
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print()
     for row in (head, ["---"] * len(head), *rows):
@@ -139,12 +146,16 @@ def several(device: str, work: Callable[[], object], count: int = 5) -> list[flo
     return [timed(device, work) for _ in range(count + 1)][1:]
 
 
+def matrices(model: Llama) -> int:
+    """How many numbers the matrices of the layers have."""
+    return sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+
+
 def operations(model: Llama, length: int) -> int:
     """Floating-point operations of a prompt: the layers' matrices, causal attention, one token's logits."""
     c = model.config
-    matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.dim() == 2)
     attention = 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    return 2 * matrices * length + attention + 2 * model.output_weight.numel()
+    return 2 * matrices(model) * length + attention + 2 * model.output_weight.numel()
 
 
 def products(device: str, dtype: str) -> dict[str, Any]:

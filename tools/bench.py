@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import resource
 import statistics
@@ -44,9 +43,9 @@ from tools._measuring import (
     attempt,
     clear,
     config_of,
-    hardware,
     model_of,
     operations,
+    print_json,
     print_table,
     products,
     random_ids,
@@ -102,8 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         results = COMMANDS[args.name](args)
     except FolderError as error:
         parser.error(str(error))
-    given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
-    print(json.dumps({**given, **hardware(args.device), **results}))
+    print_json(args, results)
     return 0
 
 

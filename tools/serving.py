@@ -39,9 +39,10 @@ from tools._measuring import (
     attempt,
     clear,
     config_of,
-    hardware,
+    matrices,
     model_of,
     operations,
+    print_json,
     print_table,
     products,
     wait,
@@ -82,8 +83,8 @@ class Machine(NamedTuple):
     def step(self, model: Llama, contexts: Sequence[int]) -> float:
         """The least seconds of a decoding step of rows with such contexts."""
         weights = model.bytes_per_step([])
-        matrices = [p for p in model.layers.parameters() if p.dim() == 2] + [model.output_weight]
-        multiplying = 2 * sum(p.numel() for p in matrices) * len(contexts) / self.operations
+        numbers = matrices(model) + model.output_weight.numel()
+        multiplying = 2 * numbers * len(contexts) / self.operations
         return max(weights / self.bytes, multiplying) + (model.bytes_per_step(contexts) - weights) / self.bytes
 
     def all(self, model: Llama, asked: Sequence[Asked]) -> float:
@@ -297,8 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with torch.no_grad():
         found = NAMES[args.name](args, model_of(args, args.dtype))
-    given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
-    print(json.dumps({**given, **hardware(args.device), **found}))
+    print_json(args, found)
     return 0
 
 
