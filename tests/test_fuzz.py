@@ -73,6 +73,18 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+class TooSlow(AssertionError):
+    """A case took longer than all may."""
+
+
+def again_if_slow(case) -> None:
+    """A machine that others use too pauses now and then; what is slow by itself is so again."""
+    try:
+        case()
+    except TooSlow:
+        case()
+
+
 class Outcomes:
     """How the cases of a kind ended: "loaded", or the class of the error; and the slowest and largest."""
 
@@ -83,6 +95,9 @@ class Outcomes:
 
     def of(self, kind: str, folder: Path, work) -> None:
         """Does `work` with a folder, and checks all of the contract."""
+        again_if_slow(lambda: self._of(kind, folder, work))
+
+    def _of(self, kind: str, folder: Path, work) -> None:
         global _watched
         before, message = listing(folder), None
         forget_peak()
@@ -98,7 +113,8 @@ class Outcomes:
             finally:
                 touched, _watched = _watched, None
         seconds, peak = time.perf_counter() - start, resident("VmHWM") - taken
-        assert seconds < SECONDS, message
+        if seconds >= SECONDS:
+            raise TooSlow(f"{seconds:.2f} s, {message or end}")
         assert peak < MEGABYTES << 20, message
         if message is not None:
             assert message.isprintable(), message
@@ -683,13 +699,18 @@ ENDS = {"for more than": "too long", "takes more than": "too much memory", "its 
 
 
 def rendered(outcomes: Outcomes, kind: str, template: str) -> None:
+    again_if_slow(lambda: _rendered(outcomes, kind, template))
+
+
+def _rendered(outcomes: Outcomes, kind: str, template: str) -> None:
     start, message = time.perf_counter(), None
     try:
         chat.render_chat(template, MESSAGES, bos_token="<s>", eos_token="</s>")
     except ValueError as error:
         message = str(error)
     seconds = time.perf_counter() - start
-    assert seconds < 2 + SECONDS, template  # processor time is limited in whole seconds
+    if seconds >= 2 + SECONDS:  # processor time is limited in whole seconds
+        raise TooSlow(f"{seconds:.2f} s: {template}")
     end = "loaded"
     if message is not None:
         assert re.match(r"the chat template failed( \(line \d+\))?: .", message), message
