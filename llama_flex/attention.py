@@ -78,13 +78,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
     """Scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]` in q's dtype.
 
     Keys and values are shared by groups of H/K query heads without being repeated in memory. A query that may attend to
-    nothing gets 0.
+    nothing gets 0. Raises ValueError for gradients through FlexAttention on the CPU, which has none.
     """
     group = q.shape[1] // k.shape[1]
     if view.pages is not None and not (isinstance(view.visible, BlockLists) and torch.compiler.is_compiling()):
         # Dense, or eager and then computed densely: over the slots of the rows, not over all that the pool has.
         k, v, view = view.pages.in_order(k), view.pages.in_order(v), view._replace(pages=None)
     if isinstance(view.visible, BlockLists):
+        if not q.is_cuda and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
         # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         score_mod = _score_mod(pattern, view)
@@ -164,29 +166,32 @@ def _kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
     tiles = _TILES if q.itemsize == 2 else _TILES[1:]
     fitting = [tile for tile in tiles if (tile[0] + 2 * tile[1] * tile[2]) * row <= most]
     rows, slots, stages = (*fitting, _TILES[-1])[0]
-    options = {"BLOCK_N": slots, "num_warps": 4, "num_stages": stages}
+    options = {"fwd_BLOCK_N": slots, "fwd_num_warps": 4, "fwd_num_stages": stages}
     if q.shape[2] > 1:
-        return options | {"BLOCK_M": rows, "FORCE_USE_FLEX_ATTENTION": True}
+        return options | {"fwd_BLOCK_M": rows, "FORCE_USE_FLEX_ATTENTION": True}
     parts = _PROGRAMS // (len(q) * k.shape[1]) if paged else max(k.shape[2] // 256, 16) // len(k)
     return options | {"SPLIT_KV": 1 << max(parts.bit_length() - 1, 0)}
 
 
-def weights(q: Tensor, k: Tensor, pattern: Pattern, view: View) -> Tensor:
+def weights(q: Tensor, k: Tensor, pattern: Pattern, view: View, heads: Tensor | None = None) -> Tensor:
     """The definition, for a dense view: softmax(score(q k^T / sqrt(D))) over the visible slots, `[B, H, T, S]`, in
-    float32 or wider; differentiable."""
+    float32 or wider; differentiable. heads: only of these, in their order."""
     assert isinstance(view.visible, Tensor)
-    (b, h, t, d), s = q.shape, k.shape[2]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k = k.to(wide).repeat_interleave(h // k.shape[1], dim=1)
-    scores = q.to(wide) @ k.transpose(-1, -2) * d**-0.5
+    (b, h, t, d), s, visible = q.shape, k.shape[2], view.visible
+    wide, group = torch.promote_types(q.dtype, torch.float32), h // k.shape[1]
+    head = torch.arange(h, device=q.device) if heads is None else heads
+    if heads is not None:
+        q, visible = q[:, heads], visible if visible.shape[1] == 1 else visible[:, heads]
+    scores = q.to(wide) @ k.to(wide)[:, head // group].transpose(-1, -2) * d**-0.5
     if (score_mod := _score_mod(pattern, view)) is not None:
-        batch, head, row, slot = (torch.arange(n, device=q.device) for n in (b, h, t, s))
+        batch, row, slot = (torch.arange(n, device=q.device) for n in (b, t, s))
+        shape = scores.shape
         scores = score_mod(scores, batch[:, None, None, None], head[:, None, None], row[:, None], slot)
-        if scores.shape != (b, h, t, s):
-            raise ValueError(f"the score function made scores {list(scores.shape)} of {[b, h, t, s]}")
-    scores = scores.masked_fill(~view.visible, -torch.inf)
+        if scores.shape != shape:
+            raise ValueError(f"the score function made scores {list(scores.shape)} of {list(shape)}")
+    scores = scores.masked_fill(~visible, -torch.inf)
     # A row with nothing visible has softmax NaN; it attends to nothing.
-    return torch.softmax(scores, dim=-1).masked_fill(~view.visible.any(-1, keepdim=True), 0.0)
+    return torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
 @contextmanager

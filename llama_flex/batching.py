@@ -188,7 +188,7 @@ class Batches:
             if self.engine.compile:
                 self._steps[key] = step
         elif key not in self._recorded:
-            self._steps[key] = self.engine.graphs.record(self._steps[key], self.model.device)
+            _, self._steps[key] = self.engine.graphs.record(self._steps[key], self.model.device)
             self._recorded.add(key)
         else:
             self._steps[key]()
@@ -219,7 +219,7 @@ class Batches:
 
         def decode() -> None:
             ids, positions, segments = run("feed", _feed, state)
-            x = engine._step(ids, count, positions, segments, layers, cache)
+            x, _ = engine._step(ids, count, positions, segments, layers, cache)
             run("choose", _choose, self.model, x, state, kinds)
 
         return decode

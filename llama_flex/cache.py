@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import LlamaConfig
 from .masks import BLOCK, Mask, first_true, sink, sliding_window
-from .rules import Tokens
+from .rules import Tokens, selection
 
 
 class Cache:
@@ -153,21 +153,7 @@ class Cache:
         such as `lambda t: t.segment == 2`. What the survivors' keys and values took from the evicted stays in them.
         A rolling cache that loses its newest tokens does not get back what its window has passed.
         """
-        index = self.tokens.index
-        if callable(tokens):
-            chosen = tokens(self.tokens)
-            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != index.shape:
-                found = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
-                raise ValueError(f"evict: the function returned {found}, not booleans {list(index.shape)}")
-        else:
-            which = torch.as_tensor(tokens, device=index.device)
-            which = which if which.numel() else which.long()  # an empty list comes as floats
-            shapes = which.dim() == 1 or which.shape[:-1] == index.shape[:1]
-            if which.dtype not in (torch.int32, torch.int64) or not shapes:
-                found = f"{which.dtype} {list(which.shape)}"
-                raise ValueError(f"evict needs indices, integers [N] or [{len(index)}, N], not {found}")
-            chosen = torch.isin(index, which) if which.dim() == 1 else (index[:, :, None] == which[:, None]).any(-1)
-        self._forget(chosen)
+        self._forget(selection(tokens)(self.tokens))
 
     def fork(self) -> Cache:
         """A cache with the same tokens that goes its own way; keys and values are copied once either is written."""
@@ -231,7 +217,12 @@ class Cache:
 
 
 def store(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Write k and v `[B, K, T, D]` of new tokens into slots `[B, T]` of one layer's kv, in place; returns kv."""
+    """Write k and v `[B, K, T, D]` of new tokens into slots `[B, T]` of one layer's kv, in place; returns kv.
+
+    Raises ValueError for keys that record gradients: they would be lost.
+    """
+    if k.requires_grad or v.requires_grad:
+        raise ValueError("a cache keeps no gradients: use torch.no_grad(), or go without a cache")
     row = torch.arange(slots.shape[0], device=slots.device)[:, None] % len(kv[0])  # all rows may share one pool
     for held, new in zip(kv, (k, v), strict=True):
         held[row, :, slots] = new.transpose(1, 2)  # the index dimensions come first: [B, T, K, D]

@@ -312,5 +312,6 @@ def _logits(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, way: str, cache
         part, segment = (x[:, start:end].clone(memory_format=torch.contiguous_format) for x in (ids, tokens.segment))
         run, backend = graphs.of(end - start) if way == "compiled" else plainly, _BACKENDS[way]
         with nullcontext() if cache is None else cache.appending(end - start):
-            logits.append(model.head(model.step(part, None, None, segment, cache, layers, backend, run)))
+            x, _ = model.step(part, None, None, segment, cache, layers, backend, run)
+            logits.append(model.head(x))
     return torch.cat(logits, 1)

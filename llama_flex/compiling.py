@@ -11,12 +11,15 @@ import threading
 import time
 import types
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+T = TypeVar("T")
 
 
 class _Call(NamedTuple):
@@ -49,7 +52,7 @@ class Graphs:
     def of(self, *key: Hashable) -> Callable[..., Any]:
         """What runs a part of a step compiled for `key`: the shapes, and all that the code depends on."""
 
-        def run(name: str, function: Callable[..., Any], *args: Any) -> Any:
+        def run(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
             self._recording.parts += 1
             part = self.parts.get((*key, name))
             if part is not None:
@@ -64,33 +67,43 @@ class Graphs:
 
         return run
 
-    def record(self, step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-        """Run a step, all of whose tensor operations are compiled parts that ran before; returns what runs it again.
+    def record(self, step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
+        """Run a step, all of whose tensor operations are compiled parts that ran before; returns what it returns, and
+        what runs it again.
 
-        Again means on the same memory: what a step takes from outside and what it leaves are tensors that stay.
+        Again means on the same memory: what a step takes from outside and what it leaves are tensors that stay. What it
+        returns, tensors made by its parts, is new each time.
         """
         recording, calls = self._recording, list[_Call]()
         recording.calls, recording.parts = calls, 0
         try:
             if device.type == "cuda":
                 return _cuda_graph(step, device)
-            step()
+            result = step()
         finally:
             recording.calls = None
         if len(calls) != recording.parts:
-            return step  # torch.compile is switched off, as TORCHDYNAMO_DISABLE=1 does
+            return result, step  # torch.compile is switched off, as TORCHDYNAMO_DISABLE=1 does
         made: dict[int, tuple[int, int]] = {}  # tensors by identity: which output of which call
         plan = []
         for n, call in enumerate(calls):
             plan.append((call.function, [made.get(id(x), x) for x in call.inputs]))
             made |= {id(x): (n, i) for i, x in enumerate(call.outputs)}
 
-        def replay() -> None:
-            results: list[Sequence[Tensor]] = []
-            for function, inputs in plan:
-                results.append(function(*[results[x[0]][x[1]] if isinstance(x, tuple) else x for x in inputs]))
+        leaves, tree = tree_flatten(result)
+        returned = [made.get(id(x), x) for x in leaves]
 
-        return replay
+        def replay() -> T:
+            results: list[Sequence[Tensor]] = []
+
+            def now(sources: Sequence[Any]) -> list[Any]:
+                return [results[x[0]][x[1]] if isinstance(x, tuple) else x for x in sources]
+
+            for function, inputs in plan:
+                results.append(function(*now(inputs)))
+            return cast(T, tree_unflatten(now(returned), tree))
+
+        return result, replay
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """torch keeps compiled code per code object, shared by all callers of a function and limited in number, beyond
@@ -118,17 +131,17 @@ class Graphs:
         return call
 
 
-def _cuda_graph(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
     graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        result = step()
 
-    def replay() -> None:
+    def replay() -> T:
         with torch.cuda.device(device):
             graph.replay()
+        return cast(T, tree_map(torch.clone, result))
 
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        step()
-    replay()  # capturing runs nothing
-    return replay
+    return replay(), replay  # capturing runs nothing
 
 
 def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from .masks import Mask
 from .model import Llama, plainly
 from .sampling import SamplingTensors, sample
 from .scores import ScoreMod
+from .sites import Found
 
 WEIGHTS = 16  # log-weights of fused prompts come in tables of multiples of this, so that graphs are shared
 
@@ -96,11 +97,11 @@ class Decoding:
         parameters: SamplingTensors,
         limits: list[int],
         stop_ids: frozenset[int],
-        step: Callable[[Tensor, Tensor, Tensor], Tensor],
+        step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Found | None]],
         graphs: Graphs | None,
     ) -> None:
-        """step: from ids, lengths and positions of a batch's newest tokens to the last layer's output `[R, 1, E]`.
-        graphs: what compiles and records, if anything does."""
+        """step: from ids, lengths and positions of a batch's newest tokens to the last layer's output `[R, 1, E]` and
+        what probes read. graphs: what compiles and records, if anything does."""
         q, device = len(limits), model.device
         seen = None
         if parameters.repetition_penalty is not None:
@@ -122,27 +123,28 @@ class Decoding:
         self.model, self.batch, self.cache, self.parameters = model, batch, cache, parameters
         self.step, self.graphs = step, graphs
         self.has_run = False
-        self.replay: Callable[[], object] | None = None
+        self.replay: Callable[[], Found | None] | None = None
         self.memory: tuple[object, object] = None, None  # what of the cache the recorded step works on
 
     def first(self, x: Tensor) -> None:
         """The first tokens, from the last layer's output `[R, 1, E]` at the prompts' ends."""
         self._choose(x)
 
-    def next(self) -> None:
-        """One more token for each request; only enqueued, on CUDA."""
+    def next(self) -> Found | None:
+        """One more token for each request; only enqueued, on CUDA. Returns what probes read."""
         cache = self.cache
         with cache.appending(1):
             layers, tokens = self.memory
             if self.replay is not None and cache.layers is layers and cache.tokens is tokens:
-                self.replay()
+                found = self.replay()
             elif self.graphs is not None and self.has_run:  # the first one compiles what is not compiled yet
                 self.replay, self.memory = None, (None, None)  # before the new one takes memory
-                self.replay = self.graphs.record(self._step, self.model.device)
+                found, self.replay = self.graphs.record(self._step, self.model.device)
                 self.memory = cache.layers, cache.tokens  # forking or reordering the cache amid a stream changes them
             else:
-                self._step()
+                found = self._step()
         self.has_run = True
+        return found
 
     def result(self) -> Callable[[], list[list[float]]]:
         """What reads the newest tokens and their log-probabilities, however many steps are enqueued by then."""
@@ -153,9 +155,11 @@ class Decoding:
         self.state.running[request] = 0
         self.state.lengths.mul_(self.batch.request_of != request)
 
-    def _step(self) -> None:
+    def _step(self) -> Found | None:
         s = self.state
-        self._choose(self.step(s.ids, s.lengths, s.positions))
+        x, found = self.step(s.ids, s.lengths, s.positions)
+        self._choose(x)
+        return found
 
     def _choose(self, x: Tensor) -> None:
         run = plainly

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from . import explain
 from .attention import Layers
 from .cache import Cache
+from .capture import Capture
 from .compiling import Graphs
 from .decoding import Batch, Decoding, filled
+from .edits import Edit
 from .fusion import AnyPrompt, Ensemble, Prompt, as_ensemble
 from .masks import BLOCK, Mask
 from .model import Llama, last, plainly
@@ -24,6 +26,7 @@ from .request import Request
 from .sampling import Sampling, seeded, stack
 from .scheduler import Scheduler
 from .scores import ScoreMod
+from .sites import Found, Probe, several
 from .streaming import Completion, Step, Steps
 from .tokenizer import Tokenizer
 
@@ -96,6 +99,8 @@ class Engine:
         mask: Mask | Sequence[Mask | None] | None = None,
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         cache: Cache | None = None,
+        capture: Capture | Sequence[Capture] | None = None,
+        edit: Edit | Sequence[Edit] | None = None,
     ) -> Iterator[Step]:
         """Complete prompts of any lengths together, yielding every token as it comes.
 
@@ -110,6 +115,8 @@ class Engine:
         cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt (an ensemble has
         several). It does not hold the last token generated, which was never fed: begin the next prompt with that. The
         repetition penalty sees prompts and generated tokens, not what was in the cache.
+        capture: what to keep of what flows inside the layers, for prompts and new tokens; edit: how to change it; one
+        or several. A row each for the prompts, and for the members of ensembles.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context.
         """
@@ -132,7 +139,10 @@ class Engine:
             longest = max(len(p.ids) + limits[q] for p, q in zip(batch.rows, batch.requests, strict=True))
             cache = self.new_cache(len(batch.rows), longest)
         layers = batch.attention_layers(model, mask, score_mod, cache)
-        return self._run(batch, steps, sampling, stop_ids, layers, cache, ahead)
+        captures = several(capture, Capture, "capture")
+        of_layer = model.probes(captures, edit, rows=len(batch.rows))
+        ahead = ahead and not captures  # what is captured may be copied to the host
+        return self._run(batch, steps, sampling, stop_ids, layers, cache, ahead, captures, of_layer)
 
     @torch.no_grad()
     def _run(
@@ -144,22 +154,29 @@ class Engine:
         layers: Layers,
         cache: Cache,
         ahead: bool,
+        captures: Sequence[Capture],
+        of_layer: Mapping[int, Probe],
     ) -> Iterator[Step]:
         held, limits = cache.tokens, [step.limit for step in steps]
         self.last = explain.Last(layers, lambda: held)
 
-        def step(ids: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
-            return self._step(ids, lengths, positions, batch.generated_segment, layers, cache)
+        def step(ids: Tensor, lengths: Tensor, positions: Tensor) -> tuple[Tensor, Found | None]:
+            return self._step(ids, lengths, positions, batch.generated_segment, layers, cache, of_layer)
+
+        def keep(found: Found | None) -> None:
+            for each in captures:
+                assert found is not None
+                each.add(found, layers, cache)
 
         parameters, graphs = stack(sampling, self.model.device), self.graphs if self.compile else None
         decoding = Decoding(self.model, batch, cache, parameters, limits, stop_ids, step, graphs)
-        decoding.first(self._prefill(batch.rows, layers, cache))
+        decoding.first(self._prefill(batch.rows, layers, cache, of_layer, keep))
         alive = set(range(len(limits)))
         for count in range(1, max(limits) + 1):
             read = decoding.result()
             # The next step is enqueued before this one's tokens are read, unless somebody else has the cache.
             if ahead and any(limits[q] > count for q in alive):
-                decoding.next()
+                keep(decoding.next())
             tokens, logprobs = read()
             for q in sorted(alive):
                 new = steps[q].put(int(tokens[q]), logprobs[q])
@@ -171,7 +188,7 @@ class Engine:
             if not alive:
                 return
             if not ahead:
-                decoding.next()
+                keep(decoding.next())
 
     @functools.cached_property
     def scheduler(self) -> Scheduler:
@@ -283,7 +300,14 @@ class Engine:
         """How many tokens to generate where the caller does not say."""
         return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
 
-    def _prefill(self, rows: Sequence[Prompt], layers: Layers, cache: Cache) -> Tensor:
+    def _prefill(
+        self,
+        rows: Sequence[Prompt],
+        layers: Layers,
+        cache: Cache,
+        of_layer: Mapping[int, Probe],
+        keep: Callable[[Found | None], None],
+    ) -> Tensor:
         """Append the prompts to the cache in chunks of fixed sizes; the output `[R, 1, E]` at each one's last token."""
         device = self.model.device
         chunks = CHUNKS[device.type]
@@ -306,7 +330,9 @@ class Engine:
                 for x in (ids, positions, segments)
             ]
             with cache.appending(count):
-                ends = last(self._step(chunk[0], here, chunk[1], chunk[2], layers, cache), here, 1)
+                output, found = self._step(chunk[0], here, chunk[1], chunk[2], layers, cache, of_layer)
+            keep(found)
+            ends = last(output, here, 1)
             ends_here = (length > start) & (length <= start + count)
             x = ends if start == 0 else torch.where(ends_here[:, None, None], ends, x)
             start += count
@@ -320,14 +346,16 @@ class Engine:
         segments: Tensor,
         layers: Layers,
         cache: Cache | Rows,
-    ) -> Tensor:
-        """Append ids `[R, T]`, of which `lengths` in each row are real; the last layer's output `[R, T, E]`."""
+        of_layer: Mapping[int, Probe] | None = None,
+    ) -> tuple[Tensor, Found | None]:
+        """Append ids `[R, T]`, of which `lengths` in each row are real; the last layer's output `[R, T, E]`, and what
+        probes read."""
         run = plainly
         if self.compile:
             key = (*ids.shape, cache.max_length, type(cache), cache.layers[0][0].shape, layers.structure)
             self.steps.add(key)
             run = self.graphs.of(*key)
-        return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run)
+        return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run, of_layer)
 
 
 def _requests(prompts: Sequence[AnyPrompt]) -> list[Ensemble]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 # torch.mv by a name that Inductor does not know: it makes a sum of products of it, and that loop is slower.
-_ops = torch.library.Library("llama_flex", "FRAGMENT")
-_ops.define("mv(Tensor weight, Tensor x) -> Tensor")
-_ops.impl("mv", torch.ops.aten.mv.default, "CPU")
-torch.library.register_fake("llama_flex::mv", lambda weight, x: x.new_empty(len(weight)), lib=_ops)
+ops = torch.library.Library("llama_flex", "FRAGMENT")
+ops.define("mv(Tensor weight, Tensor x) -> Tensor")
+ops.impl("mv", torch.ops.aten.mv.default, "CPU")
+torch.library.register_fake("llama_flex::mv", lambda weight, x: x.new_empty(len(weight)), lib=ops)
 
 
 class RMSNorm(nn.Module):

@@ -6,6 +6,7 @@ decoding, in ragged batches, eager and compiled. Dimensions: B batch, H heads, T
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -53,6 +54,11 @@ class BlockLists(NamedTuple):
     partial_idx: Tensor
     full_num: Tensor | None
     full_idx: Tensor | None
+    # The same by slots, for a backward pass: how many blocks of queries list a block of slots, and which.
+    partial_q_num: Tensor | None = None
+    partial_q_idx: Tensor | None = None
+    full_q_num: Tensor | None = None
+    full_q_idx: Tensor | None = None
 
 
 class Mask(Rule):
@@ -147,7 +153,13 @@ class Mask(Rule):
         # A row of blocks with none listed at all is NaN in the compiled CPU kernel, so it lists one, for mask_mod to
         # mask. Not a row with full blocks: a block in both lists would count twice.
         partial_num = partial_num.masked_fill(~some.any(-1), 1)
-        return BlockLists(partial_num, partial_idx, *((None, None) if together else _list_blocks(full)))
+        if together:
+            return BlockLists(partial_num, partial_idx, None, None)
+        lists = BlockLists(partial_num, partial_idx, *_list_blocks(full))
+        if not (torch.is_grad_enabled() and full.is_cuda):
+            return lists
+        by_slots = (_list_blocks(x.transpose(-1, -2)) for x in (some & ~full, full))
+        return BlockLists(*lists[:4], *itertools.chain(*by_slots))
 
     def block_mask(
         self, q: Tokens, kv: Tokens, num_heads: int, lists: BlockLists | None = None, pages: Pages | None = None
@@ -163,13 +175,7 @@ class Mask(Rule):
             slot = slot_of(pages.block_of, b, kv_idx)
             return (slot >= 0) & self._allows(Token(q, b, h, q_idx), Token(kv, b, h, slot.clamp(min=0)))
 
-        return BlockMask.from_kv_blocks(
-            *lists,
-            BLOCK_SIZE=BLOCK,
-            mask_mod=mask_mod,
-            seq_lengths=(q.index.shape[1], length),
-            compute_q_blocks=False,  # only a backward pass needs them
-        )
+        return BlockMask((q.index.shape[1], length), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
 
 
 def slot_of(block_of: Tensor, row: Tensor, place: Tensor) -> Tensor:

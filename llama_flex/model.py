@@ -7,24 +7,28 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import attention, hub, masks, rope, weights
 from .attention import Backend, Layers, Pattern, View
 from .cache import Cache, store
+from .capture import Capture
 from .config import GenerationConfig, LlamaConfig
+from .edits import Edit
 from .linear import RMSNorm, gated, linear
 from .masks import Mask
 from .paging import Rows
 from .rope import Rotary, RotaryEmbedding
 from .rules import Tokens, arange, grid
 from .scores import ScoreMod
+from .sites import Found, Probe, Site, changed, copied, probed, probes, several, shape_of, untouched
 
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step, as `plainly` does: its name, a function, its arguments
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
@@ -50,13 +54,21 @@ class Attention(nn.Module):
         return rope.rotate(q, *rotary), rope.rotate(k, *rotary), v
 
     def forward(
-        self, x: Tensor, rotary: Rotary, pattern: Pattern, view: View, kv: KV | None, slots: Tensor | None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        pattern: Pattern,
+        view: View,
+        kv: KV | None,
+        slots: Tensor | None,
+        site: Site = untouched,
     ) -> Tensor:
-        q, k, v = self.project(x, rotary)
+        projected = zip("qkv", self.project(x, rotary), strict=True)
+        q, k, v = (site(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in projected)
         if kv is not None and slots is not None:
             k, v = store(kv, slots, k, v)  # [B, K, S, D]
-        out = attention.attend(q, k, v, pattern, view)
-        return linear(out.transpose(1, 2).flatten(2), self.o.weight, self.o.bias, residual=x)
+        z = site("z", attention.attend(q, k, v, pattern, view).transpose(1, 2))  # [B, T, H, D]
+        return linear(z.flatten(2), self.o.weight, self.o.bias, residual=x)
 
 
 class MLP(nn.Module):
@@ -68,13 +80,13 @@ class MLP(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = gated(x, self.gate_up.weight, self.gate_up.bias, norm=self.norm)
+    def forward(self, x: Tensor, site: Site = untouched) -> Tensor:
+        hidden = site("mlp_post", gated(x, self.gate_up.weight, self.gate_up.bias, norm=self.norm))
         return linear(hidden, self.down.weight, self.down.bias, residual=x)
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP."""
+    """One layer: attention, then MLP. site: reads and changes what flows by; see `sites.SITES`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -82,9 +94,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, pattern: Pattern, view: View, kv: KV | None, slots: Tensor | None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        pattern: Pattern,
+        view: View,
+        kv: KV | None,
+        slots: Tensor | None,
+        site: Site = untouched,
     ) -> Tensor:
-        return self.mlp(self.attention(x, rotary, pattern, view, kv, slots))
+        x = site("resid_pre", x)
+        x = site("resid_mid", self.attention(x, rotary, pattern, view, kv, slots, site))
+        return site("resid_post", self.mlp(x, site))
 
 
 def through(block: Block, *args: Any) -> Any:
@@ -92,9 +113,14 @@ def through(block: Block, *args: Any) -> Any:
     return block(*args)
 
 
-def plainly(name: str, function: Callable[..., Any], *args: Any) -> Any:
+def plainly(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
     """Run a part of a step as it is."""
     return function(*args)
+
+
+def recomputed(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a part of a step, keeping nothing of it for the backward pass, which runs it again (arXiv:1604.06174)."""
+    return checkpoint(function, *args, use_reentrant=False)
 
 
 class Llama(nn.Module):
@@ -212,6 +238,9 @@ class Llama(nn.Module):
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         backend: Backend = "flex",
         logits_to_keep: int = 0,
+        capture: Capture | Sequence[Capture] | None = None,
+        edit: Edit | Sequence[Edit] | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Logits `[B, T, V]` of token ids `[B, T]`; with a cache the tokens are appended to what it holds.
 
@@ -221,39 +250,35 @@ class Llama(nn.Module):
         mask: default causal, or the model's sliding window. score_mod: default none. One for all layers or one each;
         tensors they capture are moved to the model. logits_to_keep: compute only the last so many logits of each row's
         real tokens (0: all), `[B, logits_to_keep, V]`.
+        capture: what to keep of what flows inside the layers; edit: how to change it; one or several. recompute: keep
+        only what enters each layer for the backward pass, which computes the rest again.
         Raises ValueError for shapes that do not fit, for a cache that is full, for sequences in a cache beyond the
         length at which "dynamic" and "longrope" embeddings change (without a cache they are the reference's), and for
-        gradients on the CPU, where FlexAttention has none and only backend "dense" does.
+        gradients on the CPU, where FlexAttention has none and only backend "dense" does, or with a cache.
         """
         if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int32, torch.int64):
             found = f"{list(input_ids.shape)} {input_ids.dtype}"
             raise ValueError(f"input_ids must be integers [batch, tokens] with at least one token, found {found}")
         b, t = input_ids.shape
-        for name, value, shape in (
+        for argument, value, shape in (
             ("lengths", lengths, (b,)),
             ("positions", positions, (b, t)),
             ("segments", segments, (b, t)),
         ):
             if value is not None and (value.shape != shape or value.is_floating_point()):
                 found = f"{list(value.shape)} {value.dtype}"
-                raise ValueError(f"{name} must be integers {list(shape)} to fit input_ids, found {found}")
+                raise ValueError(f"{argument} must be integers {list(shape)} to fit input_ids, found {found}")
         if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
             raise ValueError(f"lengths must be from 0 to the {t} tokens given, found {lengths.tolist()}")
         if not 0 <= logits_to_keep <= t:
             raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
         if backend not in get_args(Backend):
             raise ValueError(f"backend {backend!r} is not known; choose 'flex' or 'dense'")
-        if (
-            backend == "flex"
-            and self.device.type == "cpu"
-            and torch.is_grad_enabled()
-            and any(p.requires_grad for p in self.parameters())
-        ):
-            raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
         layers = self.attention_layers(mask, score_mod, cache)
+        captures, of_layer = several(capture, Capture, "capture"), self.probes(capture, edit)
         input_ids = input_ids.to(self.device)
         if cache is not None:
             self.check_cache(cache, b)
@@ -263,7 +288,11 @@ class Llama(nn.Module):
                     f"the cache reaches {int(end.max())} tokens, but {self._keys_turn}; go without a cache"
                 )
         with nullcontext() if cache is None else cache.appending(t):
-            x = self.step(input_ids, lengths, positions, segments, cache, layers, backend)
+            run = recomputed if recompute else plainly
+            x, read = self.step(input_ids, lengths, positions, segments, cache, layers, backend, run, of_layer)
+            for each in captures:
+                assert read is not None
+                each.add(read, layers, cache)
             return self.head(last(x, lengths, logits_to_keep) if logits_to_keep else x)
 
     def attention_layers(
@@ -310,6 +339,26 @@ class Llama(nn.Module):
             of_layer.append(list(patterns).index(key))
         return Layers(tuple(patterns.values()), tuple(of_layer))
 
+    def probes(
+        self,
+        capture: Capture | Sequence[Capture] | None = None,
+        edit: Edit | Sequence[Edit] | None = None,
+        rows: int | None = None,
+    ) -> dict[int, Probe]:
+        """What is read and changed in each layer, with the edits' tensors on the model's device.
+
+        rows: of a run in steps of any number of tokens; the edits are tried on one token of each, so that what they do
+        wrong is not reported by a compiler. Raises ValueError for what is no capture or edit, and for layers and heads
+        that the model does not have.
+        """
+        edits = [each.to(self.device) for each in several(edit, Edit, "edit")]
+        if rows is not None:
+            tokens = Tokens(*(x.to(self.device) for x in Tokens.arriving(1, batch=rows)))
+            for each in edits:
+                shape = shape_of(each.site, self.config)
+                changed(torch.zeros(rows, 1, *shape, dtype=self.dtype, device=self.device), each.change, tokens)
+        return probes(self.config, several(capture, Capture, "capture"), edits)
+
     @property
     def default_mask(self) -> Mask:
         """Who attends to whom if nobody says: causal, or the window that the model was trained with."""
@@ -336,17 +385,25 @@ class Llama(nn.Module):
         layers: Layers,
         backend: Backend,
         run: Run = plainly,
-    ) -> Tensor:
-        """`forward` without its checks and without the logits: the last layer's output `[B, T, E]`.
+        of_layer: Mapping[int, Probe] | None = None,
+    ) -> tuple[Tensor, Found | None]:
+        """`forward` without its checks and logits: the last layer's output `[B, T, E]`, and what probes read.
 
         Its parts, what comes before the layers and each layer, are tensor operations only; `run` may compile them.
+        of_layer: see `probes`; without any nothing is read.
         """
         given = input_ids, lengths, positions, segments, cache, layers.patterns, backend
         x, rotary, views, slots = run("enter", Llama.enter, self, *given)
+        found = Found(run("tokens", copied, views[0].q), {}) if of_layer else None
         for i, (block, p) in enumerate(zip(self.layers, layers.of_layer, strict=True)):
             kv = None if cache is None else cache.layers[i]
-            x = run(f"block, pattern {p}", through, block, x, rotary, layers.patterns[p], views[p], kv, slots)
-        return x
+            args = x, rotary, layers.patterns[p], views[p], kv, slots
+            if not of_layer or found is None or (probe := of_layer.get(i)) is None:
+                x = run(f"block, pattern {p}", through, block, *args)
+            else:
+                x, read = run((f"block, pattern {p}", probe.structure), probed, probe, views[p].q, block, *args)
+                found.at.update({(site, i): value for site, value in read.items()})
+        return x, found
 
     def enter(
         self,

@@ -12,7 +12,7 @@ import dis
 import functools
 import types
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -64,6 +64,39 @@ class Token:
     def segment(self) -> Tensor:
         """Segment number; 0 unless set."""
         return take(self._tokens.segment, self.batch, self._at)
+
+
+# Some tokens: their indices, [N] for all rows or [B, N], or a function from all of them to booleans [B, T]; None: all.
+Where: TypeAlias = Callable[[Tokens], Tensor] | Sequence[int] | Tensor | None
+
+
+def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Callable[[Tokens], Tensor]:
+    """A function from tokens to booleans `[B, T]`. Raises ValueError, here or when called, for what is no choice."""
+    if callable(where):
+
+        def by_attributes(tokens: Tokens) -> Tensor:
+            chosen, shape = where(tokens), tokens.index.shape
+            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != shape:
+                found = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
+                raise ValueError(f"the function that chooses tokens returned {found}, not booleans {list(shape)}")
+            return chosen
+
+        return by_attributes
+
+    which = torch.as_tensor(where)
+    which = which if which.numel() else which.long()  # an empty list comes as floats
+    if which.dim() not in (1, 2) or which.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens are chosen by indices, integers [N] or [B, N], not {which.dtype} {list(which.shape)}")
+
+    def by_index(tokens: Tokens) -> Tensor:
+        index, those = tokens.index, which.to(tokens.index.device)
+        if those.dim() == 1:
+            return torch.isin(index, those)
+        if len(those) != len(index):
+            raise ValueError(f"tokens are chosen by indices [N] or [{len(index)}, N], not {list(those.shape)}")
+        return (index[:, :, None] == those[:, None]).any(-1)
+
+    return by_index
 
 
 def take(table: Tensor, *at: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""What flows inside the layers, as plain tensors: of a forward, or of all that an engine generates.
+
+Dimensions: B batch, N tokens captured, T tokens of a step, H heads, D head dim, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import attention
+from .attention import Layers, Pattern
+from .rules import Tokens, Where, selection
+from .sites import ATTENTION, SITES, Found, layers_of
+
+if TYPE_CHECKING:
+    from .cache import Cache
+
+_QUERIES = 128  # whose rows of attention are computed at once
+
+
+class Capture:
+    """What to keep of a run, and what was kept: give it to `Llama.forward` or `Engine.generate`, then take
+    `capture[site, layer]`, `[B, N, ...]`, the tokens in their order, rows that have fewer filled up with zeros.
+
+    Runs add to what is there: a forward with a cache after another, an engine's chunks and decoded tokens. The last
+    token generated was never fed, so it is not there. Edits of a site come first. In a forward that records gradients,
+    what is captured is part of it.
+    """
+
+    def __init__(
+        self,
+        *sites: str,
+        layers: int | Sequence[int] | None = None,
+        heads: int | Sequence[int] | None = None,
+        where: Where = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """sites: see `sites.SITES`; and "attention", the weights that queries give to keys, `[B, N, heads, S]`, keys by
+        their index, computed densely as `attention.weights` defines them. layers: default all. heads: of "attention",
+        default all. where: of which tokens; their indices, `[N]` for all rows or `[B, N]`, or a function from their
+        attributes to booleans `[B, T]`; default all, but for "attention", where it must be said. device: where to keep
+        it, default the model's.
+        """
+        known = (*SITES, ATTENTION)
+        if not sites or not all(site in known for site in sites):
+            raise ValueError(f"capture needs some of {', '.join(known)}, found {', '.join(map(repr, sites)) or 'none'}")
+        if ATTENTION in sites and where is None:
+            raise ValueError("attention takes N x S numbers a head: say of which queries, such as where=range(10)")
+        self.sites, self.layers, self.heads = frozenset(sites), layers_of(layers), layers_of(heads)
+        self.where, self.device = None if where is None else selection(where), device
+        self._parts: list[tuple[Tokens, dict[tuple[str, int], Tensor]]] = []
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self._parts.clear()
+
+    @property
+    def tokens(self) -> Tokens:
+        """The attributes of the tokens captured, `[B, N]`, index -1 where a row has fewer."""
+        index, position, segment = (self._together(list(each)) for each in zip(*self._tokens(), strict=True))
+        valid = torch.arange(index.shape[1], device=index.device) < self.count[:, None]
+        return Tokens(torch.where(valid, index, -1), position, segment)
+
+    @property
+    def count(self) -> Tensor:
+        """How many tokens of each row were captured, `[B]`."""
+        return torch.cat([tokens.index >= 0 for tokens in self._tokens()], 1).sum(1)
+
+    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+        """What was captured at a site of a layer, `[B, N, ...]`. Raises KeyError for what was not."""
+        parts = [found[key] for _, found in self._parts if key in found]
+        if not parts:
+            raise KeyError(f"{key}: nothing captured there, but at {sorted({k for _, f in self._parts for k in f})}")
+        if key[0] == ATTENTION:  # each step saw as many keys as there were
+            most = max(x.shape[-1] for x in parts)
+            parts = [torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in parts]
+        return self._together(parts)
+
+    def add(self, found: Found, layers: Layers, cache: Cache | None) -> None:
+        """Keep of a step what was asked for."""
+        index = found.tokens.index
+        if self._parts and len(self._parts[0][0].index) != len(index):
+            rows = len(self._parts[0][0].index)
+            raise ValueError(f"the capture holds {rows} rows, the run has {len(index)}; clear() it or make another")
+        chosen = index >= 0 if self.where is None else (index >= 0) & self.where(found.tokens)
+        columns = chosen.any(0).nonzero()[:, 0]
+        if not len(columns):
+            return
+        every = len(columns) == index.shape[1]
+
+        def some(x: Tensor) -> Tensor:
+            return x if every else x[:, columns]
+
+        tokens = Tokens(*(some(x) for x in found.tokens))
+        tokens = tokens._replace(index=torch.where(some(chosen), tokens.index, -1))
+        kept = {}
+        for (site, layer), x in found.at.items():
+            if self.layers is not None and layer not in self.layers:
+                continue
+            if site in self.sites:
+                kept[site, layer] = some(x)
+            if site == "q" and ATTENTION in self.sites:
+                pattern = layers.patterns[layers.of_layer[layer]]
+                k = found.at["k", layer].transpose(1, 2) if cache is None else cache.layers[layer][0]
+                kv = found.tokens if cache is None else cache.tokens
+                kept[ATTENTION, layer] = self._rows(some(x).transpose(1, 2), k, tokens, kv, pattern)
+        device = index.device if self.device is None else self.device
+        self._parts.append(
+            (Tokens(*(x.to(device) for x in tokens)), {key: x.to(device) for key, x in kept.items()}),
+        )
+
+    def _rows(self, q: Tensor, k: Tensor, tokens: Tokens, kv: Tokens, pattern: Pattern) -> Tensor:
+        """The weights `[B, N, heads, S]` of queries q `[B, H, N, D]`, keys in their order of arrival."""
+        heads = None if self.heads is None else torch.tensor(self.heads, device=q.device)
+        count = int(kv.index.max()) + 1
+        place = torch.where(kv.index < 0, count, kv.index).long()[:, None, None]
+        parts = []
+        for n in range(0, q.shape[2], _QUERIES):
+            here = Tokens(*(x[:, n : n + _QUERIES] for x in tokens))
+            view = attention.view_of(pattern, here, kv, q.shape[1], "dense")
+            rows = attention.weights(q[:, :, n : n + _QUERIES], k, pattern, view, heads)
+            ordered = rows.new_zeros(*rows.shape[:3], count + 1).scatter(3, place.expand_as(rows), rows)
+            parts.append(ordered[..., :count].transpose(1, 2))
+        return torch.cat(parts, 1)
+
+    def _tokens(self) -> list[Tokens]:
+        if not self._parts:
+            raise ValueError("nothing was captured yet; give the capture to a run")
+        return [tokens for tokens, _ in self._parts]
+
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        """One tensor `[B, N, ...]` of what steps gave, without padding between tokens."""
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        there = torch.cat([tokens.index >= 0 for tokens in self._tokens()], 1)
+        if bool(there.all()):
+            return x
+        order = (~there).long().sort(dim=1, stable=True).indices[:, : int(there.sum(1).max())]
+        row = torch.arange(len(x), device=x.device)[:, None]
+        gone = ~there[row, order]
+        return x[row, order].masked_fill(gone.reshape(*gone.shape, *[1] * (x.dim() - 2)), 0)

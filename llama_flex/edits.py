@@ -1,0 +1,130 @@
+"""Interventions: what flows at a site of a layer (`sites.SITES`), changed by a function of it and of its tokens.
+
+An edit that reads where it is from the tokens' attributes holds in the full forward, in chunks, in cached decoding, in
+ragged batches, eager and compiled. Dimensions: B batch, T tokens, H heads, and `...` for what the site has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .rules import Rule, Tokens, Where, name_of, selection
+from .sites import SITES, layers_of
+
+if TYPE_CHECKING:
+    from .capture import Capture
+
+
+class Edit:
+    """A function `(x, tokens) -> x` at a site: x `[B, T, ...]` as `SITES` says, tokens with their attributes `[B, T]`,
+    index -1 for padding.
+
+    It uses tensor operations only; tensors that it captures are moved to the model. What is read there, or comes after,
+    sees what it returns. Several edits of a site apply in the order given. layers: default all.
+    Raises ValueError for a site that is not known.
+    """
+
+    def __init__(
+        self,
+        site: str,
+        function: Callable[[Tensor, Tokens], Tensor],
+        layers: int | Sequence[int] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if site not in SITES:
+            raise ValueError(f"site {site!r} cannot be changed; {', '.join(SITES)} can")
+        self.site, self.layers = site, layers_of(layers)
+        self.change = Rule(function, name or f"{name_of(function)} at {site}")
+
+    def __repr__(self) -> str:
+        return self.change.name
+
+    def to(self, device: torch.device | str) -> Edit:
+        """This edit with the tensors that it captures on `device`."""
+        moved = self.change.to(device)
+        return Edit(self.site, moved.function, self.layers, moved.name)
+
+
+def _edit(
+    name: str,
+    site: str,
+    function: Callable[[Tensor], Tensor],
+    layers: int | Sequence[int] | None,
+    where: Where,
+) -> Edit:
+    if where is None:
+        return Edit(site, lambda x, tokens: function(x), layers, f"{name} at {site}")
+    chosen = selection(where)
+
+    def at_some(x: Tensor, tokens: Tokens) -> Tensor:
+        return torch.where(_wide(chosen(tokens), x), function(x), x)
+
+    return Edit(site, at_some, layers, f"{name} at {site}, some tokens")
+
+
+def add(site: str, vector: Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
+    """Steering (arXiv:2308.10248): x + vector. vector: anything that broadcasts to `[B, T, ...]`, such as `[E]`.
+
+    where, here and below: of which tokens; their indices, `[N]` for all rows or `[B, N]`, or a function from their
+    attributes to booleans `[B, T]`, such as `lambda t: t.segment == 2`; default all.
+    """
+    return _edit("add", site, lambda x: x + vector, layers, where)
+
+
+def scale(site: str, factor: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
+    """x * factor. factor: a number, or what broadcasts to `[B, T, ...]`, such as `[H, 1]` for each head."""
+    return _edit("scale", site, lambda x: x * factor, layers, where)
+
+
+def replace(site: str, value: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
+    """The value instead of x. value: a number, or what broadcasts to `[B, T, ...]`, such as a mean `[E]`."""
+    return _edit("replace", site, lambda x: torch.zeros_like(x) + value, layers, where)
+
+
+def ablate(heads: int | Sequence[int], layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
+    """Heads that give nothing: their z becomes 0."""
+    gone = torch.as_tensor(heads).reshape(-1)
+    if gone.is_floating_point() or not gone.numel() or int(gone.min()) < 0:
+        raise ValueError(f"ablate needs numbers of heads from 0, such as 3 or [3, 4], not {heads!r}")
+
+    def function(x: Tensor) -> Tensor:
+        return x.masked_fill(torch.isin(torch.arange(x.shape[2], device=x.device), gone)[:, None], 0.0)
+
+    return _edit(f"ablate {gone.tolist()}", "z", function, layers, where)
+
+
+def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
+    """What another run had there (arXiv:2202.05262), token for token by index. source: has captured the site in that
+    layer, in a batch of one row, which serves all rows, or in a batch as large. Tokens that it has not seen stay.
+    """
+    found, held = source[site, layer], source.tokens
+    count = int(held.index.max()) + 1
+    at = torch.where(held.index < 0, count, held.index).long()  # padding goes to a last place, which is dropped
+    rows = torch.arange(len(at), device=at.device)[:, None]
+    values = found.new_zeros(len(found), count + 1, *found.shape[2:])
+    values[rows, at] = found
+    known = torch.zeros(values.shape[:2], dtype=torch.bool, device=found.device)
+    known[rows, at] = True
+    values, known = values[:, :count].contiguous(), known[:, :count].contiguous()
+    chosen = None if where is None else selection(where)
+
+    def function(x: Tensor, tokens: Tokens) -> Tensor:
+        if len(values) not in (1, len(x)):
+            raise ValueError(f"patch: the source has {len(values)} rows, this run {len(x)}; give it one or as many")
+        row = torch.arange(len(x), device=x.device)[:, None] % len(values)
+        at = tokens.index.clamp(0, count - 1)
+        there = known[row, at] & (tokens.index >= 0) & (tokens.index < count)
+        if chosen is not None:
+            there = there & chosen(tokens)
+        return torch.where(_wide(there, x), values[row, at].to(x.dtype), x)
+
+    return Edit(site, function, layer, f"patch at {site}")
+
+
+def _wide(chosen: Tensor, x: Tensor) -> Tensor:
+    """Booleans `[B, T]` so that they broadcast with x `[B, T, ...]`."""
+    return chosen.reshape(*chosen.shape, *[1] * (x.dim() - 2))
