@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import Cache as Cache
+    from .capture import Capture as Capture
     from .check import check_mask as check_mask
     from .config import GenerationConfig as GenerationConfig
     from .config import LlamaConfig as LlamaConfig
+    from .edits import Edit as Edit
     from .engine import Engine as Engine
     from .fusion import Ensemble as Ensemble
     from .fusion import Prompt as Prompt
@@ -17,12 +19,18 @@ if TYPE_CHECKING:
     from .rules import Tokens as Tokens
     from .sampling import Sampling as Sampling
     from .scores import ScoreMod as ScoreMod
+    from .scoring import Score as Score
+    from .scoring import choose as choose
+    from .scoring import score as score
+    from .scoring import score_text as score_text
     from .streaming import Completion as Completion
     from .tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
     "Cache": "cache",
+    "Capture": "capture",
     "Completion": "streaming",
+    "Edit": "edits",
     "Engine": "engine",
     "Ensemble": "fusion",
     "GenerationConfig": "config",
@@ -31,11 +39,15 @@ _HOME = {
     "Mask": "masks",
     "Prompt": "fusion",
     "Sampling": "sampling",
+    "Score": "scoring",
     "ScoreMod": "scores",
     "Tokenizer": "tokenizer",
     "Tokens": "rules",
     "check_mask": "check",
+    "choose": "scoring",
     "fuse": "fusion",
+    "score": "scoring",
+    "score_text": "scoring",
 }
 __all__ = list(_HOME)
 

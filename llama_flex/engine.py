@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -170,7 +170,7 @@ class Engine:
 
         parameters, graphs = stack(sampling, self.model.device), self.graphs if self.compile else None
         decoding = Decoding(self.model, batch, cache, parameters, limits, stop_ids, step, graphs)
-        decoding.first(self._prefill(batch.rows, layers, cache, of_layer, keep))
+        decoding.first(_ends(batch.rows, self.outputs(batch.rows, layers, cache, of_layer, keep)))
         alive = set(range(len(limits)))
         for count in range(1, max(limits) + 1):
             read = decoding.result()
@@ -246,10 +246,14 @@ class Engine:
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """A cache for this engine: if it compiles, of one of few sizes, so that graphs are shared."""
-        if self.compile:
-            usual = min(MIN_SLOTS // batch_size, self.model.context)
-            max_length = 1 << (max(usual, max_length, BLOCK) - 1).bit_length()
-        return self.model.new_cache(batch_size, max_length)
+        return self.model.new_cache(batch_size, self.slots(batch_size, max_length))
+
+    def slots(self, batch_size: int, max_length: int) -> int:
+        """How many slots rows of up to `max_length` tokens get."""
+        if not self.compile:
+            return max_length
+        usual = min(MIN_SLOTS // batch_size, self.model.context)
+        return 1 << (max(usual, max_length, BLOCK) - 1).bit_length()
 
     def check(
         self, prompts: Sequence[AnyPrompt], max_new_tokens: int | None = None, cache: Cache | None = None
@@ -278,13 +282,16 @@ class Engine:
             limits.append(limit)
         return limits
 
+    def check_ids(self, what: str, ids: Sequence[int]) -> None:
+        """Raise ValueError for no ids, and for one that the model does not have."""
+        if not len(ids):
+            raise ValueError(f"{what} is empty; give at least one token, such as the beginning-of-text id")
+        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
+            raise ValueError(f"{what} has a token id outside the vocabulary of {self.model.config.vocab_size}")
+
     def _room(self, number: int, prompt: Prompt, cache: Cache | None) -> tuple[float, int, str]:
         """How many tokens fit after a prompt, how many are there then, and in what."""
-        config = self.model.config
-        if not len(prompt.ids):
-            raise ValueError(f"prompt {number} is empty; give at least one token, such as the beginning-of-text id")
-        if not 0 <= min(prompt.ids) <= max(prompt.ids) < config.vocab_size:
-            raise ValueError(f"prompt {number} has a token id outside the vocabulary of {config.vocab_size}")
+        self.check_ids(f"prompt {number}", prompt.ids)
         if cache is not None and cache.window is not None:
             return math.inf, len(prompt.ids), "cache"
         held, context = 0 if cache is None else int(cache.next_position.max()), self.model.context
@@ -300,15 +307,18 @@ class Engine:
         """How many tokens to generate where the caller does not say."""
         return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
 
-    def _prefill(
+    def outputs(
         self,
         rows: Sequence[Prompt],
         layers: Layers,
         cache: Cache,
-        of_layer: Mapping[int, Probe],
-        keep: Callable[[Found | None], None],
-    ) -> Tensor:
-        """Append the prompts to the cache in chunks of fixed sizes; the output `[R, 1, E]` at each one's last token."""
+        of_layer: Mapping[int, Probe] | None = None,
+        keep: Callable[[Found | None], None] = lambda found: None,
+    ) -> Iterator[Tensor]:
+        """Append prompts to the cache in chunks of fixed sizes; the last layer's output at each, `[R, T, E]`.
+
+        Rows that are shorter than others are padded at their end. keep: gets what probes read.
+        """
         device = self.model.device
         chunks = CHUNKS[device.type]
         length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
@@ -319,7 +329,7 @@ class Engine:
         positions = filled([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
         segments = filled([prompt.segments for prompt in rows], width, torch.int32).to(device)
-        x, start = torch.empty(0), 0
+        start = 0
         while start < longest:
             size = next((c for c in chunks if start + c <= padded), chunks[-1])
             count = min(size, longest - start, cache.largest_append)  # a rolling cache may take less
@@ -332,11 +342,8 @@ class Engine:
             with cache.appending(count):
                 output, found = self._step(chunk[0], here, chunk[1], chunk[2], layers, cache, of_layer)
             keep(found)
-            ends = last(output, here, 1)
-            ends_here = (length > start) & (length <= start + count)
-            x = ends if start == 0 else torch.where(ends_here[:, None, None], ends, x)
+            yield output[:, :count]
             start += count
-        return x
 
     def _step(
         self,
@@ -356,6 +363,18 @@ class Engine:
             self.steps.add(key)
             run = self.graphs.of(*key)
         return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run, of_layer)
+
+
+def _ends(rows: Sequence[Prompt], outputs: Iterable[Tensor]) -> Tensor:
+    """The output `[R, 1, E]` at each prompt's last token, from those of the chunks."""
+    ends, start = torch.empty(0), 0
+    for x in outputs:
+        left = torch.tensor([len(prompt.ids) - start for prompt in rows], device=x.device)
+        end = last(x, left.clamp(0, x.shape[1]), 1)
+        here = (left > 0) & (left <= x.shape[1])
+        ends = end if start == 0 else torch.where(here[:, None, None], end, ends)
+        start += x.shape[1]
+    return ends
 
 
 def _requests(prompts: Sequence[AnyPrompt]) -> list[Ensemble]:

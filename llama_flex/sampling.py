@@ -112,8 +112,12 @@ def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None
     if p.temperature is not None and p.seed is not None:
         # Gumbel-max: argmax(logit + Gumbel) is distributed as softmax(logit).
         token = torch.where(p.temperature == 0, token, _argmax(filtered + _gumbel(p.seed, step, logits.shape[-1])))
-    logprob = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-    return token, logprob
+    return token, logprob_of(logits, token)
+
+
+def logprob_of(logits: Tensor, token: Tensor) -> Tensor:
+    """Log-probabilities `[B]` of tokens `[B]` by logits `[B, V]`."""
+    return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None) -> Tensor:
