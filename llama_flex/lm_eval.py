@@ -1,0 +1,148 @@
+"""EleutherAI's lm-eval on this engine: `python -m llama_flex.lm_eval --model llama_flex --model_args pretrained=NAME`.
+
+The rest of the command line is lm-eval's own. In Python: `lm_eval.simple_evaluate(LlamaFlex(engine), tasks=[...])`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from .engine import Engine
+from .masks import Mask
+from .model import Llama
+from .sampling import Sampling
+from .scores import ScoreMod
+from .scoring import score
+from .tokenizer import Tokenizer
+
+
+@register_model("llama_flex")
+class LlamaFlex(TemplateLM):
+    """A model for lm-eval; a mask and score function, if given, hold in all that it is asked.
+
+    What has one context, such as the choices of a question, is scored in one batch after it.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Engine,
+        *,
+        batch_size: int | str = 16,
+        compile: bool = False,
+        dtype: str | None = None,
+        device: str | None = None,
+        mask: Mask | None = None,
+        score_mod: ScoreMod | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        """pretrained: a folder or hub name; or an Engine with a tokenizer, whatever compile, dtype and device say.
+
+        batch_size: continuations of a context at a time. max_batch_size: not used; lm-eval passes it.
+        """
+        super().__init__()
+        if not isinstance(pretrained, Engine):
+            kind: Any = None if dtype is None else getattr(torch, dtype, dtype)
+            model = Llama.from_pretrained(pretrained, device=device, dtype=kind)
+            pretrained = Engine(model, Tokenizer.from_pretrained(pretrained), compile=compile)
+        if pretrained.tokenizer is None:
+            raise ValueError("lm-eval asks for text: give the engine a tokenizer, Engine(model, tokenizer)")
+        if not str(batch_size).isdigit():
+            raise ValueError(f"batch_size must be a number, not {batch_size!r}")
+        self.engine, self.text, self.batch_size = pretrained, pretrained.tokenizer, int(batch_size)
+        self.rules: dict[str, Any] = {"mask": mask, "score_mod": score_mod}
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self.engine.model.eos_token_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What comes before a text that has no context."""
+        bos = self.text.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What stands for the tokenizer where lm-eval keeps requests."""
+        return f"llama_flex, {self.text.vocab_size} tokens"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Nothing: the tokenizer has its own, used by `apply_chat_template`."""
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text."""
+        return self.text.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text; it gets a beginning-of-text id, if the tokenizer adds one, unless it has it already."""
+        begun = self.text.bos_token is not None and string.startswith(self.text.bos_token)
+        return self.text.encode(
+            string, add_special_tokens=not begun if add_special_tokens is None else add_special_tokens
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        results: list[tuple[float, bool]] = []
+        bar = tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm)
+        for context, group in itertools.groupby(requests, key=lambda request: request[1]):
+            pairs = list(group)
+            texts = [text for _, _, text in pairs]
+            # Of a long context the end, so that every continuation fits; its own last token is not fed.
+            room = self.engine.model.context + 1 - max(map(len, texts))
+            scores = score(self.engine, context[-room:], texts, batch_size=self.batch_size, **self.rules)
+            for (pair, _, _), found in zip(pairs, scores, strict=True):
+                results.append((found.total, bool(found.greedy.all())))
+                if pair is not None:
+                    self.cache_hook.add_partial("loglikelihood", pair, results[-1])
+            bar.update(len(pairs))
+        bar.close()
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of whole texts, in the windows that lm-eval defines for every model."""
+        totals = []
+        for (text,) in (request.args for request in tqdm(requests, desc="texts", disable=disable_tqdm)):
+            ids = self.text.encode(text, add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.engine.model.context, 1)
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            totals.append(sum(total for total, _ in self._loglikelihood_tokens(pairs, disable_tqdm=True)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts up to a stop string, many at a time; of a prompt that is too long the end."""
+        asked = []
+        for text, options in (request.args for request in requests):
+            options = dict(normalize_gen_kwargs(options))
+            until, count, _ = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+            if unknown := options.keys() - {field.name for field in dataclasses.fields(Sampling)}:
+                raise ValueError(f"generation options {sorted(unknown)} are not known; see Sampling")
+            prompt = self.tok_encode(text)[-(self.engine.model.context - count) :]
+            sampling = Sampling(**options)
+            asked.append(self.engine.submit(prompt, max_new_tokens=count, sampling=sampling, stop=until, **self.rules))
+        with tqdm(total=len(asked), desc="generations", disable=disable_tqdm) as bar:
+            while not self.engine.scheduler.idle:
+                bar.update(len(self.engine.step()))
+        for request, given in zip(requests, asked, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, given.completion.text)
+        return [given.completion.text for given in asked]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
