@@ -77,7 +77,8 @@ def compiled_forward(model: Llama):
         given = tuple(x is None for x in (cache, lengths, positions, segments))
         forward.steps.add(key := (ids.shape, given, layers.structure))
         with nullcontext() if cache is None else cache.appending(ids.shape[1]):
-            return model.head(model.step(ids, lengths, positions, segments, cache, layers, "flex", graphs.of(*key)))
+            x, _ = model.step(ids, lengths, positions, segments, cache, layers, "flex", graphs.of(*key))
+            return model.head(x)
 
     forward.steps = set()
     forward.graphs = graphs

@@ -299,8 +299,8 @@ def refused(capsys, *arguments: str) -> str:
         ("--model MODEL --text a --length 3", "not allowed with argument --model"),
         ("--model MODEL --text a --weights 0", "--weights: invalid"),
         ("--model MODEL --text a --weights 0:0 --head 1", "not allowed with argument"),
-        ("--model MODEL --text a --weights 2:0", "layer 2 is out of range: the model has layers 0 to 1"),
-        ("--model MODEL --text a --weights 0:4", "head 4 is out of range: the model has heads 0 to 3"),
+        ("--model MODEL --text a --weights 2:0", "the model has layers 0 to 1, not [2]"),
+        ("--model MODEL --text a --weights 0:4", "the model has heads 0 to 3, not [4]"),
         ("--model MODEL --text a --weights 0:0 --mask lambda q,kv:q.nothing", "AttributeError"),
         (
             "--model MODEL --text a --weights 0:0 --mask lambda q,kv:torch.ones(2)[q.head]>0",

@@ -538,7 +538,7 @@ def _decoding(model: Llama, context: int, mask: Mask, new: int) -> Callable[[], 
 
     def decode() -> None:
         with cache.appending(1):
-            x = model.step(ids, None, None, None, cache, layers, "flex", run)
+            x, _ = model.step(ids, None, None, None, cache, layers, "flex", run)
             run("head", Llama.head, model, x)
 
     return decode

@@ -33,10 +33,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from llama_flex import Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, attention, hub, masks
+from llama_flex import Capture, Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, hub, masks
 from llama_flex.cache import Cache
 from llama_flex.compiling import Graphs
-from llama_flex.linear import RMSNorm, gated, linear
+from llama_flex.linear import RMSNorm
 from tools._measuring import CONFIGS, whole_number
 from tools.bench import PARAPHRASES
 from tools.check_mask import Parser
@@ -57,6 +57,12 @@ IN_ONE_LAYER = ("q-rows", "gate-up")
 PROJECTIONS = ("q", "k", "v")
 OUTPUT, AFTER_ATTENTION, ACTIVATIONS = "attention output", "residual after attention", "MLP activations"
 EMBEDDINGS, AFTER_MLP, NORM, LOGITS = "embeddings", "residual after MLP", "final norm", "logits"
+CAPTURED = {name: name for name in PROJECTIONS} | {  # in the order of computation
+    OUTPUT: "z",
+    AFTER_ATTENTION: "resid_mid",
+    ACTIVATIONS: "mlp_post",
+    AFTER_MLP: "resid_post",
+}
 CAUSES = {
     EMBEDDINGS: "the embedding, or other token ids",
     AFTER_ATTENTION: "o_proj",
@@ -158,23 +164,13 @@ def _record(kind: str, model: Any, ids: Tensor, options: dict[str, Any]) -> Site
 
 
 def walk(model: Llama, ids: Tensor, mask: Mask | None = None) -> Sites:
-    """Everything on the way to the logits, which are those of `model(ids, mask=mask)` to the bit."""
-    layers = model.attention_layers(mask)
-    x, rotary, views, _ = model.enter(ids, None, None, None, None, layers.patterns, "flex")
-    found: Sites = {(None, EMBEDDINGS): x}
-    for i, (block, p) in enumerate(zip(model.blocks(), layers.of_layer, strict=True)):
-        q, k, v = block.attention.project(x, rotary)
-        out = attention.attend(q, k, v, layers.patterns[p], views[p])
-        for name, heads in zip((*PROJECTIONS, OUTPUT), (q, k, v, out), strict=True):
-            found[i, name] = heads.transpose(1, 2)
-        o, gate_up = block.attention.o, block.mlp.gate_up
-        x = found[i, AFTER_ATTENTION] = linear(found[i, OUTPUT].flatten(2), o.weight, o.bias, residual=x)
-        found[i, ACTIVATIONS] = gated(x, gate_up.weight, gate_up.bias, norm=block.mlp.norm)
-        x = found[i, AFTER_MLP] = block.mlp(x)
-    found[None, NORM], found[None, LOGITS] = model.norm(x), model.head(x)
-    logits = (found[None, LOGITS], model(ids, mask=mask))
-    assert torch.equal(*(x.nan_to_num() for x in logits)), "the walk is not the model's forward"
-    return found
+    """Everything on the way to the logits."""
+    capture = Capture("resid_pre", *CAPTURED.values())
+    logits = model(ids, mask=mask, capture=capture)
+    count = model.config.num_hidden_layers
+    found: Sites = {(None, EMBEDDINGS): capture["resid_pre", 0]}
+    found |= {(i, name): capture[site, i] for i in range(count) for name, site in CAPTURED.items()}
+    return found | {(None, NORM): model.norm(found[count - 1, AFTER_MLP]), (None, LOGITS): logits}
 
 
 def difference(x: Tensor, y: Tensor) -> Tensor:
@@ -281,7 +277,8 @@ def logits_checks(model: Llama, reference: Reference, ids: Tensor, limit: float,
 
     def compiled(part: Tensor, cache: Cache) -> Tensor:
         with cache.appending(part.shape[1]):
-            return model.head(model.step(part, None, None, None, cache, layers, "flex", graphs.of(part.shape)))
+            x, _ = model.step(part, None, None, None, cache, layers, "flex", graphs.of(part.shape))
+            return model.head(x)
 
     def cached(parts: Sequence[Tensor], forward: Callable[[Tensor, Cache], Tensor]) -> float:
         cache = model.new_cache(1, count)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-from llama_flex import Llama, Mask, Prompt, Tokenizer, Tokens, attention, fuse, masks
+from llama_flex import Capture, Llama, Mask, Prompt, Tokenizer, Tokens, fuse, masks
 from llama_flex.check import attempt
 from llama_flex.fusion import Positions
 from llama_flex.masks import BLOCK, GENERATED, Sparsity
@@ -71,21 +71,14 @@ def _check_fit(count: int, most: int, labels: Sequence[str] | None, weights: Ten
 
 @torch.no_grad()
 def attention_weights(model: Llama, ids: Sequence[int], tokens: Tokens, mask: Mask, layer: int, head: int) -> Tensor:
-    """The weights `[T, T]` of one head, float32 or wider, with the mask in all layers up to that one.
+    """The weights `[T, T]` of one head, float32 or wider, with the mask in all layers.
     Raises ValueError for a layer or head that the model has not."""
-    blocks, heads = list(model.blocks()), model.config.num_attention_heads
-    for name, value, count in (("layer", layer, len(blocks)), ("head", head, heads)):
-        if not 0 <= value < count:
-            raise ValueError(f"{name} {value} is out of range: the model has {name}s 0 to {count - 1}")
-    tokens, mask = Tokens(*(x.to(model.device) for x in tokens)), mask.to(model.device)
-    pattern = attention.Pattern(mask)
-    view = _run(attention.view_of, pattern, tokens, tokens, heads, "dense")
-    rotary = model.rotary(tokens)
-    x = model.embed(torch.tensor([list(ids)], device=model.device))  # [1, T, E]
-    for block in blocks[:layer]:
-        x = block(x, rotary, pattern, view, None, None)
-    q, k, _ = blocks[layer].attention.project(x, rotary)
-    return attention.weights(q, k, pattern, view)[0, head].cpu()
+    positions, segments = tokens.position, tokens.segment
+    capture = Capture("attention", layers=layer, heads=head, where=range(len(ids)))
+    model.probes(capture)  # so that what is wrong with these is not said of the mask
+    given = torch.tensor([list(ids)])
+    _run(partial(model, given, positions=positions, segments=segments, mask=mask, capture=capture, backend="dense"))
+    return capture["attention", layer][0, :, 0].cpu()
 
 
 def text(
