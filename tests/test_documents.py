@@ -35,18 +35,27 @@ def run(text: str, alone: bool) -> None:
 
 
 def absent_tests(text: str) -> list[str]:
-    """The tests that a text names and that are not in the file it names."""
-    named = dict.fromkeys(re.findall(r"\b(tests/\w+\.py)::(\w+)", text))
-    sources = {file: (ROOT / file).read_text() if (ROOT / file).is_file() else "" for file, _ in named}
-    return [f"{file}::{test}" for file, test in named if not re.search(rf"^def {test}\(", sources[file], re.MULTILINE)]
+    """What a text names and is not there: tests, as `tests/x.py::test_name`, and the words of their names, as
+    `pytest tests/x.py -k "a or b"`."""
+    named = [((file,), rf"{test}\(", test) for file, test in re.findall(r"\b(tests/\w+\.py)::(\w+)", text)]
+    for files, words in re.findall(r'pytest ((?:tests/\w+\.py )+)[^`"]*-k "?([^`"]+)', text):
+        named += [(tuple(files.split()), rf"test_\w*{word}", word) for word in words.split(" or ")]
+    sources = {
+        file: (ROOT / file).read_text() if (ROOT / file).is_file() else "" for files, *_ in named for file in files
+    }
+    return [
+        name
+        for files, pattern, name in named
+        if not any(re.search(rf"^def {pattern}", sources[file], re.MULTILINE) for file in files)
+    ]
 
 
 def absent_files(text: str, folder: Path) -> list[str]:
-    """The relative links of a text that lead to no file."""
-    links = re.findall(
-        r"\]\(([^()#\s]+)(?:#[\w-]*)?\)", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
-    )
-    return [link for link in links if not re.match(r"[a-z]+:", link) and not (folder / link).exists()]
+    """The relative links of a text that lead to no file, and the modules that it runs and that are not there."""
+    modules = [name.replace(".", "/") + ".py" for name in re.findall(r"python -m ((?:llama_flex|tools)\.\w+)", text)]
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    links = [link for link in re.findall(r"\]\(([^()#\s]+)(?:#[\w-]*)?\)", text) if not re.match(r"[a-z]+:", link)]
+    return [x for x in links if not (folder / x).exists()] + [x for x in modules if not (ROOT / x).exists()]
 
 
 @pytest.mark.parametrize("name", WITH_PYTHON)
@@ -90,11 +99,9 @@ def test_names_go_on_from_block_to_block_unless_each_stands_alone():
 
 
 def test_names_of_nothing_would_be_noticed():
-    named = (
-        "`tests/test_documents.py::test_the_python_of_a_document_runs`, `tests/no.py::test_a`, `tests/conftest.py::no`"
-    )
-    assert absent_tests(named) == ["tests/no.py::test_a", "tests/conftest.py::no"]
-    links = (
-        "[a](log.md) [b](no.md#part) [c](../tests/no.py) [d](https://pytorch.org/no) [e](#part)\n```\nf[0](x)\n```\n"
-    )
-    assert absent_files(links, ROOT / "docs") == ["no.md", "../tests/no.py"]
+    named = "`tests/test_documents.py::test_names_of_nothing_would_be_noticed`, `tests/no.py::test_a`, "
+    named += '`tests/test_documents.py::test_names`, `pytest tests/test_documents.py tests/no.py -k "nothing or wring"`'
+    assert absent_tests(named) == ["test_a", "test_names", "wring"]
+    links = "[a](log.md) [b](no.md#part) [c](../tests/no.py) [d](https://pytorch.org/no) [e](#part)\n"
+    links += "```\nf[0](x)\n```\n`python -m tools.no`, `python -m tools.parity`\n"
+    assert absent_files(links, ROOT / "docs") == ["no.md", "../tests/no.py", "tools/no.py"]
