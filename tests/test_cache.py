@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, ScoreMod, masks
 from llama_flex.cache import Cache
+from llama_flex.paging import PagedCache
 from llama_flex.rules import Token, Tokens
 
 VOCAB = 64
@@ -611,6 +612,21 @@ def test_reading_operations_copy_no_keys():
     branch.evict([1, 2])
     branch.reorder([1, 1])
     assert storage(branch) == storage(cache) == before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: MODEL.new_cache(1, 128), lambda: PagedCache(MODEL.config, 2, dtype=MODEL.dtype, device=MODEL.device)],
+)
+def test_slots_that_hold_nothing_are_zeros(make):
+    """Memory that nobody wrote may hold NaN, and a weight of 0 times NaN is NaN; this mode of torch fills it so."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan().all()
+        layers = make().layers
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not any(held.any() for layer in layers for held in layer)
 
 
 def test_room_is_what_the_fullest_row_leaves():

@@ -771,12 +771,29 @@ def test_the_chat_template_goes_around_all_fused_prompts(cli, engine, mode):
     assert out == fused_text(engine, request, 8) + "\n"
 
 
-def test_special_tokens_of_the_tokenizer_begin_each_prompt_or_the_prefix(cli, folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path / "model")
+def with_bos(folder: Path, copy: Path) -> tokenizers.Tokenizer:
+    """Copy a model; the copy's tokenizer, which puts BOS before a text."""
+    shutil.copytree(folder, copy)
     tokenizer = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
     begins = tokenizers.processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     tokenizer.post_processor = begins
     tokenizer.save(str(copy / "tokenizer.json"))
+    return tokenizer
+
+
+def test_a_chat_template_writes_bos_itself(cli, folder, tmp_path):
+    with_bos(folder, copy := tmp_path / "model")
+    for arguments, stdin, same in (
+        (["--prompt", "how are you?"], "", False),
+        (["--prompt", "how are you?", "--instruct"], "", True),
+        (["--chat"], "how are you?\nand now?\n", True),
+    ):
+        texts = [cli(*arguments, "--max-new-tokens", 12, stdin=stdin, model=m)[1] for m in (folder, copy)]
+        assert (texts[0] == texts[1]) == same
+
+
+def test_special_tokens_of_the_tokenizer_begin_each_prompt_or_the_prefix(cli, folder, tmp_path):
+    tokenizer = with_bos(folder, copy := tmp_path / "model")
     lengths = [len(tokenizer.encode(text, add_special_tokens=False).ids) for text in ("Numbers: ", *PROMPTS)]
     for arguments, extra in (
         (["--fuse", "--fuse-prefix", "Numbers: "], 1 + lengths[0]),

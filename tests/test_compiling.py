@@ -93,6 +93,20 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing_behind():
     assert graphs.of()("double", double, x).tolist() == [2, 2, 2]
 
 
+def test_what_torch_does_not_compile_is_an_error_and_never_runs_eagerly():
+    def breaks(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    run = Graphs().of()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        run("breaks", breaks, torch.ones(3))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        run("double", double, torch.ones(3))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            run("double", double, torch.ones(4))
+
+
 @torch.no_grad()
 def test_switching_torch_compile_off_changes_no_result(tiny_pair):
     """As TORCHDYNAMO_DISABLE=1 does, to look for the cause of something: nothing is recorded then."""

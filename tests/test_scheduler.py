@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Mask, Sampling, fuse, masks, scores
 from llama_flex.batching import Batches
 from llama_flex.fusion import AnyPrompt, as_ensemble
-from llama_flex.paging import Pages, Pool
+from llama_flex.paging import PagedCache, Pages, Pool
 from llama_flex.request import Request
 from llama_flex.scheduler import Scheduler
 from llama_flex.together import PATTERNS
@@ -863,6 +863,14 @@ def tokens_of_one(engine: Engine, prompt: AnyPrompt, **options) -> list[int]:
 def test_sizes_that_cannot_be_are_refused(plain, options, match):
     with pytest.raises(ValueError, match=match):
         Engine(plain.model, **options).submit([5])
+
+
+def test_offsets_into_the_keys_of_the_largest_pool_are_numbers_of_32_bits(plain):
+    """FlexAttention's kernels on CUDA compute them so; beyond, they would read other keys."""
+    config = plain.model.config
+    most = PagedCache.most_pages(config)
+    of_page = 128 * config.num_key_value_heads * config.head_dim
+    assert (most + 1) * of_page < 2**31 <= (most + 2) * of_page  # with the page that takes padding
 
 
 @pytest.mark.usefixtures("dense")
