@@ -4,16 +4,16 @@ The budget of a comparison is twice the reference's own spread: what its eager a
 of the sites, and what it differs by from itself where it feeds token by token, as in `test_model`.
 """
 
+import copy
 from contextlib import ExitStack
 
 import pytest
 import torch
 import transformers
-from conftest import compiled_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_flex import Capture, Edit, Engine, Llama, LlamaConfig, ScoreMod, edits, fuse, masks
+from llama_flex import Capture, Edit, Engine, ScoreMod, edits, fuse, masks
 from llama_flex.sites import ATTENTION, SITES
 
 PROMPTS = [[5, 9, 3, 77, 20], [8] * 130, [4, 100]]
@@ -249,9 +249,10 @@ def test_captures_of_fused_prompts_and_ensembles_have_their_rows(pair):
 NULLS = [edits.scale(site, 1.0) for site in SITES]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_an_edit_that_changes_nothing_changes_no_bit(pair):
-    _, model, _ = pair
+def test_an_edit_that_changes_nothing_changes_no_bit(pair, dtype):
+    model = copy.deepcopy(pair[1]).to(dtype)
     ids = random_ids(model, 133)
     for backend in ("flex", "dense"):
         assert model(ids, edit=NULLS, backend=backend).equal(model(ids, backend=backend))
@@ -263,39 +264,38 @@ def test_an_edit_that_changes_nothing_changes_no_bit(pair):
             assert model(ids, edit=patch).equal(model(ids)), site
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_changes_in_compiled_generation_either(dtype):
-    torch.manual_seed(0)
-    model = Llama(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-                              num_attention_heads=4, num_key_value_heads=2)).to(dtype).eval().requires_grad_(False)  # fmt: skip
-    engine = Engine(model, compile=True)
-    plain, null, read = (
+def test_nor_does_it_in_compiled_generation_nor_does_a_capture(pair):
+    """In float32; a product by 1, as `scale` computes, may be fused with what comes before it and round differently."""
+    engine = Engine(pair[1], compile=True)
+    plain, null, read, scaled = (
         engine.generate(PROMPTS, max_new_tokens=NEW, stop_token_ids=[], **options)
-        for options in ({}, {"edit": NULLS}, {"capture": everything()})
+        for options in (
+            {},
+            {"edit": [Edit(site, lambda x, tokens: x) for site in SITES]},
+            {"capture": everything()},
+            {"edit": NULLS},
+        )
     )
-    if dtype == torch.float32:
-        assert [d.logprobs for d in plain] == [d.logprobs for d in null] == [d.logprobs for d in read]
-    # In 16 bits a compiled layer rounds what it writes to memory, and an edit or a capture makes it write more.
+    assert plain == null == read
+    assert [d.tokens for d in plain] == [d.tokens for d in scaled]
     assert all(
-        abs(a - b) < 0.05
-        for x in (null, read)
-        for p, d in zip(plain, x, strict=True)
-        for t, u, a, b in zip(p.tokens, d.tokens, p.logprobs, d.logprobs, strict=True)
-        if t == u
+        abs(a - b) < 1e-5
+        for p, d in zip(plain, scaled, strict=True)
+        for a, b in zip(p.logprobs, d.logprobs, strict=True)
     )
 
 
 def steering(model) -> list[Edit]:
     """A bit of everything, each of which changes the tokens by itself (see the next test)."""
     g = torch.Generator().manual_seed(5)
-    vector = torch.randn(model.config.hidden_size, generator=g)
+    vector, rows = torch.randn(model.config.hidden_size, generator=g), torch.tensor([0.5, 1.5, 2.0])
     return [
         edits.add("resid_post", 2 * vector, layers=0),
         edits.scale("z", torch.linspace(0, 2, 8)[:, None], layers=1, where=lambda t: t.index % 3 == 0),
         edits.ablate([1, 6], layers=0),
         edits.replace("mlp_post", 0.3, where=[2, 6, 7], layers=1),
         Edit("v", lambda x, tokens: x * (1 + 0.1 * tokens.position[:, :, None, None]), layers=[0, 1]),
-        Edit("q", lambda x, tokens, rows=torch.tensor([0.5, 1.5, 2.0]): x * rows[: len(x), None, None, None]),
+        Edit("q", lambda x, tokens: x * rows[: len(x), None, None, None]),
     ]
 
 
@@ -341,6 +341,8 @@ def test_new_vectors_compile_nothing_and_other_runs_stay_as_they_were(pair):
     engine = Engine(model, compile=True)
     plain = engine.generate(PROMPTS, max_new_tokens=NEW)
     count = engine.graphs.count
+    # Where nobody looks, the code of a layer is what it was: nothing of sites is in its name, nor in what is compiled.
+    assert {name for *_, name in engine.graphs.parts} == {"enter", "block, pattern 0", "choose"}
     vectors = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     engine.generate(PROMPTS, max_new_tokens=NEW, edit=edits.add("resid_post", vectors[0], layers=1))
     once = engine.graphs.count
@@ -392,7 +394,7 @@ def test_a_source_that_is_shorter_or_has_holes_patches_what_it_has(pair):
     assert [row.nonzero()[:, 0].tolist() for row in there] == [[3, 9], [5, 28]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_patching_a_run_with_itself_under_any_mask_and_cut_changes_nothing(pair, data):
     _, model, _ = pair
@@ -441,14 +443,3 @@ def test_wrong_questions_are_answered_in_words(pair):
         with pytest.raises(ValueError, match=words):
             wrong()
     assert capture["q", 0].shape[1] == 5  # and what was captured is as it was
-
-
-@torch.no_grad()
-def test_without_captures_the_compiled_step_is_the_one_it_was(pair):
-    """Its parts are compiled from the same operations: the code of a layer that nobody looks at has no site in it."""
-    _, model, _ = pair
-    ids = random_ids(model, 5)
-    forward = compiled_forward(model)
-    forward(ids)
-    (name,) = [name for *_, name in forward.graphs.parts if name != "enter"]
-    assert name == "block, pattern 0"
