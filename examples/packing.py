@@ -2,6 +2,8 @@
 
 Compares the logits of each text with those that it has in a row of its own, in float32: with `masks.document()` they
 are the same up to rounding; with a plain causal mask every text but the first reads those before it.
+RoPE is relative, so positions that went on from text to text would change logits by rounding alone; those that begin
+anew stay small, however many texts a row has.
 
 python -m examples.packing
 """
