@@ -37,15 +37,12 @@ async def completions(http: Request) -> Response:
 
     if body.get("stream"):
         return StreamingResponse(events(), media_type="text/event-stream")
-    text = "".join([step.text async for step in request])
-    return JSONResponse(answer(text, request.finish_reason))
+    return JSONResponse(answer("".join([step.text async for step in request]), request.finish_reason))
 
 
 async def refuse(http: Request, error: Exception) -> Response:
     return JSONResponse({"error": {"message": str(error)}}, 400)
 
 
-app = Starlette(
-    routes=[Route("/v1/completions", completions, methods=["POST"])],
-    exception_handlers={ValueError: refuse, KeyError: refuse},
-)
+route = Route("/v1/completions", completions, methods=["POST"])
+app = Starlette(routes=[route], exception_handlers={ValueError: refuse, KeyError: refuse})

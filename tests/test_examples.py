@@ -2,15 +2,22 @@
 
 import asyncio
 import importlib.util
+import io
 import json
 from pathlib import Path
 
 import pytest
 from conftest import DEMO
 
-from llama_flex import Engine, Llama, Tokenizer
+from llama_flex import Engine, Llama, Sampling, Tokenizer, masks
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def demo_weights(demo_folder, monkeypatch):
+    """The examples are asked for these, wherever the tests are started."""
+    monkeypatch.setenv("MODEL", str(demo_folder))
 
 
 def example(name: str):
@@ -42,7 +49,6 @@ async def posted(app, body: dict) -> tuple[int, str]:
 @pytest.mark.weights
 def test_the_server_completes_many_prompts_at_a_time(monkeypatch):
     pytest.importorskip("starlette")
-    monkeypatch.setenv("MODEL", str(DEMO))
     monkeypatch.setenv("EAGER", "1")
     app = example("serve").app
     prompts = ["The capital of France is", "Water boils at", "One, two, three,"]
@@ -67,3 +73,86 @@ def test_the_server_completes_many_prompts_at_a_time(monkeypatch):
     assert answers[2]["finish_reason"] == "stop"
     assert [status for status, _ in refused] == [400, 400, 400]
     assert all(json.loads(body)["error"]["message"] for _, body in refused)
+
+
+@pytest.mark.weights
+def test_wordings_are_answered_alone_fused_and_together(capsys):
+    wordings = ("What is the capital of France?", "Name the city that serves as France's capital.")
+    answers = example("fusion").main(wordings, new_tokens=8)
+    ways = ["fused, one after another", "fused, side by side", "fused, the first weighs 4"]
+    assert list(answers) == [*(f"alone: {w}" for w in wordings), *ways, "ensemble, mean", "ensemble, max"]
+    assert all("Paris" in answer for answer in answers.values())
+    assert len(set(answers.values())) > 1  # or they would not be worth printing
+    lines = capsys.readouterr().out.splitlines()
+    assert all(way in line and answer in line for line, (way, answer) in zip(lines, answers.items(), strict=True))
+
+
+@pytest.mark.weights
+def test_streaming_forever_takes_no_more_memory_beyond_the_window(capsys):
+    found = example("streaming_forever").main(window=16, sinks=4, new_tokens=16, text_tokens=129)
+    assert list(found) == [4, 0]
+    for sinks, (sizes, losses) in found.items():
+        arrived, taken, memory = zip(*sizes, strict=True)
+        assert list(arrived) == list(range(arrived[0], arrived[0] + 16))
+        assert list(taken) == [min(count, 16 + sinks) for count in arrived]
+        assert arrived[-1] > 16 + sinks
+        assert len(set(memory)) == 1
+        assert len(losses) == 1
+    assert found[0][1][0] > found[4][1][0] + 0.5  # nats; about 3.5 with sinks
+    assert "20 slots taken" in capsys.readouterr().out
+
+
+@pytest.mark.weights
+def test_packed_documents_do_not_leak_and_causal_ones_do(capsys):
+    found = example("packing").main()
+    packed, leaking = found["causal & document"], found["causal"]
+    assert len(packed) == len(leaking) == 4
+    rounding = leaking[0]  # the first text has nothing before it
+    assert max(packed) < 8 * rounding
+    assert min(leaking[1:]) > 1000 * rounding
+    assert capsys.readouterr().out.count("' Paris'") == 2
+
+
+@pytest.mark.weights
+def test_rows_of_a_file_are_written_as_they_are_done():
+    rows = [
+        {"id": "long", "prompt": "Once upon a time", "max_new_tokens": 9},
+        {"id": "short", "prompt": "The capital of France is", "max_new_tokens": 2},
+        {"id": 3, "prompt": "Water boils at", "max_new_tokens": 3},
+    ]
+    output = io.StringIO()
+    module = example("batch_file")
+    module.main([*(json.dumps(row) + "\n" for row in rows), "\n"], output, batch_size=2)
+    done = [json.loads(line) for line in output.getvalue().splitlines()]
+    assert [row["id"] for row in done] == ["short", 3, "long"]  # 3 begins when "short" ends
+    engine = Engine(Llama.from_pretrained(DEMO), Tokenizer.from_pretrained(DEMO))
+    for row in rows:
+        ids = engine.tokenizer.encode(row["prompt"])
+        alone = engine.generate([ids], max_new_tokens=row["max_new_tokens"])[0]
+        expected = {"id": row["id"], "prompt": row["prompt"], "text": alone.text, "finish_reason": "length"}
+        assert expected in done
+
+
+@pytest.mark.weights
+def test_a_file_that_cannot_be_written_is_an_error():
+    output = io.StringIO()
+    output.close()
+    with pytest.raises(ValueError, match="closed file"):
+        example("batch_file").main(['{"id": 1, "prompt": "Water", "max_new_tokens": 1}'], output)
+
+
+@pytest.mark.weights
+def test_a_mask_of_attn_gym_is_checked_and_generates_what_its_full_forward_predicts(demo, capsys):
+    generated, predicted = example("gym_mask").main(window=3, sinks=1, new_tokens=6)
+    assert len(generated) == 6
+    assert generated == predicted
+    theirs, combined = (line for line in capsys.readouterr().out.splitlines() if line.startswith("check_mask"))
+    assert "not-causal" in theirs
+    assert combined.endswith("[]")
+    engine = Engine(demo, Tokenizer.from_pretrained(DEMO))
+    prompt = "Here is a list of fruits that you can buy at the market in summer, and their colours:"
+    asked = {"max_new_tokens": 6, "sampling": Sampling(), "stop_token_ids": ()}
+    ids = [engine.tokenizer.encode(prompt)]
+    ours = engine.generate(ids, mask=masks.sliding_window(4) | masks.sink(1), **asked)
+    assert ours[0].tokens == generated
+    assert engine.generate(ids, **asked)[0].tokens != generated  # the mask matters

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama_flex import Llama, LlamaConfig
+from llama_flex import Llama, LlamaConfig, hub
 
 Result = TypeVar("Result")
 
@@ -58,6 +58,30 @@ def whole_number(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Make the device asked for the current one, or exit with why it cannot be."""
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"--device {args.device} is not known; cpu, cuda and cuda:N are")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device} is not supported; cpu, cuda and cuda:N are")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            parser.error(f"--device {args.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device.index or 0)
+
+
+def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Settle where the model is, or exit with why it cannot be; returns its context."""
+    try:
+        if args.model is not None:
+            args.model = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES).resolve()
+        return config_of(args).max_position_embeddings
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def hardware(device: str) -> dict[str, Any]:

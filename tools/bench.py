@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_flex import Engine, Llama, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, hub, masks
+from llama_flex import Engine, Llama, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, masks
 from llama_flex.compiling import Graphs
 from llama_flex.explain import read_bandwidth
 from llama_flex.files import FolderError
@@ -41,8 +41,9 @@ from tools._measuring import (
     DEMO,
     ROOT,
     attempt,
+    check_device,
+    check_model,
     clear,
-    config_of,
     model_of,
     operations,
     print_json,
@@ -140,25 +141,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Settle which model and which device, or exit with what cannot be."""
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        parser.error(f"--device {args.device} is not known; cpu, cuda and cuda:N are")
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device {args.device} is not supported; cpu, cuda and cuda:N are")
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            parser.error(f"--device {args.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-        torch.cuda.set_device(device.index or 0)
+    check_device(parser, args)
     args.config = getattr(args, "config", None)
     if args.model is None and args.config is None:
         args.model, args.config = (None, "llama-3.1-8b") if args.name == "window" else (DEMO, None)
-    try:
-        if args.model is not None:
-            args.model = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES).resolve()
-        context = config_of(args).max_position_embeddings
-    except ValueError as error:
-        parser.error(str(error))
+    context = check_model(parser, args)
     if args.name == "decode" and args.new <= args.warm_up:
         parser.error(f"--new {args.new} leaves nothing to measure after --warm-up {args.warm_up}")
     needed = {"decode": lambda: max(args.context) + args.new, "prefill": lambda: max(args.length) + 1}

@@ -31,12 +31,15 @@ import torch
 
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.explain import read_bandwidth
+from llama_flex.files import FolderError
 from llama_flex.request import Request
 from llama_flex.streaming import Step
 from tools._measuring import (
     CONFIGS,
     DEMO,
     attempt,
+    check_device,
+    check_model,
     clear,
     config_of,
     matrices,
@@ -48,6 +51,8 @@ from tools._measuring import (
     wait,
     whole_number,
 )
+
+STEPS = 10  # of `sweep`, in a round
 
 
 class Asked(NamedTuple):
@@ -150,9 +155,7 @@ def _one_by_one(engine: Engine, asked: list[Asked]) -> float:
 
 def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
     machine, rows, found = Machine.measured(args), [], []
-    rng, steps = np.random.default_rng(args.seed), 10
-    # Long enough for the first request to go on while the prompts of the last are computed.
-    new = 16 + steps * args.rounds + max(args.sizes) * args.context // 512
+    rng, new = np.random.default_rng(args.seed), _new_of_sweep(args)
     engine = Engine(model, compile=True, max_batch_size=max(args.sizes), max_length=args.context + new)
     for size in args.sizes:
         submitted = [_submit(engine, _ids(rng, args.context, model.config.vocab_size), new) for _ in range(size)]
@@ -162,10 +165,10 @@ def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
         for _ in range(args.rounds):
             wait(args.device)
             started = time.perf_counter()
-            for _ in range(steps):
+            for _ in range(STEPS):
                 engine.step()
             wait(args.device)
-            seconds.append((time.perf_counter() - started) / steps)
+            seconds.append((time.perf_counter() - started) / STEPS)
         assert engine.scheduler.num_running == size
         contexts = [args.context + len(r.steps) for r in submitted]
         for request in submitted:
@@ -178,6 +181,11 @@ def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
         print(*rows[-1], flush=True)
     print_table(["batch", "ms a step", "bound, ms", "of the bound", "tokens/s"], rows)
     return {**machine._asdict(), "steps": found}
+
+
+def _new_of_sweep(args: argparse.Namespace) -> int:
+    """Long enough for the first request to go on while the prompts of the last are computed."""
+    return 16 + STEPS * args.rounds + max(args.sizes) * args.context // 512
 
 
 def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
@@ -219,7 +227,7 @@ def latency(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
             model,
             compile=True,
             max_batch_size=args.count + 4,
-            max_length=args.long + 256,
+            max_length=max(args.long + 1, args.own + args.new),
             prefill_tokens=tokens,
         )
         for seed in (0, 1):  # the first compiles
@@ -229,11 +237,11 @@ def latency(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
                 times.setdefault(step.row, []).append(time.perf_counter())
 
             for _ in range(args.count):
-                _submit(engine, _ids(rng, 500, vocabulary), 200, callback=came)
+                _submit(engine, _ids(rng, args.own, vocabulary), args.new, callback=came)
             for n in itertools.count():
                 if engine.scheduler.idle:
                     break
-                if n % 20 == 10 and n < 200:
+                if n % 20 == 10 and n < args.new:
                     _submit(engine, _ids(rng, args.long, vocabulary), 1)
                 engine.step()
         between = [b - a for each in times.values() for a, b in itertools.pairwise(each)]
@@ -251,6 +259,12 @@ NAMES: dict[str, Callable[[argparse.Namespace, Llama], dict[str, Any]]] = {
     "sweep": sweep,
     "prefix": prefix,
     "latency": latency,
+}
+NEEDED: dict[str, Callable[[argparse.Namespace], int]] = {  # tokens of the longest text
+    "throughput": lambda args: 2 * args.high,
+    "sweep": lambda args: args.context + _new_of_sweep(args),
+    "prefix": lambda args: args.prefix + args.own + 1,
+    "latency": lambda args: max(args.long + 1, args.own + args.new),
 }
 
 
@@ -282,22 +296,35 @@ def _parser() -> argparse.ArgumentParser:
     each["sweep"].add_argument("--sizes", type=whole_number, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     each["prefix"].add_argument("--prefix", type=whole_number, default=4000, help="tokens shared")
     each["prefix"].add_argument("--own", type=whole_number, default=100, help="tokens of each request's own")
-    each["latency"].add_argument("--long", type=whole_number, default=8192, help="tokens of a long prompt")
+    each["latency"].add_argument("--long", type=whole_number, default=8000, help="tokens of a long prompt")
+    each["latency"].add_argument("--own", type=whole_number, default=500, help="tokens of the prompt of each stream")
+    each["latency"].add_argument("--new", type=whole_number, default=200, help="tokens that each stream generates")
     each["latency"].add_argument("--chunk", type=whole_number, default=512, help="tokens of a chunk")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one measurement; returns 0."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.model is None and args.config is None:
         args.model = DEMO
+    context = check_model(parser, args)
+    if args.name in ("throughput", "requests") and args.low > args.high:
+        parser.error(f"--low {args.low} is more than --high {args.high}")
     if args.name == "requests":
         for ids, new in requests(args, config_of(args).vocab_size):
             print(json.dumps({"tokens": ids, "max_new_tokens": new}))
         return 0
+    check_device(parser, args)
+    if NEEDED[args.name](args) > context:
+        parser.error(f"{NEEDED[args.name](args)} tokens exceed the model's context of {context}")
+    try:
+        model = model_of(args, args.dtype)
+    except FolderError as error:
+        parser.error(str(error))
     with torch.no_grad():
-        found = NAMES[args.name](args, model_of(args, args.dtype))
+        found = NAMES[args.name](args, model)
     print_json(args, found)
     return 0
 
