@@ -22,7 +22,7 @@ RHYMES = (
 
 
 def packed(texts: list[list[int]], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids, targets, positions and segments `[1, T]`: the texts one after the other, targets -100 where there is none."""
+    """Ids, targets (-100 where there is none), positions and segments `[1, T]` of the texts, one after the other."""
     ids = [[*text, end] for text in texts]
     targets = [[*text[1:], -100] for text in ids]
     positions = [range(len(text)) for text in ids]

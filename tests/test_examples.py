@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from conftest import DEMO
 
 from llama_flex import Engine, Llama, Sampling, Tokenizer, masks
@@ -156,3 +158,59 @@ def test_a_mask_of_attn_gym_is_checked_and_generates_what_its_full_forward_predi
     ours = engine.generate(ids, mask=masks.sliding_window(4) | masks.sink(1), **asked)
     assert ours[0].tokens == generated
     assert engine.generate(ids, **asked)[0].tokens != generated  # the mask matters
+
+
+@pytest.mark.weights
+@torch.no_grad()
+def test_heads_that_look_at_what_came_next_before_are_found(demo_reference, capsys):
+    length = 12
+    best = example("attention_maps").main("One two three. One two", length=length, best=2)
+    half = torch.randint(1000, 20000, (length,), generator=torch.Generator().manual_seed(0))
+    weights = demo_reference(half.repeat(2)[None], output_attentions=True).attentions
+    for share, layer, head in best:
+        expected = weights[layer][0, head, length:-1, 1:length].diagonal().mean().item()
+        assert share == pytest.approx(expected, abs=1e-4)
+    most = max(
+        row[head, length:-1, 1:length].diagonal().mean().item() for (row,) in weights for head in range(row.shape[0])
+    )
+    assert best[0][0] == pytest.approx(most, abs=1e-4)
+    assert most > 0.5
+    assert "█" in capsys.readouterr().out
+
+
+@pytest.mark.weights
+def test_steering_turns_a_text_towards_the_sea():
+    texts = example("steering").main(new_tokens=9, strengths=(0.0, 1.0))
+    assert "ocean" in texts[1.0]
+    assert "ocean" not in texts[0.0]
+
+
+@pytest.mark.weights
+def test_questions_are_answered_and_a_text_scored(capsys):
+    right, perplexity = example("scoring").main("Once upon a time there was a little girl. " * 20, window=64)
+    assert right == 4
+    assert 1 < perplexity < 3
+    assert "-inf" in capsys.readouterr().out
+
+
+@pytest.mark.weights
+def test_a_model_learns_a_text_by_heart_and_transformers_loads_it(demo_folder, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("The moon forgot her silver shoe.")
+    (tmp_path / "b.txt").write_text("Nine herons count the coins.")
+    texts = [word for name in ("a.txt", "b.txt") for word in ("--text", str(tmp_path / name))]
+    output = tmp_path / "out"
+    arguments = ["--model", str(demo_folder), *texts, "--steps", "8", "--lr", "3e-4", "--output", str(output)]
+    example("finetune").main(arguments)
+    out = capsys.readouterr().out
+    assert "' silver shoe.'" in out
+    losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.3 * losses[0]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(output, attn_implementation="eager").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    ids = tokenizer("The moon forgot her silver shoe.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = Llama.from_pretrained(output)(ids)
+        torch.testing.assert_close(logits, reference(ids).logits, rtol=0, atol=1e-3)
+    assert logits[0, 3:-1].argmax(-1).tolist() == ids[0, 4:].tolist()
+    with pytest.raises(FileExistsError):
+        example("finetune").main(arguments)

@@ -1,0 +1,154 @@
+"""lm-eval's own tasks and evaluation, on a model of this package; what it is told is what the reference says."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import datasets
+import lm_eval
+import pytest
+import torch
+from conftest import DEMO
+from lm_eval.api.task import ConfigurableTask
+from test_scoring import reference_logprobs
+
+from llama_flex import Engine, Tokenizer, masks
+from llama_flex.lm_eval import LlamaFlex
+
+DOCUMENTS = [
+    {"question": "The capital of France is", "choices": ["Paris", "London", "Rome"], "answer": 0},
+    {"question": "Water is made of hydrogen and", "choices": ["gold", "oxygen"], "answer": 1},
+]
+pytestmark = pytest.mark.weights
+
+
+def task(name: str, **config) -> ConfigurableTask:
+    def data(**_):
+        return {"test": datasets.Dataset.from_list(DOCUMENTS)}
+
+    common = {"task": name, "custom_dataset": data, "test_split": "test"}
+    return ConfigurableTask(config=common | config)
+
+
+@pytest.fixture(scope="module")
+def engine(demo):
+    return Engine(demo, Tokenizer.from_pretrained(DEMO))
+
+
+def results(lm, *tasks) -> tuple[dict, dict]:
+    found = lm_eval.simple_evaluate(lm, tasks=list(tasks), log_samples=True, bootstrap_iters=0)
+    return found["results"], found["samples"]
+
+
+def test_multiple_choice_perplexity_and_generation(engine, demo_reference):
+    choice = task(
+        "choices",
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        doc_to_choice="{{choices}}",
+        doc_to_target="answer",
+        metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    )
+    rolling = task(
+        "rolling",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{question}} {{choices[answer]}}",
+        metric_list=[{"metric": "word_perplexity"}],
+    )
+    generation = task(
+        "generation",
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="Paris",
+        generation_kwargs={"until": [".", ","], "max_gen_toks": 6},
+        metric_list=[{"metric": "exact_match", "ignore_punctuation": True}],
+    )
+    found, samples = results(LlamaFlex(engine), choice, rolling, generation)
+    assert found["choices"]["acc,none"] == 1.0
+    encode = engine.tokenizer.encode
+    for sample, document in zip(samples["choices"], DOCUMENTS, strict=True):
+        prefix = encode(document["question"])
+        for ((total, greedy),), word in zip(sample["resps"], document["choices"], strict=True):
+            ids = encode(f"{document['question']} {word}")
+            expected = reference_logprobs(demo_reference, ids)[len(prefix) - 1 :]
+            assert total == pytest.approx(expected.sum().item(), abs=1e-3)
+            with torch.no_grad():
+                best = demo_reference(torch.tensor([ids])).logits[0, len(prefix) - 1 : -1].argmax(-1)
+            assert greedy == (best.tolist() == ids[len(prefix) :])
+    for sample, document in zip(samples["rolling"], DOCUMENTS, strict=True):
+        ids = encode(f"{document['question']} {document['choices'][document['answer']]}")
+        bos = engine.tokenizer.bos_token_id
+        assert sample["resps"][0][0] == pytest.approx(
+            reference_logprobs(demo_reference, [bos, *ids]).sum().item(), abs=1e-3
+        )
+    for sample, document in zip(samples["generation"], DOCUMENTS, strict=True):
+        alone = engine.generate([encode(document["question"])], max_new_tokens=6, stop=[".", ","])[0].text
+        assert sample["resps"] == [[alone]]
+
+
+def test_a_mask_holds_in_all_that_is_asked(engine):
+    instances = [SimpleNamespace(args=("One two three four five six", " seven"))]
+    until = [SimpleNamespace(args=("One two three four five six", {"until": ["."], "max_gen_toks": 6}))]
+    plain, masked = LlamaFlex(engine), LlamaFlex(engine, mask=masks.sliding_window(2))
+    for ask in (lambda lm: lm.loglikelihood(instances, disable_tqdm=True), lambda lm: lm.generate_until(until, True)):
+        assert ask(plain) != ask(masked)
+
+
+def test_long_contexts_keep_their_end_and_long_texts_are_cut_as_lm_eval_cuts_them(tiny_pair, demo_folder):
+    reference, model = tiny_pair("gqa")  # a context of 1,024, and ids below 512
+    lm = LlamaFlex(Engine(model, Tokenizer.from_pretrained(demo_folder)))
+    ids = torch.randint(3, 500, (2300,), generator=torch.Generator().manual_seed(0)).tolist()
+    ((total, _),) = lm._loglikelihood_tokens([(None, ids, [7, 8, 9])], disable_tqdm=True)
+    assert total == pytest.approx(reference_logprobs(reference, [*ids[-1022:], 7, 8, 9])[-3:].sum().item(), abs=1e-2)
+    lm.text = SimpleNamespace(encode=lambda text, add_special_tokens: ids, bos_token_id=1, bos_token=None)
+    (rolled,) = lm.loglikelihood_rolling([SimpleNamespace(args=("text",))], disable_tqdm=True)
+    parts = [([1], ids[:1024]), (ids[1023:1024], ids[1024:2048]), (ids[1275:2048], ids[2048:])]
+    expected = sum(reference_logprobs(reference, a + b)[len(a) - 1 :].sum().item() for a, b in parts)
+    assert rolled == pytest.approx(expected, abs=0.1)
+    assert abs(rolled - expected + reference_logprobs(reference, parts[2][1]).sum().item()) > 1  # all of them count
+
+
+def test_wrong_arguments_are_named(engine):
+    with pytest.raises(ValueError, match="give the engine a tokenizer"):
+        LlamaFlex(Engine(engine.model))
+    with pytest.raises(ValueError, match="batch_size must be a number"):
+        LlamaFlex(engine, batch_size="auto")
+    ask = [SimpleNamespace(args=("a", {"until": [], "num_beams": 4}))]
+    with pytest.raises(ValueError, match="num_beams"):
+        LlamaFlex(engine).generate_until(ask, True)
+
+
+def test_the_command_line_is_lm_evals(demo_folder, tmp_path):
+    config = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(config))
+    (tmp_path / "data.jsonl").write_text('{"q": "The capital of France is", "c": ["Paris", "London"]}\n')
+    command = [
+        sys.executable,
+        "-m",
+        "llama_flex.lm_eval",
+        "--model",
+        "llama_flex",
+        "--tasks",
+        "local",
+        "--device",
+        "cpu",
+    ]
+    command += ["--model_args", f"pretrained={demo_folder}", "--include_path", str(tmp_path)]
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\|local\|.*\|acc *\|.*\| *1(\.0)?\|", done.stdout), done.stdout

@@ -1,0 +1,188 @@
+"""Scores are sums of the reference's log-softmax, however the text is cut into prefix and continuations.
+
+The budget of a log-probability is twice what those of the reference's eager and sdpa attention differ by.
+"""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_flex import Engine, Sampling, Score, Tokenizer, choose, edits, masks, score, score_text
+from llama_flex.sampling import filter_logits, stack
+
+
+@torch.no_grad()
+def reference_logprobs(reference, ids: list[int], kind: str = "eager") -> torch.Tensor:
+    """Of each token but the first, `[N - 1]`, in float64 from float32 logits."""
+    reference.set_attn_implementation(kind)
+    logits = reference(torch.tensor([ids])).logits[0, :-1].double()
+    reference.set_attn_implementation("eager")
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 500, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_pair):
+    reference, model = tiny_pair("gqa")
+    ids = text(400)
+    spread = reference_logprobs(reference, ids) - reference_logprobs(reference, ids, "sdpa")
+    return reference, model, 2 * spread.abs().max().item()
+
+
+def assert_scored(found: Score, reference, prefix, continuation, budget) -> None:
+    expected = reference_logprobs(reference, prefix + continuation)[len(prefix) - 1 :]
+    torch.testing.assert_close(found.logprobs.double(), expected, rtol=0, atol=budget)
+    assert found.total == pytest.approx(expected.sum().item(), abs=len(continuation) * budget)
+    assert found.mean == pytest.approx(found.total / len(continuation))
+    assert found.perplexity == pytest.approx(2.718281828459045 ** (-found.mean))
+
+
+@pytest.mark.parametrize("prefix", [1, 127, 128, 300])
+def test_continuations_of_any_length_are_scored_as_the_reference_does(pair, prefix):
+    reference, model, budget = pair
+    start, texts = text(prefix), [text(n, seed=1) for n in (1, 2, 40, 129, 1, 3)]
+    for batch_size in (1, 4, 16):
+        found = score(model, start, texts, batch_size=batch_size)
+        for one, continuation in zip(found, texts, strict=True):
+            assert_scored(one, reference, start, continuation, budget)
+    # The mutation: the continuations scored after another prefix.
+    wrong = score(model, [*start[:-1], start[-1] ^ 1], texts)
+    assert all((a.logprobs[0] - b.logprobs[0]).abs() > 100 * budget for a, b in zip(found, wrong, strict=True))
+
+
+def test_compiled_scores_are_the_same_and_compile_nothing_again(pair):
+    reference, model, budget = pair
+    engine = Engine(model, compile=True)
+    counts = []
+    for lengths in ((5, 1, 40), (2, 7, 11), (3, 3, 3, 90)):
+        texts = [text(n, seed=2) for n in lengths]
+        for one, continuation in zip(score(engine, text(140), texts, batch_size=4), texts, strict=True):
+            assert_scored(one, reference, text(140), continuation, max(budget, 1e-3))
+        counts.append(engine.graphs.count)
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_prefix_is_computed_once(pair, monkeypatch):
+    _, model, _ = pair
+    fed = []
+    step = Engine._step
+
+    def spy(self, ids, lengths, *rest):
+        fed.append(int(lengths.sum()))
+        return step(self, ids, lengths, *rest)
+
+    monkeypatch.setattr(Engine, "_step", spy)
+    score(model, text(200), [text(n) for n in (1, 1, 1, 1)])
+    assert sum(fed) == 200  # and one token needs no more
+    fed.clear()
+    score(model, text(200), [text(n) for n in (5, 9, 2)], batch_size=2)
+    assert sum(fed) == 200 + 4 + 8 + 1
+
+
+def test_processed_log_probabilities_are_those_of_what_is_sampled_from(pair):
+    _, model, _ = pair
+    start, texts = text(30), [text(n, seed=3) for n in (6, 1, 140)]
+    for sampling in (
+        Sampling(temperature=0.7, top_k=30),
+        Sampling(temperature=1.5, top_p=0.9, min_p=0.01, repetition_penalty=1.4),
+        Sampling(repetition_penalty=2.0),
+        Sampling(),
+    ):
+        plain, found = score(model, start, texts), score(model, start, texts, sampling=sampling)
+        for one, raw, continuation in zip(found, plain, texts, strict=True):
+            assert one.logprobs.equal(raw.logprobs)
+            assert raw.processed is None
+            with torch.no_grad():
+                logits = model(torch.tensor([start + continuation]))[0, len(start) - 1 : -1]
+            expected = []
+            for n, token in enumerate(continuation):  # one by one, with what was there before it
+                seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool)
+                seen[0, start + continuation[:n]] = True
+                processed = filter_logits(logits[n : n + 1], stack([sampling], model.device), seen)
+                expected.append(processed.log_softmax(-1)[0, token])
+            torch.testing.assert_close(one.processed, torch.stack(expected), rtol=0, atol=1e-4)
+            assert one.greedy.tolist() == (logits.argmax(-1) == torch.tensor(continuation)).tolist()
+    assert found[0].processed.allclose(found[0].logprobs)
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(2, 300), data=st.data())
+def test_the_sum_of_the_parts_is_the_whole(pair, length, data):
+    """Of masks, too: a text cut anywhere has the log-probabilities that it has in one forward."""
+    _, model, budget = pair
+    cut = data.draw(st.integers(1, length - 1))
+    mask = data.draw(st.sampled_from([None, masks.sliding_window(9) | masks.sink(1)]))
+    edit = data.draw(st.sampled_from([None, edits.ablate([2], layers=1)]))
+    ids = text(length)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), mask=mask, edit=edit)[0, :-1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[cut - 1 :, 0]
+    (found,) = score(model, ids[:cut], [ids[cut:]], mask=mask, edit=edit)
+    torch.testing.assert_close(found.logprobs, expected, rtol=0, atol=max(budget, 1e-4))
+
+
+@pytest.mark.parametrize(
+    ("window", "stride"), [(None, None), (400, 399), (64, 1), (64, 63), (100, 50), (128, 100), (2, 1)]
+)
+def test_long_texts_are_scored_in_windows(pair, window, stride):
+    reference, model, budget = pair
+    ids = text(400)[: 150 if stride == 1 else 400]
+    found = score_text(model, ids, window=window, stride=stride)
+    assert len(found.logprobs) == len(ids) - 1
+    wide = window or model.context
+    starts = [1, *range(min(wide, len(ids)), len(ids), stride or wide // 2), len(ids)]
+    for begin, end in itertools.pairwise(starts):
+        expected = reference_logprobs(reference, ids[max(0, end - wide) : end])[begin - end :]
+        torch.testing.assert_close(found.logprobs[begin - 1 : end - 1].double(), expected, rtol=0, atol=budget)
+    if wide >= len(ids):
+        assert found.logprobs.equal(score(model, ids[:1], [ids[1:]])[0].logprobs)
+
+
+def test_texts_beyond_the_context(pair):
+    _, model, _ = pair
+    ids = text(1400)
+    with pytest.raises(ValueError, match="exceed the context of 1024; see score_text"):
+        score(model, ids[:1], [ids[1:]])
+    assert len(score_text(model, ids).logprobs) == 1399
+    (full,) = score(model, ids[:1], [ids[1:1025]])  # the last token is not fed
+    assert len(full.logprobs) == 1024
+
+
+@pytest.mark.weights
+def test_choices(demo, demo_reference, demo_folder):
+    tokenizer = Tokenizer.from_pretrained(demo_folder)
+    prefix = tokenizer.encode("The capital of France is")
+    choices = [tokenizer.encode(f" {word}", add_special_tokens=False) for word in ("Rome", "Paris", "a very old city")]
+    expected = [reference_logprobs(demo_reference, prefix + c)[len(prefix) - 1 :] for c in choices]
+    found = score(demo, prefix, choices)
+    assert [s.total for s in found] == pytest.approx([e.sum().item() for e in expected], abs=1e-3)
+    assert choose(demo, prefix, choices) == 1
+    # A longer text is rarely the more likely, but its tokens may each be.
+    prefix = tokenizer.encode("One, two, three, four,")
+    choices = [tokenizer.encode(x, add_special_tokens=False) for x in (" five, six, seven, eight, nine, ten,", " five")]
+    assert (choose(demo, prefix, choices), choose(demo, prefix, choices, per_token=True)) == (1, 0)
+
+
+def test_wrong_arguments_are_named(pair):
+    _, model, _ = pair
+    assert score(model, [5], []) == []
+    for wrong, words in (
+        (lambda: score(model, [], [[1]]), "the prefix is empty; give at least one token"),
+        (lambda: score(model, [5], [[1], []]), "continuation 1 is empty"),
+        (lambda: score(model, [5], [[1], [512]]), "continuation 1 has a token id outside the vocabulary of 512"),
+        (lambda: score(model, [5], [[1]], batch_size=0), "batch_size must be at least 1"),
+        (lambda: score(model, "abc", [[1]]), "lists of token ids"),
+        (lambda: score_text(model, [5]), "at least 2 tokens"),
+        (lambda: score_text(model, text(9), window=1), "a window from 2 to 1024"),
+        (lambda: score_text(model, text(9), window=2000), "window 2000"),
+        (lambda: score_text(model, text(9), window=8, stride=8), "less than the window"),
+        (lambda: choose(model, [5], []), "at least one choice"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wrong()
