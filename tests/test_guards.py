@@ -19,6 +19,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 MODULES = [".".join(("llama_flex", *Path(name).with_suffix("").parts)).removesuffix(".__init__") for name in TREES]
 FORBIDDEN = ("transformers", "accelerate", "triton", "flash_attn", "xformers")
 CUDA_ONLY = "gemv.py"  # Triton comes with torch's CUDA builds; imported when a tensor on CUDA is there
+OF_EXTRAS = {"llama_flex.gemv", "llama_flex.lm_eval"}  # which import what the package alone does not have
 
 
 def run(code: str) -> str:
@@ -99,7 +100,7 @@ def state():
     )
 
 before, state_before = functions(), state()
-for name in {[name for name in MODULES if name != "llama_flex.gemv"]!r}:
+for name in {[name for name in MODULES if name not in OF_EXTRAS]!r}:
     importlib.import_module(name)
 from llama_flex import Engine, Llama, LlamaConfig, Sampling
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
