@@ -9,7 +9,7 @@ import torch
 from conftest import DEMO
 
 from llama_flex import Llama, LlamaConfig
-from tools import bench, serving
+from tools import bench, serving, training
 from tools._measuring import CONFIGS
 
 TINY = ["--config", "tiny", "--device", "cpu", "--rounds", "1"]
@@ -174,3 +174,21 @@ def test_what_cannot_be_measured_is_refused_at_once(capsys, tool, arguments, mes
         tool.main(arguments.split())
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training(capsys, eager, recompute):
+    sizes = ["--tokens", "64", "--documents", "4", "--rounds", "2", "--dtype", "float32", "--device", "cpu"]
+    peers = ["sdpa", "sdpa-compiled"]
+    more = ["--recompute"] if recompute else []
+    assert training.main(["--config", "tiny", *sizes, *more, "--peers", *peers]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found["ways"]) == ["llama_flex", *(f"transformers, {peer}" for peer in peers)]
+    assert all(len(way["seconds"]) == 2 and min(way["seconds"]) > 0 for way in found["ways"].values())
+    assert found["recompute"] is recompute
+    layer = 128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 256
+    attention = 4 * 2 * 16**2 * 4 * 32 * 2
+    assert found["flop"] == 3 * (2 * 64 * (2 * layer + 512 * 128) + attention)
+    with pytest.raises(SystemExit):
+        training.main(["--config", "tiny", "--tokens", "8", "--documents", "8", "--device", "cpu"])
+    assert "from 2 to" in capsys.readouterr().err

@@ -6,8 +6,9 @@ import dataclasses
 import pytest
 import torch
 from conftest import TINY, compiled_forward
+from test_training import gradients, loss_of, random_ids, reference_gradients, relative
 
-from llama_flex import Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, fuse, masks, scores
+from llama_flex import Capture, Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, edits, fuse, masks, score, scores
 from llama_flex.compiling import Graphs
 from llama_flex.linear import RMSNorm, gated, linear
 
@@ -320,3 +321,79 @@ def test_on_a_device_that_is_not_the_current_one(tiny_pair, compile):
         requests = [engine.submit(prompt, **options) for prompt in prompts]
         engine.run()
         assert [r.completion.tokens for r in requests] == [e.tokens for e in Engine(model).generate(prompts, **options)]
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "recomputed"])
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+def test_gradients_through_flex_attention_are_the_references(tiny_pair, name, way):
+    reference, model = (copy.deepcopy(x).cuda() for x in tiny_pair(name))
+    model.requires_grad_()
+    for block in model.layers if way != "eager" else ():
+        block.compile(fullgraph=True, dynamic=False)
+    for length in (130, 300):
+        ids = random_ids(model, length).cuda()
+        expected, other = (reference_gradients(reference, ids, kind) for kind in ("eager", "sdpa"))
+        budget = 4 * max(relative(other[key], expected[key]) for key in expected)
+        found = gradients(model, loss_of(model(ids, recompute=way == "recomputed"), ids))
+        for key, gradient in expected.items():
+            assert relative(found[key], gradient) <= budget, key
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_packed_documents_train_on_cuda_as_alone_densely(tiny_pair, compile):
+    model = copy.deepcopy(tiny_pair("gqa")[1]).cuda().requires_grad_()
+    texts = [random_ids(model, n, batch=1).cuda() for n in (60, 7, 130, 300)]
+    expected = gradients(model, sum(loss_of(model(text, backend="dense"), text) for text in texts))
+    segments = torch.cat([torch.full_like(text, n) for n, text in enumerate(texts)], 1)
+    positions = torch.cat([torch.arange(text.shape[1], device="cuda")[None] for text in texts], 1)
+    for block in model.layers if compile else ():
+        block.compile(fullgraph=True, dynamic=False)
+    for mask in (masks.causal() & masks.document(), masks.causal()):
+        packed = model(torch.cat(texts, 1), segments=segments, positions=positions, mask=mask)
+        parts = packed.split([text.shape[1] for text in texts], 1)
+        found = gradients(model, sum(loss_of(logits, text) for logits, text in zip(parts, texts, strict=True)))
+        error = max(relative(found[key], expected[key]) for key in expected)
+        assert error < 1e-4 if "document" in str(mask) else error > 0.1
+
+
+def test_bfloat16_gradients_are_no_further_from_float64_than_the_references(tiny_pair):
+    reference, model = (copy.deepcopy(x).cuda().bfloat16() for x in tiny_pair("gqa"))
+    model.requires_grad_()
+    ids = random_ids(model, 300).cuda()
+    exact = reference_gradients(copy.deepcopy(reference).double(), ids, "eager")
+    errors = []
+    for found in (gradients(model, loss_of(model(ids), ids)), reference_gradients(reference, ids, "sdpa")):
+        errors.append(sum((found[key] - exact[key]).abs().mean() / exact[key].abs().mean() for key in exact))
+    assert errors[0] <= 1.1 * errors[1]
+
+
+def test_captures_and_edits_of_replayed_steps_are_those_of_the_cpu(tiny_pair):
+    _, model = tiny_pair("gqa")
+    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 140)]
+    vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    sites = ("resid_pre", "q", "k", "v", "z", "resid_mid", "mlp_post", "resid_post", "attention")
+    for edit in (None, [edits.add("resid_post", 2 * vector, layers=0), edits.ablate([1], layers=1)]):
+        found = []
+        for where in ("cpu", "cuda"):
+            engine = Engine(copy.deepcopy(model).to(where), compile=where == "cuda")
+            capture = Capture(*sites, where=range(1000), device="cpu")
+            options = {"max_new_tokens": 12, "stop_token_ids": (), "edit": edit}
+            done = engine.generate(prompts, capture=capture, **options)
+            assert [d.tokens for d in done] == [d.tokens for d in engine.generate(prompts, **options)]
+            found.append((capture, [d.tokens for d in done]))
+        (expected, tokens), (capture, others) = found
+        assert tokens == others
+        for site in sites:
+            for layer in range(2):
+                scale = expected[site, layer].abs().max()
+                assert (capture[site, layer] - expected[site, layer]).abs().max() < 1e-4 * scale, (site, layer)
+        assert capture.tokens.position.equal(expected.tokens.position)
+
+
+def test_scores_on_cuda_are_those_of_the_cpu(tiny_pair):
+    _, model = tiny_pair("gqa")
+    draws = torch.Generator().manual_seed(0)
+    prefix, *texts = (torch.randint(3, 500, (n,), generator=draws).tolist() for n in (200, 1, 5, 140, 3))
+    engine = Engine(copy.deepcopy(model).cuda(), compile=True)
+    for found, expected in zip(score(engine, prefix, texts), score(model, prefix, texts), strict=True):
+        torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-3)
