@@ -1,5 +1,6 @@
 """Models the tests share: tiny random ones beside their transformers twins, and the demo weights."""
 
+import gc
 import json
 import os
 import warnings
@@ -23,6 +24,15 @@ TEST_INPUTS = DEMO.parent / "test-inputs"
 
 # Cores are often shared, and two threads that wait for each other are then far slower than one.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """The garbage collector does not look again at what earlier files left: after thousands of tests that took seconds
+    at a time, which tests that measure time or count objects took for their own."""
+    gc.collect()
+    gc.freeze()
+
 
 # The shapes that differ in kind: (heads, key/value heads, head_dim or None), and switches.
 TINY = {

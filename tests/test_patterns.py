@@ -245,7 +245,7 @@ def test_eager_pieces_and_ragged_batches_equal_dense(model, name, count):
     check_eager(model, ALONE[name], count, name in IN_ONE_PIECE)
 
 
-@pytest.mark.parametrize("seed", range(COMBINATIONS))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 16)) for n in range(COMBINATIONS)])
 def test_combinations_in_eager_pieces_and_ragged_batches_equal_dense(model, seed):
     for count in (300, (1, 127, 128, 129)[seed % 4]):
         check_eager(model, combination(seed), count)
