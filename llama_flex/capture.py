@@ -27,8 +27,8 @@ class Capture:
     `capture[site, layer]`, `[B, N, ...]`, the tokens in their order, rows that have fewer filled up with zeros.
 
     Runs add to what is there: a forward with a cache after another, an engine's chunks and decoded tokens. The last
-    token generated was never fed, so it is not there. Edits of a site come first. In a forward that records gradients,
-    what is captured is part of it.
+    token generated was never fed, so it is not there. Edits of a site come first; they may not work in place. In a run
+    that records gradients, without padding, what is captured of all tokens is part of it.
     """
 
     def __init__(

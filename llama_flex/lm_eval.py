@@ -83,8 +83,12 @@ class LlamaFlex(TemplateLM):
         return ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text."""
-        return self.text.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+        """A conversation as text; where no answer is to begin, the last message is one that goes on."""
+        text = self.text.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"].strip()
+        return text[: text.rindex(begun) + len(begun)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; it gets a beginning-of-text id, if the tokenizer adds one, unless it has it already."""

@@ -68,7 +68,8 @@ def score(
     """The log-probabilities of token ids after a prefix, which is computed once for all.
 
     model: an Engine with compile=True scores with compiled steps, and keeps them. sampling: also what it would make of
-    the logits. batch_size: continuations at a time. mask, score_mod, edit: as in `Engine.stream`.
+    the logits. batch_size: continuations at a time. mask, score_mod, edit: as in `Engine.stream`; a mask has the prefix
+    in chunks (see `masks.bidirectional`), and one that reads `batch` finds row 0 in it.
     Raises ValueError for an empty prefix (give the beginning-of-text id) or continuation, and for tokens beyond the
     vocabulary or the context.
     """

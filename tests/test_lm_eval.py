@@ -112,6 +112,13 @@ def test_long_contexts_keep_their_end_and_long_texts_are_cut_as_lm_eval_cuts_the
     assert abs(rolled - expected + reference_logprobs(reference, parts[2][1]).sum().item()) > 1  # all of them count
 
 
+def test_a_conversation_is_opened_or_its_last_message_goes_on(engine):
+    said = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": " The answer is "}]
+    lm = LlamaFlex(engine)
+    assert lm.apply_chat_template(said[:1]).endswith("<|im_start|>assistant\n")
+    assert lm.apply_chat_template(said, add_generation_prompt=False).endswith("The answer is")
+
+
 def test_wrong_arguments_are_named(engine):
     with pytest.raises(ValueError, match="give the engine a tokenizer"):
         LlamaFlex(Engine(engine.model))
