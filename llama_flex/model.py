@@ -278,7 +278,8 @@ class Llama(nn.Module):
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
         layers = self.attention_layers(mask, score_mod, cache)
-        captures, of_layer = several(capture, Capture, "capture"), self.probes(capture, edit)
+        captures = several(capture, Capture, "capture")
+        of_layer = self.probes(captures, edit)
         input_ids = input_ids.to(self.device)
         if cache is not None:
             self.check_cache(cache, b)
@@ -392,13 +393,14 @@ class Llama(nn.Module):
         Its parts, what comes before the layers and each layer, are tensor operations only; `run` may compile them.
         of_layer: see `probes`; without any nothing is read.
         """
+        of_layer = of_layer or {}
         given = input_ids, lengths, positions, segments, cache, layers.patterns, backend
         x, rotary, views, slots = run("enter", Llama.enter, self, *given)
         found = Found(run("tokens", copied, views[0].q), {}) if of_layer else None
         for i, (block, p) in enumerate(zip(self.layers, layers.of_layer, strict=True)):
             kv = None if cache is None else cache.layers[i]
             args = x, rotary, layers.patterns[p], views[p], kv, slots
-            if not of_layer or found is None or (probe := of_layer.get(i)) is None:
+            if found is None or (probe := of_layer.get(i)) is None:
                 x = run(f"block, pattern {p}", through, block, *args)
             else:
                 x, read = run((f"block, pattern {p}", probe.structure), probed, probe, views[p].q, block, *args)
