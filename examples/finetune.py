@@ -43,7 +43,7 @@ def train(model: Llama, texts: list[list[int]], steps: int, lr: float, recompute
             ids,
             positions=positions,
             segments=segments,
-            mask=masks.causal() & masks.document(),
+            mask=model.default_mask & masks.document(),
             backend="flex" if cuda else "dense",
             recompute=recompute,
         )
@@ -76,13 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     texts = [path.read_text() for path in args.text] if args.text else RHYMES
     ids = [tokenizer.encode(text) for text in texts]
     train(model, ids, args.steps, args.lr, args.recompute)
-    for text in ids:
-        (done,) = Engine(model, tokenizer).generate([text[:4]], max_new_tokens=len(text))
-        print(f"{tokenizer.decode(text[:4])!r} goes on: {done.text!r}")
     if args.output is not None:
         model.save_pretrained(args.output)
         for file in args.model.glob("*token*"):
             shutil.copy(file, args.output)
+    for text in ids:
+        (done,) = Engine(model, tokenizer).generate([text[:4]], max_new_tokens=len(text))
+        print(f"{tokenizer.decode(text[:4])!r} goes on: {done.text!r}")
 
 
 if __name__ == "__main__":

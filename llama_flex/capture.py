@@ -14,7 +14,7 @@ from torch import Tensor
 from . import attention
 from .attention import Layers, Pattern
 from .rules import Tokens, Where, selection
-from .sites import ATTENTION, SITES, Found, layers_of
+from .sites import ATTENTION, SITES, Found, numbers_of
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -50,8 +50,15 @@ class Capture:
             raise ValueError(f"capture needs some of {', '.join(known)}, found {', '.join(map(repr, sites)) or 'none'}")
         if ATTENTION in sites and where is None:
             raise ValueError("attention takes N x S numbers a head: say of which queries, such as where=range(10)")
-        self.sites, self.layers, self.heads = frozenset(sites), layers_of(layers), layers_of(heads)
-        self.where, self.device = None if where is None else selection(where), device
+        if heads is not None and ATTENTION not in sites:
+            raise ValueError(f"heads are of {ATTENTION!r}, which is not captured here; other sites have them all")
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None
+        self.sites, self.layers = frozenset(sites), numbers_of("layers", layers)
+        self.heads = numbers_of("heads", heads)
+        self.where = None if where is None else selection(where)
         self._parts: list[tuple[Tokens, dict[tuple[str, int], Tensor]]] = []
 
     def clear(self) -> None:
@@ -80,12 +87,17 @@ class Capture:
             parts = [torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in parts]
         return self._together(parts)
 
+    def check(self, rows: int, device: torch.device) -> None:
+        """Raise ValueError for what cannot be captured of a run of so many rows."""
+        if self._parts and len(self._parts[0][0].index) != rows:
+            held = len(self._parts[0][0].index)
+            raise ValueError(f"the capture holds {held} rows, the run has {rows}; clear() it or make another")
+        if self.where is not None:
+            self.where(Tokens(*(x.to(device) for x in Tokens.arriving(1, batch=rows))))
+
     def add(self, found: Found, layers: Layers, cache: Cache | None) -> None:
         """Keep of a step what was asked for."""
         index = found.tokens.index
-        if self._parts and len(self._parts[0][0].index) != len(index):
-            rows = len(self._parts[0][0].index)
-            raise ValueError(f"the capture holds {rows} rows, the run has {len(index)}; clear() it or make another")
         chosen = index >= 0 if self.where is None else (index >= 0) & self.where(found.tokens)
         columns = chosen.any(0).nonzero()[:, 0]
         if not len(columns):
@@ -93,7 +105,10 @@ class Capture:
         every = len(columns) == index.shape[1]
 
         def some(x: Tensor) -> Tensor:
-            return x if every else x[:, columns]
+            if not every:
+                return x[:, columns]
+            # A part of a larger product would hold all of it in memory.
+            return x if x.requires_grad or x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
         tokens = Tokens(*(some(x) for x in found.tokens))
         tokens = tokens._replace(index=torch.where(some(chosen), tokens.index, -1))

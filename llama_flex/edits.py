@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .arguments import whole_number
 from .rules import Rule, Tokens, Where, name_of, selection
-from .sites import SITES, layers_of
+from .sites import SITES, numbers_of
 
 if TYPE_CHECKING:
     from .capture import Capture
@@ -37,7 +38,7 @@ class Edit:
     ) -> None:
         if site not in SITES:
             raise ValueError(f"site {site!r} cannot be changed; {', '.join(SITES)} can")
-        self.site, self.layers = site, layers_of(layers)
+        self.site, self.layers = site, numbers_of("layers", layers)
         self.change = Rule(function, name or f"{name_of(function)} at {site}")
 
     def __repr__(self) -> str:
@@ -77,38 +78,47 @@ def add(site: str, vector: Tensor, layers: int | Sequence[int] | None = None, wh
 
 def scale(site: str, factor: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
     """x * factor. factor: a number, or what broadcasts to `[B, T, ...]`, such as `[H, 1]` for each head."""
+    factor = _shared(factor)
     return _edit("scale", site, lambda x: x * factor, layers, where)
 
 
 def replace(site: str, value: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
     """The value instead of x. value: a number, or what broadcasts to `[B, T, ...]`, such as a mean `[E]`."""
+    value = _shared(value)
     return _edit("replace", site, lambda x: torch.zeros_like(x) + value, layers, where)
 
 
 def ablate(heads: int | Sequence[int], layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
     """Heads that give nothing: their z becomes 0."""
-    gone = torch.as_tensor(heads).reshape(-1)
-    if gone.is_floating_point() or not gone.numel() or int(gone.min()) < 0:
-        raise ValueError(f"ablate needs numbers of heads from 0, such as 3 or [3, 4], not {heads!r}")
+    numbers = numbers_of("heads", heads)
+    if numbers is None:
+        raise ValueError("ablate needs heads, such as 3 or [3, 4]")
+    gone, most = torch.tensor(numbers), max(numbers)
 
     def function(x: Tensor) -> Tensor:
+        if most >= x.shape[2]:
+            raise ValueError(f"the model has heads 0 to {x.shape[2] - 1}, not {most}")
         return x.masked_fill(torch.isin(torch.arange(x.shape[2], device=x.device), gone)[:, None], 0.0)
 
-    return _edit(f"ablate {gone.tolist()}", "z", function, layers, where)
+    return _edit(f"ablate {list(numbers)}", "z", function, layers, where)
 
 
 def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
     """What another run had there (arXiv:2202.05262), token for token by index. source: has captured the site in that
     layer, in a batch of one row, which serves all rows, or in a batch as large. Tokens that it has not seen stay.
+    Raises ValueError for a source that has a token twice, of two runs.
     """
+    layer = whole_number("layer", layer, least=0)
     found, held = source[site, layer], source.tokens
     count = int(held.index.max()) + 1
     at = torch.where(held.index < 0, count, held.index).long()  # padding goes to a last place, which is dropped
     rows = torch.arange(len(at), device=at.device)[:, None]
     values = found.new_zeros(len(found), count + 1, *found.shape[2:])
     values[rows, at] = found
-    known = torch.zeros(values.shape[:2], dtype=torch.bool, device=found.device)
-    known[rows, at] = True
+    times = at.new_zeros(values.shape[:2]).scatter_add(1, at, torch.ones_like(at))
+    if bool((times[:, :count] > 1).any()):
+        raise ValueError("the source has captured a token twice, in two runs; clear() it between them")
+    known = times > 0
     values, known = values[:, :count].contiguous(), known[:, :count].contiguous()
     chosen = None if where is None else selection(where)
 
@@ -123,6 +133,11 @@ def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
         return torch.where(_wide(there, x), values[row, at].to(x.dtype), x)
 
     return Edit(site, function, layer, f"patch at {site}")
+
+
+def _shared(number: float | Tensor) -> Tensor:
+    """A number as a tensor: compiled steps are shared by edits whose tensors differ in their values alone."""
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
 
 
 def _wide(chosen: Tensor, x: Tensor) -> Tensor:

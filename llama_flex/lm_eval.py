@@ -6,6 +6,7 @@ The rest of the command line is lm-eval's own. In Python: `lm_eval.simple_evalua
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -75,12 +76,13 @@ class LlamaFlex(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What stands for the tokenizer where lm-eval keeps requests."""
-        return f"llama_flex, {self.text.vocab_size} tokens"
+        """What stands for the tokenizer where lm-eval keeps requests: other tokens, another name."""
+        pieces = "\n".join(str(self.text.token(id)) for id in range(self.text.vocab_size))
+        return f"llama_flex {hashlib.sha256(pieces.encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Nothing: the tokenizer has its own, used by `apply_chat_template`."""
-        return ""
+        """The tokenizer's own, which `apply_chat_template` uses; it too tells requests apart that lm-eval keeps."""
+        return self.text.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; where no answer is to begin, the last message is one that goes on."""
@@ -102,12 +104,16 @@ class LlamaFlex(TemplateLM):
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = []
         bar = tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm)
-        for context, group in itertools.groupby(requests, key=lambda request: request[1]):
+
+        def before(request: tuple[object, list[int], list[int]]) -> list[int]:
+            """Of a long context the end, so that the continuation fits; its own last token is not fed."""
+            _, context, text = request
+            return context[-(self.engine.model.context + 1 - len(text)) :]
+
+        for context, group in itertools.groupby(requests, key=before):
             pairs = list(group)
             texts = [text for _, _, text in pairs]
-            # Of a long context the end, so that every continuation fits; its own last token is not fed.
-            room = self.engine.model.context + 1 - max(map(len, texts))
-            scores = score(self.engine, context[-room:], texts, batch_size=self.batch_size, **self.rules)
+            scores = score(self.engine, context, texts, batch_size=self.batch_size, **self.rules)
             for (pair, _, _), found in zip(pairs, scores, strict=True):
                 results.append((found.total, bool(found.greedy.all())))
                 if pair is not None:
@@ -129,18 +135,30 @@ class LlamaFlex(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop string, many at a time; of a prompt that is too long the end."""
-        asked = []
-        for text, options in (request.args for request in requests):
-            options = dict(normalize_gen_kwargs(options))
-            until, count, _ = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
-            if unknown := options.keys() - {field.name for field in dataclasses.fields(Sampling)}:
-                raise ValueError(f"generation options {sorted(unknown)} are not known; see Sampling")
-            prompt = self.tok_encode(text)[-(self.engine.model.context - count) :]
-            sampling = Sampling(**options)
-            asked.append(self.engine.submit(prompt, max_new_tokens=count, sampling=sampling, stop=until, **self.rules))
-        with tqdm(total=len(asked), desc="generations", disable=disable_tqdm) as bar:
-            while not self.engine.scheduler.idle:
-                bar.update(len(self.engine.step()))
+        asked, context = [], self.engine.model.context
+        try:
+            for text, options in (request.args for request in requests):
+                options = dict(normalize_gen_kwargs(options))
+                until, count, _ = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+                if unknown := options.keys() - {field.name for field in dataclasses.fields(Sampling)}:
+                    raise ValueError(f"generation options {sorted(unknown)} are not known; see Sampling")
+                if count >= context:
+                    raise ValueError(f"max_gen_toks {count} leaves no room for a prompt in the context of {context}")
+                asked.append(
+                    self.engine.submit(
+                        self.tok_encode(text)[-(context - count) :],
+                        max_new_tokens=count,
+                        sampling=Sampling(**options),
+                        stop=until,
+                        **self.rules,
+                    )
+                )
+            with tqdm(total=len(asked), desc="generations", disable=disable_tqdm) as bar:
+                while not all(request.finished for request in asked):
+                    bar.update(len(self.engine.step()))
+        finally:  # interrupted, say: nobody waits for the rest
+            for request in asked:
+                self.engine.cancel(request)
         for request, given in zip(requests, asked, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, given.completion.text)
         return [given.completion.text for given in asked]

@@ -28,7 +28,7 @@ from .paging import Rows
 from .rope import Rotary, RotaryEmbedding
 from .rules import Tokens, arange, grid
 from .scores import ScoreMod
-from .sites import Found, Probe, Site, changed, copied, probed, probes, several, shape_of, untouched
+from .sites import Found, Probe, Site, copied, probed, probes, several, untouched
 
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step, as `plainly` does: its name, a function, its arguments
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
@@ -279,7 +279,9 @@ class Llama(nn.Module):
         )
         layers = self.attention_layers(mask, score_mod, cache)
         captures = several(capture, Capture, "capture")
-        of_layer = self.probes(captures, edit)
+        for each in captures:
+            each.check(b, self.device)
+        probe_of = probes(self, captures, several(edit, Edit, "edit"))
         input_ids = input_ids.to(self.device)
         if cache is not None:
             self.check_cache(cache, b)
@@ -290,7 +292,7 @@ class Llama(nn.Module):
                 )
         with nullcontext() if cache is None else cache.appending(t):
             run = recomputed if recompute else plainly
-            x, read = self.step(input_ids, lengths, positions, segments, cache, layers, backend, run, of_layer)
+            x, read = self.step(input_ids, lengths, positions, segments, cache, layers, backend, run, probe_of)
             for each in captures:
                 assert read is not None
                 each.add(read, layers, cache)
@@ -340,26 +342,6 @@ class Llama(nn.Module):
             of_layer.append(list(patterns).index(key))
         return Layers(tuple(patterns.values()), tuple(of_layer))
 
-    def probes(
-        self,
-        capture: Capture | Sequence[Capture] | None = None,
-        edit: Edit | Sequence[Edit] | None = None,
-        rows: int | None = None,
-    ) -> dict[int, Probe]:
-        """What is read and changed in each layer, with the edits' tensors on the model's device.
-
-        rows: of a run in steps of any number of tokens; the edits are tried on one token of each, so that what they do
-        wrong is not reported by a compiler. Raises ValueError for what is no capture or edit, and for layers and heads
-        that the model does not have.
-        """
-        edits = [each.to(self.device) for each in several(edit, Edit, "edit")]
-        if rows is not None:
-            tokens = Tokens(*(x.to(self.device) for x in Tokens.arriving(1, batch=rows)))
-            for each in edits:
-                shape = shape_of(each.site, self.config)
-                changed(torch.zeros(rows, 1, *shape, dtype=self.dtype, device=self.device), each.change, tokens)
-        return probes(self.config, several(capture, Capture, "capture"), edits)
-
     @property
     def default_mask(self) -> Mask:
         """Who attends to whom if nobody says: causal, or the window that the model was trained with."""
@@ -386,21 +368,21 @@ class Llama(nn.Module):
         layers: Layers,
         backend: Backend,
         run: Run = plainly,
-        of_layer: Mapping[int, Probe] | None = None,
+        probe_of: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Found | None]:
         """`forward` without its checks and logits: the last layer's output `[B, T, E]`, and what probes read.
 
         Its parts, what comes before the layers and each layer, are tensor operations only; `run` may compile them.
-        of_layer: see `probes`; without any nothing is read.
+        probe_of: of layers, see `sites.probes`; without any nothing is read.
         """
-        of_layer = of_layer or {}
+        probe_of = probe_of or {}
         given = input_ids, lengths, positions, segments, cache, layers.patterns, backend
         x, rotary, views, slots = run("enter", Llama.enter, self, *given)
-        found = Found(run("tokens", copied, views[0].q), {}) if of_layer else None
+        found = Found(run("tokens", copied, views[0].q), {}) if probe_of else None
         for i, (block, p) in enumerate(zip(self.layers, layers.of_layer, strict=True)):
             kv = None if cache is None else cache.layers[i]
             args = x, rotary, layers.patterns[p], views[p], kv, slots
-            if found is None or (probe := of_layer.get(i)) is None:
+            if found is None or (probe := probe_of.get(i)) is None:
                 x = run(f"block, pattern {p}", through, block, *args)
             else:
                 x, read = run((f"block, pattern {p}", probe.structure), probed, probe, views[p].q, block, *args)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import whole_number
 from .decoding import filled
 from .edits import Edit
 from .engine import Engine
@@ -21,6 +22,7 @@ from .masks import Mask
 from .model import Llama
 from .sampling import Sampling, filter_logits, logprob_of, stack
 from .scores import ScoreMod
+from .sites import probes, several
 
 _LOGITS = 2**26  # that are in memory at once
 
@@ -50,7 +52,10 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-probability."""
-        return math.exp(-self.mean)
+        try:
+            return math.exp(-self.mean)
+        except OverflowError:
+            return math.inf
 
 
 @torch.no_grad()
@@ -68,16 +73,15 @@ def score(
     """The log-probabilities of token ids after a prefix, which is computed once for all.
 
     model: an Engine with compile=True scores with compiled steps, and keeps them. sampling: also what it would make of
-    the logits. batch_size: continuations at a time. mask, score_mod, edit: as in `Engine.stream`; a mask has the prefix
-    in chunks (see `masks.bidirectional`), and one that reads `batch` finds row 0 in it.
+    the logits. batch_size: continuations at a time. mask, score_mod, edit: as in `Engine.stream`; the prefix sees none
+    of the continuations, and a mask that reads `batch` finds row 0 in it.
     Raises ValueError for an empty prefix (give the beginning-of-text id) or continuation, and for tokens beyond the
     vocabulary or the context.
     """
     engine = model if isinstance(model, Engine) else Engine(model)
     model, start = engine.model, token_ids(prefix)
     texts = [token_ids(text) for text in continuations]
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    batch_size = whole_number("batch_size", batch_size, least=1)
     engine.check_ids("the prefix", start)
     for n, text in enumerate(texts):
         engine.check_ids(f"continuation {n}", text)
@@ -88,8 +92,8 @@ def score(
         return []
     slots = engine.slots(min(batch_size, len(texts)), len(start) + max(map(len, texts)))
     cache = model.new_cache(1, slots)
-    layers, of_layer = model.attention_layers(mask, score_mod, cache), model.probes(edit=edit, rows=1)
-    *_, first = engine.outputs([Prompt.plain(start)], layers, cache, of_layer)
+    layers, probe_of = model.attention_layers(mask, score_mod, cache), probes(model, (), several(edit, Edit, "edit"), 1)
+    *_, first = engine.outputs([Prompt.plain(start)], layers, cache, probe_of)
     found = []
     for group in (texts[n : n + batch_size] for n in range(0, len(texts), batch_size)):
         # Few batch sizes share compiled steps: what a group lacks are rows without tokens.
@@ -97,7 +101,7 @@ def score(
         rows = [text[:-1] for text in group] + [[]] * (b - len(group))
         x = [first[:, -1:].expand(b, -1, -1)]
         if any(rows):
-            x += engine.outputs([Prompt.plain(row) for row in rows], layers, cache.expand(b), of_layer)
+            x += engine.outputs([Prompt.plain(row) for row in rows], layers, cache.expand(b), probe_of)
         found += _scores(model, torch.cat(x, 1)[: len(group)], start, group, sampling)
     return found
 
@@ -144,8 +148,8 @@ def score_text(
     options: as in `score`. Raises ValueError for fewer than two tokens, and for sizes that leave nothing to do.
     """
     engine, text = model if isinstance(model, Engine) else Engine(model), token_ids(ids)
-    window = engine.model.context if window is None else window
-    stride = max(window // 2, 1) if stride is None else stride
+    window = engine.model.context if window is None else whole_number("window", window)
+    stride = max(window // 2, 1) if stride is None else whole_number("stride", stride)
     if len(text) < 2 or window < 2 or not 0 < stride < window or window > engine.model.context:
         raise ValueError(
             f"needs at least 2 tokens, a window from 2 to {engine.model.context}, and a stride from 1 to less than the "
@@ -177,7 +181,7 @@ def choose(
 
     per_token: by the mean log-probability instead of the sum. options: as in `score`.
     """
-    if not choices:
+    if not len(choices):
         raise ValueError("choose needs at least one choice")
     scores = score(model, prefix, choices, **options)
     return max(range(len(scores)), key=lambda n: scores[n].mean if per_token else scores[n].total)

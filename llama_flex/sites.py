@@ -6,12 +6,13 @@ dim, F MLP size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from .arguments import whole_numbers
 from .linear import ops
 from .rules import Rule, Tokens
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .capture import Capture
     from .config import LlamaConfig
     from .edits import Edit
+    from .model import Llama
 
 SITES = {
     "resid_pre": "[B, T, E], the residual stream as it enters the layer; in layer 0 the embeddings",
@@ -107,30 +109,41 @@ def changed(x: Tensor, change: Rule, tokens: Tokens) -> Tensor:
 
 
 def probes(
-    config: LlamaConfig,
+    model: Llama,
     captures: Sequence[Capture],
     edits: Sequence[Edit],
+    rows: int = 0,
 ) -> dict[int, Probe]:
-    """What to do in which layers; none where there is nothing to do. The edits' tensors are where they are needed.
+    """What is read and changed in each layer, with the edits' tensors on the model's device; no layer of which neither.
 
-    Raises ValueError for layers and heads that the model does not have.
+    rows: of a run in steps of any number of tokens; the edits are tried on one token of each, so that what they do
+    wrong is not reported by a compiler. Raises ValueError for one that fails so, and for layers and heads that are not
+    the model's.
     """
-    count = config.num_hidden_layers
+    config, edits = model.config, [each.to(model.device) for each in edits]
+    count, heads = config.num_hidden_layers, config.num_attention_heads
     for layers in (*(c.layers for c in captures), *(e.layers for e in edits)):
         if layers is not None and not all(0 <= layer < count for layer in layers):
             raise ValueError(f"the model has layers 0 to {count - 1}, not {list(layers)}")
-    for capture in captures:
-        if capture.heads is not None and not all(0 <= head < config.num_attention_heads for head in capture.heads):
-            raise ValueError(f"the model has heads 0 to {config.num_attention_heads - 1}, not {list(capture.heads)}")
-    of_layer = {}
+    for each in captures:
+        if each.heads is not None and not all(0 <= head < heads for head in each.heads):
+            raise ValueError(f"the model has heads 0 to {heads - 1}, not {list(each.heads)}")
+    for edit in edits if rows else ():
+        shape = rows, 1, *shape_of(edit.site, config)
+        tokens = Tokens(*(x.to(model.device) for x in Tokens.arriving(1, batch=rows)))
+        try:
+            changed(torch.zeros(shape, dtype=model.dtype, device=model.device), edit.change, tokens)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"edit {edit} fails on {list(shape)}: {error}") from error
+    probe_of = {}
     for layer in range(count):
         names = {name for c in captures if c.layers is None or layer in c.layers for name in c.sites}
         if ATTENTION in names:
             names |= {"q", "k"}  # of which it is made
         mine = tuple((e.site, e.change) for e in edits if e.layers is None or layer in e.layers)
         if names or mine:
-            of_layer[layer] = Probe(frozenset(names - {ATTENTION}), mine)
-    return of_layer
+            probe_of[layer] = Probe(frozenset(names - {ATTENTION}), mine)
+    return probe_of
 
 
 def several(value: T | Sequence[T] | None, kind: type[T], name: str) -> tuple[T, ...]:
@@ -138,15 +151,17 @@ def several(value: T | Sequence[T] | None, kind: type[T], name: str) -> tuple[T,
     each = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
     for one in each:
         if not isinstance(one, kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, or several, found {type(one).__name__}")
+            raise ValueError(f"{name} takes one {kind.__name__} or a list of them, found {type(one).__name__}")
     return each
 
 
-def layers_of(layers: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """One layer or several as a tuple; None stays, for all of them. Raises ValueError for anything else."""
-    if layers is None:
+def numbers_of(what: str, numbers: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """The numbers of one layer or head, or of several, as a tuple; None stays, for all of them. Raises ValueError for
+    anything else."""
+    if numbers is None:
         return None
-    each = (layers,) if isinstance(layers, int) else tuple(layers)
-    if not each or not all(isinstance(layer, int) for layer in each):
-        raise ValueError(f"layers are numbers from 0, such as 3 or [3, 4], found {layers!r}")
+    rule = f"{what} are numbers from 0, such as 3 or [3, 4]"
+    each = tuple(whole_numbers(rule, numbers if isinstance(numbers, Iterable) else [numbers]))
+    if not each or min(each) < 0:
+        raise ValueError(f"{rule}, not {numbers!r}")
     return each

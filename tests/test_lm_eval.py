@@ -91,11 +91,76 @@ def test_multiple_choice_perplexity_and_generation(engine, demo_reference):
 
 
 def test_a_mask_holds_in_all_that_is_asked(engine):
-    instances = [SimpleNamespace(args=("One two three four five six", " seven"))]
-    until = [SimpleNamespace(args=("One two three four five six", {"until": ["."], "max_gen_toks": 6}))]
-    plain, masked = LlamaFlex(engine), LlamaFlex(engine, mask=masks.sliding_window(2))
+    prompt, mask = "One two three four five six", masks.sliding_window(2)
+    instances = [SimpleNamespace(args=(prompt, " seven"))]
+    until = [SimpleNamespace(args=(prompt, {"until": ["."], "max_gen_toks": 6}))]
+    plain, masked = LlamaFlex(engine), LlamaFlex(engine, mask=mask)
     for ask in (lambda lm: lm.loglikelihood(instances, disable_tqdm=True), lambda lm: lm.generate_until(until, True)):
         assert ask(plain) != ask(masked)
+    ids = engine.tokenizer.encode(prompt)
+    (expected,) = engine.generate([ids], max_new_tokens=6, stop=["."], mask=mask)
+    assert masked.generate_until(until, True) == [expected.text]
+    (seven,) = engine.tokenizer.encode(" seven", add_special_tokens=False)
+    with torch.no_grad():
+        logits = engine.model(torch.tensor([ids]), mask=mask)[0, -1]
+    ((found, _),) = masked.loglikelihood(instances, disable_tqdm=True)
+    assert found == pytest.approx(logits.log_softmax(-1)[seven].item(), abs=1e-3)
+
+
+def test_what_fails_or_is_interrupted_leaves_no_request(engine, monkeypatch):
+    lm = LlamaFlex(engine)
+
+    def ask(*options: dict):
+        return [SimpleNamespace(args=("One two three", {"until": [], "max_gen_toks": 4} | o)) for o in options]
+
+    with pytest.raises(ValueError, match="num_beams"):
+        lm.generate_until(ask({}, {"num_beams": 4}), True)
+    with pytest.raises(ValueError, match="max_gen_toks 9000 leaves no room for a prompt in the context of 8192"):
+        lm.generate_until(ask({}, {"max_gen_toks": 9000}), True)
+    step, calls = engine.scheduler.step, []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(engine.scheduler, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lm.generate_until(ask({}, {}), True)
+    assert not engine.scheduler.waiting
+    ours = engine.submit([5, 6], max_new_tokens=30, stop_token_ids=())  # somebody else's, which goes on by itself
+    assert len(lm.generate_until(ask({}), True)) == 1
+    assert ours.finish_reason is None
+    engine.run()
+    assert len(ours.steps) == 30
+
+
+def test_a_choice_is_scored_the_same_whatever_its_neighbours(tiny_pair, demo_folder):
+    lm = LlamaFlex(Engine(tiny_pair("gqa")[1], Tokenizer.from_pretrained(demo_folder)))
+    ids = torch.randint(3, 500, (1200,), generator=torch.Generator().manual_seed(0)).tolist()
+    alone, *_ = lm._loglikelihood_tokens([(None, ids, [7])], disable_tqdm=True)
+    found, _ = lm._loglikelihood_tokens([(None, ids, [7]), (None, ids, [8] * 300)], disable_tqdm=True)
+    assert found[0] == pytest.approx(alone[0], abs=1e-4)
+
+
+def test_the_tokenizer_and_its_template_have_a_name(engine, demo_folder):
+    lm, other = (LlamaFlex(Engine(engine.model, Tokenizer.from_pretrained(demo_folder))) for _ in range(2))
+    assert lm.tokenizer_name == other.tokenizer_name
+    other.text.token = lambda id: "the same"
+    assert lm.tokenizer_name != other.tokenizer_name
+    assert "<|im_start|>" in lm.chat_template(True)
+
+
+def test_a_text_that_begins_with_the_beginning_of_text_gets_no_other(engine):
+    lm, bos = LlamaFlex(engine), engine.tokenizer.bos_token
+    adding = SimpleNamespace(
+        bos_token=bos, encode=lambda text, add_special_tokens: [1] * add_special_tokens + [len(text)]
+    )
+    lm.text = adding
+    assert lm.tok_encode("a") == [1, 1]
+    assert lm.tok_encode(f"{bos}a") == [len(bos) + 1]
+    assert lm.tok_encode(f"{bos}a", add_special_tokens=True)[0] == 1
 
 
 def test_long_contexts_keep_their_end_and_long_texts_are_cut_as_lm_eval_cuts_them(tiny_pair, demo_folder):

@@ -85,8 +85,29 @@ def test_a_prefix_is_computed_once(pair, monkeypatch):
     assert sum(fed) == 200 + 4 + 8 + 1
 
 
-def test_processed_log_probabilities_are_those_of_what_is_sampled_from(pair):
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_mask_that_looks_ahead_has_prefix_and_continuation_in_one_piece_each(pair, compile):
     _, model, _ = pair
+    engine = Engine(model, compile=compile)
+    for length, ahead in ((300, 300), (300, 150), (129, 129), (40, 300)):
+        prefix, texts = text(length), [text(n, seed=4) for n in (140, 3)]
+        mask = masks.prefix_lm(ahead)
+        if length < ahead:  # continuations that look ahead see themselves, and the prefix does not see them
+            mask = mask & masks.Mask(lambda q, kv: (q.index >= 40) | (kv.index < 40))
+        for found, continuation in zip(score(engine, prefix, texts, mask=mask), texts, strict=True):
+            with torch.no_grad():  # without the last, as it is not fed
+                logits = model(torch.tensor([prefix + continuation[:-1]]), mask=mask, backend="dense")[0, length - 1 :]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
+            torch.testing.assert_close(found.logprobs, expected, rtol=0, atol=1e-3)
+    (causal,) = score(engine, prefix, texts[:1])
+    assert (causal.logprobs - score(engine, prefix, texts[:1], mask=mask)[0].logprobs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("logits_at_once", [None, 3000])
+def test_processed_log_probabilities_are_those_of_what_is_sampled_from(pair, logits_at_once, monkeypatch):
+    _, model, _ = pair
+    if logits_at_once is not None:  # what was seen goes on from part to part
+        monkeypatch.setattr("llama_flex.scoring._LOGITS", logits_at_once)
     start, texts = text(30), [text(n, seed=3) for n in (6, 1, 140)]
     for sampling in (
         Sampling(temperature=0.7, top_k=30),
@@ -172,11 +193,17 @@ def test_choices(demo, demo_reference, demo_folder):
 def test_wrong_arguments_are_named(pair):
     _, model, _ = pair
     assert score(model, [5], []) == []
+    assert Score(torch.tensor([-torch.inf, -1.0]), torch.tensor([False, True])).perplexity == float("inf")
+    assert choose(model, [5], torch.tensor([[1], [2]])) == choose(model, [5], [[1], [2]])
     for wrong, words in (
         (lambda: score(model, [], [[1]]), "the prefix is empty; give at least one token"),
         (lambda: score(model, [5], [[1], []]), "continuation 1 is empty"),
         (lambda: score(model, [5], [[1], [512]]), "continuation 1 has a token id outside the vocabulary of 512"),
         (lambda: score(model, [5], [[1]], batch_size=0), "batch_size must be at least 1"),
+        (lambda: score(model, [5], [[1]], batch_size=2.5), "batch_size must be a whole number, not 2.5"),
+        (lambda: score(model, [5], [[1]], sampling=[Sampling()]), "sampling must be a Sampling"),
+        (lambda: score_text(model, text(9), window=4.0), "window must be a whole number"),
+        (lambda: score_text(model, text(9), window=4, stride="1"), "stride must be a whole number"),
         (lambda: score(model, "abc", [[1]]), "lists of token ids"),
         (lambda: score_text(model, [5]), "at least 2 tokens"),
         (lambda: score_text(model, text(9), window=1), "a window from 2 to 1024"),

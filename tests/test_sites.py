@@ -7,6 +7,7 @@ of the sites, and what it differs by from itself where it feeds token by token, 
 import copy
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -428,11 +429,29 @@ def test_wrong_questions_are_answered_in_words(pair):
         (lambda: Capture("q", where=[0.5]), "chosen by indices"),
         (lambda: Edit("attention", lambda x, t: x), "'attention' cannot be changed"),
         (lambda: Edit("q", 3), "needs a function"),
-        (lambda: edits.ablate([-1]), "numbers of heads"),
+        (lambda: edits.ablate([-1]), "heads are numbers from 0"),
+        (lambda: edits.ablate(None), "ablate needs heads"),
+        (lambda: model(ids, edit=edits.ablate([99])), "heads 0 to 7, not 99"),
+        (lambda: engine.generate([[3]], edit=edits.ablate(8, layers=1)), "heads 0 to 7, not 8"),
+        (lambda: Capture("q", layers=3.5), "layers are numbers from 0, such as 3 or .3, 4., not .3.5."),
+        (lambda: Capture("attention", heads=[], where=[1]), "heads are numbers"),
+        (lambda: Capture("q", heads=1), "heads are of 'attention'"),
+        (lambda: Capture("q", where=[-1]), "chosen by indices from 0.* not -1"),
+        (lambda: Capture("q", where="all"), "chosen by indices.* not 'all'"),
+        (lambda: Capture("q", where=slice(3)), "chosen by indices"),
+        (lambda: Capture("q", device="nope"), "device 'nope' is not known"),
+        (lambda: edits.patch(capture, "q", [0]), "layer must be a whole number"),
+        (
+            lambda: engine.generate([[3]], edit=edits.add("q", torch.zeros(7))),
+            "add at q fails on .1, 1, 8, 32.: The size",
+        ),
+        (lambda: engine.generate([[3], [4], [5]], capture=capture), "holds 2 rows, the run has 3"),
+        (lambda: engine.generate([[3]], capture=Capture("q", where=lambda t: t.index)), "that chooses tokens"),
+        (lambda: engine.generate([[3]], capture=[Capture("q"), 5]), "capture takes one Capture or a list of them"),
         (lambda: model(ids, capture=Capture("q", layers=2)), r"layers 0 to 1, not \[2\]"),
         (lambda: model(ids, capture=Capture("attention", heads=8, where=[1])), "heads 0 to 7"),
-        (lambda: model(ids, capture="q"), "capture must be a Capture"),
-        (lambda: model(ids, edit=lambda x, t: x), "edit must be a Edit"),
+        (lambda: model(ids, capture="q"), "capture takes one Capture or a list of them, found str"),
+        (lambda: model(ids, edit=lambda x, t: x), "edit takes one Edit or a list of them, found function"),
         (lambda: model(ids, edit=Edit("z", lambda x, t: None)), "returned NoneType"),
         (lambda: model(ids, edit=Edit("z", lambda x, t: x[:, :, :2])), r"\[2, 5, 2, 32\] of \[2, 5, 8, 32\]"),
         (lambda: engine.generate([[3]], edit=Edit("z", lambda x, t: x.sum(1))), "it returns what it got, changed"),
@@ -443,3 +462,48 @@ def test_wrong_questions_are_answered_in_words(pair):
         with pytest.raises(ValueError, match=words):
             wrong()
     assert capture["q", 0].shape[1] == 5  # and what was captured is as it was
+    first, second = Capture("k"), Capture("k", where=torch.zeros(3, 1).long())
+    with pytest.raises(ValueError, match=r"\[N\] or \[2, N\]"):
+        model(ids, capture=[first, second])
+    with pytest.raises(ValueError, match="nothing was captured"):  # nor half of it
+        first.count  # noqa: B018
+    model(ids, capture=capture)
+    with pytest.raises(ValueError, match="captured a token twice"):
+        edits.patch(capture, "q", 0)
+    assert Capture("q", layers=np.int64(1)).layers == (1,)
+
+
+@torch.no_grad()
+def test_a_capture_keeps_no_more_memory_than_it_shows_and_where_it_is_told(pair):
+    _, model, _ = pair
+    capture, elsewhere = Capture(*SITES), Capture("q", "resid_post", device="meta")
+    model(random_ids(model, 9), capture=[capture, elsewhere])
+    for site in SITES:
+        kept = capture[site, 0]
+        assert kept.untyped_storage().nbytes() == kept.nbytes, site
+    assert [part.device.type for _, found in elsewhere._parts for part in found.values()] == ["meta"] * 4
+
+
+def test_numbers_of_edits_are_no_part_of_what_is_compiled(pair):
+    engine = Engine(pair[1], compile=True)
+    counts, tokens = [], []
+    for number in (0.5, 2.0, 3):
+        options = {"edit": [edits.scale("z", number), edits.replace("mlp_post", number, where=[2, 6])]}
+        (done,) = engine.generate([[5, 6, 7]], max_new_tokens=8, stop_token_ids=(), **options)
+        counts.append(engine.graphs.count)
+        tokens.append(done.tokens)
+        (expected,) = Engine(pair[1]).generate([[5, 6, 7]], max_new_tokens=8, stop_token_ids=(), **options)
+        assert done.tokens == expected.tokens
+    assert counts[0] == counts[1] == counts[2]
+    assert len(set(map(tuple, tokens))) == 3
+
+
+@torch.no_grad()
+def test_a_wide_vector_changes_a_narrow_model_as_a_narrow_one_does(pair):
+    model = copy.deepcopy(pair[1]).bfloat16()
+    vector = torch.linspace(-2, 2, model.config.hidden_size)
+    ids = random_ids(model, 9)
+    wide, narrow = (model(ids, edit=edits.add("resid_post", v, layers=0)) for v in (vector, vector.bfloat16()))
+    assert wide.dtype == torch.bfloat16
+    torch.testing.assert_close(wide, narrow, rtol=0, atol=0.1)
+    assert (wide - model(ids)).abs().max() > 0.5

@@ -1,0 +1,26 @@
+"""Numbers that callers give, checked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """A number of any integer type, of at least `least`, as Python's. Raises ValueError for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, not {number}")
+    return number
+
+
+def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
+    """Numbers of any integer type, as Python's. Raises ValueError, saying what `name` must be, for anything else."""
+    try:
+        return list(map(operator.index, values))
+    except TypeError:  # not iterable, too
+        raise ValueError(f"{name}, not {values!r}") from None
