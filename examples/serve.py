@@ -19,11 +19,20 @@ folder = os.environ.get("MODEL", "weights/SmolLM2-135M-Instruct")
 engine = Engine(Llama.from_pretrained(folder), Tokenizer.from_pretrained(folder), compile="EAGER" not in os.environ)
 
 
+# Not served with any other value.
+NEUTRAL = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}, "logprobs": None}
+NEUTRAL |= {"presence_penalty": 0, "frequency_penalty": 0}
+
+
 async def completions(http: Request) -> Response:
-    body = await http.json()
+    if not isinstance(body := await http.json(), dict) or not isinstance(body.get("prompt"), str | list):
+        raise ValueError("the body is a JSON object with a 'prompt', a text or a list of token ids")
+    body = {name: value for name, value in body.items() if value is not None}
+    if odd := {name: value for name, value in body.items() if value != NEUTRAL.get(name, value)}:
+        raise ValueError(f"not served: {odd}")
+    ids = body["prompt"] if isinstance(body["prompt"], list) else engine.tokenizer.encode(body["prompt"])
     sampling = Sampling(temperature=body.get("temperature", 1.0), top_p=body.get("top_p", 1.0), seed=body.get("seed"))
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
-    ids = engine.tokenizer.encode(body["prompt"])
+    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
     request = engine.submit(ids, max_new_tokens=body.get("max_tokens", 16), sampling=sampling, stop=stop)
 
     def answer(text: str, reason: str | None) -> dict:
@@ -45,4 +54,4 @@ async def refuse(http: Request, error: Exception) -> Response:
 
 
 route = Route("/v1/completions", completions, methods=["POST"])
-app = Starlette(routes=[route], exception_handlers={ValueError: refuse, KeyError: refuse})
+app = Starlette(routes=[route], exception_handlers={ValueError: refuse})

@@ -64,8 +64,8 @@ def view_of(
     """What each query sees: block lists (backend "flex") or booleans ("dense")."""
     if kv is q and not torch.compiler.is_compiling():
         # Eager FlexAttention keeps graphs of its own. Torch 2.13 fails with a TypeError where it would explain why one
-        # of them does not fit, if the reason is that two tensors became one.
-        kv = Tokens(*(x.clone() for x in kv))
+        # of them does not fit, if the reason is that two tensors became one, as index and position may be too.
+        q, kv = (Tokens(*(x.clone() for x in tokens)) for tokens in (q, kv))
     if backend == "dense":
         return View(q, kv, pattern.mask.dense(q, kv, num_heads), pages)
     if pages is None or not torch.compiler.is_compiling():

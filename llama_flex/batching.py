@@ -18,7 +18,7 @@ from .decoding import Buffer, reading
 from .explain import Last
 from .fusion import combined
 from .model import Llama, plainly
-from .paging import PagedCache, Rows
+from .paging import PagedCache, Rows, sent
 from .request import Request, Text
 from .sampling import SamplingTensors, sample
 from .together import Row, Rules
@@ -74,9 +74,11 @@ class Batches:
         self._recorded: set[tuple[Any, ...]] = set()
         self._generation = rules.generation
 
-    def forget_recorded(self) -> None:
-        """Record steps anew: their parameters are others."""
-        self._steps, self._recorded = {}, set()
+    def forget_recorded(self, keep: Iterable[Layers] = ()) -> None:
+        """Record steps anew, but those of some layers: their parameters or their rules are others."""
+        kept = set(keep)
+        self._steps = {key: step for key, step in self._steps.items() if key[-1] in kept}
+        self._recorded &= self._steps.keys()
 
     def sit(self, request: Request, text: Text, done: int) -> None:
         """Fill in a seat for the step that feeds the last token known."""
@@ -101,7 +103,7 @@ class Batches:
                 self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
             ids = torch.from_numpy(np.concatenate([other.tokens[0] for other in request.texts]))
             self._seen[text.seat] = False
-            self._seen[text.seat, ids.to(self.model.device)] = True
+            self._seen[text.seat, sent(ids, self.model.device)] = True
 
     def prefill(self, pieces: Sequence[Piece]) -> None:
         """Enqueue some of some prompts."""
@@ -172,7 +174,7 @@ class Batches:
         layers = self.rules.layers([Row(r.pattern, r.texts.index(t), t.prompt.log_weights) for r, t in rows])
         if self._generation != self.rules.generation:
             self._generation = self.rules.generation
-            self.forget_recorded()
+            self.forget_recorded(keep=[rule.layers for rule in self.rules.rules])
         buffer.send()
         start, end, count = buffer.on_device["rows"].unbind(0)
         of_block = buffer.on_device["of_block"]
@@ -181,7 +183,7 @@ class Batches:
         cache = Rows(self.cache, of_block, start, end)
         if width == 1:
             self.engine.last = Last(layers, lambda: cache.tokens)
-        key = size, width, kinds, layers
+        key = size, width, kinds, layers  # forget_recorded reads the last
         if key not in self._steps:
             step = self._step(size, buffer.on_device, layers, cache, count, kinds)
             step()

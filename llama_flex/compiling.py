@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 T = TypeVar("T")
 
@@ -133,13 +133,14 @@ class Graphs:
 
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # Other threads may allocate meanwhile: requests come from them.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step()
 
     def replay() -> T:
         with torch.cuda.device(device):
             graph.replay()
-        return cast(T, tree_map(torch.clone, result))
+        return cast(T, tree_map_only(Tensor, torch.clone, result))
 
     return replay(), replay  # capturing runs nothing
 

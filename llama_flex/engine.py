@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import explain
+from .arguments import whole_number, whole_numbers
 from .attention import Layers
 from .cache import Cache
 from .capture import Capture
@@ -23,10 +23,11 @@ from .masks import BLOCK, Mask
 from .model import Llama, last, plainly
 from .paging import Rows
 from .request import Request
+from .rules import Tokens
 from .sampling import Sampling, seeded, stack
 from .scheduler import Scheduler
 from .scores import ScoreMod
-from .sites import Found, Probe, several
+from .sites import Found, Probe, probes, several
 from .streaming import Completion, Step, Steps
 from .tokenizer import Tokenizer
 
@@ -95,7 +96,7 @@ class Engine:
         max_new_tokens: int | None = None,
         sampling: Sampling | Sequence[Sampling] | None = None,
         stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] | None = None,
+        stop_token_ids: Iterable[int] | None = None,
         mask: Mask | Sequence[Mask | None] | None = None,
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         cache: Cache | None = None,
@@ -127,7 +128,8 @@ class Engine:
             sampling = [sampling or Sampling.recommended(model.generation_config)] * len(requests)
         if len(sampling) != len(requests):
             raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one each")
-        stop_ids = frozenset(model.eos_token_ids if stop_token_ids is None else stop_token_ids)
+        sampling = [seeded(one) for one in sampling]
+        stop_ids = self.stop_ids(stop_token_ids)
         steps = [
             Steps(q, self.tokenizer, request.prompts[0].ids, stop, stop_ids, limit)
             for q, (request, limit) in enumerate(zip(requests, limits, strict=True))
@@ -140,9 +142,11 @@ class Engine:
             cache = self.new_cache(len(batch.rows), longest)
         layers = batch.attention_layers(model, mask, score_mod, cache)
         captures = several(capture, Capture, "capture")
-        of_layer = model.probes(captures, edit, rows=len(batch.rows))
+        for each in captures:
+            each.check(len(batch.rows), model.device)
+        probe_of = probes(model, captures, several(edit, Edit, "edit"), rows=len(batch.rows))
         ahead = ahead and not captures  # what is captured may be copied to the host
-        return self._run(batch, steps, sampling, stop_ids, layers, cache, ahead, captures, of_layer)
+        return self._run(batch, steps, sampling, stop_ids, layers, cache, ahead, captures, probe_of)
 
     @torch.no_grad()
     def _run(
@@ -155,13 +159,13 @@ class Engine:
         cache: Cache,
         ahead: bool,
         captures: Sequence[Capture],
-        of_layer: Mapping[int, Probe],
+        probe_of: Mapping[int, Probe],
     ) -> Iterator[Step]:
         held, limits = cache.tokens, [step.limit for step in steps]
         self.last = explain.Last(layers, lambda: held)
 
         def step(ids: Tensor, lengths: Tensor, positions: Tensor) -> tuple[Tensor, Found | None]:
-            return self._step(ids, lengths, positions, batch.generated_segment, layers, cache, of_layer)
+            return self._step(ids, lengths, positions, batch.generated_segment, layers, cache, probe_of)
 
         def keep(found: Found | None) -> None:
             for each in captures:
@@ -170,7 +174,7 @@ class Engine:
 
         parameters, graphs = stack(sampling, self.model.device), self.graphs if self.compile else None
         decoding = Decoding(self.model, batch, cache, parameters, limits, stop_ids, step, graphs)
-        decoding.first(_ends(batch.rows, self.outputs(batch.rows, layers, cache, of_layer, keep)))
+        decoding.first(_ends(batch.rows, self.outputs(batch.rows, layers, cache, probe_of, keep)))
         alive = set(range(len(limits)))
         for count in range(1, max(limits) + 1):
             read = decoding.result()
@@ -200,24 +204,26 @@ class Engine:
 
         prompt, max_new_tokens, sampling, stop, stop_token_ids, mask, score_mod: as in `stream`, for one prompt; a mask
         that reads `batch` finds the rows of this request alone. priority: higher ones go first, then those that came
-        first. callback: called with each `Step`; if it raises, that ends this request.
+        first. callback: called with each `Step`; if it raises, that ends this request; one that Ctrl-C cut short is
+        called again with that step.
         A request gets the tokens that it would get alone. Prompts that begin alike share what is computed of that, a
         block of 128 tokens at a time, unless they have a mask or score function of their own. At most 8 different ones
         run at a time. A mask that looks ahead sees what is appended in the same step.
-        Can be called from any thread. Raises ValueError as `stream` does, and for what the slots do not hold.
+        Can be called from any thread. Raises ValueError as `stream` does, for what the slots do not hold, and for a
+        mask or score function that fails for the request's last token.
         """
         return self.scheduler.submit(prompt, **options)
 
     def submit_samples(self, prompt: AnyPrompt, n: int, *, sampling: Sampling, **options: Any) -> list[Request]:
         """`n` requests for one prompt, which share what is computed of it; sample i has the seed of `sampling` + i."""
-        seed = seeded(sampling).seed or 0
-        return [self.submit(prompt, sampling=replace(sampling, seed=seed + i), **options) for i in range(n)]
+        first = seeded(sampling)
+        return [self.submit(prompt, sampling=seeded(first, i), **options) for i in range(whole_number("n", n, least=1))]
 
     def step(self) -> list[Request]:
         """Compute a chunk of the prompts submitted, and a token of each request under way.
 
         Returns the requests that have ended since. If it fails or is interrupted, what was under way waits again, and
-        no token that was given is lost.
+        no token that was given is lost. Threads that step at a time take turns. Raises ValueError in a callback.
         """
         return self.scheduler.step()
 
@@ -227,8 +233,17 @@ class Engine:
             self.step()
 
     def cancel(self, request: Request) -> None:
-        """End a request; what it has given stays. Can be called from any thread."""
+        """End a request; what it has given stays. Can be called from any thread. Raises ValueError for a request of
+        another engine."""
         self.scheduler.cancel(request)
+
+    def forget(self) -> None:
+        """Forget what was computed of prompts, so that requests submitted from now on share nothing of it.
+
+        Weights that change are noticed, but for those written through `parameter.data`, and for those made in
+        `torch.inference_mode()`: call this after such a change.
+        """
+        self.scheduler.forget()
 
     def explain(self, bytes_per_second: float | None = None) -> str:
         """What the last stream ran, in lines of text: kernels and why, precision, graphs, and the blocks that the last
@@ -262,8 +277,8 @@ class Engine:
         requests = _requests(prompts)
         if not requests:
             raise ValueError("no prompts given")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if max_new_tokens is not None:
+            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         if cache is not None:
             self.model.check_cache(cache, sum(len(request.prompts) for request in requests))
         limits = []
@@ -281,6 +296,12 @@ class Engine:
                 limit = min(limit, int(min(room, limit)))
             limits.append(limit)
         return limits
+
+    def stop_ids(self, asked: Iterable[int] | None) -> frozenset[int]:
+        """The ids that end a text: those asked for, by default the model's."""
+        if asked is None:
+            return frozenset(self.model.eos_token_ids)
+        return frozenset(whole_numbers("stop_token_ids must be token ids, such as [2]", asked))
 
     def check_ids(self, what: str, ids: Sequence[int]) -> None:
         """Raise ValueError for no ids, and for one that the model does not have."""
@@ -312,23 +333,30 @@ class Engine:
         rows: Sequence[Prompt],
         layers: Layers,
         cache: Cache,
-        of_layer: Mapping[int, Probe] | None = None,
+        probe_of: Mapping[int, Probe] | None = None,
         keep: Callable[[Found | None], None] = lambda found: None,
     ) -> Iterator[Tensor]:
         """Append prompts to the cache in chunks of fixed sizes; the last layer's output at each, `[R, T, E]`.
 
-        Rows that are shorter than others are padded at their end. keep: gets what probes read.
+        Where a token sees a later one, all come in one chunk. Rows that are shorter than others are padded at their
+        end. keep: gets what probes read.
         """
         device = self.model.device
         chunks = CHUNKS[device.type]
         length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
         longest = max(len(prompt.ids) for prompt in rows)
         padded = -(-longest // chunks[-1]) * chunks[-1]
-        width = padded + chunks[-1]  # where a chunk is taken in parts, the last one reaches further
+        whole = 1 << (padded - 1).bit_length()
+        width = max(whole, padded + chunks[-1])  # where a chunk is taken in parts, the last one reaches further
         ids = filled([prompt.ids for prompt in rows], width, torch.int64).to(device)
         positions = filled([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
         segments = filled([prompt.segments for prompt in rows], width, torch.int32).to(device)
+        column = torch.arange(longest, dtype=torch.int32, device=device)
+        index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
+        tokens = Tokens(index, positions[:, :longest], segments[:, :longest])
+        if longest > chunks[-1] and self._look_ahead(layers, tokens):
+            chunks, padded = (whole,), whole
         start = 0
         while start < longest:
             size = next((c for c in chunks if start + c <= padded), chunks[-1])
@@ -340,10 +368,18 @@ class Engine:
                 for x in (ids, positions, segments)
             ]
             with cache.appending(count):
-                output, found = self._step(chunk[0], here, chunk[1], chunk[2], layers, cache, of_layer)
+                output, found = self._step(chunk[0], here, chunk[1], chunk[2], layers, cache, probe_of)
             keep(found)
             yield output[:, :count]
             start += count
+
+    def _look_ahead(self, layers: Layers, tokens: Tokens) -> bool:
+        """Whether any of these tokens sees a later one of them."""
+        usual = self.model.default_mask.identity()
+        ahead = Mask(lambda q, kv: (q.index >= 0) & (kv.index > q.index))
+        given = (pattern.mask for pattern in layers.patterns if pattern.mask.identity() != usual)
+        heads = self.model.config.num_attention_heads
+        return any(bool((mask & ahead).blocks(tokens, tokens, heads)[1].any()) for mask in given)
 
     def _step(
         self,
@@ -353,7 +389,7 @@ class Engine:
         segments: Tensor,
         layers: Layers,
         cache: Cache | Rows,
-        of_layer: Mapping[int, Probe] | None = None,
+        probe_of: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Found | None]:
         """Append ids `[R, T]`, of which `lengths` in each row are real; the last layer's output `[R, T, E]`, and what
         probes read."""
@@ -362,7 +398,7 @@ class Engine:
             key = (*ids.shape, cache.max_length, type(cache), cache.layers[0][0].shape, layers.structure)
             self.steps.add(key)
             run = self.graphs.of(*key)
-        return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run, of_layer)
+        return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run, probe_of)
 
 
 def _ends(rows: Sequence[Prompt], outputs: Iterable[Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ Dimensions: R rows, Q requests, V vocabulary.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
@@ -16,6 +15,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from .arguments import whole_numbers
 from .masks import GENERATED, SHARED
 
 Positions: TypeAlias = Literal["continue", "parallel"]
@@ -54,10 +54,7 @@ class Prompt:
 
 def token_ids(ids: Sequence[int]) -> list[int]:
     """Ids as Python integers, whatever kind of integers they come as. Raises ValueError for anything else."""
-    try:
-        return [operator.index(id) for id in ids]
-    except TypeError:
-        raise ValueError(f"prompts must be lists of token ids, such as [[1, 2, 3]], not {ids!r}") from None
+    return whole_numbers("prompts must be lists of token ids, such as [[1, 2, 3]]", ids)
 
 
 @dataclass(frozen=True)

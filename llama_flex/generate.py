@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
 
@@ -274,6 +273,8 @@ class _Session:
         in whatever order."""
         prompts = list(self._encoded(asked))
         if not prompts:
+            if self.args.resume:  # it was said of each what is wrong with it
+                return
             raise UsageError("no prompt is left to complete")
         if live:
             self.engine.compile = self._compiles(1)
@@ -303,8 +304,9 @@ class _Session:
         return asked == "on" or (asked == "auto" and self.expected * batches >= COMPILE_FROM)
 
     def _sampling_of(self, job: Job) -> Sampling:
-        seed = self.sampling.seed
-        return self.sampling if seed is None else replace(self.sampling, seed=seed + job.number)
+        from .sampling import seeded
+
+        return self.sampling if self.sampling.seed is None else seeded(self.sampling, job.number)
 
     def _complete_live(self, job: Job, prompt: AnyPrompt) -> None:
         written = False
@@ -338,6 +340,7 @@ class _Session:
             max_length=longest + self.expected,
             memory_fraction=args.memory_fraction,
         )
+        _ = self.engine.scheduler  # memory that is not there is no fault of a row
         going = {}
         for job, prompt in prompts:
             try:

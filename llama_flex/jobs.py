@@ -85,7 +85,7 @@ def read(path: Path, first: int, default: Question | None, bad_row: Callable[[Us
 def _row(line: str, number: int, default: Question | None, where: str) -> tuple[Any, str | Messages | Question]:
     """The id and the prompt of a line of JSON."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_json)
         json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error})") from None
@@ -96,10 +96,14 @@ def _row(line: str, number: int, default: Question | None, where: str) -> tuple[
     return row.get("id", number), prompt
 
 
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is none of its numbers")
+
+
 def _prompt(row: dict[str, Any], default: Question | None, where: str) -> str | Messages | Question:
     if "prompts" in row and default is None:
         raise UsageError(f"{where}: several 'prompts' for one answer need --fuse")
-    prompt: Any = row.get("messages", row.get("prompt"))
+    prompt: Any = row.get("prompt") if row.get("messages") is None else row["messages"]
     if default is not None:
         return question({"prompts": [prompt]} | row, default, where)
     chat = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)

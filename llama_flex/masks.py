@@ -125,7 +125,10 @@ class Mask(Rule):
         return Sparsity(whole, listed - whole, some.numel() - listed)
 
     def blocks(self, q: Tokens, kv: Tokens, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Which blocks of query rows and slots are full, and which allow anything: `[B, 1 or H, Tb, Sb]` both."""
+        """Which blocks of query rows and slots are full, and which allow anything: `[B, 1 or H, Tb, Sb]` both.
+
+        What padding among the queries sees is nobody's concern, so it keeps no block from being full.
+        """
         (b, t), s = q.index.shape, kv.index.shape[1]
         rows_per_block = min(t, BLOCK)  # a decoding step has one row, and evaluates one
         # Rows and slots that only fill up the last block repeat the last real one, which changes no `any` or `all`.
@@ -138,7 +141,9 @@ class Mask(Rule):
         for part in [rows] if torch.compiler.is_compiling() else rows.split(at_once):
             cells = self._cells(q, kv, num_heads, part, slots)
             blocks = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
-            kinds.append((blocks.all(5).all(3) & whole, blocks.any(5).any(3)))
+            padding = (q.index[:, part] < 0).reshape(len(q.index), 1, -1, rows_per_block, 1)
+            some = blocks.any(5).any(3)
+            kinds.append(((blocks.all(5) | padding).all(3) & whole & some, some))
         full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))
         return full, some
 

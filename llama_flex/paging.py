@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,12 +47,19 @@ class Pages(NamedTuple):
         """The slots of every row, `[B, K, S, D]`, out of a pool `[1, K, P * 128, D]`."""
         b, blocks = self.of_block.shape
         slots = torch.arange(blocks * BLOCK, device=pool.device).expand(b, -1)
-        return pool[0][:, places(self.of_block, slots)].transpose(0, 1)
+        found = pool[0][:, places(self.of_block, slots)].transpose(0, 1)
+        nothing = (self.of_block == self.block_of.shape[1] - 1).repeat_interleave(BLOCK, dim=1)
+        return found.masked_fill_(nothing[:, None, :, None], 0)  # for padding may be NaN
 
 
 def places(of_block: Tensor, slots: Tensor) -> Tensor:
     """Where slots `[B, T]` lie in the pool, int64 `[B, T]`; of_block: see `Pages`."""
     return of_block.gather(1, slots.long() // BLOCK).long() * BLOCK + slots % BLOCK
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's, on a device; does not wait."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class PagedCache:
@@ -68,7 +75,7 @@ class PagedCache:
         shape = (1, config.num_key_value_heads, slots, config.head_dim)
         if pages > (most := self.most_pages(config)):
             raise ValueError(f"{pages * BLOCK} slots are more than attention can address; ask for {most * BLOCK}")
-        # Zeros, not empty: a masked slot still takes part in products, and 0 * NaN is NaN.
+        # Zeros, not empty: see `clear`.
         self.layers = [
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(config.num_hidden_layers)
@@ -77,18 +84,27 @@ class PagedCache:
         self.segment = torch.zeros(slots, dtype=torch.int32, device=device)
         self.pool = Pool(pages)
 
-    def copy(self, pages: Sequence[tuple[int, int]]) -> None:
-        """Copy what is in some pages to others, `(from, to)` each; does not wait."""
-        pairs = torch.tensor(pages)
-        if self.position.is_cuda:
-            pairs = pairs.pin_memory()
-        source, target = pairs.to(self.position.device, non_blocking=True).unbind(1)
-        for held in itertools.chain.from_iterable(self.layers):
-            blocks = held[0].unflatten(1, (-1, BLOCK))
-            blocks[:, target] = blocks[:, source]
+    def copy(self, pages: Sequence[tuple[int, int, int]]) -> None:
+        """Copy what is in some pages to others, `(from, to, tokens)` each, and clear the rest; does not wait."""
+        source, target, count = sent(torch.tensor(pages), self.position.device).unbind(1)
+        rest = torch.arange(BLOCK, device=self.position.device) >= count[:, None]
+        for blocks in self._blocks():
+            blocks[:, target] = blocks[:, source].masked_fill_(rest[..., None], 0)
         for attribute in (self.position, self.segment):
             blocks = attribute.unflatten(0, (-1, BLOCK))
             blocks[target] = blocks[source]
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Leave nothing of whom pages were before: a masked slot still takes part in products, and 0 * NaN is NaN. Does
+        not wait."""
+        at = sent(torch.tensor(pages), self.position.device)
+        for blocks in self._blocks():
+            blocks.index_fill_(1, at, 0)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """Keys and values of each layer by pages, `[K, P, 128, D]`."""
+        for held in itertools.chain.from_iterable(self.layers):
+            yield held[0].unflatten(1, (-1, BLOCK))
 
     @staticmethod
     def page_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
@@ -135,7 +151,8 @@ class Rows:
         slots = slots.expand(len(self._of_block), -1)
         at = places(self._of_block, slots)
         index = torch.where(slots < self._end[:, None], slots, -1)
-        return Tokens(index, self._cache.position[at], self._cache.segment[at])
+        # What was there before, or in padding, is more than a table may have that a rule looks it up in.
+        return Tokens(index, *(torch.where(index < 0, 0, x[at]) for x in (self._cache.position, self._cache.segment)))
 
     def append(self, tokens: Tokens) -> Tensor:
         """Where new tokens lie in the pool, `[B, T]`, their attributes recorded; padding goes to the last page."""

@@ -68,6 +68,7 @@ class Request:
     scheduler: Scheduler = field(kw_only=True, repr=False)
     texts: list[Text] = field(default_factory=list, repr=False)
     asked: int = field(default=0, repr=False)  # how many tokens have been asked for; the last may not be read yet
+    told: int = field(default=0, repr=False)  # how many steps have had their effect: end and callback
     pattern: int = field(default=0, repr=False)
 
     @property

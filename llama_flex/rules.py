@@ -83,10 +83,16 @@ def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Cal
 
         return by_attributes
 
-    which = torch.as_tensor(where)
+    what = "tokens are chosen by indices from 0, integers [N] or [B, N], or by a function"
+    try:
+        which = torch.as_tensor(where if isinstance(where, Tensor) else list(where))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{what}, not {where!r}") from None
     which = which if which.numel() else which.long()  # an empty list comes as floats
     if which.dim() not in (1, 2) or which.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"tokens are chosen by indices, integers [N] or [B, N], not {which.dtype} {list(which.shape)}")
+        raise ValueError(f"{what}, not {which.dtype} {list(which.shape)}")
+    if which.numel() and int(which.min()) < 0:
+        raise ValueError(f"{what}, not {int(which.min())}")
 
     def by_index(tokens: Tokens) -> Tensor:
         index, those = tokens.index, which.to(tokens.index.device)

@@ -37,16 +37,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
-            ("repetition_penalty", self.repetition_penalty > 0, "a positive number"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or a positive number"),
-            ("top_k", isinstance(self.top_k, int) and 0 <= self.top_k < 2**31, "0 (off) or a positive whole number"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", lambda x: x > 0, "a positive number"),
+            ("temperature", lambda x: x >= 0, "0 (greedy) or a positive number"),
+            ("top_k", lambda x: isinstance(x, int) and 0 <= x < 2**31, "0 (off) or a positive whole number"),
+            ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
         ):
-            if not valid or not math.isfinite(getattr(self, name)):  # NaN compares false
-                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or not valid(value):
+                raise ValueError(f"{name} must be {rule}, not {value!r}")
         if self.seed is not None and (not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63):
-            raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
+            raise ValueError(f"seed must be a whole number of 64 bits, not {self.seed!r}")
 
     @property
     def divisor(self) -> float:
@@ -95,9 +96,13 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
     )
 
 
-def seeded(sampling: Sampling) -> Sampling:
-    """With a seed, drawn here if it is None."""
-    return sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(63))
+def seeded(sampling: Sampling, plus: int = 0) -> Sampling:
+    """With a seed, drawn here if it is None, and so much more, on from the least after the largest. Raises ValueError
+    for what is no `Sampling`."""
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling, such as Sampling(temperature=0.8), not {sampling!r}")
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    return replace(sampling, seed=_signed((seed + plus) % 2**64))
 
 
 def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import masks
+from .arguments import whole_number
 from .batching import WIDTH, Batches, Piece, Unread
 from .fusion import AnyPrompt, as_ensemble
 from .masks import BLOCK, Mask
@@ -41,6 +44,7 @@ class Scheduler:
     What a request gets does not depend on what else runs.
     """
 
+    @torch.inference_mode(False)  # what is made here and for a request is used later, wherever that is
     def __init__(
         self,
         engine: Engine,
@@ -59,8 +63,8 @@ class Scheduler:
             ("max_length", max_length),
             ("prefill_tokens", prefill_tokens),
         ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            if value is not None:
+                whole_number(name, value, least=1)
         self.max_batch_size = max_batch_size = max_batch_size or BATCH_SIZE[device.type]
         blocks = -(-(max_length or self.model.context) // BLOCK)
         if max_slots is None:
@@ -74,14 +78,18 @@ class Scheduler:
         self.prefill_rows = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // WIDTH)
         self._inbox: deque[Request] = deque()  # from any thread
         self._waiting: list[Request] = []
-        self._copies: list[tuple[int, int]] = []  # of pages, in this step
+        self._taken: list[int] = []  # pages, in this step
+        self._copies: list[tuple[int, int, int]] = []  # from page to page so many tokens, in this step
         self._sent_away: list[Request] = []  # in this step; they wait once it is done
         self._running: list[Request] = []
-        self._ended: deque[Request] = deque()  # from any thread
+        self._ended: dict[Request, None] = {}  # and not returned yet; from any thread
+        self._ahead = device.type == "cuda"  # a step is read while the next one runs
         self._unread: Unread | None = None
         self.prompt_tokens = self.new_tokens = 0  # computed so far, and given so far
         self._numbers = itertools.count()
         self._advancing: asyncio.Task[object] | None = None
+        self._turn, self._amid = threading.RLock(), threading.Lock()  # of a thread that steps; and its step
+        self._cut_short = False  # the step before
 
         self._seats = list(range(max_batch_size))[::-1]
         self.rules = Rules(self.model, max(max_batch_size, self.prefill_rows))
@@ -117,8 +125,9 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._inbox or self._waiting or self._running or self._unread)
+        return not (self._inbox or self._waiting or self._running or self._unread or self._cut_short)
 
+    @torch.inference_mode(False)
     def submit(
         self,
         prompt: AnyPrompt,
@@ -134,8 +143,11 @@ class Scheduler:
     ) -> Request:
         """See `Engine.submit`."""
         engine, model = self.engine, self.model
-        (limit,) = engine.check([prompt], max_new_tokens)
+        whole_number("priority", priority)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be a function of a Step, not {callback!r}")
         ensemble = as_ensemble(prompt)
+        (limit,) = engine.check([ensemble], max_new_tokens)
         if len(ensemble.prompts) > self.max_batch_size:
             raise ValueError(f"{len(ensemble.prompts)} prompts in one request; max_batch_size is {self.max_batch_size}")
         lengths = [len(p.ids) for p in ensemble.prompts]
@@ -148,8 +160,11 @@ class Scheduler:
                 f"{sum(lengths)} tokens and {limit} new ones exceed the slots: {self.max_length} of a text and "
                 f"{self.pool.count * BLOCK} in all; ask for fewer, or give the engine a larger max_length or max_slots"
             )
-        stop_ids = model.eos_token_ids if stop_token_ids is None else stop_token_ids
         fused = any(p.generated_segment == masks.GENERATED for p in ensemble.prompts)
+        rule = self.rules.rule(mask, score_mod, fused)
+        if not rule.shares:
+            self.rules.check(rule, [tokens_of(prompt, [0] * limit) for prompt in ensemble.prompts])
+        stop_ids = engine.stop_ids(stop_token_ids)
         number = next(self._numbers)
         request = Request(
             number,
@@ -158,7 +173,7 @@ class Scheduler:
             ensemble=ensemble,
             maker=Steps(number, engine.tokenizer, ensemble.prompts[0].ids, stop, stop_ids, limit),
             callback=callback,
-            rule=self.rules.rule(mask, score_mod, fused),
+            rule=rule,
             scheduler=self,
         )
         self._inbox.append(request)
@@ -166,61 +181,71 @@ class Scheduler:
 
     def cancel(self, request: Request) -> None:
         """End a request, at once or, from another thread, after the step that runs; what it has given stays."""
+        if request.scheduler is not self:
+            raise ValueError(f"request {request.number} is of another engine; cancel it there")
         if not request.finished:
             self._end(request, "cancelled")
 
     def _end(self, request: Request, reason: str) -> None:
-        if request.finish_reason is None:
-            request.finish_reason = reason
-            self._ended.append(request)
-        elif reason == "error":  # in the callback for the last token
-            request.finish_reason = reason
+        self._ended.setdefault(request)  # first: an interrupt between the two must not leave it unsaid
+        request.finish_reason = reason
 
     async def advance(self) -> None:
         """Wait for a step, which one of all that wait starts."""
         task = self._advancing
-        if task is None or task.done():
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
             task = self._advancing = asyncio.create_task(asyncio.to_thread(self.step))
         await asyncio.shield(task)
 
-    @torch.no_grad()
     def step(self) -> list[Request]:
-        """Compute a chunk of prompts, and a token of each request under way; returns the requests that have ended.
+        """See `Engine.step`."""
+        with self._turn:
+            if self._amid.locked():  # by this very thread
+                raise ValueError("the engine is amid a step, and a callback of that step asks for another")
+            with self._amid:
+                self._compute()
+            ended = [request for request in tuple(self._ended) if request.finished]
+            for request in ended:
+                del self._ended[request]
+            return ended
 
-        If it fails or is interrupted, what was under way waits again, and nothing that was read is lost.
-        """
-        done = False
-        try:
-            while self._inbox:
-                if not self.rules.is_full():  # known early, so that steps are compiled for all of them at once
-                    self.rules.number_of(self._inbox[0].rule, set())
-                heapq.heappush(self._waiting, self._inbox[0])
-                self._inbox.popleft()
-            self._look_at_weights()
-            self._clear()
-            self._make_room()
-            self._prefill()
-            going = [r for r in self.running if self._goes_on(r)]
-            asked = self.batches.decode(going) if going else None
-            if self.model.device.type == "cuda":  # read while the next step runs
-                asked, self._unread = self._unread, asked
-            self._read(asked)
-            self._clear()
-            while self._sent_away:
-                heapq.heappush(self._waiting, self._sent_away[-1])
-                self._sent_away.pop()
-            done = True
-        finally:
-            if not done:  # an error, or Ctrl-C
-                self._start_over()
-        return [self._ended.popleft() for _ in range(len(self._ended))]
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _compute(self) -> None:
+        if self._cut_short:  # by an error, or Ctrl-C
+            self._start_over()
+        self._cut_short = True
+        while self._inbox:
+            if not self.rules.is_full():  # known early, so that steps are compiled for all of them at once
+                self.rules.number_of(self._inbox[0].rule, set())
+            heapq.heappush(self._waiting, self._inbox[0])
+            self._inbox.popleft()
+        self._look_at_weights()
+        self._clear()
+        self._make_room()
+        self._prefill()
+        going = [r for r in self.running if self._goes_on(r)]
+        asked = self.batches.decode(going) if going else None
+        if self._ahead:
+            asked, self._unread = self._unread, asked
+        self._read(asked)
+        self._clear()
+        while self._sent_away:
+            heapq.heappush(self._waiting, self._sent_away[-1])
+            self._sent_away.pop()
+        self._cut_short = False
 
     def _look_at_weights(self) -> None:
-        weights = [(id(p), p._version) for p in self.model.parameters()]
+        weights = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
         if weights != self._weights:
             if [id for id, _ in weights] != [id for id, _ in self._weights]:
                 self.batches.forget_recorded()  # they compute with the ones that were there
-            self._weights, self._version = weights, self._version + 1
+            self._weights = weights
+            self.forget()
+
+    def forget(self) -> None:
+        """See `Engine.forget`."""
+        self._version += 1
 
     # ---- who runs
 
@@ -235,7 +260,11 @@ class Scheduler:
                     self._leave(self._sent_away[-1])
                 if not request.texts:
                     break
-                text.pages.append(self.pool.take())
+                text.pages.append(self._take())
+
+    def _take(self) -> int:
+        self._taken.append(self.pool.take())
+        return self._taken[-1]
 
     def _goes_on(self, request: Request) -> bool:
         return request.asked < request.maker.limit and all(s.start >= s.goal for s in request.texts)
@@ -244,9 +273,9 @@ class Scheduler:
         """The next request that waits, if there are seats and pages for it."""
         while self._waiting and self._waiting[0].finished:
             heapq.heappop(self._waiting)
-        if not self._waiting:
+        request = min((*self._waiting[:1], *self._sent_away), default=None)
+        if request is None or request in self._sent_away:  # that one is next, once its tokens are read
             return None
-        request = self._waiting[0]
         prompts = request.ensemble.prompts
         pattern = self.rules.number_of(request.rule, {r.pattern for r in self._running})
         if len(prompts) > len(self._seats) or pattern is None:
@@ -266,9 +295,9 @@ class Scheduler:
                 self._give_back(request)
                 return None
             page, count = self._beginning(text)
-            text.pages += [self.pool.take() for _ in range(needed)]
+            text.pages += [self._take() for _ in range(needed)]
             if count:
-                copies.append((page, text.pages[text.start // BLOCK]))
+                copies.append((page, text.pages[text.start // BLOCK], count))
                 text.start += count
         self._copies += copies
         self._running.append(request)  # first: an interrupt between the two must find it somewhere
@@ -331,11 +360,14 @@ class Scheduler:
     def _start_over(self) -> None:
         """After a step that failed: what it wrote is unknown, and who holds what."""
         under_way = {*self._running, *self._waiting, *self._sent_away}
+        for request in {*self._running, *self._sent_away}:
+            request.maker.rewind(request.steps)
+            self._tell(request)
         for request in under_way:
             request.texts = []
         arriving = set(self._inbox.copy())  # one may be on its way from there
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
-        self._running, self._sent_away, self._copies, self._unread = [], [], [], None
+        self._running, self._sent_away, self._taken, self._copies, self._unread = [], [], [], [], None
         self._seats = list(range(self.max_batch_size))[::-1]
         self.cache.pool = Pool(self.pool.count)
 
@@ -352,9 +384,11 @@ class Scheduler:
                     pieces.append(Piece(request, text, text.start, min(WIDTH, text.goal - text.start)))
                     text.start += pieces[-1].length
                 self._name(text, first, text.start)  # others may use them in this very step: see `Rows`
-        if self._copies:
+        if self._copies:  # first: a page may be taken that another is a copy of
             self.cache.copy(self._copies)
-            self._copies = []
+        if taken := set(self._taken).difference(page for _, page, _ in self._copies):
+            self.cache.clear(sorted(taken))
+        self._taken, self._copies = [], []
         if pieces:
             self.batches.prefill(pieces)
         for _, text, start, length in pieces:
@@ -366,19 +400,27 @@ class Scheduler:
             return
         tokens, logprobs = unread.read()
         for request, row in unread.rows:
-            if request.finished:
-                continue
-            step = request.maker.put(int(tokens[row]), logprobs[row])
-            request.steps.append(step)
-            self.new_tokens += 1
-            if step.finish_reason is not None:
-                self._end(request, step.finish_reason)
-            if request.callback is not None:
-                try:  # whatever it raises ends this request and no other
-                    request.callback(step)
-                except Exception as error:  # noqa: BLE001  - runs the user's code
-                    request.error = error
-                    self._end(request, "error")
+            if not request.finished:
+                if math.isnan(logprobs[row]):
+                    self.forget()  # what computes nothing but NaN may have left some in keys and values
+                request.steps.append(request.maker.put(int(tokens[row]), logprobs[row]))
+                self.new_tokens += 1
+                self._tell(request)
+
+    def _tell(self, request: Request) -> None:
+        """Let a token that was just added do what it does: end the request, and go to its callback."""
+        if request.told == len(request.steps):
+            return
+        reason = request.steps[-1].finish_reason
+        if reason is not None and not request.finished:
+            self._end(request, reason)
+        if request.callback is not None:
+            try:  # whatever it raises ends this request and no other
+                request.callback(request.steps[-1])
+            except Exception as error:  # noqa: BLE001  - runs the user's code
+                request.error = error
+                self._end(request, "error")
+        request.told += 1
 
 
 def _pages_that_fit(model: Llama, fraction: float) -> int:

@@ -75,10 +75,18 @@ class Steps:
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         self.row, self.limit, self.stop_ids = row, limit, frozenset(stop_ids)
-        self.count = 0
         self._size = tokenizer.vocab_size if tokenizer else 0
+        self._tokenizer, self._prompt, self._stop = tokenizer, prompt, stop
+        self.rewind([])
+
+    def rewind(self, steps: Sequence[Step]) -> None:
+        """Go back to where these steps had been made and no other."""
+        tokenizer, prompt = self._tokenizer, self._prompt
+        self.count = 0
         self._decoder = tokenizer.stream([id for id in prompt if id < self._size]) if tokenizer else None
-        self._stops = StopStrings(stop)
+        self._stops = StopStrings(self._stop)
+        for step in steps:
+            self.put(step.token, step.logprob)
 
     def put(self, token: int, logprob: float) -> Step:
         """The step of one more token."""
@@ -211,6 +219,8 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str):
             raise ValueError(f"stop strings come as a list: [{stops!r}]")
+        if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+            raise ValueError(f"stop strings must be a list of texts, not {stops!r}")
         if "" in stops:
             raise ValueError("a stop string may not be empty: it would stop before the first token")
         self._stops = tuple(stops)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from .attention import Layers
 from .decoding import WEIGHTS, Buffer
 from .masks import Mask
 from .model import Llama
-from .rules import Token, take
+from .rules import Token, Tokens, arange, grid, take
 from .scores import ScoreMod
 
 PATTERNS = 8  # that may run at a time: every one is evaluated for every row
@@ -48,7 +49,12 @@ class Rules:
     def __init__(self, model: Llama, rows: int) -> None:
         """rows: how many a step has at most."""
         self.model, self.rows, self.generation = model, rows, 0
-        self.rules = [self.rule(None, None, False)]
+        fused = masks.fused() & model.default_mask
+        self._default = {
+            False: Rule(("default", False), None, model.attention_layers(), True),
+            True: Rule(("default", True), None, model.attention_layers(fused), True),
+        }
+        self.rules = [self._default[False]]
         self._combined: dict[Hashable, Layers] = {}
         self._of_row = self._tables(0)
 
@@ -59,14 +65,35 @@ class Rules:
         fused: bool,
     ) -> Rule:
         """The rule of a request. Raises ValueError for what is no mask or score function."""
-        model, default = self.model, None
-        if fused:
-            default = masks.fused() & model.default_mask
         if mask is None and score_mod is None:
-            return Rule(("default", fused), None, model.attention_layers(default), True)
+            return self._default[fused]
+        default = masks.fused() & self.model.default_mask if fused else None
         given = [m or default for m in mask] if isinstance(mask, list | tuple) else mask or default
-        layers = model.attention_layers(given, score_mod)
+        layers = self.model.attention_layers(given, score_mod)
         return Rule((fused, _identity(mask), _identity(score_mod)), (mask, score_mod), layers, False)
+
+    def check(self, rule: Rule, texts: Sequence[np.ndarray]) -> None:
+        """Raise ValueError for a rule that fails for the last token of a text: with others in its step, all would fail.
+
+        texts: ids, positions and segments, `[3, N]`, of the rows of a request, as long as they may get.
+        """
+        lengths = [text.shape[1] for text in texts]
+        padded = np.zeros((3, len(texts), max(lengths)), np.int32)
+        padded[0] = -1
+        for row, text in enumerate(texts):
+            padded[0, row, : text.shape[1]] = range(text.shape[1])
+            padded[1:, row, : text.shape[1]] = text[1:]
+        tokens = Tokens(*torch.from_numpy(padded).to(self.model.device))
+        last, slots = torch.tensor(lengths, device=self.model.device) - 1, arange(max(lengths), tokens)
+        q, kv = grid(tokens, tokens, self.model.config.num_attention_heads, last, slots)
+        for mask, score_mod in rule.layers.patterns:
+            try:
+                mask.evaluate(q, kv)
+                if score_mod is not None:
+                    score_mod.evaluate(torch.zeros(1, 1, 1, 1, device=self.model.device), q, kv)
+            except (IndexError, RuntimeError) as error:
+                what = mask if score_mod is None else f"{mask} or {score_mod}"
+                raise ValueError(f"{what} fails for a text of {max(lengths)} tokens: {error}") from error
 
     def number_of(self, rule: Rule, running: set[int]) -> int | None:
         """The number of a rule, which may take that of one that is not running; None if all are."""

@@ -28,12 +28,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def as_in_a_process_of_its_own():
-    """Each file of tests begins without the graphs that torch keeps for the functions of others, few for each.
-
-    And the garbage collector does not look again at what earlier files left: after thousands of tests that took seconds
-    at a time, which tests that measure time or count objects took for their own.
-    """
-    torch._dynamo.reset()
+    """The garbage collector does not look again at what earlier files left: after thousands of tests that took seconds
+    at a time, which tests that measure time or count objects took for their own."""
     gc.collect()
     gc.freeze()
 

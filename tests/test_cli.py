@@ -450,6 +450,7 @@ def test_instruct_without_a_chat_template_says_so(cli, folder, tmp_path):
     ("content", "fragments"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', ["line 2", "not JSON"]),
+        ('{"prompt": "a", "id": NaN}', ["line 1", "not JSON", "NaN"]),
         ('{"prompt": "a"}\n\n{"text": "b"}\n', ["line 3", "'prompt'"]),
         ('{"prompt": 5}', ["line 1", "'prompt'"]),
         ("[1, 2]", ["line 1"]),
@@ -460,7 +461,19 @@ def test_instruct_without_a_chat_template_says_so(cli, folder, tmp_path):
         ("", ["nothing to complete"]),
         (b'{"prompt": "\xff"}', ["utf-8"]),
     ],
-    ids=["cut off", "no prompt", "number", "list", "messages of text", "no messages", "empty", "deep", "none", "bytes"],
+    ids=[
+        "cut off",
+        "NaN",
+        "no prompt",
+        "number",
+        "list",
+        "messages of text",
+        "no messages",
+        "empty",
+        "deep",
+        "none",
+        "bytes",
+    ],
 )
 def test_a_malformed_jsonl_file_is_refused_with_its_line(cli, tmp_path, content, fragments):
     path = tmp_path / "prompts.jsonl"
@@ -1131,6 +1144,29 @@ def test_resuming_plain_prompts_and_messages(cli, tmp_path):
     path.write_text(lines[2] + "\n" + lines[0] + "\n" + lines[3][:-9], encoding="utf-8")
     assert cli(*arguments, "--output", path, "--resume") == (0, "", "")
     assert_same_rows(parsed(path.read_text(encoding="utf-8")), parsed(whole))
+
+
+def test_when_all_that_is_left_cannot_be_completed_resuming_says_so_and_is_done(cli, tmp_path):
+    prompts = jsonl(tmp_path / "p.jsonl", ["a", {"prompt": "long " * 5000}])
+    arguments = "--prompts-file", prompts, "--json", "--output", tmp_path / "rows.jsonl", "--max-new-tokens", 1
+    for _ in range(2):
+        code, out, err = cli(*arguments, "--resume", "--quiet")
+        assert (code, out) == (0, "")
+        assert re.fullmatch(r"skipped: .*line 2: .* tokens.*\n", err)
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_memory_for_no_token_is_the_fault_of_no_row(cli, tmp_path):
+    prompts = jsonl(tmp_path / "p.jsonl", ["a", "b"])
+    result = cli("--prompts-file", prompts, "--json", "--memory-fraction", "1e-12")
+    assert_one_error(result, "1e-12", "does not hold a page")
+
+
+def test_the_largest_seed_is_for_more_than_one_prompt(cli):
+    arguments = "--prompt", "a", "--prompt", "a", "--json", "--quiet", "--max-new-tokens", 5, "--temperature", 1
+    code, out, _ = cli(*arguments, "--seed", 2**63 - 1)
+    assert code == 0
+    assert len({tuple(row["tokens"]) for row in parsed(out)}) == 2
 
 
 def test_ids_that_repeat_are_refused_only_for_resuming(cli, tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llama_flex import GenerationConfig, Llama, LlamaConfig, Mask, Sampling, Tokenizer, attention, masks
 from llama_flex.engine import Completion, Engine
+from llama_flex.fusion import Prompt
 
 BORDERS = (1, 127, 128, 129, 300, 511, 512, 513, 640, 900)  # around the chunks of 128 and 512 rows
 
@@ -746,6 +747,25 @@ def test_a_mask_holds_in_cached_generation(tiny_pair, compile):
             ids.append(token)
     plain = engine.generate(prompts, max_new_tokens=5, stop_token_ids=())
     assert plain[0].tokens != found[0].tokens
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_mask_that_looks_ahead_holds_in_prompts_of_any_length(tiny_pair, compile):
+    """The reference is one forward over all, densely."""
+    _, model = tiny_pair("gqa")
+    engine, new = Engine(model, compile=compile), {"max_new_tokens": 1, "stop_token_ids": ()}
+    prompts = [random_ids(length, 5) for length in (450, 20, 129)]
+    given = [Prompt(ids, range(len(ids)), [n // 200 for n in range(len(ids))]) for ids in prompts]
+    causal = engine.generate(given, **new)
+    wide = masks.prefix_lm(300), [masks.prefix_lm(600), None], masks.document() | masks.causal()
+    for mask in wide:
+        found = engine.generate(given, **new, mask=mask)
+        for prompt, one in zip(given, found, strict=True):
+            segments = torch.tensor([prompt.segments])
+            logits = model(torch.tensor([prompt.ids]), mask=mask, segments=segments, backend="dense")[0, -1]
+            assert one.tokens == [int(logits.argmax())]
+            assert one.logprobs[0] == pytest.approx(logits.log_softmax(-1).max().item(), abs=1e-3)
+        assert abs(causal[0].logprobs[0] - found[0].logprobs[0]) > 1e-2
 
 
 def test_each_prompt_has_its_own_room_in_the_context(tiny_pair):

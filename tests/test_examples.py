@@ -58,11 +58,16 @@ def test_the_server_completes_many_prompts_at_a_time(monkeypatch):
 
     async def ask():
         bodies = [common | {"prompt": p, "stream": n == 1} for n, p in enumerate(prompts)]
-        bodies += [common | {"prompt": prompts[2], "stop": ","}, {"prompt": ""}, common, common | {"max_tokens": 10**6}]
-        bodies[-1]["prompt"] = "x"
+        bodies += [common | {"prompt": prompts[2], "stop": ","}]
+        ids = Tokenizer.from_pretrained(DEMO).encode(prompts[0])
+        bodies += [common | {"prompt": ids, "n": 1, "seed": None, "logprobs": None, "echo": False, "user": "me"}]
+        bodies += [{"prompt": ""}, common, [1], "x", None, common | {"prompt": "x", "max_tokens": 10**6}]
+        wrong = {"temperature": "3", "top_p": [1], "max_tokens": "3", "seed": 0.5, "stop": 5, "n": 2, "logprobs": 3}
+        bodies += [{"prompt": "x", name: value} for name, value in wrong.items()]
+        bodies += [{"prompt": prompt} for prompt in (5, ["x"], [10**6], {})] + [{"prompt": "x", "stop": [5]}]
         return await asyncio.gather(*(posted(app, body) for body in bodies))
 
-    whole, streamed, counted, stopped, *refused = asyncio.run(ask())
+    whole, streamed, counted, stopped, of_ids, *refused = asyncio.run(ask())
     engine = Engine(Llama.from_pretrained(DEMO), Tokenizer.from_pretrained(DEMO))
     expected = [engine.generate([engine.tokenizer.encode(p)], max_new_tokens=6)[0].text for p in prompts]
     events = [line.removeprefix("data: ") for line in streamed[1].split("\n\n") if line]
@@ -70,10 +75,11 @@ def test_the_server_completes_many_prompts_at_a_time(monkeypatch):
     choices = [json.loads(event)["choices"][0] for event in events]
     assert "".join(choice["text"] for choice in choices) == expected[1]
     assert choices[-1]["finish_reason"] == "length"
-    answers = [json.loads(body)["choices"][0] for _, body in (whole, counted, stopped)]
-    assert [answer["text"] for answer in answers] == [expected[0], expected[2], expected[2].partition(",")[0]]
+    answers = [json.loads(body)["choices"][0] for _, body in (whole, counted, stopped, of_ids)]
+    texts = [expected[0], expected[2], expected[2].partition(",")[0], expected[0]]
+    assert [answer["text"] for answer in answers] == texts
     assert answers[2]["finish_reason"] == "stop"
-    assert [status for status, _ in refused] == [400, 400, 400]
+    assert [status for status, _ in refused] == [400] * 18
     assert all(json.loads(body)["error"]["message"] for _, body in refused)
 
 

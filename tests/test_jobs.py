@@ -56,6 +56,11 @@ def three() -> list[Job]:
 # --- Prompts files ---
 
 
+def test_messages_that_are_null_are_as_if_they_were_not_there(tmp_path):
+    (job,) = read(written(tmp_path / "p.jsonl", ['{"messages": null, "prompt": "x"}']))
+    assert job.prompt == "x"
+
+
 def test_rows_of_several_prompts_leave_to_the_default_what_they_do_not_say(tmp_path):
     rows = [
         {"id": "q", "prompts": ["one", "two"]},
@@ -114,8 +119,8 @@ def test_each_line_of_a_text_file_is_a_question_of_one_prompt(tmp_path):
         ({"prompts": ["a"], "weights": [None]}, "positive weights"),
         ({"prompts": ["a"], "weights": [0]}, "positive weights"),
         ({"prompts": ["a"], "weights": [-1.5]}, "positive weights"),
-        ({"prompts": ["a"], "weights": [math.nan]}, "positive weights"),
-        ({"prompts": ["a"], "weights": [math.inf]}, "positive weights"),
+        ({"prompts": ["a"], "weights": [math.nan]}, "not JSON .NaN"),
+        ({"prompts": ["a"], "weights": [math.inf]}, "not JSON .Infinity"),
     ],
     ids=lambda value: json.dumps(value)[:40] if not isinstance(value, str) else "",
 )
