@@ -113,7 +113,7 @@ def batches(model: Any, asked: Sequence[tuple[list[int], int]]) -> float:
                 names.remove(found.request_id)
 
     with model.continuous_batching_context_manager(generation_config=config, block=True, timeout=5) as manager:
-        results({manager.add_request(asked[0][0], max_new_tokens=8)})
+        results({manager.add_request(asked[0][0][::-1], max_new_tokens=8)})
         started = time.perf_counter()
         results({manager.add_request(ids, max_new_tokens=new) for ids, new in asked})
         return time.perf_counter() - started

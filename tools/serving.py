@@ -16,7 +16,6 @@ Prints a table in Markdown and last a line of JSON.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
@@ -32,6 +31,7 @@ import torch
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.explain import read_bandwidth
 from llama_flex.files import FolderError
+from llama_flex.masks import BLOCK
 from llama_flex.request import Request
 from llama_flex.streaming import Step
 from tools._measuring import (
@@ -48,11 +48,13 @@ from tools._measuring import (
     print_json,
     print_table,
     products,
+    timed,
     wait,
     whole_number,
 )
 
 STEPS = 10  # of `sweep`, in a round
+OWN = "the rest, prefix in caches of their own"  # of `prefix`
 
 
 class Asked(NamedTuple):
@@ -62,10 +64,13 @@ class Asked(NamedTuple):
     new: int
 
 
-def requests(args: argparse.Namespace, vocabulary: int) -> list[Asked]:
-    """Requests of random ids, with `low` to `high` tokens in and as many out; the same for the same arguments."""
-    rng = np.random.default_rng(args.seed)
-    lengths = rng.integers(args.low, args.high + 1, (args.count, 2))
+def requests(args: argparse.Namespace, vocabulary: int, round: int = 0) -> list[Asked]:
+    """Requests of random ids, with `low` to `high` tokens in and as many out; the same for the same arguments.
+
+    Those of another round are as long, but of other ids: nothing of theirs is known already.
+    """
+    lengths = np.random.default_rng(args.seed).integers(args.low, args.high + 1, (args.count, 2))
+    rng = np.random.default_rng((args.seed, round))
     return [Asked(_ids(rng, n, vocabulary), int(new)) for n, new in lengths]
 
 
@@ -100,38 +105,38 @@ class Machine(NamedTuple):
 
 
 def throughput(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
-    machine, asked = Machine.measured(args), requests(args, model.config.vocab_size)
+    machine = Machine.measured(args)
+    each = [requests(args, model.config.vocab_size, round) for round in range(args.rounds + 1)]
     engine = Engine(model, compile=True, max_batch_size=args.batch_size, max_length=2 * args.high)
-    ways: dict[str, tuple[list[Asked], Callable[[list[Asked]], float]]] = {
-        "llama_flex": (asked, functools.partial(_together, engine))
-    }
+    found = [_of(machine, model, "llama_flex", each[0], [_together(engine, asked) for asked in each][1:])]
+    failed: list[list[str]] = []
     if args.peer == "one by one":
-        ways["llama_flex, one by one"] = asked, functools.partial(_one_by_one, Engine(model, compile=True))
+        alone = Engine(model, compile=True)
+        found.append(_of(machine, model, args.peer, each[0], [_one_by_one(alone, asked) for asked in each][1:]))
     elif args.peer is not None:
         from tools._peers import batches, load
 
-        peer = load(model, args.model, args.peer)
-        ways[f"transformers, {args.peer}"] = asked[: args.peer_count], functools.partial(batches, peer)
-    rows, found = [], []
-    for name, (some, way) in ways.items():
-        rounds = args.rounds if name.startswith("llama_flex") else 1
-        if rounds > 1 or name.startswith("llama_flex"):
-            way(some)  # compiles
-        seconds = attempt(lambda way=way, some=some, rounds=rounds: [way(some) for _ in range(rounds)])
+        name, some = f"transformers, {args.peer}", each[0][: args.peer_count]
+        seconds = attempt(lambda: [batches(load(model, args.model, args.peer), some)])
         if isinstance(seconds, str):
-            rows.append([name, seconds, "", "", "", ""])
-            continue
-        tokens, bound, median = sum(a.new for a in some), machine.all(model, some), statistics.median(seconds)
-        found.append({"name": name, "requests": len(some), "tokens": tokens, "bound": bound, "seconds": seconds})
-        first = found[0]["tokens"] / statistics.median(found[0]["seconds"])
-        rate = tokens / median
-        rows.append(
-            [name, str(len(some)), f"{median:.2f}", f"{rate:.1f}", f"{bound / median:.1%}", f"{first / rate:.1f}"]
-        )
-        print(*rows[-1], flush=True)
-    head = ["", "requests", "s", "tokens/s", "of the bound", "llama_flex is times as fast"]
-    print_table(head, rows)
+            failed.append([name, seconds, "", "", "", ""])
+        else:
+            found.append(_of(machine, model, name, some, seconds))
+    rates = [way["tokens"] / statistics.median(way["seconds"]) for way in found]
+    rows = []
+    for way, rate in zip(found, rates, strict=True):
+        median = statistics.median(way["seconds"])
+        share, times = way["bound"] / median, rates[0] / rate
+        rows.append([way["name"], str(way["requests"]), f"{median:.2f}", f"{rate:.1f}", f"{share:.1%}", f"{times:.1f}"])
+    print_table(["", "requests", "s", "tokens/s", "of the bound", "llama_flex is times as fast"], rows + failed)
     return {**machine._asdict(), "ways": found}
+
+
+def _of(machine: Machine, model: Llama, name: str, asked: Sequence[Asked], seconds: list[float]) -> dict[str, Any]:
+    """What one way took, and the bound."""
+    tokens, bound = sum(a.new for a in asked), machine.all(model, asked)
+    print(f"{name}: {statistics.median(seconds):.2f} s", flush=True)
+    return {"name": name, "requests": len(asked), "tokens": tokens, "bound": bound, "seconds": seconds}
 
 
 def _submit(engine: Engine, ids: list[int], new: int, **options: Any) -> Request:
@@ -139,11 +144,14 @@ def _submit(engine: Engine, ids: list[int], new: int, **options: Any) -> Request
 
 
 def _together(engine: Engine, asked: list[Asked]) -> float:
-    started = time.perf_counter()
+    before, started = engine.scheduler.prompt_tokens, time.perf_counter()
     for ids, new in asked:
         _submit(engine, ids, new)
     engine.run()
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    # Nothing was known before; what had to make room was computed again.
+    assert engine.scheduler.prompt_tokens - before >= sum(len(ids) for ids, _ in asked)
+    return seconds
 
 
 def _one_by_one(engine: Engine, asked: list[Asked]) -> float:
@@ -189,19 +197,32 @@ def _new_of_sweep(args: argparse.Namespace) -> int:
 
 
 def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
-    """Requests that share a prefix: the first, which computes it, and the rest; and these without it."""
+    """Requests that share a prefix: the first, which computes it, and the rest; these without it; and what their own
+    tokens cost after it: in one batch, each with the prefix in a cache of its own."""
     vocabulary, rng = model.config.vocab_size, np.random.default_rng(args.seed)
-    engine = Engine(model, compile=True, max_batch_size=args.count, max_length=args.prefix + args.own + 2)
+    longest, blocks = args.prefix + args.own + 2, -(-(args.own + 2) // BLOCK) + 1
+    slots = (-(-longest // BLOCK) + args.count * blocks) * BLOCK
+    engine = Engine(model, compile=True, max_batch_size=args.count, max_length=longest, max_slots=slots)
     own = [_ids(rng, args.own, vocabulary) for _ in range(args.count)]
-    found: dict[str, list[float]] = {"the first": [], "the rest": [], "the rest, without a prefix": []}
+    found: dict[str, list[float]] = {"the first": [], "the rest": [], "the rest, without a prefix": [], OWN: []}
     computed: dict[str, int] = {}
+    options: dict[str, Any] = {"max_new_tokens": 1, "sampling": Sampling(), "stop_token_ids": ()}
     for round in range(args.rounds + 1):  # the first compiles
         shared = _ids(rng, args.prefix, vocabulary)  # nothing of the round before
-        for name, prompts in zip(
-            found,
-            ([shared + own[0]], [shared + ids for ids in own[1:]], [[round, *ids[1:]] for ids in own[1:]]),
-            strict=True,
-        ):
+        one = engine.new_cache(1, longest)
+        engine.generate([shared], cache=one, **options)
+        caches = one.expand(args.count - 1)
+        seconds = timed(args.device, lambda caches=caches: engine.generate(own[1:], cache=caches, **options))
+        if round:
+            found[OWN].append(seconds)
+        computed[OWN] = args.own * (args.count - 1)
+        del one, caches
+        asked = {
+            "the first": [shared + own[0]],
+            "the rest": [shared + ids for ids in own[1:]],
+            "the rest, without a prefix": [[round, *ids[1:]] for ids in own[1:]],
+        }
+        for name, prompts in asked.items():
             before = engine.scheduler.prompt_tokens
             wait(args.device)
             started = time.perf_counter()

@@ -27,7 +27,6 @@ from tools._measuring import (
     check_device,
     check_model,
     clear,
-    matrices,
     model_of,
     print_json,
     print_table,
@@ -36,15 +35,15 @@ from tools._measuring import (
     several,
     whole_number,
 )
+from tools._measuring import operations as of_prompt
 
 PEERS = {"sdpa": ("sdpa", False), "sdpa-compiled": ("sdpa", True), "flex": ("flex_attention", True)}
 
 
 def operations(model: Llama, lengths: list[int]) -> int:
     """Floating-point operations of a step: forward, and twice as many backward."""
-    c = model.config
-    attention = sum(2 * n**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers for n in lengths)
-    return 3 * (2 * (matrices(model) + model.output_weight.numel()) * sum(lengths) + attention)
+    logits = 2 * model.output_weight.numel()  # of one token
+    return 3 * sum(of_prompt(model, n) + (n - 1) * logits for n in lengths)
 
 
 def stepping(parameters: list[Any], forward: Callable[[], Tensor], targets: Tensor) -> Callable[[], None]:
