@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from .masks import BlockLists, Mask, slot_of
-from .paging import Pages
+from .paging import Packed, Pages
 from .rules import Token, Tokens
 from .scores import ScoreMod
 
@@ -49,13 +49,14 @@ class View(NamedTuple):
     """A pattern's mask applied to the tokens at hand; made once per step, shared by the layers that have the pattern.
 
     visible: block lists for FlexAttention, or booleans `[B, 1 or H, T, S]`. pages: where the slots are in memory, if
-    not in their order; the lists of a compiled step are of pages then.
+    not in their order; the lists of a compiled step are of pages then. packed: how queries come, if not in rows.
     """
 
     q: Tokens
     kv: Tokens
     visible: BlockLists | Tensor
     pages: Pages | None = None
+    packed: Packed | None = None
 
 
 def view_of(
@@ -80,6 +81,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
     Keys and values are shared by groups of H/K query heads without being repeated in memory. A query that may attend to
     nothing gets 0. Raises ValueError for gradients through FlexAttention on the CPU, which has none.
     """
+    if view.packed is not None:
+        rows = view.packed.rows(q.transpose(1, 2)).transpose(1, 2)
+        out = attend(rows, k, v, pattern, view._replace(packed=None))
+        return view.packed.pack(out.transpose(1, 2)).transpose(1, 2)
     group = q.shape[1] // k.shape[1]
     if view.pages is not None and not (isinstance(view.visible, BlockLists) and torch.compiler.is_compiling()):
         # Dense, or eager and then computed densely: over the slots of the rows, not over all that the pool has.
@@ -114,7 +119,7 @@ def _score_mod(
     pattern: Pattern, view: View, head_of: Callable[[Tensor], Tensor] = lambda h: h
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
     """FlexAttention's score_mod. head_of: the model's head of the kernel's."""
-    rule, (q, kv, _, pages) = pattern.score_mod, view
+    rule, (q, kv, _, pages, _) = pattern.score_mod, view
     if rule is None:
         return None
 

@@ -26,7 +26,8 @@ from .together import Row, Rules
 if TYPE_CHECKING:
     from .engine import Engine
 
-WIDTH = 64  # tokens of a prompt in a row of a step; the last row of a prompt is padded
+WIDTH = 64  # tokens of a prompt in a row of a step, at most
+_LEAST = 32  # that a row has on average in a step that is full; rows are padded for attention alone
 # What the host says of each row of a decoding step; INTS as int64, REALS as float32.
 _INTS = ("seat", "id", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max")
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -51,16 +52,16 @@ class Piece(NamedTuple):
 class Batches:
     """Computes steps of requests that have seats. A seat is what stays of a text from step to step."""
 
-    def __init__(self, engine: Engine, cache: PagedCache, rules: Rules, seats: int, pieces: int, blocks: int) -> None:
-        """pieces: of prompts in a step at most. blocks: of slots of a text at most."""
-        self.engine, self.model, self.cache, self.rules = engine, engine.model, cache, rules
+    def __init__(self, engine: Engine, cache: PagedCache, seats: int, tokens: int, blocks: int) -> None:
+        """tokens: of prompts in a step at most. blocks: of slots of a text at most."""
+        self.engine, self.model, self.cache = engine, engine.model, cache
         self.seats, self.blocks = seats, blocks
         # Compiled for each size that occurs. Up to 64 rows a step takes no longer: its products wait for the weights.
-        decoding, prefill = (1, 8, *(64 << i for i in range(16))), (4**i for i in range(16))
-        self.sizes = {
-            1: sorted({min(size, seats) for size in decoding}),
-            WIDTH: sorted({min(size, pieces) for size in prefill}),
-        }
+        decoding, prefill = (1, 8, *(64 << i for i in range(16))), (WIDTH * 4**i for i in range(16))
+        self.sizes = sorted({min(size, seats) for size in decoding})
+        self.chunks = sorted({min(size, tokens) for size in prefill})
+        self.pieces = self.chunks[-1] // _LEAST  # in a step at most
+        self.rules = Rules(self.model, max(seats, self.pieces))
         device = self.model.device
         # One seat more takes what padding leaves.
         self._ints = np.zeros((seats + 1, len(_INTS)), np.int64)
@@ -72,7 +73,7 @@ class Batches:
         self._buffers: dict[tuple[int, int], Buffer] = {}
         self._steps: dict[tuple[Any, ...], Callable[[], object]] = {}
         self._recorded: set[tuple[Any, ...]] = set()
-        self._generation = rules.generation
+        self._generation = self.rules.generation
 
     def forget_recorded(self, keep: Iterable[Layers] = ()) -> None:
         """Record steps anew, but those of some layers: their parameters or their rules are others."""
@@ -107,16 +108,21 @@ class Batches:
 
     def prefill(self, pieces: Sequence[Piece]) -> None:
         """Enqueue some of some prompts."""
-        size, buffer, filled = self._filling(len(pieces), WIDTH)
+        count = sum(piece.length for piece in pieces)
+        size = next(s for s in self.chunks if s >= count and s // _LEAST >= len(pieces))
+        buffer, filled = self._filling(size, WIDTH)
         for row, (_, text, start, length) in enumerate(pieces):
             filled["rows"][:, row] = start, text.start, length
             filled["tokens"][:, row, :length] = text.tokens[:, start : start + length]
+        padding = np.arange(WIDTH) >= filled["rows"][2][:, None]
+        filled["packed"][:] = np.argsort(padding.ravel(), kind="stable")[:size]
         self._run(size, WIDTH, buffer, filled, [(piece.request, piece.text) for piece in pieces], ())
 
     def decode(self, going: Sequence[Request]) -> Unread:
         """Enqueue a token of each request."""
         rows = [(request, text) for request in going for text in request.texts]
-        size, buffer, filled = self._filling(len(rows), 1)
+        size = next(s for s in self.sizes if s >= len(rows))
+        buffer, filled = self._filling(size, 1)
         seats = [text.seat for _, text in rows]
         seats += [self.seats] * (size - len(rows))
         filled["ints"][:] = self._ints[seats].T
@@ -141,24 +147,24 @@ class Batches:
                 self._ints[text.seat, [_INTS.index(n) for n in values]] = list(values.values())
         return Unread(reading(self._result), [(request, leaders[request.number]) for request in going])
 
-    def _filling(self, count: int, width: int) -> tuple[int, Buffer, dict[str, np.ndarray]]:
-        """The size of a step for so many rows, its buffer, and what to fill in."""
-        size = next(s for s in self.sizes[width] if s >= count)
+    def _filling(self, size: int, width: int) -> tuple[Buffer, dict[str, np.ndarray]]:
+        """The buffer of a step of so many tokens in rows of a width, and what to fill in."""
         if (size, width) not in self._buffers:
+            rows = size if width == 1 else size // _LEAST
             shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-                "of_block": (torch.int32, (size, self.blocks)),
-                "rows": (torch.int32, (3, size)),
+                "of_block": (torch.int32, (rows, self.blocks)),
+                "rows": (torch.int32, (3, rows)),
             }
             if width == 1:
-                shapes |= {"ints": (torch.int64, (len(_INTS), size)), "reals": (torch.float32, (len(_REALS), size))}
+                shapes |= {"ints": (torch.int64, (len(_INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
             else:
-                shapes |= {"tokens": (torch.int64, (3, size, width))}
+                shapes |= {"tokens": (torch.int64, (3, rows, width)), "packed": (torch.int64, (size,))}
             self._buffers[size, width] = Buffer(self.model.device, shapes)
         buffer = self._buffers[size, width]
         filled = buffer.fill()
         filled["of_block"].fill(self.cache.pool.count)
         filled["rows"].fill(0)
-        return size, buffer, filled
+        return buffer, filled
 
     def _run(
         self,
@@ -180,7 +186,7 @@ class Batches:
         of_block = buffer.on_device["of_block"]
         if not self.engine.compile:  # then shapes may differ, and what no row needs is not looked at
             of_block = of_block[:, : max(len(text.pages) for _, text in rows)]
-        cache = Rows(self.cache, of_block, start, end)
+        cache = Rows(self.cache, of_block, start, end, buffer.on_device.get("packed"))
         if width == 1:
             self.engine.last = Last(layers, lambda: cache.tokens)
         key = size, width, kinds, layers  # forget_recorded reads the last

@@ -24,7 +24,7 @@ from .config import GenerationConfig, LlamaConfig
 from .edits import Edit
 from .linear import RMSNorm, gated, linear
 from .masks import Mask
-from .paging import Rows
+from .paging import Packed, Rows
 from .rope import Rotary, RotaryEmbedding
 from .rules import Tokens, arange, grid
 from .scores import ScoreMod
@@ -415,6 +415,11 @@ class Llama(nn.Module):
         slots = None if cache is None else cache.append(tokens)
         kv, pages = (tokens, None) if cache is None else (cache.tokens, cache.pages)
         views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend, pages) for p in patterns]
+        if isinstance(cache, Rows) and cache.packed is not None:
+            assert slots is not None
+            packed = Packed.of(cache.packed, (b, t))
+            views = [view._replace(packed=packed) for view in views]
+            input_ids, slots, tokens = packed.pack(input_ids), packed.pack(slots), Tokens(*map(packed.pack, tokens))
         return self.embed(input_ids), self.rotary(tokens), views, slots
 
     def head(self, x: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from .request import Request, Text, tokens_of
 from .sampling import Sampling, seeded
 from .scores import ScoreMod
 from .streaming import Step, Steps
-from .together import Rules
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -75,7 +74,7 @@ class Scheduler:
         self.cache = PagedCache(config, pages, dtype=self.model.dtype, device=device)
         blocks = min(blocks, pages)
         self.max_length = blocks * BLOCK
-        self.prefill_rows = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // WIDTH)
+        self.prefill_tokens = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // WIDTH) * WIDTH
         self._inbox: deque[Request] = deque()  # from any thread
         self._waiting: list[Request] = []
         self._taken: list[int] = []  # pages, in this step
@@ -92,8 +91,8 @@ class Scheduler:
         self._cut_short = False  # the step before
 
         self._seats = list(range(max_batch_size))[::-1]
-        self.rules = Rules(self.model, max(max_batch_size, self.prefill_rows))
-        self.batches = Batches(engine, self.cache, self.rules, max_batch_size, self.prefill_rows, blocks)
+        self.batches = Batches(engine, self.cache, max_batch_size, self.prefill_tokens, blocks)
+        self.rules = self.batches.rules
         self._weights: list[tuple[int, int]] = []
         self._version = 0  # of the weights: what was computed with others is not shared
 
@@ -376,13 +375,15 @@ class Scheduler:
     def _prefill(self) -> None:
         """Enqueue a chunk: of prompts under way, and then of those that can begin."""
         pieces: list[Piece] = []
+        left = self.prefill_tokens
         begun = (r for r in self.running if not all(text.start >= text.goal for text in r.texts))
-        while len(pieces) < self.prefill_rows and (request := next(begun, None) or self._admit()):
+        while left and len(pieces) < self.batches.pieces and (request := next(begun, None) or self._admit()):
             for text in request.texts:
                 first = text.start
-                while text.start < text.goal and len(pieces) < self.prefill_rows:
-                    pieces.append(Piece(request, text, text.start, min(WIDTH, text.goal - text.start)))
+                while text.start < text.goal and left and len(pieces) < self.batches.pieces:
+                    pieces.append(Piece(request, text, text.start, min(WIDTH, text.goal - text.start, left)))
                     text.start += pieces[-1].length
+                    left -= pieces[-1].length
                 self._name(text, first, text.start)  # others may use them in this very step: see `Rows`
         if self._copies:  # first: a page may be taken that another is a copy of
             self.cache.copy(self._copies)

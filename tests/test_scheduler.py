@@ -746,7 +746,7 @@ def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(plain
 @pytest.mark.usefixtures("dense")
 def test_requests_with_masks_or_score_functions_of_their_own_share_nothing(plain, prefilled):
     ids = random_ids(300)
-    engine = Engine(plain.model, max_batch_size=6, max_slots=30 * 128, prefill_tokens=1024)
+    engine = Engine(plain.model, max_batch_size=6, max_slots=30 * 128, prefill_tokens=2048)
     each = [
         {},
         {"mask": masks.sliding_window(50)},
