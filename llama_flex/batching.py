@@ -69,7 +69,10 @@ class Batches:
         self._ints[:, _INTS.index("seat")] = np.arange(seats + 1)
         self._newest = torch.zeros(seats + 1, dtype=torch.int64, device=device)
         self._seen: Tensor | None = None  # [seats + 1, V], once a request has a repetition penalty
-        self._result = torch.zeros(2, seats, dtype=torch.float64, device=device)
+        self._results = {
+            width: torch.zeros(2, rows, dtype=torch.float64, device=device)
+            for width, rows in ((WIDTH, self.pieces), (1, seats))
+        }
         self._buffers: dict[tuple[int, int], Buffer] = {}
         self._steps: dict[tuple[Any, ...], Callable[[], object]] = {}
         self._recorded: set[tuple[Any, ...]] = set()
@@ -82,7 +85,7 @@ class Batches:
         self._recorded &= self._steps.keys()
 
     def sit(self, request: Request, text: Text, done: int) -> None:
-        """Fill in a seat for the step that feeds the last token known."""
+        """Fill in a seat, for a text whose next token is the one after `done` new ones."""
         s = request.sampling
         id, position, segment = text.tokens[:, -1].tolist()
         row = {
@@ -106,8 +109,8 @@ class Batches:
             self._seen[text.seat] = False
             self._seen[text.seat, sent(ids, self.model.device)] = True
 
-    def prefill(self, pieces: Sequence[Piece]) -> None:
-        """Enqueue some of some prompts."""
+    def prefill(self, pieces: Sequence[Piece]) -> Unread:
+        """Enqueue some of some prompts, and the next token of each that ends there."""
         count = sum(piece.length for piece in pieces)
         size = next(s for s in self.chunks if s >= count and s // _LEAST >= len(pieces))
         buffer, filled = self._filling(size, WIDTH)
@@ -116,36 +119,34 @@ class Batches:
             filled["tokens"][:, row, :length] = text.tokens[:, start : start + length]
         padding = np.arange(WIDTH) >= filled["rows"][2][:, None]
         filled["packed"][:] = np.argsort(padding.ravel(), kind="stable")[:size]
-        self._run(size, WIDTH, buffer, filled, [(piece.request, piece.text) for piece in pieces], ())
+        ends = [p.start + p.length == p.text.tokens.shape[1] for p in pieces]
+        seats = [p.text.seat if end else self.seats for p, end in zip(pieces, ends, strict=True)]
+        self._fill_in(filled, seats)
+        filled["last"][:] = np.maximum(filled["rows"][2].cumsum() - 1, 0)
+        asked = [(p.request, row) for row, (p, end) in enumerate(zip(pieces, ends, strict=True)) if end]
+        rows = [(p.request, p.text) for p in pieces]
+        return self._run(size, WIDTH, buffer, filled, rows, asked)
 
     def decode(self, going: Sequence[Request]) -> Unread:
         """Enqueue a token of each request."""
         rows = [(request, text) for request in going for text in request.texts]
         size = next(s for s in self.sizes if s >= len(rows))
         buffer, filled = self._filling(size, 1)
-        seats = [text.seat for _, text in rows]
-        seats += [self.seats] * (size - len(rows))
-        filled["ints"][:] = self._ints[seats].T
-        filled["reals"][:] = self._reals[seats].T
-        filled["ints"][_INTS.index("leader")] = np.arange(size)  # padding too is no other's
+        self._fill_in(filled, [text.seat for _, text in rows])
         leaders: dict[int, int] = {}
         for row, (request, text) in enumerate(rows):
             filled["rows"][:, row] = text.start, text.start + 1, 1
             text.start += 1
             filled["ints"][_INTS.index("leader"), row] = leaders.setdefault(request.number, row)
-        self._run(size, 1, buffer, filled, rows, _kinds(going))
-        for request in going:
-            request.asked += 1
-            for text in request.texts:
-                after = text.prompt.generated_position or 0
-                values = {
-                    "id": -1,
-                    "position": after + request.asked - 1,
-                    "segment": text.prompt.generated_segment,
-                    "done": request.asked,
-                }
-                self._ints[text.seat, [_INTS.index(n) for n in values]] = list(values.values())
-        return Unread(reading(self._result), [(request, leaders[request.number]) for request in going])
+        return self._run(size, 1, buffer, filled, rows, [(request, leaders[request.number]) for request in going])
+
+    def _fill_in(self, filled: dict[str, np.ndarray], seats: list[int]) -> None:
+        """What is in the seats of the first rows, for a token of each; the others are padding."""
+        rows = filled["ints"].shape[1]
+        seats = seats + [self.seats] * (rows - len(seats))
+        filled["ints"][:] = self._ints[seats].T
+        filled["reals"][:] = self._reals[seats].T
+        filled["ints"][_INTS.index("leader")] = np.arange(rows)  # padding too is no other's
 
     def _filling(self, size: int, width: int) -> tuple[Buffer, dict[str, np.ndarray]]:
         """The buffer of a step of so many tokens in rows of a width, and what to fill in."""
@@ -154,11 +155,12 @@ class Batches:
             shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
                 "of_block": (torch.int32, (rows, self.blocks)),
                 "rows": (torch.int32, (3, rows)),
+                "ints": (torch.int64, (len(_INTS), rows)),
+                "reals": (torch.float32, (len(_REALS), rows)),
             }
-            if width == 1:
-                shapes |= {"ints": (torch.int64, (len(_INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
-            else:
+            if width > 1:
                 shapes |= {"tokens": (torch.int64, (3, rows, width)), "packed": (torch.int64, (size,))}
+                shapes |= {"last": (torch.int64, (rows,))}
             self._buffers[size, width] = Buffer(self.model.device, shapes)
         buffer = self._buffers[size, width]
         filled = buffer.fill()
@@ -173,8 +175,10 @@ class Batches:
         buffer: Buffer,
         filled: dict[str, np.ndarray],
         rows: list[tuple[Request, Text]],
-        kinds: tuple[bool, ...],
-    ) -> None:
+        asked: list[tuple[Request, int]],
+    ) -> Unread:
+        """Enqueue a step. asked: which requests get a token, and in which row."""
+        kinds = _kinds(request for request, _ in asked)
         for row, (_, text) in enumerate(rows):
             filled["of_block"][row, : len(text.pages)] = text.pages
         layers = self.rules.layers([Row(r.pattern, r.texts.index(t), t.prompt.log_weights) for r, t in rows])
@@ -187,11 +191,11 @@ class Batches:
         if not self.engine.compile:  # then shapes may differ, and what no row needs is not looked at
             of_block = of_block[:, : max(len(text.pages) for _, text in rows)]
         cache = Rows(self.cache, of_block, start, end, buffer.on_device.get("packed"))
-        if width == 1:
+        if width == 1 or self.engine.last is None:
             self.engine.last = Last(layers, lambda: cache.tokens)
         key = size, width, kinds, layers  # forget_recorded reads the last
         if key not in self._steps:
-            step = self._step(size, buffer.on_device, layers, cache, count, kinds)
+            step = self._step(width, buffer.on_device, layers, cache, count, kinds)
             step()
             if self.engine.compile:
                 self._steps[key] = step
@@ -200,37 +204,46 @@ class Batches:
             self._recorded.add(key)
         else:
             self._steps[key]()
+        for request, _ in asked:
+            request.asked += 1
+            for text in request.texts:
+                after = text.prompt.generated_position or 0
+                values = {
+                    "id": -1,
+                    "position": after + request.asked - 1,
+                    "segment": text.prompt.generated_segment,
+                    "done": request.asked,
+                }
+                self._ints[text.seat, [_INTS.index(n) for n in values]] = list(values.values())
+        return Unread(reading(self._results[width]), asked)
 
     def _step(
         self,
-        size: int,
+        width: int,
         given: dict[str, Tensor],
         layers: Layers,
         cache: Rows,
         count: Tensor,
         kinds: tuple[bool, ...],
     ) -> Callable[[], None]:
-        """What computes a step of this size, from what is given and always in the same memory."""
-        engine = self.engine
-        if "tokens" in given:
-            ids, positions, segments = given["tokens"].unbind(0)
-
-            def prefill() -> None:
-                engine._step(ids, count, positions, segments, layers, cache)
-
-            return prefill
-
+        """What computes a step, from what is given and always in the same memory."""
+        engine, rows = self.engine, len(count)
         ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
         reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
-        state = _State(**ints, **reals, newest=self._newest, seen=self._seen, result=self._result[:, :size])
-        run = engine.graphs.of("paged", size, self.seats, kinds) if engine.compile else plainly
+        result = self._results[width][:, :rows]
+        state = _State(**ints, **reals, last=given.get("last"), newest=self._newest, seen=self._seen, result=result)
+        run = engine.graphs.of("paged", rows, width, self.seats, kinds) if engine.compile else plainly
 
-        def decode() -> None:
-            ids, positions, segments = run("feed", _feed, state)
+        def step() -> None:
+            if width == 1:
+                ids, positions, segments = run("feed", _feed, state)
+            else:
+                ids, positions, segments = given["tokens"].unbind(0)
             x, _ = engine._step(ids, count, positions, segments, layers, cache)
-            run("choose", _choose, self.model, x, state, kinds)
+            if kinds:
+                run("choose", _choose, self.model, x, state, kinds)
 
-        return decode
+        return step
 
 
 def _kinds(requests: Iterable[Request]) -> tuple[bool, ...]:
@@ -245,7 +258,7 @@ def _kinds(requests: Iterable[Request]) -> tuple[bool, ...]:
         )
         for r in requests
     ]
-    return tuple(map(any, zip(*each, strict=True)))
+    return tuple(map(any, zip(*each, strict=True)))  # empty for no requests
 
 
 class _State(NamedTuple):
@@ -265,6 +278,7 @@ class _State(NamedTuple):
     top_p: Tensor
     min_p: Tensor
     repetition_penalty: Tensor
+    last: Tensor | None  # where each row's last token is among those computed, if they are packed
     newest: Tensor  # [seats]
     seen: Tensor | None  # [seats, V]
     result: Tensor  # [2, R], float64: tokens and their log-probabilities
@@ -277,7 +291,7 @@ def _feed(s: _State) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _choose(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None:
-    """From the last layer's output `[R, 1, E]` to the next tokens."""
+    """From the last layer's output, `[R, 1, E]` or packed, to the next token of each row."""
     random, cut, least, penalty, several = kinds
     parameters = SamplingTensors(
         s.temperature if random else None,
@@ -287,6 +301,7 @@ def _choose(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None
         s.repetition_penalty if penalty else None,
         s.seed if random else None,
     )
+    x = x if s.last is None else x[0, s.last, None]
     logits = model.head(x)[:, 0]
     if several:
         logits = combined(logits, s.leader, s.is_max > 0, s.members)

@@ -83,7 +83,7 @@ class Scheduler:
         self._running: list[Request] = []
         self._ended: dict[Request, None] = {}  # and not returned yet; from any thread
         self._ahead = device.type == "cuda"  # a step is read while the next one runs
-        self._unread: Unread | None = None
+        self._unread: list[Unread] = []
         self.prompt_tokens = self.new_tokens = 0  # computed so far, and given so far
         self._numbers = itertools.count()
         self._advancing: asyncio.Task[object] | None = None
@@ -222,12 +222,14 @@ class Scheduler:
         self._look_at_weights()
         self._clear()
         self._make_room()
-        self._prefill()
-        going = [r for r in self.running if self._goes_on(r)]
-        asked = self.batches.decode(going) if going else None
+        asked = self._prefill()
+        first = {request for unread in asked for request, _ in unread.rows}
+        if going := [r for r in self.running if self._goes_on(r) and r not in first]:
+            asked.append(self.batches.decode(going))
         if self._ahead:
             asked, self._unread = self._unread, asked
-        self._read(asked)
+        for unread in asked:
+            self._read(unread)
         self._clear()
         while self._sent_away:
             heapq.heappush(self._waiting, self._sent_away[-1])
@@ -298,19 +300,23 @@ class Scheduler:
             if count:
                 copies.append((page, text.pages[text.start // BLOCK], count))
                 text.start += count
+            if len(prompts) > 1 or text.start == text.goal - 1:
+                text.goal -= (
+                    1  # the last token is fed as new ones are: where rows choose together, all do it in one step
+                )
         self._copies += copies
         self._running.append(request)  # first: an interrupt between the two must find it somewhere
         heapq.heappop(self._waiting)
         request.asked = len(new)
         for text in request.texts:
-            self.prompt_tokens += text.goal + 1 - text.start
+            self.prompt_tokens += text.tokens.shape[1] - text.start
             text.seat = self._seats.pop()
             self.batches.sit(request, text, len(new))
         return request
 
     def _found(self, text: Text) -> Iterator[int]:
         """The pages that hold the beginning of a text already, now its own too."""
-        for number in range(text.goal // BLOCK if text.key is not None else 0):
+        for number in range((text.goal - 1) // BLOCK if text.key is not None else 0):
             page = self.pool.find(text.before(number + 1))
             if page is None:
                 return
@@ -321,7 +327,7 @@ class Scheduler:
         number = text.start // BLOCK
         if text.key is None:
             return -1, 0
-        page, count = self.pool.find_beginning(text.before(number), text.block(number, text.goal))
+        page, count = self.pool.find_beginning(text.before(number), text.block(number, text.goal - 1))
         return (page, count) if count >= _WORTH_COPYING else (-1, 0)
 
     def _name(self, text: Text, start: int, end: int) -> None:
@@ -366,14 +372,14 @@ class Scheduler:
             request.texts = []
         arriving = set(self._inbox.copy())  # one may be on its way from there
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
-        self._running, self._sent_away, self._taken, self._copies, self._unread = [], [], [], [], None
+        self._running, self._sent_away, self._taken, self._copies, self._unread = [], [], [], [], []
         self._seats = list(range(self.max_batch_size))[::-1]
         self.cache.pool = Pool(self.pool.count)
 
     # ---- what runs
 
-    def _prefill(self) -> None:
-        """Enqueue a chunk: of prompts under way, and then of those that can begin."""
+    def _prefill(self) -> list[Unread]:
+        """Enqueue a chunk: of prompts under way, and then of those that can begin; and the first tokens after it."""
         pieces: list[Piece] = []
         left = self.prefill_tokens
         begun = (r for r in self.running if not all(text.start >= text.goal for text in r.texts))
@@ -390,15 +396,13 @@ class Scheduler:
         if taken := set(self._taken).difference(page for _, page, _ in self._copies):
             self.cache.clear(sorted(taken))
         self._taken, self._copies = [], []
-        if pieces:
-            self.batches.prefill(pieces)
+        asked = [self.batches.prefill(pieces)] if pieces else []
         for _, text, start, length in pieces:
             self._begin(text, start, start + length)
+        return asked
 
-    def _read(self, unread: Unread | None) -> None:
-        """Take in the tokens of a step. Those of requests that have ended meanwhile are nobody's."""
-        if unread is None:
-            return
+    def _read(self, unread: Unread) -> None:
+        """Take in tokens. Those of requests that have ended meanwhile are nobody's."""
         tokens, logprobs = unread.read()
         for request, row in unread.rows:
             if not request.finished:

@@ -311,10 +311,10 @@ def prefilled(monkeypatch) -> list[tuple[int, int]]:
     """The request and the first token of every block of prompts that is computed."""
     found, run = [], Batches._run
 
-    def noting(self, size, width, buffer, filled, rows, kinds):
+    def noting(self, size, width, buffer, filled, rows, asked):
         if width > 1:
             found.extend((r.number, int(filled["rows"][0, row])) for row, (r, _) in enumerate(rows))
-        run(self, size, width, buffer, filled, rows, kinds)
+        return run(self, size, width, buffer, filled, rows, asked)
 
     monkeypatch.setattr(Batches, "_run", noting)
     return found
@@ -433,7 +433,7 @@ def test_compiled_attention_computes_the_blocks_that_are_listed_and_no_others(pl
 
 
 def soak(plain: Engine, short: list[Asked], preempted: list[Request], count: int) -> None:
-    engine = Engine(plain.model, max_batch_size=5, max_slots=3 * 128, prefill_tokens=256)
+    engine = Engine(plain.model, max_batch_size=5, max_slots=4 * 128, prefill_tokens=256)
     scheduler, rng = engine.scheduler, random.Random(count)
     going: dict[int, tuple[Asked, Request, str | None]] = {}
     reasons, objects, memory, tensors, ended = Counter(), [], [], [], 0
@@ -726,6 +726,26 @@ def test_a_prefix_of_requests_that_come_together_is_computed_once(plain, prefill
 
 
 @pytest.mark.usefixtures("dense")
+def test_a_step_of_prompts_has_little_padding_and_gives_their_first_tokens(plain, monkeypatch):
+    steps, run = [], Batches._run
+
+    def noting(self, size, width, *given):
+        steps.append((size, width))
+        return run(self, size, width, *given)
+
+    monkeypatch.setattr(Batches, "_run", noting)
+    prompts = [random_ids(45, seed) for seed in range(8)]
+    expected = [alone(plain, ids, **NEW).alone[:1] for ids in prompts]
+    engine = Engine(plain.model, max_batch_size=8, max_slots=20 * 128, prefill_tokens=512)
+    for sizes in ([(512, 64)], [(8, 1)]):  # what is known but for the last token goes on as if it ran already
+        steps.clear()
+        requests = [engine.submit(ids, max_new_tokens=1, sampling=Sampling()) for ids in prompts]
+        engine.run()
+        assert [tokens_of(r) for r in requests] == expected
+        assert steps == sizes
+
+
+@pytest.mark.usefixtures("dense")
 def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(plain, prefilled):
     ids, sampling = random_ids(300), Sampling(temperature=1.0, seed=11)
     expected = [alone(plain, ids, **NEW, sampling=replace(sampling, seed=11 + i)).alone for i in range(4)]
@@ -911,7 +931,7 @@ def test_numbers_that_are_none_stay_in_their_request(compile, monkeypatch):
     model = tiny()
     model.embed.weight[159] = torch.nan
     ids = [id % 159 for id in random_ids(300)]
-    engine = Engine(model, compile=bool(compile), max_batch_size=3, max_slots=5 * 128, prefill_tokens=128)
+    engine = Engine(model, compile=bool(compile), max_batch_size=3, max_slots=5 * 128, prefill_tokens=64)
 
     def check(*requests: Request) -> None:
         engine.run()
@@ -920,10 +940,10 @@ def test_numbers_that_are_none_stay_in_their_request(compile, monkeypatch):
 
     short = engine.submit(ids[40:50], **NEW)
     bad = engine.submit([*ids[:100], 159, *ids[101:250]], **NEW)
-    engine.step()  # of `bad` 64 tokens, and with 159 those after them
+    engine.step()  # of `bad` 54 tokens, and with 159 those after them
     engine.step()
     assert any(x.isnan().any() for x, _ in engine.scheduler.cache.layers)
-    check(short, engine.submit(ids[:60], **NEW))  # with a copy of the page that also has 159
+    check(short, engine.submit(ids[:50], **NEW))  # with a copy of the page that also has 159
     assert set(tokens_of(bad)) == {159}
     check(engine.submit(ids[::-1], **NEW))  # in pages that it had
     # Its first tokens came in one step with 159, which they do not see, and are none either.
