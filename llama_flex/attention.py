@@ -72,7 +72,9 @@ def view_of(
     if pages is None or not torch.compiler.is_compiling():
         return View(q, kv, pattern.mask.block_lists(q, kv, num_heads), pages)
     decoding = q.index.is_cuda and q.index.shape[1] == 1
-    return View(q, kv, pages.listed(pattern.mask.block_lists(q, kv, num_heads, together=decoding)), pages)
+    lists = pattern.mask.block_lists(q, kv, num_heads, together=decoding)
+    padding = (q.index < 0).all(1)[:, None, None]  # visits nothing; what becomes of it is not read
+    return View(q, kv, pages.listed(lists._replace(partial_num=lists.partial_num.masked_fill(padding, 0))), pages)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Tensor:

@@ -6,7 +6,7 @@ the device, so the host need not wait for it. Dimensions: R rows of a step, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ class Batches:
         self.engine, self.model, self.cache = engine, engine.model, cache
         self.seats, self.blocks = seats, blocks
         # Compiled for each size that occurs. Up to 64 rows a step takes no longer: its products wait for the weights.
-        decoding, prefill = (1, 8, *(64 << i for i in range(16))), (WIDTH * 4**i for i in range(16))
+        decoding, prefill = (1, 8, *(64 << i for i in range(16))), (WIDTH << i for i in range(16))
         self.sizes = sorted({min(size, seats) for size in decoding})
         self.chunks = sorted({min(size, tokens) for size in prefill})
         self.pieces = self.chunks[-1] // _LEAST  # in a step at most
@@ -109,44 +109,48 @@ class Batches:
             self._seen[text.seat] = False
             self._seen[text.seat, sent(ids, self.model.device)] = True
 
-    def prefill(self, pieces: Sequence[Piece]) -> Unread:
-        """Enqueue some of some prompts, and the next token of each that ends there."""
+    def prefill(self, pieces: Sequence[Piece], running: Iterable[Request]) -> Unread:
+        """Enqueue some of some prompts, and the next token of each that ends there, chosen as all that run may need it,
+        so that few graphs are compiled."""
         count = sum(piece.length for piece in pieces)
         size = next(s for s in self.chunks if s >= count and s // _LEAST >= len(pieces))
         buffer, filled = self._filling(size, WIDTH)
-        for row, (_, text, start, length) in enumerate(pieces):
+        # Spread: a CPU's threads get rows side by side, and should all have something to do.
+        at = {n * (size // _LEAST) // len(pieces): piece for n, piece in enumerate(pieces)}
+        for row, (_, text, start, length) in at.items():
             filled["rows"][:, row] = start, text.start, length
             filled["tokens"][:, row, :length] = text.tokens[:, start : start + length]
-        padding = np.arange(WIDTH) >= filled["rows"][2][:, None]
+        lengths = filled["rows"][2]
+        padding = np.arange(WIDTH) >= lengths[:, None]
         filled["packed"][:] = np.argsort(padding.ravel(), kind="stable")[:size]
-        ends = [p.start + p.length == p.text.tokens.shape[1] for p in pieces]
-        seats = [p.text.seat if end else self.seats for p, end in zip(pieces, ends, strict=True)]
-        self._fill_in(filled, seats)
-        filled["last"][:] = np.maximum(filled["rows"][2].cumsum() - 1, 0)
-        asked = [(p.request, row) for row, (p, end) in enumerate(zip(pieces, ends, strict=True)) if end]
-        rows = [(p.request, p.text) for p in pieces]
-        return self._run(size, WIDTH, buffer, filled, rows, asked)
+        filled["last"][:] = np.maximum(lengths.cumsum() - 1, 0)
+        ends = {row: p for row, p in at.items() if p.start + p.length == p.text.tokens.shape[1]}
+        self._fill_in(filled, {row: p.text for row, p in ends.items()})
+        rows = {row: (p.request, p.text) for row, p in at.items()}
+        kinds = _kinds(running) if ends else ()
+        return self._run(size, WIDTH, buffer, filled, rows, [(p.request, row) for row, p in ends.items()], kinds)
 
     def decode(self, going: Sequence[Request]) -> Unread:
         """Enqueue a token of each request."""
-        rows = [(request, text) for request in going for text in request.texts]
+        rows = dict(enumerate((request, text) for request in going for text in request.texts))
         size = next(s for s in self.sizes if s >= len(rows))
         buffer, filled = self._filling(size, 1)
-        self._fill_in(filled, [text.seat for _, text in rows])
+        self._fill_in(filled, {row: text for row, (_, text) in rows.items()})
         leaders: dict[int, int] = {}
-        for row, (request, text) in enumerate(rows):
+        for row, (request, text) in rows.items():
             filled["rows"][:, row] = text.start, text.start + 1, 1
             text.start += 1
             filled["ints"][_INTS.index("leader"), row] = leaders.setdefault(request.number, row)
-        return self._run(size, 1, buffer, filled, rows, [(request, leaders[request.number]) for request in going])
+        asked = [(request, leaders[request.number]) for request in going]
+        return self._run(size, 1, buffer, filled, rows, asked, _kinds(going))
 
-    def _fill_in(self, filled: dict[str, np.ndarray], seats: list[int]) -> None:
-        """What is in the seats of the first rows, for a token of each; the others are padding."""
+    def _fill_in(self, filled: dict[str, np.ndarray], texts: Mapping[int, Text]) -> None:
+        """What is in the seats of texts, each in its row; the other rows choose for nobody."""
         rows = filled["ints"].shape[1]
-        seats = seats + [self.seats] * (rows - len(seats))
+        seats = [texts[row].seat if row in texts else self.seats for row in range(rows)]
         filled["ints"][:] = self._ints[seats].T
         filled["reals"][:] = self._reals[seats].T
-        filled["ints"][_INTS.index("leader")] = np.arange(rows)  # padding too is no other's
+        filled["ints"][_INTS.index("leader")] = np.arange(rows)
 
     def _filling(self, size: int, width: int) -> tuple[Buffer, dict[str, np.ndarray]]:
         """The buffer of a step of so many tokens in rows of a width, and what to fill in."""
@@ -174,14 +178,16 @@ class Batches:
         width: int,
         buffer: Buffer,
         filled: dict[str, np.ndarray],
-        rows: list[tuple[Request, Text]],
+        rows: Mapping[int, tuple[Request, Text]],
         asked: list[tuple[Request, int]],
+        kinds: tuple[bool, ...],
     ) -> Unread:
         """Enqueue a step. asked: which requests get a token, and in which row."""
-        kinds = _kinds(request for request, _ in asked)
-        for row, (_, text) in enumerate(rows):
+        for row, (_, text) in rows.items():
             filled["of_block"][row, : len(text.pages)] = text.pages
-        layers = self.rules.layers([Row(r.pattern, r.texts.index(t), t.prompt.log_weights) for r, t in rows])
+        layers = self.rules.layers(
+            {n: Row(r.pattern, r.texts.index(t), t.prompt.log_weights) for n, (r, t) in rows.items()}
+        )
         if self._generation != self.rules.generation:
             self._generation = self.rules.generation
             self.forget_recorded(keep=[rule.layers for rule in self.rules.rules])
@@ -189,7 +195,7 @@ class Batches:
         start, end, count = buffer.on_device["rows"].unbind(0)
         of_block = buffer.on_device["of_block"]
         if not self.engine.compile:  # then shapes may differ, and what no row needs is not looked at
-            of_block = of_block[:, : max(len(text.pages) for _, text in rows)]
+            of_block = of_block[:, : max(len(text.pages) for _, text in rows.values())]
         cache = Rows(self.cache, of_block, start, end, buffer.on_device.get("packed"))
         if width == 1 or self.engine.last is None:
             self.engine.last = Last(layers, lambda: cache.tokens)
@@ -258,7 +264,7 @@ def _kinds(requests: Iterable[Request]) -> tuple[bool, ...]:
         )
         for r in requests
     ]
-    return tuple(map(any, zip(*each, strict=True)))  # empty for no requests
+    return tuple(map(any, zip(*each, strict=True)))
 
 
 class _State(NamedTuple):

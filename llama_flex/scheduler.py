@@ -396,7 +396,7 @@ class Scheduler:
         if taken := set(self._taken).difference(page for _, page, _ in self._copies):
             self.cache.clear(sorted(taken))
         self._taken, self._copies = [], []
-        asked = [self.batches.prefill(pieces)] if pieces else []
+        asked = [self.batches.prefill(pieces, self._running)] if pieces else []
         for _, text, start, length in pieces:
             self._begin(text, start, start + length)
         return asked

@@ -5,7 +5,7 @@ Dimensions: R rows of a step.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,10 +123,10 @@ class Rules:
         shapes = {"number": number, "member": number, "weights": (torch.float32, (self.rows, weights))}
         return Buffer(self.model.device, shapes)
 
-    def layers(self, rows: Sequence[Row]) -> Layers:
-        """How each layer attends in a step of these rows, the next to run."""
-        numbers = sorted({row.number for row in rows})
-        weights = max(len(row.log_weights) for row in rows)
+    def layers(self, rows: Mapping[int, Row]) -> Layers:
+        """How each layer attends in a step of these rows, by where they are in it, the next to run."""
+        numbers = sorted({row.number for row in rows.values()})
+        weights = max(len(row.log_weights) for row in rows.values())
         if len(numbers) == 1 and self.rules[numbers[0]].shares and not weights:
             return self.rules[numbers[0]].layers
         if weights > self._of_row.on_device["weights"].shape[1]:
@@ -134,7 +134,7 @@ class Rules:
             self._forget()
         filled = self._of_row.fill()
         filled["weights"].fill(0)
-        for n, row in enumerate(rows):
+        for n, row in rows.items():
             filled["number"][n], filled["member"][n] = row.number, row.member
             filled["weights"][n, : len(row.log_weights)] = row.log_weights
         self._of_row.send()

@@ -311,10 +311,10 @@ def prefilled(monkeypatch) -> list[tuple[int, int]]:
     """The request and the first token of every block of prompts that is computed."""
     found, run = [], Batches._run
 
-    def noting(self, size, width, buffer, filled, rows, asked):
+    def noting(self, size, width, buffer, filled, rows, *given):
         if width > 1:
-            found.extend((r.number, int(filled["rows"][0, row])) for row, (r, _) in enumerate(rows))
-        return run(self, size, width, buffer, filled, rows, asked)
+            found.extend((r.number, int(filled["rows"][0, row])) for row, (r, _) in rows.items())
+        return run(self, size, width, buffer, filled, rows, *given)
 
     monkeypatch.setattr(Batches, "_run", noting)
     return found
