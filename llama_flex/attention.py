@@ -73,12 +73,14 @@ def view_of(
         return View(q, kv, pattern.mask.block_lists(q, kv, num_heads), pages)
     decoding = q.index.is_cuda and q.index.shape[1] == 1
     lists = pattern.mask.block_lists(q, kv, num_heads, together=decoding)
-    padding = (q.index < 0).all(1)[:, None, None]  # visits nothing; what becomes of it is not read
+    # Rows of padding visit nothing. On a CPU they are NaN then, in padding and in the last page, which nobody reads.
+    padding = (q.index < 0).all(1)[:, None, None]
     return View(q, kv, pages.listed(lists._replace(partial_num=lists.partial_num.masked_fill(padding, 0))), pages)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Tensor:
-    """Scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]` in q's dtype.
+    """Scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]` in q's dtype. Of
+    packed tokens q and the result are `[1, H, N, D]`.
 
     Keys and values are shared by groups of H/K query heads without being repeated in memory. A query that may attend to
     nothing gets 0. Raises ValueError for gradients through FlexAttention on the CPU, which has none.

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 WIDTH = 64  # tokens of a prompt in a row of a step, at most
-_LEAST = 32  # that a row has on average in a step that is full; rows are padded for attention alone
-# What the host says of each row of a decoding step; INTS as int64, REALS as float32.
+_ROW_MEAN = 32  # a step of N tokens has N // 32 rows: room for short prompts, whose rows are half empty
+# What the host says of each row of a step, to choose its next token; INTS as int64, REALS as float32.
 _INTS = ("seat", "id", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max")
 _REALS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
@@ -53,15 +53,15 @@ class Batches:
     """Computes steps of requests that have seats. A seat is what stays of a text from step to step."""
 
     def __init__(self, engine: Engine, cache: PagedCache, seats: int, tokens: int, blocks: int) -> None:
-        """tokens: of prompts in a step at most. blocks: of slots of a text at most."""
+        """tokens: of prompts in a step at most, a multiple of WIDTH. blocks: of slots of a text at most."""
         self.engine, self.model, self.cache = engine, engine.model, cache
         self.seats, self.blocks = seats, blocks
         # Compiled for each size that occurs. Up to 64 rows a step takes no longer: its products wait for the weights.
-        decoding, prefill = (1, 8, *(64 << i for i in range(16))), (WIDTH << i for i in range(16))
-        self.sizes = sorted({min(size, seats) for size in decoding})
-        self.chunks = sorted({min(size, tokens) for size in prefill})
-        self.pieces = self.chunks[-1] // _LEAST  # in a step at most
-        self.rules = Rules(self.model, max(seats, self.pieces))
+        sizes = 1, 8, *(64 << i for i in range(seats.bit_length()))
+        self.decode_sizes = sorted({min(size, seats) for size in sizes})
+        self.prefill_sizes = sorted({min(WIDTH << i, tokens) for i in range(tokens.bit_length())})
+        self.max_pieces = tokens // _ROW_MEAN
+        self.rules = Rules(self.model, max(seats, self.max_pieces))
         device = self.model.device
         # One seat more takes what padding leaves.
         self._ints = np.zeros((seats + 1, len(_INTS)), np.int64)
@@ -71,7 +71,7 @@ class Batches:
         self._seen: Tensor | None = None  # [seats + 1, V], once a request has a repetition penalty
         self._results = {
             width: torch.zeros(2, rows, dtype=torch.float64, device=device)
-            for width, rows in ((WIDTH, self.pieces), (1, seats))
+            for width, rows in ((WIDTH, self.max_pieces), (1, seats))
         }
         self._buffers: dict[tuple[int, int], Buffer] = {}
         self._steps: dict[tuple[Any, ...], Callable[[], object]] = {}
@@ -109,42 +109,44 @@ class Batches:
             self._seen[text.seat] = False
             self._seen[text.seat, sent(ids, self.model.device)] = True
 
-    def prefill(self, pieces: Sequence[Piece], running: Iterable[Request]) -> Unread:
-        """Enqueue some of some prompts, and the next token of each that ends there, chosen as all that run may need it,
+    def prefill(self, pieces: Sequence[Piece], running: Iterable[Request]) -> list[Unread]:
+        """Enqueue some of some prompts, and the next token of each that ends there; chosen as all that run may need it,
         so that few graphs are compiled."""
         count = sum(piece.length for piece in pieces)
-        size = next(s for s in self.chunks if s >= count and s // _LEAST >= len(pieces))
-        buffer, filled = self._filling(size, WIDTH)
+        size = next(s for s in self.prefill_sizes if s >= count and s // _ROW_MEAN >= len(pieces))
+        buffer, filled = self._numbers(size, WIDTH)
         # Spread: a CPU's threads get rows side by side, and should all have something to do.
-        at = {n * (size // _LEAST) // len(pieces): piece for n, piece in enumerate(pieces)}
+        at = {n * (size // _ROW_MEAN) // len(pieces): piece for n, piece in enumerate(pieces)}
         for row, (_, text, start, length) in at.items():
             filled["rows"][:, row] = start, text.start, length
             filled["tokens"][:, row, :length] = text.tokens[:, start : start + length]
         lengths = filled["rows"][2]
         padding = np.arange(WIDTH) >= lengths[:, None]
-        filled["packed"][:] = np.argsort(padding.ravel(), kind="stable")[:size]
+        filled["chosen"][:] = np.argsort(padding.ravel(), kind="stable")[:size]
         filled["last"][:] = np.maximum(lengths.cumsum() - 1, 0)
         ends = {row: p for row, p in at.items() if p.start + p.length == p.text.tokens.shape[1]}
-        self._fill_in(filled, {row: p.text for row, p in ends.items()})
+        self._seat(filled, {row: p.text for row, p in ends.items()})
         rows = {row: (p.request, p.text) for row, p in at.items()}
-        kinds = _kinds(running) if ends else ()
-        return self._run(size, WIDTH, buffer, filled, rows, [(p.request, row) for row, p in ends.items()], kinds)
+        asked = [(p.request, row) for row, p in ends.items()]
+        self._run(size, WIDTH, buffer, filled, rows, asked, _kinds(running) if asked else ())
+        return [Unread(reading(self._results[WIDTH]), asked)] if asked else []
 
     def decode(self, going: Sequence[Request]) -> Unread:
         """Enqueue a token of each request."""
         rows = dict(enumerate((request, text) for request in going for text in request.texts))
-        size = next(s for s in self.sizes if s >= len(rows))
-        buffer, filled = self._filling(size, 1)
-        self._fill_in(filled, {row: text for row, (_, text) in rows.items()})
+        size = next(s for s in self.decode_sizes if s >= len(rows))
+        buffer, filled = self._numbers(size, 1)
+        self._seat(filled, {row: text for row, (_, text) in rows.items()})
         leaders: dict[int, int] = {}
         for row, (request, text) in rows.items():
             filled["rows"][:, row] = text.start, text.start + 1, 1
             text.start += 1
             filled["ints"][_INTS.index("leader"), row] = leaders.setdefault(request.number, row)
         asked = [(request, leaders[request.number]) for request in going]
-        return self._run(size, 1, buffer, filled, rows, asked, _kinds(going))
+        self._run(size, 1, buffer, filled, rows, asked, _kinds(going))
+        return Unread(reading(self._results[1]), asked)
 
-    def _fill_in(self, filled: dict[str, np.ndarray], texts: Mapping[int, Text]) -> None:
+    def _seat(self, filled: dict[str, np.ndarray], texts: Mapping[int, Text]) -> None:
         """What is in the seats of texts, each in its row; the other rows choose for nobody."""
         rows = filled["ints"].shape[1]
         seats = [texts[row].seat if row in texts else self.seats for row in range(rows)]
@@ -152,10 +154,10 @@ class Batches:
         filled["reals"][:] = self._reals[seats].T
         filled["ints"][_INTS.index("leader")] = np.arange(rows)
 
-    def _filling(self, size: int, width: int) -> tuple[Buffer, dict[str, np.ndarray]]:
+    def _numbers(self, size: int, width: int) -> tuple[Buffer, dict[str, np.ndarray]]:
         """The buffer of a step of so many tokens in rows of a width, and what to fill in."""
         if (size, width) not in self._buffers:
-            rows = size if width == 1 else size // _LEAST
+            rows = size if width == 1 else size // _ROW_MEAN
             shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
                 "of_block": (torch.int32, (rows, self.blocks)),
                 "rows": (torch.int32, (3, rows)),
@@ -163,13 +165,15 @@ class Batches:
                 "reals": (torch.float32, (len(_REALS), rows)),
             }
             if width > 1:
-                shapes |= {"tokens": (torch.int64, (3, rows, width)), "packed": (torch.int64, (size,))}
+                shapes |= {"tokens": (torch.int64, (3, rows, width)), "chosen": (torch.int64, (size,))}
                 shapes |= {"last": (torch.int64, (rows,))}
             self._buffers[size, width] = Buffer(self.model.device, shapes)
         buffer = self._buffers[size, width]
         filled = buffer.fill()
         filled["of_block"].fill(self.cache.pool.count)
         filled["rows"].fill(0)
+        if width > 1:
+            filled["tokens"].fill(0)  # what padding had before is more than a table may have that a rule looks it up in
         return buffer, filled
 
     def _run(
@@ -181,7 +185,7 @@ class Batches:
         rows: Mapping[int, tuple[Request, Text]],
         asked: list[tuple[Request, int]],
         kinds: tuple[bool, ...],
-    ) -> Unread:
+    ) -> None:
         """Enqueue a step. asked: which requests get a token, and in which row."""
         for row, (_, text) in rows.items():
             filled["of_block"][row, : len(text.pages)] = text.pages
@@ -196,9 +200,8 @@ class Batches:
         of_block = buffer.on_device["of_block"]
         if not self.engine.compile:  # then shapes may differ, and what no row needs is not looked at
             of_block = of_block[:, : max(len(text.pages) for _, text in rows.values())]
-        cache = Rows(self.cache, of_block, start, end, buffer.on_device.get("packed"))
-        if width == 1 or self.engine.last is None:
-            self.engine.last = Last(layers, lambda: cache.tokens)
+        cache = Rows(self.cache, of_block, start, end, buffer.on_device.get("chosen"))
+        self.engine.last = Last(layers, lambda: cache.tokens)
         key = size, width, kinds, layers  # forget_recorded reads the last
         if key not in self._steps:
             step = self._step(width, buffer.on_device, layers, cache, count, kinds)
@@ -221,7 +224,6 @@ class Batches:
                     "done": request.asked,
                 }
                 self._ints[text.seat, [_INTS.index(n) for n in values]] = list(values.values())
-        return Unread(reading(self._results[width]), asked)
 
     def _step(
         self,

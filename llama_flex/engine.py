@@ -391,11 +391,12 @@ class Engine:
         cache: Cache | Rows,
         probe_of: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Found | None]:
-        """Append ids `[R, T]`, of which `lengths` in each row are real; the last layer's output `[R, T, E]`, and what
-        probes read."""
+        """Append ids `[R, T]`, of which `lengths` in each row are real; the last layer's output, `[R, T, E]` or packed,
+        and what probes read."""
         run = plainly
         if self.compile:
-            key = (*ids.shape, cache.max_length, type(cache), cache.layers[0][0].shape, layers.structure)
+            shape = ids.shape if not isinstance(cache, Rows) or cache.chosen is None else (1, len(cache.chosen))
+            key = (*shape, cache.max_length, type(cache), cache.layers[0][0].shape, layers.structure)
             self.steps.add(key)
             run = self.graphs.of(*key)
         return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run, probe_of)

@@ -156,7 +156,8 @@ class Mask(Rule):
         full, some = self.blocks(q, kv, num_heads)
         partial_num, partial_idx = _list_blocks(some if together else some & ~full)
         # A row of blocks with none listed at all is NaN in the compiled CPU kernel, so it lists one, for mask_mod to
-        # mask. Not a row with full blocks: a block in both lists would count twice.
+        # mask (`attention.view_of` knows rows that nobody reads). Not a row with full blocks: a block in both lists
+        # would count twice.
         partial_num = partial_num.masked_fill(~some.any(-1), 1)
         if together:
             return BlockLists(partial_num, partial_idx, None, None)

@@ -370,7 +370,8 @@ class Llama(nn.Module):
         run: Run = plainly,
         probe_of: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Found | None]:
-        """`forward` without its checks and logits: the last layer's output `[B, T, E]`, and what probes read.
+        """`forward` without its checks and logits: the last layer's output, `[B, T, E]` or packed, and what probes
+        read.
 
         Its parts, what comes before the layers and each layer, are tensor operations only; `run` may compile them.
         probe_of: of layers, see `sites.probes`; without any nothing is read.
@@ -400,7 +401,8 @@ class Llama(nn.Module):
         backend: Backend,
     ) -> tuple[Tensor, Rotary, list[View], Tensor | None]:
         """What all layers share: embeddings `[B, T, E]`, rotations, who sees whom in each pattern, and slots `[B, T]`,
-        which the cache gives to the tokens here."""
+        which the cache gives to the tokens here. Where the cache is `Rows` of chosen tokens, all but who sees whom is
+        packed: `[1, N]` instead of `[B, T]`."""
         b, t = input_ids.shape
         column = torch.arange(t, dtype=torch.int32, device=input_ids.device).expand(b, t)
         index = column if cache is None else cache.length[:, None] + column
@@ -415,9 +417,9 @@ class Llama(nn.Module):
         slots = None if cache is None else cache.append(tokens)
         kv, pages = (tokens, None) if cache is None else (cache.tokens, cache.pages)
         views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend, pages) for p in patterns]
-        if isinstance(cache, Rows) and cache.packed is not None:
+        if isinstance(cache, Rows) and cache.chosen is not None:
             assert slots is not None
-            packed = Packed.of(cache.packed, (b, t))
+            packed = Packed.of(cache.chosen, (b, t))
             views = [view._replace(packed=packed) for view in views]
             input_ids, slots, tokens = packed.pack(input_ids), packed.pack(slots), Tokens(*map(packed.pack, tokens))
         return self.embed(input_ids), self.rotary(tokens), views, slots

@@ -55,23 +55,23 @@ class Pages(NamedTuple):
 class Packed(NamedTuple):
     """Tokens of rows in one row, without most of the padding, as all but attention takes them; N of B * T.
 
-    places: int64 `[N]`, which tokens of the rows: the real ones, and some padding if there are fewer than N. of_row:
+    chosen: int64 `[N]`, which tokens of the rows: the real ones, and some padding if there are fewer than N. of_row:
     int64 `[B, T]`, where each is among the N; of padding anything.
     """
 
-    places: Tensor
+    chosen: Tensor
     of_row: Tensor
 
     @classmethod
-    def of(cls, places: Tensor, shape: tuple[int, int]) -> Packed:
-        """From `places` and the shape `(B, T)` of the rows."""
-        number = torch.arange(len(places), device=places.device)
-        of_row = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=places.device)
-        return cls(places, of_row.scatter(0, places, number).view(shape))
+    def of(cls, chosen: Tensor, shape: tuple[int, int]) -> Packed:
+        """From `chosen` and the shape `(B, T)` of the rows."""
+        number = torch.arange(len(chosen), device=chosen.device)
+        of_row = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=chosen.device)
+        return cls(chosen, of_row.scatter(0, chosen, number).view(shape))
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[1, N, ...]`."""
-        return x.flatten(0, 1)[self.places][None]
+        return x.flatten(0, 1)[self.chosen][None]
 
     def rows(self, x: Tensor) -> Tensor:
         """`[1, N, ...]` to `[B, T, ...]`; padding gets what is of another token."""
@@ -154,11 +154,11 @@ class Rows:
     mask = None  # a rolling cache has one
 
     def __init__(
-        self, cache: PagedCache, of_block: Tensor, start: Tensor, end: Tensor, packed: Tensor | None = None
+        self, cache: PagedCache, of_block: Tensor, start: Tensor, end: Tensor, chosen: Tensor | None = None
     ) -> None:
         """of_block: see `Pages`. start: int32 `[B]`, the index of a row's first new token. end: int32 `[B]`, how many
-        tokens its sequence has after the step. packed: which tokens are computed, see `Packed.places`; None: all."""
-        self.layers, self.length, self.packed = cache.layers, start, packed
+        tokens its sequence has after the step. chosen: which tokens are computed, see `Packed`; None: all."""
+        self.layers, self.length, self.chosen = cache.layers, start, chosen
         self.max_length = of_block.shape[1] * BLOCK
         self._cache, self._of_block, self._end = cache, of_block, end
 

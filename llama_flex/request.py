@@ -29,7 +29,7 @@ class Text:
         self.prompt, self.tokens, self.key = prompt, tokens, key
         self.pages: list[int] = []
         self.start = 0  # how many of its tokens are in pages
-        self.goal = tokens.shape[1]  # how many are to be there before new ones are fed
+        self.goal = tokens.shape[1]  # how many a prompt's steps compute; one less if the last is fed as new ones are
         self.seat = -1
         self._contents: list[bytes] = []  # what is in the pages before each, as far as it was asked
 

@@ -1,7 +1,7 @@
 """Continuous batching: requests come and go while others run, over one pool of pages.
 
-Every step computes a chunk of prompts, in rows that may be of different requests, and then one token for each request
-that is under way. Tokens are read while the next step runs.
+Every step computes a chunk of prompts, which may be of different requests, with the first new token of each that ends
+there, and then one token for each request that was under way. Tokens are read while the next step runs.
 """
 
 from __future__ import annotations
@@ -300,10 +300,9 @@ class Scheduler:
             if count:
                 copies.append((page, text.pages[text.start // BLOCK], count))
                 text.start += count
+            # Rows that choose together do it in one step, and what is known but for its last token needs no other.
             if len(prompts) > 1 or text.start == text.goal - 1:
-                text.goal -= (
-                    1  # the last token is fed as new ones are: where rows choose together, all do it in one step
-                )
+                text.goal -= 1
         self._copies += copies
         self._running.append(request)  # first: an interrupt between the two must find it somewhere
         heapq.heappop(self._waiting)
@@ -383,10 +382,10 @@ class Scheduler:
         pieces: list[Piece] = []
         left = self.prefill_tokens
         begun = (r for r in self.running if not all(text.start >= text.goal for text in r.texts))
-        while left and len(pieces) < self.batches.pieces and (request := next(begun, None) or self._admit()):
+        while left and len(pieces) < self.batches.max_pieces and (request := next(begun, None) or self._admit()):
             for text in request.texts:
                 first = text.start
-                while text.start < text.goal and left and len(pieces) < self.batches.pieces:
+                while text.start < text.goal and left and len(pieces) < self.batches.max_pieces:
                     pieces.append(Piece(request, text, text.start, min(WIDTH, text.goal - text.start, left)))
                     text.start += pieces[-1].length
                     left -= pieces[-1].length
@@ -396,7 +395,7 @@ class Scheduler:
         if taken := set(self._taken).difference(page for _, page, _ in self._copies):
             self.cache.clear(sorted(taken))
         self._taken, self._copies = [], []
-        asked = [self.batches.prefill(pieces, self._running)] if pieces else []
+        asked = self.batches.prefill(pieces, self._running) if pieces else []
         for _, text, start, length in pieces:
             self._begin(text, start, start + length)
         return asked
@@ -405,9 +404,9 @@ class Scheduler:
         """Take in tokens. Those of requests that have ended meanwhile are nobody's."""
         tokens, logprobs = unread.read()
         for request, row in unread.rows:
+            if math.isnan(logprobs[row]):
+                self.forget()  # what computes nothing but NaN may have left some in keys and values
             if not request.finished:
-                if math.isnan(logprobs[row]):
-                    self.forget()  # what computes nothing but NaN may have left some in keys and values
                 request.steps.append(request.maker.put(int(tokens[row]), logprobs[row]))
                 self.new_tokens += 1
                 self._tell(request)

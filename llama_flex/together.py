@@ -133,7 +133,8 @@ class Rules:
             self._of_row = self._tables(-(-weights // WEIGHTS) * WEIGHTS)
             self._forget()
         filled = self._of_row.fill()
-        filled["weights"].fill(0)
+        for table in filled.values():
+            table.fill(0)
         for n, row in rows.items():
             filled["number"][n], filled["member"][n] = row.number, row.member
             filled["weights"][n, : len(row.log_weights)] = row.log_weights

@@ -745,6 +745,14 @@ def test_a_step_of_prompts_has_little_padding_and_gives_their_first_tokens(plain
         assert steps == sizes
 
 
+def test_explain_is_of_what_ran_last_though_it_gave_one_token(plain):
+    engine = Engine(plain.model, max_batch_size=4, max_slots=1024, prefill_tokens=512)
+    for width, new in ((9, 3), (19, 1)):
+        engine.submit(random_ids(300, width), mask=masks.sliding_window(width), max_new_tokens=new, stop_token_ids=())
+        engine.run()
+        assert f"mask sliding_window({width})" in engine.explain()
+
+
 @pytest.mark.usefixtures("dense")
 def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(plain, prefilled):
     ids, sampling = random_ids(300), Sampling(temperature=1.0, seed=11)
@@ -894,6 +902,32 @@ def test_a_mask_reads_nothing_of_other_requests(plain):
 
 
 @pytest.mark.usefixtures("dense")
+def test_a_mask_reads_nothing_of_requests_that_ran_before(plain):
+    """A step's padding has no attributes of those that were in its place."""
+
+    def windows(*widths: int) -> Mask:
+        of = torch.tensor(widths)
+        return Mask(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < of[q.batch]))
+
+    def of_token(attribute: str, count: int) -> Mask:
+        table = torch.ones(count, dtype=torch.bool)
+        return Mask(lambda q, kv: (kv.index <= q.index) & table[getattr(q, attribute)])
+
+    long = [(random_ids(250), {}), (fuse([[5, 6], [7]], suffix=random_ids(100)), {})]
+    short = [[(random_ids(10), {"mask": of_token(name, n)})] for name, n in (("position", 16), ("segment", 1))]
+    several = [(Ensemble([random_ids(n) for n in (70, 80, 90)], "mean"), {"mask": windows(5, 6, 7)})]
+    others = [[(random_ids(5), {"mask": masks.sliding_window(10 + n)})] for n in range(PATTERNS - 2)]
+    one = [(random_ids(20), {"mask": windows(9)}), (random_ids(10), {})]  # takes the number of the mask of several
+    for rounds in ([long, *short], [several, *others, one]):
+        engine = Engine(plain.model, max_batch_size=6, max_slots=12 * 128, prefill_tokens=64)
+        for each in rounds:
+            requests = [engine.submit(prompt, **NEW, **options) for prompt, options in each]
+            engine.run()
+            expected = [alone(plain, prompt, **NEW, **options).alone for prompt, options in each]
+            assert [tokens_of(request) for request in requests] == expected
+
+
+@pytest.mark.usefixtures("dense")
 def test_weights_that_change_between_runs_are_seen():
     model, ids = tiny(), random_ids(300)
     engine = Engine(model, max_batch_size=2, max_slots=1024)
@@ -950,6 +984,22 @@ def test_numbers_that_are_none_stay_in_their_request(compile, monkeypatch):
     bad = engine.submit([*ids[200:240], 159, 5], **NEW)
     engine.run()
     check(engine.submit(ids[200:240], **NEW))
+
+
+@pytest.mark.usefixtures("dense", "read_later")
+def test_a_number_that_is_none_is_seen_though_its_request_is_cancelled_before_it_is_read():
+    model = tiny()
+    model.embed.weight[159] = torch.nan
+    ids = [id % 159 for id in random_ids(40)]
+    engine = Engine(model, max_batch_size=2, max_slots=5 * 128)
+    engine.scheduler._ahead = True
+    bad = engine.submit([*ids, 159, 5], **NEW)
+    engine.step()
+    engine.cancel(bad)
+    engine.step()
+    request = engine.submit(ids, **NEW)
+    engine.run()
+    assert tokens_of(request) == alone(Engine(model), ids, **NEW).alone
 
 
 def test_a_table_need_not_have_what_was_in_the_slots_before(plain):
