@@ -133,7 +133,7 @@ def test_compiled_full_forward_is_no_further_from_float64_than_the_reference(tin
 
 @pytest.mark.parametrize("compile", [False, True])
 @torch.no_grad()
-def test_ragged_rows_equal_each_alone(tiny_pair, budget, compile):
+def test_ragged_rows_equal_each_alone(tiny_pair, step_budget, compile):
     """Padding on the right, in a first chunk and in a later one, changes no row, and goes to no slot that is read."""
     _, model = tiny_pair("gqa")
     forward = compiled_forward(model) if compile else model
@@ -145,7 +145,7 @@ def test_ragged_rows_equal_each_alone(tiny_pair, budget, compile):
     for row in range(3):
         real = torch.cat([ids[row, i * 128 : i * 128 + lengths[i, row]] for i in range(2)])
         logits = torch.cat([chunks[i][row, : lengths[i, row]] for i in range(2)])
-        torch.testing.assert_close(logits, model(real[None])[0], rtol=0, atol=budget("gqa"))
+        torch.testing.assert_close(logits, model(real[None])[0], rtol=0, atol=step_budget("gqa"))
 
 
 def mutated(model: Llama, change) -> Llama:
