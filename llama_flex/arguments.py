@@ -1,10 +1,12 @@
-"""Numbers that callers give, checked."""
+"""Numbers and devices that callers give, checked."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
@@ -24,3 +26,11 @@ def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
         return list(map(operator.index, values))
     except TypeError:  # not iterable, too
         raise ValueError(f"{name}, not {values!r}") from None
+
+
+def named_device(device: torch.device | str) -> torch.device:
+    """A device by its name. Raises ValueError for a name that torch does not know."""
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None

@@ -27,6 +27,7 @@ class Cache:
     """
 
     pages = None  # slots are in memory in their order
+    chosen = None  # all tokens of a step are computed
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import attention
+from .arguments import named_device
 from .attention import Layers, Pattern
 from .rules import Tokens, Where, selection
 from .sites import ATTENTION, SITES, Found, numbers_of
@@ -52,10 +53,7 @@ class Capture:
             raise ValueError("attention takes N x S numbers a head: say of which queries, such as where=range(10)")
         if heads is not None and ATTENTION not in sites:
             raise ValueError(f"heads are of {ATTENTION!r}, which is not captured here; other sites have them all")
-        try:
-            self.device = None if device is None else torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None
+        self.device = None if device is None else named_device(device)
         self.sites, self.layers = frozenset(sites), numbers_of("layers", layers)
         self.heads = numbers_of("heads", heads)
         self.where = None if where is None else selection(where)

@@ -352,11 +352,11 @@ class Engine:
         positions = filled([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
         segments = filled([prompt.segments for prompt in rows], width, torch.int32).to(device)
-        column = torch.arange(longest, dtype=torch.int32, device=device)
-        index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
-        tokens = Tokens(index, positions[:, :longest], segments[:, :longest])
-        if longest > chunks[-1] and self._look_ahead(layers, tokens):
-            chunks, padded = (whole,), whole
+        if longest > chunks[-1]:
+            column = torch.arange(longest, dtype=torch.int32, device=device)
+            index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
+            if self._look_ahead(layers, Tokens(index, positions[:, :longest], segments[:, :longest])):
+                chunks, padded = (whole,), whole
         start = 0
         while start < longest:
             size = next((c for c in chunks if start + c <= padded), chunks[-1])
@@ -395,7 +395,7 @@ class Engine:
         and what probes read."""
         run = plainly
         if self.compile:
-            shape = ids.shape if not isinstance(cache, Rows) or cache.chosen is None else (1, len(cache.chosen))
+            shape = ids.shape if cache.chosen is None else (1, len(cache.chosen))
             key = (*shape, cache.max_length, type(cache), cache.layers[0][0].shape, layers.structure)
             self.steps.add(key)
             run = self.graphs.of(*key)

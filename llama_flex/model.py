@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import attention, hub, masks, rope, weights
+from .arguments import named_device
 from .attention import Backend, Layers, Pattern, View
 from .cache import Cache, store
 from .capture import Capture
@@ -417,8 +418,7 @@ class Llama(nn.Module):
         slots = None if cache is None else cache.append(tokens)
         kv, pages = (tokens, None) if cache is None else (cache.tokens, cache.pages)
         views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend, pages) for p in patterns]
-        if isinstance(cache, Rows) and cache.chosen is not None:
-            assert slots is not None
+        if cache is not None and slots is not None and cache.chosen is not None:
             packed = Packed.of(cache.chosen, (b, t))
             views = [view._replace(packed=packed) for view in views]
             input_ids, slots, tokens = packed.pack(input_ids), packed.pack(slots), Tokens(*map(packed.pack, tokens))
@@ -445,10 +445,7 @@ def last(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
 def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None
+    device = named_device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {str(device)!r} is not supported; cpu, cuda and cuda:N are")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
