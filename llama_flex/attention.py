@@ -60,7 +60,13 @@ class View(NamedTuple):
 
 
 def view_of(
-    pattern: Pattern, q: Tokens, kv: Tokens, num_heads: int, backend: Backend, pages: Pages | None = None
+    pattern: Pattern,
+    q: Tokens,
+    kv: Tokens,
+    num_heads: int,
+    backend: Backend,
+    pages: Pages | None = None,
+    packed: Packed | None = None,
 ) -> View:
     """What each query sees: block lists (backend "flex") or booleans ("dense")."""
     if kv is q and not torch.compiler.is_compiling():
@@ -68,14 +74,15 @@ def view_of(
         # of them does not fit, if the reason is that two tensors became one, as index and position may be too.
         q, kv = (Tokens(*(x.clone() for x in tokens)) for tokens in (q, kv))
     if backend == "dense":
-        return View(q, kv, pattern.mask.dense(q, kv, num_heads), pages)
+        return View(q, kv, pattern.mask.dense(q, kv, num_heads), pages, packed)
     if pages is None or not torch.compiler.is_compiling():
-        return View(q, kv, pattern.mask.block_lists(q, kv, num_heads), pages)
+        return View(q, kv, pattern.mask.block_lists(q, kv, num_heads), pages, packed)
     decoding = q.index.is_cuda and q.index.shape[1] == 1
     lists = pattern.mask.block_lists(q, kv, num_heads, together=decoding)
     # Rows of padding visit nothing. On a CPU they are NaN then, in padding and in the last page, which nobody reads.
     padding = (q.index < 0).all(1)[:, None, None]
-    return View(q, kv, pages.listed(lists._replace(partial_num=lists.partial_num.masked_fill(padding, 0))), pages)
+    lists = lists._replace(partial_num=lists.partial_num.masked_fill(padding, 0))
+    return View(q, kv, pages.listed(lists), pages, packed)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Tensor:

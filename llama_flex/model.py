@@ -416,11 +416,11 @@ class Llama(nn.Module):
             torch.zeros_like(index) if segments is None else segments.to(torch.int32),
         )
         slots = None if cache is None else cache.append(tokens)
-        kv, pages = (tokens, None) if cache is None else (cache.tokens, cache.pages)
-        views = [attention.view_of(p, tokens, kv, self.config.num_attention_heads, backend, pages) for p in patterns]
-        if cache is not None and slots is not None and cache.chosen is not None:
-            packed = Packed.of(cache.chosen, (b, t))
-            views = [view._replace(packed=packed) for view in views]
+        kv, pages, chosen = (tokens, None, None) if cache is None else (cache.tokens, cache.pages, cache.chosen)
+        packed = None if chosen is None else Packed.of(chosen, (b, t))
+        heads = self.config.num_attention_heads
+        views = [attention.view_of(p, tokens, kv, heads, backend, pages, packed) for p in patterns]
+        if packed is not None and slots is not None:
             input_ids, slots, tokens = packed.pack(input_ids), packed.pack(slots), Tokens(*map(packed.pack, tokens))
         return self.embed(input_ids), self.rotary(tokens), views, slots
 

@@ -62,12 +62,12 @@ class Packed(NamedTuple):
     chosen: Tensor
     of_row: Tensor
 
-    @classmethod
-    def of(cls, chosen: Tensor, shape: tuple[int, int]) -> Packed:
+    @staticmethod
+    def of(chosen: Tensor, shape: tuple[int, int]) -> Packed:
         """From `chosen` and the shape `(B, T)` of the rows."""
         number = torch.arange(len(chosen), device=chosen.device)
         of_row = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=chosen.device)
-        return cls(chosen, of_row.scatter(0, chosen, number).view(shape))
+        return Packed(chosen, of_row.scatter(0, chosen, number).view(shape))
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` to `[1, N, ...]`."""
