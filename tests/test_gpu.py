@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import TINY, compiled_forward
-from test_training import gradients, loss_of, random_ids, reference_gradients, relative
+from test_training import compare_in_bfloat16, gradients, loss_of, random_ids, reference_gradients, relative
 
 from llama_flex import Capture, Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, edits, fuse, masks, score, scores
 from llama_flex.compiling import Graphs
@@ -357,14 +357,7 @@ def test_packed_documents_train_on_cuda_as_alone_densely(tiny_pair, compile):
 
 
 def test_bfloat16_gradients_are_no_further_from_float64_than_the_references(tiny_pair):
-    reference, model = (copy.deepcopy(x).cuda().bfloat16() for x in tiny_pair("gqa"))
-    model.requires_grad_()
-    ids = random_ids(model, 300).cuda()
-    exact = reference_gradients(copy.deepcopy(reference).double(), ids, "eager")
-    errors = []
-    for found in (gradients(model, loss_of(model(ids), ids)), reference_gradients(reference, ids, "sdpa")):
-        errors.append(sum((found[key] - exact[key]).abs().mean() / exact[key].abs().mean() for key in exact))
-    assert errors[0] <= 1.1 * errors[1]
+    compare_in_bfloat16(tiny_pair("gqa"), "cuda", "flex")
 
 
 def test_captures_and_edits_of_replayed_steps_are_those_of_the_cpu(tiny_pair):

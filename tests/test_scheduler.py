@@ -419,7 +419,7 @@ def test_compiled_attention_computes_the_blocks_that_are_listed_and_no_others(pl
     def one_less(self, lists):
         found = listed(self, lists)
         none = None if found.full_num is None else torch.zeros_like(found.full_num)
-        return BlockLists(found.partial_num, found.partial_idx, none, found.full_idx)
+        return masks.BlockLists(found.partial_num, found.partial_idx, none, found.full_idx)
 
     monkeypatch.setattr(Pages, "listed", one_less)
     engine = Engine(plain.model, compile=True, max_batch_size=1, max_slots=512, prefill_tokens=128)

@@ -77,6 +77,29 @@ def test_gradients_of_every_parameter_are_the_references(trainable, name, length
     assert max(relative(wrong[key], expected[key]) for key in expected) > 100 * budget
 
 
+def compare_in_bfloat16(pair, device: str, backend: str) -> None:
+    """Gradients are at most as far from those in float64 as the reference's, in the mean over a parameter."""
+    reference, model = (copy.deepcopy(x).to(device, torch.bfloat16) for x in pair)
+    # `to` rounds the reference's frequencies; `from_pretrained` does not.
+    reference.model.rotary_emb.inv_freq = pair[0].model.rotary_emb.inv_freq.to(device)
+    model.requires_grad_()
+    ids = random_ids(model, 300).to(device)
+    exact = reference_gradients(copy.deepcopy(reference).double(), ids, "eager")
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        return sum(((found[key] - exact[key]).abs().mean() / exact[key].abs().mean()).item() for key in exact)
+
+    budget = error(reference_gradients(reference, ids, "sdpa"))
+    assert error(gradients(model, loss_of(model(ids, backend=backend), ids))) <= budget
+    # The mutation: rounded frequencies.
+    model.rotary.inv_freq.copy_(model.rotary.inv_freq.bfloat16())
+    assert error(gradients(model, loss_of(model(ids, backend=backend), ids))) > budget
+
+
+def test_bfloat16_gradients_are_no_further_from_float64_than_the_references(tiny_pair):
+    compare_in_bfloat16(tiny_pair("gqa"), "cpu", "dense")
+
+
 def test_recomputing_changes_no_bit_and_keeps_less(trainable):
     _, model = trainable("gqa")
     ids, kept = random_ids(model, 130), {}
