@@ -81,6 +81,21 @@ class Engine:
         self.last: explain.Last | None = None  # what the last stream ran
         self.steps: set[tuple[Any, ...]] = set()  # compiled: by batch size, rows, slots, and structure of the layers
 
+    @property
+    def compile(self) -> bool:
+        """Whether steps are compiled; may be set between calls. Raises ValueError on a CPU before torch 2.13, whose
+        compiled reductions of booleans write beyond their memory."""
+        return self._compile
+
+    @compile.setter
+    def compile(self, on: bool) -> None:
+        if on and self.model.device.type == "cpu" and torch.__version__ < (2, 13):
+            raise ValueError(
+                f"what torch {torch.__version__} compiles for a CPU damages memory; use torch 2.13 or newer, or do not "
+                "compile: compile=False, --compile off"
+            )
+        self._compile = on
+
     def generate(self, prompts: Sequence[AnyPrompt], **options: Any) -> list[Completion]:
         """Complete every prompt; see `stream` for the options."""
         prompts = list(prompts)

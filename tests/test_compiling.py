@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import TINY
+from torch.torch_version import TorchVersion
 
 from llama_flex import Engine, masks, scores
 from llama_flex.compiling import Graphs
@@ -108,6 +109,21 @@ def test_what_torch_does_not_compile_is_an_error_and_never_runs_eagerly():
 
 
 @torch.no_grad()
+def test_a_torch_that_compiles_wrongly_for_a_cpu_is_refused(tiny_pair, monkeypatch):
+    _, model = tiny_pair("gqa")
+    engine = Engine(model, compile=True)
+    for version in ("2.13.0+cpu", "2.14.0"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        engine.compile = True
+    for version in ("2.11.0+cu130", "2.12.1"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        for ask in (lambda: Engine(model, compile=True), lambda: setattr(engine, "compile", True)):
+            with pytest.raises(ValueError, match=r"2\.1[12].*--compile off"):
+                ask()
+        engine.compile = False
+        Engine(model)
+
+
 def test_switching_torch_compile_off_changes_no_result(tiny_pair):
     """As TORCHDYNAMO_DISABLE=1 does, to look for the cause of something: nothing is recorded then."""
     _, model = tiny_pair("gqa")
