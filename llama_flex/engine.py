@@ -89,7 +89,7 @@ class Engine:
 
     @compile.setter
     def compile(self, on: bool) -> None:
-        if on and self.model.device.type == "cpu" and torch.__version__ < (2, 13):
+        if on and self.model.device.type == "cpu" and torch.__version__ < "2.13":  # compares versions
             raise ValueError(
                 f"what torch {torch.__version__} compiles for a CPU damages memory; use torch 2.13 or newer, or do not "
                 "compile: compile=False, --compile off"
