@@ -60,9 +60,11 @@ class Job:
 def read(path: Path, first: int, default: Question | None, bad_row: Callable[[UsageError], None]) -> Iterator[Job]:
     """The jobs of a prompts file, numbered from `first`: a JSON object a line if it ends in .jsonl, else a text a line.
 
-    default: for fused prompts, what a row that does not say has for prefix, suffix and weights. bad_row: told of each
-    line that cannot be understood; the others follow. Raises UsageError for a file that cannot be read.
+    Their ids are those of their rows, else their numbers. default: for fused prompts, what a row that does not say has
+    for prefix, suffix and weights. bad_row: told of each line that cannot be understood, and whose id is another's; the
+    others follow. Raises UsageError for a file that cannot be read.
     """
+    taken = {_key(number): "a --prompt" for number in range(first)}
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028, legal in JSON
     except (OSError, UnicodeDecodeError) as error:
@@ -76,28 +78,27 @@ def read(path: Path, first: int, default: Question | None, bad_row: Callable[[Us
                 id, prompt = _row(line, number, default, where)
             else:
                 id, prompt = number, line if default is None else question({"prompts": [line]}, default, where)
+            if (key := _key(id)) in taken:
+                raise UsageError(f"{where}: id {key} is that of {taken[key]}; give each row its own")
         except UsageError as error:
             bad_row(error)
         else:
+            taken[key] = f"line {number - first + 1}"
             yield Job(id, prompt, number, where)
 
 
 def _row(line: str, number: int, default: Question | None, where: str) -> tuple[Any, str | Messages | Question]:
     """The id and the prompt of a line of JSON."""
     try:
-        row = json.loads(line, parse_constant=_no_json)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")  # refuses lone surrogates too
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON ({error})") from None
     row = row if isinstance(row, dict) else {"prompts" if isinstance(row, list) else "prompt": row}
     prompt = _prompt(row, default, where)
     if not prompt:
         raise UsageError(f"{where}: the prompt is empty; give it some text, such as the model's first token")
-    return row.get("id", number), prompt
-
-
-def _no_json(name: str) -> None:
-    raise ValueError(f"{name} is none of its numbers")
+    return number if row.get("id") is None else row["id"], prompt
 
 
 def _prompt(row: dict[str, Any], default: Question | None, where: str) -> str | Messages | Question:
@@ -140,11 +141,10 @@ def result(job: Job, completion: Completion, as_json: bool) -> str:
 def resume(path: Path, jobs: list[Job]) -> list[Job]:
     """The jobs that have no finished row in a file of JSON rows; the file is left with the finished rows alone.
 
-    Raises UsageError for ids that repeat, and for a file that holds anything but rows of these jobs.
+    Raises UsageError for a file that holds anything but rows of these jobs.
     """
     pending = {_key(job.id): job for job in jobs}
-    if len(pending) != len(jobs):
-        raise UsageError("--resume tells prompts by their ids, and some ids repeat")
+    assert len(pending) == len(jobs)
     if not path.is_file():  # nor a pipe or a terminal, which would be waited for
         return jobs
     try:

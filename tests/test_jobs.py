@@ -56,6 +56,27 @@ def three() -> list[Job]:
 # --- Prompts files ---
 
 
+@pytest.mark.parametrize(
+    ("first", "rows", "bad"),
+    [
+        (0, [{"id": "a"}, {"id": "b"}, {"id": "a"}], {3: '"a" is that of line 1'}),
+        (0, [{}, {"id": 2}, {}, {"id": 0}], {3: "2 is that of line 2", 4: "0 is that of line 1"}),
+        (2, [{"id": 1}, {}, {"id": "1"}, {"id": True}], {1: "1 is that of a --prompt"}),
+        (0, [{"id": {"a": 1, "b": [2]}}, {"id": {"b": [2], "a": 1}}], {2: '{"a": 1, "b": [2]} is that of line 1'}),
+        (0, [{"id": None}, {"id": None}], {}),
+    ],
+)
+def test_a_row_with_the_id_of_another_is_a_bad_one(tmp_path, first, rows, bad):
+    path = written(tmp_path / "p.jsonl", [json.dumps({"prompt": f"p{n}"} | row) for n, row in enumerate(rows)])
+    errors = []
+    found = list(jobs.read(path, first, None, errors.append))
+    said = [f"{path}, line {n}: id {what}; give each row its own" for n, what in bad.items()]
+    assert list(map(str, errors)) == said
+    assert [job.prompt for job in found] == [f"p{n}" for n in range(len(rows)) if n + 1 not in bad]
+    ids = [job.id for job in found]
+    assert ids == [first + n if row.get("id") is None else row["id"] for n, row in enumerate(rows) if n + 1 not in bad]
+
+
 def test_messages_that_are_null_are_as_if_they_were_not_there(tmp_path):
     (job,) = read(written(tmp_path / "p.jsonl", ['{"messages": null, "prompt": "x"}']))
     assert job.prompt == "x"
@@ -119,8 +140,8 @@ def test_each_line_of_a_text_file_is_a_question_of_one_prompt(tmp_path):
         ({"prompts": ["a"], "weights": [None]}, "positive weights"),
         ({"prompts": ["a"], "weights": [0]}, "positive weights"),
         ({"prompts": ["a"], "weights": [-1.5]}, "positive weights"),
-        ({"prompts": ["a"], "weights": [math.nan]}, "not JSON .NaN"),
-        ({"prompts": ["a"], "weights": [math.inf]}, "not JSON .Infinity"),
+        ({"prompts": ["a"], "weights": [math.nan]}, "not JSON .Out of range"),
+        ({"prompts": ["a"], "weights": [math.inf]}, "not JSON .Out of range"),
     ],
     ids=lambda value: json.dumps(value)[:40] if not isinstance(value, str) else "",
 )
@@ -244,14 +265,6 @@ def test_ids_of_any_kind_are_told_apart(output):
 def test_the_order_of_the_keys_in_an_id_does_not_matter(output):
     results(output, (Job({"a": 1, "b": 2}, "x", 0), DONE))
     assert jobs.resume(output, [Job({"b": 2, "a": 1}, "x", 0)]) == []
-
-
-@pytest.mark.parametrize("id", IDS, ids=json.dumps)
-def test_ids_that_repeat_are_refused(output, id):
-    content = results(output, (Job(id, "x", 0), DONE))
-    with pytest.raises(UsageError, match="ids repeat"):
-        jobs.resume(output, [Job(id, "x", 0), Job("between", "y", 1), Job(id, "z", 2)])
-    assert output.read_bytes() == content
 
 
 OTHERS = {
