@@ -202,9 +202,10 @@ def weights(q: Tensor, k: Tensor, pattern: Pattern, view: View, heads: Tensor | 
     if (score_mod := _score_mod(pattern, view)) is not None:
         batch, row, slot = (torch.arange(n, device=q.device) for n in (b, t, s))
         shape = scores.shape
-        scores = score_mod(scores, batch[:, None, None, None], head[:, None, None], row[:, None], slot)
-        if scores.shape != shape:
-            raise ValueError(f"the score function made scores {list(scores.shape)} of {list(shape)}")
+        changed = score_mod(scores, batch[:, None, None, None], head[:, None, None], row[:, None], slot)
+        if changed.dim() > 4 or any(n not in (1, m) for n, m in zip(changed.shape[::-1], shape[::-1], strict=False)):
+            raise ValueError(f"the score function made scores {list(changed.shape)} of {list(shape)}")
+        scores = changed.expand(shape)  # it may not have looked at all
     scores = scores.masked_fill(~visible, -torch.inf)
     # A row with nothing visible has softmax NaN; it attends to nothing.
     return torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)

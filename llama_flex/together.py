@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
 
 from . import masks, scores
 from .attention import Layers
 from .decoding import WEIGHTS, Buffer
 from .masks import Mask
 from .model import Llama
-from .rules import Token, Tokens, arange, grid, take
+from .rules import Token, Tokens, take
 from .scores import ScoreMod
 
 PATTERNS = 8  # that may run at a time: every one is evaluated for every row
@@ -76,6 +77,7 @@ class Rules:
         """Raise ValueError for a rule that fails for the last token of a text: with others in its step, all would fail.
 
         texts: ids, positions and segments, `[3, N]`, of the rows of a request, as long as they may get.
+        It is tried on the CPU: on a GPU, an index out of bounds would be the end of the process.
         """
         lengths = [text.shape[1] for text in texts]
         padded = np.zeros((3, len(texts), max(lengths)), np.int32)
@@ -83,14 +85,14 @@ class Rules:
         for row, text in enumerate(texts):
             padded[0, row, : text.shape[1]] = range(text.shape[1])
             padded[1:, row, : text.shape[1]] = text[1:]
-        tokens = Tokens(*torch.from_numpy(padded).to(self.model.device))
-        last, slots = torch.tensor(lengths, device=self.model.device) - 1, arange(max(lengths), tokens)
-        q, kv = grid(tokens, tokens, self.model.config.num_attention_heads, last, slots)
-        for mask, score_mod in rule.layers.patterns:
+        tokens = Tokens(*torch.from_numpy(padded))
+        last = Tokens(*(x.gather(1, torch.tensor(lengths)[:, None] - 1) for x in tokens))
+        shape = len(texts), self.model.config.num_attention_heads, 1, max(lengths)
+        for pattern in rule.layers.patterns:
+            mask, score_mod = pattern.mask.to("cpu"), pattern.score_mod and pattern.score_mod.to("cpu")
             try:
-                mask.evaluate(q, kv)
-                if score_mod is not None:
-                    score_mod.evaluate(torch.zeros(1, 1, 1, 1, device=self.model.device), q, kv)
+                _ask_as_flex_attention(mask, score_mod, last, tokens, shape)
+                mask.dense(last, tokens, shape[1])  # all cells at once, as for block lists
             except (IndexError, RuntimeError) as error:
                 what = mask if score_mod is None else f"{mask} or {score_mod}"
                 raise ValueError(f"{what} fails for a text of {max(lengths)} tokens: {error}") from error
@@ -158,6 +160,24 @@ class Rules:
                 score = weights if score is None else score >> weights
             own_scores.append(score)
         return self.model.attention_layers(own_masks, own_scores)
+
+
+def _ask_as_flex_attention(
+    mask: Mask, score_mod: ScoreMod | None, q: Tokens, kv: Tokens, shape: tuple[int, int, int, int]
+) -> None:
+    """Ask for each of `[B, H, T, S]` cells alone, so that Python cannot look at any. Raises ValueError for answers of
+    another shape."""
+
+    def allows(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask.evaluate(Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
+
+    def changed(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        assert score_mod is not None
+        return score_mod.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
+
+    for what, ask in ((mask, allows), (score_mod, changed)):
+        if what is not None and (answer := create_mask(ask, *shape, device="cpu")).shape != shape:
+            raise ValueError(f"{what} returned {list(answer.shape[4:])} for one query and one key, not one value")
 
 
 class _Alone:

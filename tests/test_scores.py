@@ -156,6 +156,20 @@ def test_an_answer_that_is_no_score_is_named(answer, tiny_pair):
         tiny_pair("gqa")[1](torch.tensor([[1, 2]]), score_mod=score_mod)
 
 
+@torch.no_grad()
+def test_an_answer_that_does_not_look_at_scores_is_for_all(tiny_pair):
+    """Attention by place alone, or to all alike."""
+    _, model = tiny_pair("gqa")
+    ids = torch.randint(512, (2, 130), generator=torch.Generator().manual_seed(0))
+    usual = model(ids)
+    for function in (lambda s, q, kv: (kv.index % 5).float(), lambda s, q, kv: by_head[q.head], lambda s, q, kv: s * 0):
+        dense, eager = (model(ids, score_mod=ScoreMod(function), backend=way) for way in ("dense", "flex"))
+        torch.testing.assert_close(eager, dense, rtol=0, atol=ATOL)
+        assert (dense - usual).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=r"made scores \[2, 8, 130, 130, 1\] of \[2, 8, 130, 130\]"):
+        model(ids, score_mod=ScoreMod(lambda s, q, kv: s[..., None]), backend="dense")
+
+
 def test_answers_keep_the_precision_of_scores():
     doubled = ScoreMod(lambda score, q, kv: score.double() * 2)
     assert applied(doubled).dtype == torch.float32
