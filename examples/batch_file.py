@@ -2,7 +2,7 @@
 
 Reads JSON lines such as {"id": "sky", "prompt": "The sky is", "max_new_tokens": 8} and writes {"id", "prompt", "text",
 "finish_reason"} in the order in which they are done. `python -m llama_flex.generate --prompts-file in.jsonl --json`
-does the same and more: it reports bad rows and goes on after an interrupt.
+reports bad rows and goes on after an interrupt; its --max-new-tokens is for all rows.
 
 python -m examples.batch_file [IN.jsonl OUT.jsonl]
 """

@@ -131,6 +131,12 @@ class Graphs:
         return call
 
 
+def compiles_for(device: torch.device) -> bool:
+    """Whether compiled steps are right: before torch 2.13, the reductions of booleans that it compiles for a CPU write
+    beyond their memory."""
+    return device.type != "cpu" or torch.__version__ >= "2.13"  # compares versions
+
+
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
     graph = torch.cuda.CUDAGraph()
     # Other threads may allocate meanwhile: requests come from them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .arguments import whole_number, whole_numbers
 from .attention import Layers
 from .cache import Cache
 from .capture import Capture
-from .compiling import Graphs
+from .compiling import Graphs, compiles_for
 from .decoding import Batch, Decoding, filled
 from .edits import Edit
 from .fusion import AnyPrompt, Ensemble, Prompt, as_ensemble
@@ -68,6 +69,8 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.compile = compile
+        self._scheduler: Scheduler | None = None
+        self._making = threading.Lock()  # the scheduler: the first requests may come from several threads at once
         self._new_scheduler = functools.partial(
             Scheduler,
             self,
@@ -89,7 +92,7 @@ class Engine:
 
     @compile.setter
     def compile(self, on: bool) -> None:
-        if on and self.model.device.type == "cpu" and torch.__version__ < "2.13":  # compares versions
+        if on and not compiles_for(self.model.device):
             raise ValueError(
                 f"what torch {torch.__version__} compiles for a CPU damages memory; use torch 2.13 or newer, or do not "
                 "compile: compile=False, --compile off"
@@ -209,10 +212,13 @@ class Engine:
             if not ahead:
                 keep(decoding.next())
 
-    @functools.cached_property
+    @property
     def scheduler(self) -> Scheduler:
         """What runs the requests of `submit`; allocates the slots. Raises ValueError for sizes that cannot be."""
-        return self._new_scheduler()
+        with self._making:
+            if self._scheduler is None:
+                self._scheduler = self._new_scheduler()
+            return self._scheduler
 
     def submit(self, prompt: AnyPrompt, **options: Any) -> Request:
         """Ask for a prompt to be completed; `step` and `run` do it, many at a time, and requests may come meanwhile.
@@ -221,11 +227,12 @@ class Engine:
         that reads `batch` finds the rows of this request alone. priority: higher ones go first, then those that came
         first. callback: called with each `Step`; if it raises, that ends this request; one that Ctrl-C cut short is
         called again with that step.
-        A request gets the tokens that it would get alone. Prompts that begin alike share what is computed of that, a
-        block of 128 tokens at a time, unless they have a mask or score function of their own. At most 8 different ones
-        run at a time. A mask that looks ahead sees what is appended in the same step.
+        A request gets the tokens that it would get alone: in float32; bfloat16 rounds otherwise in other company.
+        Prompts that begin alike share what is computed of that, a block of 128 tokens at a time, unless they have a
+        mask or score function of their own. At most 8 different ones run at a time. A mask that looks ahead sees what
+        is appended in the same step.
         Can be called from any thread. Raises ValueError as `stream` does, for what the slots do not hold, and for a
-        mask or score function that fails for the request's last token.
+        mask or score function that fails for the request's last token, or where Python looks at a tensor's value.
         """
         return self.scheduler.submit(prompt, **options)
 

@@ -300,8 +300,10 @@ class _Session:
         _bad_row(self.args)(UsageError(f"{job.where}: {what}"))
 
     def _compiles(self, batches: int) -> bool:
-        asked = self.args.compile
-        return asked == "on" or (asked == "auto" and self.expected * batches >= COMPILE_FROM)
+        from .compiling import compiles_for
+
+        asked, worthwhile = self.args.compile, self.expected * batches >= COMPILE_FROM
+        return asked == "on" or (asked == "auto" and worthwhile and compiles_for(self.engine.model.device))
 
     def _sampling_of(self, job: Job) -> Sampling:
         from .sampling import seeded
@@ -403,7 +405,7 @@ class _Session:
 
     def chat(self) -> None:
         """Read messages, a line each, until the end of input; slots of what was already computed are kept."""
-        self.engine.compile = self.args.compile != "off"
+        self.engine.compile = self._compiles(COMPILE_FROM)  # of a conversation, replies enough
         messages: jobs.Messages = []
         cache: Cache | None = None
         held: list[int] = []  # the tokens in the cache
@@ -455,7 +457,7 @@ class _Statistics:
         self.prefill_seconds = self.decode_seconds = 0.0
         self.started: float | None = None
         self.batch_seconds = 0.0
-        self.batch_prompt_tokens = self.batch_new_tokens = 0
+        self.batch_new_tokens = 0
 
     def timed(self, steps: Iterator[Step], prompts: Sequence[AnyPrompt]) -> Iterator[Step]:
         """Pass on the steps of one batch, taking times."""
@@ -487,13 +489,12 @@ class _Statistics:
         scheduler = self.engine.scheduler
         started, compiled = time.perf_counter(), self.engine.compile_seconds
         self.started = started if self.started is None else self.started
-        prompts, new = scheduler.prompt_tokens, scheduler.new_tokens
+        new = scheduler.new_tokens
         ended = self.engine.step()
         if scheduler.new_tokens and self.first_seconds is None:
             self.first_seconds = time.perf_counter() - self.started
         if self.engine.compile_seconds == compiled:
             self.batch_seconds += time.perf_counter() - started
-            self.batch_prompt_tokens += scheduler.prompt_tokens - prompts
             self.batch_new_tokens += scheduler.new_tokens - new
         return ended
 
@@ -521,8 +522,8 @@ class _Statistics:
             speed = self.decoded_tokens / self.decode_seconds
             parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate / 1e9:.1f} GB/s")
         if self.batch_seconds:
-            speed = self.batch_new_tokens / self.batch_seconds
-            parts.append(f"{self.batch_prompt_tokens} tokens in, {self.batch_new_tokens} out, {speed:.1f} tok/s")
+            s, speed = self.engine.scheduler, self.batch_new_tokens / self.batch_seconds
+            parts.append(f"{s.prompt_tokens} tokens in, {s.new_tokens} out, {speed:.1f} tok/s")
         print("; ".join(parts), file=sys.stderr)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from torch.torch_version import TorchVersion
 
 from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Sampling, Tokenizer, fuse, generate
 from llama_flex.fusion import AnyPrompt
@@ -132,6 +133,23 @@ def test_one_prompt_prints_its_text_and_a_newline(cli, engine):
         r"decode 5 tokens, [\d.]+ tok/s, [\d.]+ GB/s\n",
         err,
     )
+
+
+def test_statistics_of_many_prompts_count_all_tokens(cli, engine, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", prompts := ["The quick", "the sea is blue", "a"])
+    code, _, err = cli("--prompts-file", path, "--json", "--max-new-tokens", 5)
+    count = sum(len(engine.tokenizer.encode(prompt)) for prompt in prompts)
+    assert code == 0
+    assert f"; {count} tokens in, 15 out, " in err
+
+
+def test_auto_does_not_compile_where_that_would_be_refused(cli, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    code, _, err = cli("--prompt", "The quick", "--compile", "auto", "--max-new-tokens", generate.COMPILE_FROM)
+    assert (code, "compile" in err) == (0, False)
+    assert_one_error(cli("--prompt", "The quick", "--compile", "on"), "torch 2.13", "--compile off")
+    code, _, err = cli("--chat", "--compile", "auto", "--max-new-tokens", 3, stdin="hello\n")
+    assert (code, "compile" in err) == (0, False)
 
 
 def test_quiet_leaves_stderr_empty(cli):
@@ -450,7 +468,7 @@ def test_instruct_without_a_chat_template_says_so(cli, folder, tmp_path):
     ("content", "fragments"),
     [
         ('{"prompt": "a"}\n{"prompt": \n', ["line 2", "not JSON"]),
-        ('{"prompt": "a", "id": NaN}', ["line 1", "not JSON", "NaN"]),
+        ('{"prompt": "a", "id": NaN}', ["line 1", "not JSON", "float"]),
         ('{"prompt": "a"}\n\n{"text": "b"}\n', ["line 3", "'prompt'"]),
         ('{"prompt": 5}', ["line 1", "'prompt'"]),
         ("[1, 2]", ["line 1"]),
@@ -831,7 +849,7 @@ def test_a_template_that_does_not_hold_a_message_once_is_refused(cli, folder, tm
 def test_fused_rows_of_a_file_are_each_what_they_are_alone(cli, engine, tmp_path):
     rows = [
         {"id": "three", "prompts": PROMPTS},
-        {"id": 2, "prompts": PROMPTS[:2], "suffix": " is", "weights": [0.1, 10]},
+        {"id": 7, "prompts": PROMPTS[:2], "suffix": " is", "weights": [0.1, 10]},
         {"id": None, "prompt": PROMPTS[1]},
         PROMPTS[::-1],
         {"id": ["x", 1], "prompts": PROMPTS * 6, "prefix": ""},
@@ -840,7 +858,7 @@ def test_fused_rows_of_a_file_are_each_what_they_are_alone(cli, engine, tmp_path
     code, out, err = cli("--prompts-file", path, "--fuse", "--fuse-prefix", "hello ", "--max-new-tokens", 7, "--json")
     assert code == 0, err
     done = parsed(out)
-    assert [row["id"] for row in done] == ["three", 2, None, 3, ["x", 1]]
+    assert [row["id"] for row in done] == ["three", 7, 2, 3, ["x", 1]]
     assert [row["prompts"] for row in done] == [PROMPTS, PROMPTS[:2], [PROMPTS[1]], PROMPTS[::-1], PROMPTS * 6]
     for number, row in enumerate(done):
         assert list(row) == ["id", "prompts", "text", "tokens", "logprobs", "finish_reason"]
@@ -1169,12 +1187,16 @@ def test_the_largest_seed_is_for_more_than_one_prompt(cli):
     assert len({tuple(row["tokens"]) for row in parsed(out)}) == 2
 
 
-def test_ids_that_repeat_are_refused_only_for_resuming(cli, tmp_path):
-    prompts = jsonl(tmp_path / "p.jsonl", [{"id": 1, "prompt": "a"}, "b"])  # "b" has no id: its number, 1
+def test_a_row_with_the_id_of_another_is_skipped_so_that_resuming_knows_all(cli, tmp_path):
+    prompts = jsonl(tmp_path / "p.jsonl", [{"id": 1, "prompt": "a"}, "b", "c"])  # "b" has no id: its number, 1
     path, arguments = tmp_path / "rows.jsonl", ("--prompts-file", prompts, "--json", "--max-new-tokens", 1)
-    assert_one_error(cli(*arguments, "--output", path, "--resume"), "--resume", "repeat")
-    assert not path.exists()
-    assert cli(*arguments)[0] == 0
+    said = f"skipped: {prompts}, line 2: id 1 is that of line 1; give each row its own"
+    code, _, err = cli(*arguments, "--output", path, "--quiet")
+    assert (code, err.splitlines()) == (0, [said])
+    assert sorted(row["id"] for row in parsed(path.read_text())) == [1, 2]
+    code, _, err = cli(*arguments, "--output", path, "--resume")
+    assert (code, err.splitlines()) == (0, [said, f"--output {path} has all results"])
+    assert_one_error(cli(*arguments, "--strict"), "line 2", "id 1 is that of line 1")
 
 
 @pytest.mark.parametrize("kind", ["missing folder", "folder", "no permission"])

@@ -6,6 +6,7 @@ import itertools
 import random
 import sys
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -1093,6 +1094,54 @@ def test_a_rule_that_would_fail_within_a_request_is_refused_and_others_go_on(pla
     with pytest.raises(ValueError, match="short fails"):
         engine.submit(Ensemble([[5], random_ids(15)]), **NEW, mask=short)
     assert tokens_of(other) == alone(plain, [5, 6], **NEW).alone
+
+
+@pytest.mark.parametrize(
+    ("rule", "match"),
+    [
+        (Mask(lambda q, kv: kv.index <= q.index.max().item()), "item"),
+        (Mask(lambda q, kv: (kv.index <= q.index) if q.index > 5 else kv.index > 1), "data-dependent"),
+        (Mask(lambda q, kv: (kv.index <= q.index)[..., None]), r"returned \[1\] for one query and one key"),
+        (Mask(lambda q, kv: torch.stack([q.index, kv.index]).amin(0) > 0), "stack expects each tensor"),
+        (scores.ScoreMod(lambda score, q, kv: score if score > 0 else score / 2), "data-dependent"),
+        (scores.ScoreMod(lambda score, q, kv: score[..., None]), r"returned \[1\] for one query and one key"),
+    ],
+)
+def test_a_rule_that_only_fails_in_a_step_is_refused_before(plain, rule, match):
+    """As FlexAttention asks it, for a cell alone, or as block lists do, for all at once."""
+    engine = Engine(plain.model, max_batch_size=4, max_slots=1024)
+    other = engine.submit([5, 6], **NEW)
+    with pytest.raises(ValueError, match=match):
+        engine.submit([5, 6], **NEW, **{"mask" if isinstance(rule, Mask) else "score_mod": rule})
+    engine.run()
+    assert tokens_of(other) == alone(plain, [5, 6], **NEW).alone
+
+
+def test_a_score_of_its_own_needs_no_score(plain):
+    engine = Engine(plain.model, max_batch_size=4, max_slots=1024)
+    options = {"max_new_tokens": 6, "score_mod": scores.ScoreMod(lambda score, q, kv: (kv.index % 3).float())}
+    expected = alone(plain, random_ids(12), stop_token_ids=(), **options).alone
+    assert tokens_of_one(engine, random_ids(12), **options) == expected
+
+
+def test_the_first_requests_may_come_from_several_threads(plain):
+    engine = Engine(plain.model, max_batch_size=4, max_slots=1024)
+    make, made, found = engine._new_scheduler, [], []
+
+    def slowly() -> Scheduler:
+        made.append(1)
+        time.sleep(0.2)
+        return make()
+
+    engine._new_scheduler = slowly
+    threads = [threading.Thread(target=lambda: found.append(engine.submit([5, 6], **NEW))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.run()
+    assert [len(request.steps) for request in found] == [NEW["max_new_tokens"]] * 4
+    assert len(made) == 1
 
 
 @pytest.mark.usefixtures("dense")
