@@ -290,6 +290,19 @@ def test_requests_of_many_kinds_get_what_they_get_alone_on_the_cpu(tiny_pair, na
             assert engine.scheduler.pool.available == engine.scheduler.pool.count
 
 
+def test_a_rule_that_reads_out_of_bounds_is_refused_and_the_device_stays_whole(tiny_pair):
+    _, model = tiny_pair("gqa")
+    table = (torch.arange(20) % 3 > 0).cuda()
+    short = Mask(lambda q, kv: (kv.index <= q.index) & table[kv.index.clamp(min=0)])
+    engine = Engine(copy.deepcopy(model).cuda(), max_batch_size=4, max_slots=1024)
+    with pytest.raises(ValueError, match="index 20 is out of bounds"):
+        engine.submit([5] * 15, max_new_tokens=6, mask=short)
+    fits = engine.submit([5] * 14, max_new_tokens=6, stop_token_ids=(), mask=short)
+    engine.run()
+    alone = Engine(model).generate([[5] * 14], max_new_tokens=6, stop_token_ids=(), mask=short)
+    assert fits.completion.tokens == alone[0].tokens
+
+
 def test_steps_of_many_requests_wait_for_nothing(tiny_pair):
     _, model = tiny_pair("gqa")
     engine = Engine(copy.deepcopy(model).cuda(), compile=True, max_batch_size=8, max_slots=4096)
