@@ -290,6 +290,22 @@ def test_requests_of_many_kinds_get_what_they_get_alone_on_the_cpu(tiny_pair, na
             assert engine.scheduler.pool.available == engine.scheduler.pool.count
 
 
+def test_requests_in_bfloat16_are_no_further_from_float64_than_dense_ones(tiny_pair):
+    _, model = tiny_pair("gqa")
+    engine = Engine(copy.deepcopy(model).bfloat16().cuda(), compile=True, max_batch_size=8, max_slots=8192)
+    lengths, found = range(1, 400, 57), []
+    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    requests = [engine.submit(prompt, max_new_tokens=60, stop_token_ids=()) for prompt in prompts]
+    engine.run()
+    for prompt, request in zip(prompts, requests, strict=True):
+        new = torch.tensor(request.completion.tokens)
+        _, dense, truth = on_cuda(model, torch.tensor([prompt + new.tolist()]), torch.bfloat16)
+        told = (x[0, len(prompt) - 1 : -1].cpu().double().log_softmax(-1) for x in (dense, truth))
+        logprobs = torch.tensor(request.completion.logprobs, dtype=torch.float64)
+        found.append([logprobs, *(x.gather(1, new[:, None])[:, 0] for x in told)])
+    no_further_from_float64(*map(torch.cat, zip(*found, strict=True)))
+
+
 def test_a_rule_that_reads_out_of_bounds_is_refused_and_the_device_stays_whole(tiny_pair):
     _, model = tiny_pair("gqa")
     table = (torch.arange(20) % 3 > 0).cuda()
