@@ -29,8 +29,11 @@ def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
 
 
 def named_device(device: torch.device | str) -> torch.device:
-    """A device by its name. Raises ValueError for a name that torch does not know."""
+    """A device by its name. Raises ValueError for a name that torch does not know, and for one that is not there."""
     try:
-        return torch.device(device)
+        named = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None
+    if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return named

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .cache import Cache
 
 _QUERIES = 128  # whose rows of attention are computed at once
+_NOTHING = "nothing was captured: there was no run yet, or `where` chose none of its tokens"
 
 
 class Capture:
@@ -28,8 +29,8 @@ class Capture:
     `capture[site, layer]`, `[B, N, ...]`, the tokens in their order, rows that have fewer filled up with zeros.
 
     Runs add to what is there: a forward with a cache after another, an engine's chunks and decoded tokens. The last
-    token generated was never fed, so it is not there. Edits of a site come first; they may not work in place. In a run
-    that records gradients, without padding, what is captured of all tokens is part of it.
+    token generated was never fed, so it is not there. Edits of a site come first. In a run that records gradients,
+    without padding, what is captured of all tokens is part of it, but for attention, which is computed beside it.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Capture:
         """What was captured at a site of a layer, `[B, N, ...]`. Raises KeyError for what was not."""
         parts = [found[key] for _, found in self._parts if key in found]
         if not parts:
-            raise KeyError(f"{key}: nothing captured there, but at {sorted({k for _, f in self._parts for k in f})}")
+            held = sorted({k for _, found in self._parts for k in found})
+            raise KeyError(f"{key}: nothing captured there, but at {held}" if held else f"{key}: {_NOTHING}")
         if key[0] == ATTENTION:  # each step saw as many keys as there were
             most = max(x.shape[-1] for x in parts)
             parts = [torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in parts]
@@ -142,7 +144,7 @@ class Capture:
 
     def _tokens(self) -> list[Tokens]:
         if not self._parts:
-            raise ValueError("nothing was captured yet; give the capture to a run")
+            raise ValueError(_NOTHING)
         return [tokens for tokens, _ in self._parts]
 
     def _together(self, parts: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import whole_number
 from .rules import Rule, Tokens, Where, name_of, selection
-from .sites import SITES, numbers_of
+from .sites import SITES, numbers_of, wide
 
 if TYPE_CHECKING:
     from .capture import Capture
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 class Edit:
     """A function `(x, tokens) -> x` at a site: x `[B, T, ...]` as `SITES` says, tokens with their attributes `[B, T]`,
-    index -1 for padding.
+    index -1 for padding, which stays as it is whatever the function returns.
 
     It uses tensor operations only; tensors that it captures are moved to the model. What is read there, or comes after,
     sees what it returns. Several edits of a site apply in the order given. layers: default all.
@@ -62,17 +62,18 @@ def _edit(
     chosen = selection(where)
 
     def at_some(x: Tensor, tokens: Tokens) -> Tensor:
-        return torch.where(_wide(chosen(tokens), x), function(x), x)
+        return torch.where(wide(chosen(tokens), x), function(x), x)
 
     return Edit(site, at_some, layers, f"{name} at {site}, some tokens")
 
 
-def add(site: str, vector: Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
+def add(site: str, vector: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
     """Steering (arXiv:2308.10248): x + vector. vector: anything that broadcasts to `[B, T, ...]`, such as `[E]`.
 
     where, here and below: of which tokens; their indices, `[N]` for all rows or `[B, N]`, or a function from their
     attributes to booleans `[B, T]`, such as `lambda t: t.segment == 2`; default all.
     """
+    vector = _shared(vector)
     return _edit("add", site, lambda x: x + vector, layers, where)
 
 
@@ -130,7 +131,7 @@ def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
         there = known[row, at] & (tokens.index >= 0) & (tokens.index < count)
         if chosen is not None:
             there = there & chosen(tokens)
-        return torch.where(_wide(there, x), values[row, at].to(x.dtype), x)
+        return torch.where(wide(there, x), values[row, at].to(x.dtype), x)
 
     return Edit(site, function, layer, f"patch at {site}")
 
@@ -138,8 +139,3 @@ def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
 def _shared(number: float | Tensor) -> Tensor:
     """A number as a tensor: compiled steps are shared by edits whose tensors differ in their values alone."""
     return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)
-
-
-def _wide(chosen: Tensor, x: Tensor) -> Tensor:
-    """Booleans `[B, T]` so that they broadcast with x `[B, T, ...]`."""
-    return chosen.reshape(*chosen.shape, *[1] * (x.dim() - 2))

@@ -100,12 +100,24 @@ def probed(probe: Probe, tokens: Tokens, block: Callable[..., Tensor], *args: An
 
 
 def changed(x: Tensor, change: Rule, tokens: Tokens) -> Tensor:
-    """What an edit makes of x, in the same dtype. Raises ValueError if it is no tensor of the same shape."""
-    new = change.function(x, tokens)
+    """What an edit makes of x, in the same dtype. Raises ValueError if it fails, or gives no tensor of the same shape.
+
+    Padding stays as it is: an edit may make it infinite, where its index of -1 is none to divide by, and a masked token
+    still takes part in products. x is copied: an edit may work in place, and what was read elsewhere stays.
+    """
+    try:
+        new = change.function(x.clone(), tokens)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"edit {change} fails on {list(x.shape)}: {error}") from error
     if not isinstance(new, Tensor) or new.shape != x.shape:
         kind = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
         raise ValueError(f"edit {change} returned {kind} of {list(x.shape)}; it returns what it got, changed")
-    return new.to(x.dtype)
+    return torch.where(wide(tokens.index >= 0, x), new.to(x.dtype), x)
+
+
+def wide(chosen: Tensor, x: Tensor) -> Tensor:
+    """Booleans `[B, T]` so that they broadcast with x `[B, T, ...]`."""
+    return chosen.reshape(*chosen.shape, *[1] * (x.dim() - 2))
 
 
 def probes(
@@ -117,9 +129,11 @@ def probes(
     """What is read and changed in each layer, with the edits' tensors on the model's device; no layer of which neither.
 
     rows: of a run in steps of any number of tokens; the edits are tried on one token of each, so that what they do
-    wrong is not reported by a compiler. Raises ValueError for one that fails so, and for layers and heads that are not
-    the model's.
+    wrong is not reported by a compiler. Raises ValueError for one that fails so, for layers and heads that are not the
+    model's, and for a capture that is given twice.
     """
+    if len(set(map(id, captures))) < len(captures):
+        raise ValueError("a capture is given twice, and would keep everything twice")
     config, edits = model.config, [each.to(model.device) for each in edits]
     count, heads = config.num_hidden_layers, config.num_attention_heads
     for layers in (*(c.layers for c in captures), *(e.layers for e in edits)):
@@ -131,10 +145,7 @@ def probes(
     for edit in edits if rows else ():
         shape = rows, 1, *shape_of(edit.site, config)
         tokens = Tokens(*(x.to(model.device) for x in Tokens.arriving(1, batch=rows)))
-        try:
-            changed(torch.zeros(shape, dtype=model.dtype, device=model.device), edit.change, tokens)
-        except (IndexError, RuntimeError) as error:
-            raise ValueError(f"edit {edit} fails on {list(shape)}: {error}") from error
+        changed(torch.zeros(shape, dtype=model.dtype, device=model.device), edit.change, tokens)
     probe_of = {}
     for layer in range(count):
         names = {name for c in captures if c.layers is None or layer in c.layers for name in c.sites}

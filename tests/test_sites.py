@@ -193,8 +193,14 @@ def test_what_is_kept_is_what_was_asked_for(pair):
         with pytest.raises(KeyError, match="nothing captured there"):
             some[missing]
     some.clear()
-    with pytest.raises(ValueError, match="nothing was captured yet"):
+    with pytest.raises(ValueError, match="nothing was captured: there was no run yet"):
         some.tokens  # noqa: B018
+    nothing = Capture("q", where=lambda t: t.segment == 7)
+    model(ids, capture=nothing)
+    with pytest.raises(ValueError, match="`where` chose none of its tokens"):
+        nothing.count  # noqa: B018
+    with pytest.raises(KeyError, match="`where` chose none of its tokens"):
+        nothing["q", 0]
 
 
 @torch.no_grad()
@@ -284,6 +290,41 @@ def test_nor_does_it_in_compiled_generation_nor_does_a_capture(pair):
         for p, d in zip(plain, scaled, strict=True)
         for a, b in zip(p.logprobs, d.logprobs, strict=True)
     )
+
+
+@pytest.mark.parametrize("site", ["resid_post", "v"])
+def test_an_edit_that_is_infinite_for_padding_changes_no_token(pair, site):
+    """Padding has index -1, and what is masked still takes part in products, where 0 times infinity is none."""
+    _, model, _ = pair
+    edit = Edit(site, lambda x, t: x / (t.index + 1).reshape(*t.index.shape, *[1] * (x.dim() - 2)), layers=0)
+    ids, lengths = random_ids(model, 133), torch.tensor([133, 20])
+    with torch.no_grad():
+        short = model(ids[1:, :20], edit=edit, backend="dense")
+        for backend in ("flex", "dense"):
+            ragged = model(ids, lengths=lengths, edit=edit, backend=backend)
+            torch.testing.assert_close(ragged[1:, :20], short, rtol=0, atol=1e-4)
+            assert (ragged[1:, :20] - model(ids, lengths=lengths, backend=backend)[1:, :20]).abs().max() > 1e-2
+        texts = [ids[1, :20].tolist(), ids[0, :131].tolist()]
+        for prompt, done in zip(texts, Engine(model).generate(texts, max_new_tokens=6, edit=edit), strict=True):
+            predicted = model(torch.tensor([prompt + done.tokens]), edit=edit, backend="dense")[0, len(prompt) - 1 : -1]
+            assert done.tokens == predicted.argmax(-1).tolist()
+
+
+@torch.no_grad()
+def test_an_edit_may_work_in_place_and_what_was_read_before_stays(pair):
+    _, model, _ = pair
+    ids, before, beside = random_ids(model, 9), Capture("resid_post"), Capture("resid_post", "resid_pre")
+
+    def zero(x, tokens):
+        x[..., 3] = 0
+        return x
+
+    model(ids, capture=before)
+    logits = model(ids, capture=beside, edit=Edit("resid_pre", zero, layers=1))
+    assert beside["resid_post", 0].equal(before["resid_post", 0])
+    assert not beside["resid_pre", 1][..., 3].any()
+    column = torch.arange(model.config.hidden_size)
+    assert logits.equal(model(ids, edit=Edit("resid_pre", lambda x, t: x.masked_fill(column == 3, 0), layers=1)))
 
 
 def steering(model) -> list[Edit]:
@@ -445,6 +486,9 @@ def test_wrong_questions_are_answered_in_words(pair):
             lambda: engine.generate([[3]], edit=edits.add("q", torch.zeros(7))),
             "add at q fails on .1, 1, 8, 32.: The size",
         ),
+        (lambda: model(ids, edit=[NULLS[0], edits.add("q", torch.zeros(7))]), r"add at q fails on \[2, 5, 8, 32\]"),
+        (lambda: model(ids, capture=[Capture("k"), capture, capture]), "given twice"),
+        (lambda: Capture("q", device="cuda:99"), "device 'cuda:99' is not there"),
         (lambda: engine.generate([[3], [4], [5]], capture=capture), "holds 2 rows, the run has 3"),
         (lambda: engine.generate([[3]], capture=Capture("q", where=lambda t: t.index)), "that chooses tokens"),
         (lambda: engine.generate([[3]], capture=[Capture("q"), 5]), "capture takes one Capture or a list of them"),
