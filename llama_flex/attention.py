@@ -101,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
         # Dense, or eager and then computed densely: over the slots of the rows, not over all that the pool has.
         k, v, view = view.pages.in_order(k), view.pages.in_order(v), view._replace(pages=None)
     if isinstance(view.visible, BlockLists):
-        if not q.is_cuda and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if not q.is_cuda and _wants_gradients(q, k, v, pattern.score_mod):
             raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
         # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -124,6 +124,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
         return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
     wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(group, dim=1)
     return (weights(q, k, pattern, view) @ wide).to(q.dtype)
+
+
+def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None) -> bool:
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    tracing = torch.compiler.is_compiling()
+    return score_mod is not None and torch.is_grad_enabled() and not tracing and score_mod.requires_grad()
 
 
 def _score_mod(

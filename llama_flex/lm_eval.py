@@ -108,7 +108,9 @@ class LlamaFlex(TemplateLM):
         def before(request: tuple[object, list[int], list[int]]) -> list[int]:
             """Of a long context the end, so that the continuation fits; its own last token is not fed."""
             _, context, text = request
-            return context[-(self.engine.model.context + 1 - len(text)) :]
+            if (room := self.engine.model.context + 1 - len(text)) < 1:
+                raise ValueError(f"a continuation of {len(text)} tokens exceeds the context of {room + len(text) - 1}")
+            return context[-room:]
 
         for context, group in itertools.groupby(requests, key=before):
             pairs = list(group)

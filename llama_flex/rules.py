@@ -98,7 +98,7 @@ def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Cal
         index, those = tokens.index, which.to(tokens.index.device)
         if those.dim() == 1:
             return torch.isin(index, those)
-        if len(those) != len(index):
+        if len(those) not in (1, len(index)):
             raise ValueError(f"tokens are chosen by indices [N] or [{len(index)}, N], not {list(those.shape)}")
         return (index[:, :, None] == those[:, None]).any(-1)
 
@@ -147,6 +147,12 @@ class Rule:
         Rules of one structure differ only in the values of their tensors, and share compiled steps.
         """
         return _structure(self, lambda t: (t.shape, t.stride(), t.dtype, t.device), set())
+
+    def requires_grad(self) -> bool:
+        """Whether a tensor that it captures does."""
+        found: list[bool] = []
+        _structure(self, lambda t: found.append(t.requires_grad), set())
+        return any(found)
 
     def identity(self) -> Hashable:
         """Equal for rules that compute the same: of one structure, with the very same tensors."""

@@ -27,12 +27,13 @@ from .sites import probes, several
 _LOGITS = 2**26  # that are in memory at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
     """What a model thinks of a text, token by token; float32 `[N]` on the CPU.
 
     logprobs: the model's own log-probabilities, in nats. processed: those after penalty, temperature and filters of a
-    `Sampling`, if one was given; -inf for tokens that it removes. greedy: whether each token is the most likely one.
+    `Sampling`, if one was given; -inf for tokens that it removes; at temperature 0, which draws nothing and so filters
+    nothing, those after the penalty. greedy: whether each token is the most likely one.
     """
 
     logprobs: Tensor
@@ -181,7 +182,7 @@ def choose(
 
     per_token: by the mean log-probability instead of the sum. options: as in `score`.
     """
-    if not len(choices):
-        raise ValueError("choose needs at least one choice")
     scores = score(model, prefix, choices, **options)
+    if not scores:
+        raise ValueError("choose needs at least one choice")
     return max(range(len(scores)), key=lambda n: scores[n].mean if per_token else scores[n].total)

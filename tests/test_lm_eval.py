@@ -189,6 +189,9 @@ def test_wrong_arguments_are_named(engine):
         LlamaFlex(Engine(engine.model))
     with pytest.raises(ValueError, match="batch_size must be a number"):
         LlamaFlex(engine, batch_size="auto")
+    context = engine.model.context
+    with pytest.raises(ValueError, match=f"a continuation of {context + 1} tokens exceeds the context of {context}"):
+        LlamaFlex(engine)._loglikelihood_tokens([(None, [5] * 9, [7] * (context + 1))], disable_tqdm=True)
     ask = [SimpleNamespace(args=("a", {"until": [], "num_beams": 4}))]
     with pytest.raises(ValueError, match="num_beams"):
         LlamaFlex(engine).generate_until(ask, True)

@@ -194,7 +194,12 @@ def test_wrong_arguments_are_named(pair):
     _, model, _ = pair
     assert score(model, [5], []) == []
     assert Score(torch.tensor([-torch.inf, -1.0]), torch.tensor([False, True])).perplexity == float("inf")
-    assert choose(model, [5], torch.tensor([[1], [2]])) == choose(model, [5], [[1], [2]])
+    assert choose(model, [5], torch.tensor([[1], [2]])) == choose(model, [5], iter([[1], [2]]))
+    assert score(model, [5], [[1]])[0] != score(model, [5], [[1]])[0]
+    one_row = {"edit": edits.scale("z", 0.5, where=torch.tensor([[0, 1]]))}
+    together, alone = (score(model, [5, 8], [[5, 6], [6, 7]], batch_size=n, **one_row) for n in (2, 1))
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
     for wrong, words in (
         (lambda: score(model, [], [[1]]), "the prefix is empty; give at least one token"),
         (lambda: score(model, [5], [[1], []]), "continuation 1 is empty"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from llama_flex import Capture, Engine, Llama, edits, masks, scores
+from llama_flex import Capture, Engine, Llama, ScoreMod, edits, masks, scores
 from llama_flex.weights import tensors_by_name
 
 LENGTHS = (5, 130)
@@ -186,6 +186,14 @@ def test_where_there_are_no_gradients_that_is_said(trainable):
     frozen(ids)
     with pytest.raises(ValueError, match="no backward on the CPU"):
         frozen(ids, edit=edits.add("resid_pre", torch.zeros(256, requires_grad=True)))
+    bias = torch.zeros(8, requires_grad=True)
+    biased = {"score_mod": ScoreMod(lambda score, q, kv: score + bias[q.head])}
+    with pytest.raises(ValueError, match="no backward on the CPU"):
+        frozen(ids, **biased)
+    with torch.no_grad():
+        frozen(ids, **biased)
+    frozen(ids, score_mod=ScoreMod(lambda score, q, kv: score + bias[q.head] * kv.index), **OPTIONS).sum().backward()
+    assert bias.grad.any()
     assert Engine(model.requires_grad_()).generate([[5, 6]], max_new_tokens=2)[0].tokens
 
 
