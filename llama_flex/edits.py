@@ -128,7 +128,7 @@ def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
             raise ValueError(f"patch: the source has {len(values)} rows, this run {len(x)}; give it one or as many")
         row = torch.arange(len(x), device=x.device)[:, None] % len(values)
         at = tokens.index.clamp(0, count - 1)
-        there = known[row, at] & (tokens.index >= 0) & (tokens.index < count)
+        there = known[row, at] & (tokens.index < count)  # padding stays as it is in any edit
         if chosen is not None:
             there = there & chosen(tokens)
         return torch.where(wide(there, x), values[row, at].to(x.dtype), x)

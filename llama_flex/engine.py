@@ -160,9 +160,7 @@ class Engine:
             cache = self.new_cache(len(batch.rows), longest)
         layers = batch.attention_layers(model, mask, score_mod, cache)
         captures = several(capture, Capture, "capture")
-        for each in captures:
-            each.check(len(batch.rows), model.device)
-        probe_of = probes(model, captures, several(edit, Edit, "edit"), rows=len(batch.rows))
+        probe_of = probes(model, captures, several(edit, Edit, "edit"), len(batch.rows), stepwise=True)
         ahead = ahead and not captures  # what is captured may be copied to the host
         return self._run(batch, steps, sampling, stop_ids, layers, cache, ahead, captures, probe_of)
 

@@ -108,9 +108,10 @@ class LlamaFlex(TemplateLM):
         def before(request: tuple[object, list[int], list[int]]) -> list[int]:
             """Of a long context the end, so that the continuation fits; its own last token is not fed."""
             _, context, text = request
-            if (room := self.engine.model.context + 1 - len(text)) < 1:
-                raise ValueError(f"a continuation of {len(text)} tokens exceeds the context of {room + len(text) - 1}")
-            return context[-room:]
+            most = self.engine.model.context
+            if len(text) > most:
+                raise ValueError(f"a continuation of {len(text)} tokens exceeds the context of {most}")
+            return context[-(most + 1 - len(text)) :]
 
         for context, group in itertools.groupby(requests, key=before):
             pairs = list(group)

@@ -280,9 +280,7 @@ class Llama(nn.Module):
         )
         layers = self.attention_layers(mask, score_mod, cache)
         captures = several(capture, Capture, "capture")
-        for each in captures:
-            each.check(b, self.device)
-        probe_of = probes(self, captures, several(edit, Edit, "edit"))
+        probe_of = probes(self, captures, several(edit, Edit, "edit"), b)
         input_ids = input_ids.to(self.device)
         if cache is not None:
             self.check_cache(cache, b)

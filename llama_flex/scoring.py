@@ -93,7 +93,8 @@ def score(
         return []
     slots = engine.slots(min(batch_size, len(texts)), len(start) + max(map(len, texts)))
     cache = model.new_cache(1, slots)
-    layers, probe_of = model.attention_layers(mask, score_mod, cache), probes(model, (), several(edit, Edit, "edit"), 1)
+    layers = model.attention_layers(mask, score_mod, cache)
+    probe_of = probes(model, (), several(edit, Edit, "edit"), 1, stepwise=True)
     *_, first = engine.outputs([Prompt.plain(start)], layers, cache, probe_of)
     found = []
     for group in (texts[n : n + batch_size] for n in range(0, len(texts), batch_size)):

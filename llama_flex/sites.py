@@ -124,14 +124,17 @@ def probes(
     model: Llama,
     captures: Sequence[Capture],
     edits: Sequence[Edit],
-    rows: int = 0,
+    rows: int,
+    stepwise: bool = False,
 ) -> dict[int, Probe]:
     """What is read and changed in each layer, with the edits' tensors on the model's device; no layer of which neither.
 
-    rows: of a run in steps of any number of tokens; the edits are tried on one token of each, so that what they do
-    wrong is not reported by a compiler. Raises ValueError for one that fails so, for layers and heads that are not the
-    model's, and for a capture that is given twice.
+    stepwise: for a run in steps of any number of tokens; the edits are tried on one token of each row, so that what
+    they do wrong is not reported by a compiler. Raises ValueError for one that fails so, for what cannot be captured
+    of so many rows, for layers and heads that are not the model's, and for a capture that is given twice.
     """
+    for each in captures:
+        each.check(rows, model.device)
     if len(set(map(id, captures))) < len(captures):
         raise ValueError("a capture is given twice, and would keep everything twice")
     config, edits = model.config, [each.to(model.device) for each in edits]
@@ -142,7 +145,7 @@ def probes(
     for each in captures:
         if each.heads is not None and not all(0 <= head < heads for head in each.heads):
             raise ValueError(f"the model has heads 0 to {heads - 1}, not {list(each.heads)}")
-    for edit in edits if rows else ():
+    for edit in edits if stepwise else ():
         shape = rows, 1, *shape_of(edit.site, config)
         tokens = Tokens(*(x.to(model.device) for x in Tokens.arriving(1, batch=rows)))
         changed(torch.zeros(shape, dtype=model.dtype, device=model.device), edit.change, tokens)
