@@ -76,7 +76,7 @@ def attention_weights(model: Llama, ids: Sequence[int], tokens: Tokens, mask: Ma
     Raises ValueError for a layer or head that the model has not."""
     positions, segments = tokens.position, tokens.segment
     capture = Capture("attention", layers=layer, heads=head, where=range(len(ids)))
-    probes(model, [capture], ())  # so that what is wrong with these is not said of the mask
+    probes(model, [capture], (), 1)  # so that what is wrong with these is not said of the mask
     given = torch.tensor([list(ids)])
     _run(partial(model, given, positions=positions, segments=segments, mask=mask, capture=capture, backend="dense"))
     return capture["attention", layer][0, :, 0].cpu()
