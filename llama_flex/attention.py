@@ -205,19 +205,15 @@ def weights(q: Tensor, k: Tensor, pattern: Pattern, view: View, heads: Tensor | 
     """The definition, for a dense view: softmax(score(q k^T / sqrt(D))) over the visible slots, `[B, H, T, S]`, in
     float32 or wider; differentiable. heads: only of these, in their order."""
     assert isinstance(view.visible, Tensor)
-    (b, h, t, d), s, visible = q.shape, k.shape[2], view.visible
+    _, h, _, d = q.shape
+    visible = view.visible
     wide, group = torch.promote_types(q.dtype, torch.float32), h // k.shape[1]
     head = torch.arange(h, device=q.device) if heads is None else heads
     if heads is not None:
         q, visible = q[:, heads], visible if visible.shape[1] == 1 else visible[:, heads]
     scores = q.to(wide) @ k.to(wide)[:, head // group].transpose(-1, -2) * d**-0.5
-    if (score_mod := _score_mod(pattern, view)) is not None:
-        batch, row, slot = (torch.arange(n, device=q.device) for n in (b, t, s))
-        shape = scores.shape
-        changed = score_mod(scores, batch[:, None, None, None], head[:, None, None], row[:, None], slot)
-        if changed.dim() > 4 or any(n not in (1, m) for n, m in zip(changed.shape[::-1], shape[::-1], strict=False)):
-            raise ValueError(f"the score function made scores {list(changed.shape)} of {list(shape)}")
-        scores = changed.expand(shape)  # it may not have looked at all
+    if pattern.score_mod is not None:
+        scores = pattern.score_mod.dense(scores, view.q, view.kv, head)
     scores = scores.masked_fill(~visible, -torch.inf)
     # A row with nothing visible has softmax NaN; it attends to nothing.
     return torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)

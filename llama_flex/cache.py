@@ -72,13 +72,16 @@ class Cache:
 
     @property
     def length(self) -> Tensor:
-        """How many tokens have arrived in each row: the index of the next one; int32 `[B]`."""
-        return self.tokens.index.amax(1) + 1
+        """The index of the next token in each row: how many have arrived, those included that a rolling window has
+        passed; int32 `[B]`."""
+        return torch.maximum(self.tokens.index.amax(1) + 1, self.rolled_out)
 
     @property
     def next_position(self) -> Tensor:
-        """One more than the highest position in each row; int32 `[B]`."""
-        return torch.where(self.tokens.index < 0, -1, self.tokens.position).amax(1) + 1
+        """One more than the highest position in each row, and one more for each token after it that a rolling window
+        has passed; int32 `[B]`."""
+        highest = torch.where(self.tokens.index < 0, -1, self.tokens.position).amax(1)
+        return highest + self.length - self.tokens.index.amax(1)
 
     @property
     def room(self) -> int | None:
@@ -145,16 +148,20 @@ class Cache:
             first_seen = (kept + 1 - self.window).clamp(min=self.sinks)
             if bool((first_seen < torch.minimum(self.rolled_out, kept)).any()):
                 raise ValueError(f"cannot go back to {length} tokens: the rolling window has passed it")
-        self._forget(self.tokens.index >= length)
+        self._forget(self.tokens.index >= length, self.rolled_out.clamp(max=length))
 
     def evict(self, tokens: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> None:
         """Forget some tokens: no later query attends to them, and their slots are free; the others stay as they are.
 
         tokens: their indices, `[N]` for all rows or `[B, N]`; or a function from all tokens held to booleans `[B, S]`,
         such as `lambda t: t.segment == 2`. What the survivors' keys and values took from the evicted stays in them.
-        A rolling cache that loses its newest tokens does not get back what its window has passed.
+        The next token gets the index after the highest one that is left, and the position after the highest: a row
+        that has lost all of its tokens begins anew, at 0. A rolling cache that loses its newest tokens does not get
+        back what its window has passed.
         """
-        self._forget(selection(tokens)(self.tokens))
+        chosen, index = selection(tokens)(self.tokens), self.tokens.index
+        before, left = index.amax(1), index.masked_fill(chosen, -1).amax(1)
+        self._forget(chosen, torch.where(left < before, self.rolled_out.minimum(left + 1), self.rolled_out))
 
     def fork(self) -> Cache:
         """A cache with the same tokens that goes its own way; keys and values are copied once either is written."""
@@ -191,10 +198,9 @@ class Cache:
         self.rolled_out = self.rolled_out[rows]
         self._rows = rows if self._rows is None else self._rows[rows]
 
-    def _forget(self, chosen: Tensor) -> None:
+    def _forget(self, chosen: Tensor, rolled_out: Tensor) -> None:
         self._free(chosen)
-        # Indices from there on are given again. In place: a recorded step works on this tensor.
-        self.rolled_out.copy_(torch.minimum(self.rolled_out, self.length))
+        self.rolled_out.copy_(rolled_out)  # in place: a recorded step works on this tensor
         self._count()
 
     def _count(self) -> None:

@@ -7,15 +7,10 @@ FlexAttention, in the full forward and in cached decoding. Dimensions: B batch, 
 from __future__ import annotations
 
 import inspect
-import os
-import re
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import pairwise, product
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -24,9 +19,10 @@ from torch import Tensor
 from .attention import Backend
 from .compiling import Graphs
 from .config import LlamaConfig
+from .faults import FunctionError, fault_of
 from .masks import Mask
 from .model import Llama, plainly
-from .rules import Token, Tokens, arange, grid, name_of
+from .rules import Token, Tokens, arange, each_cell, name_of
 from .scores import ScoreMod
 
 Level: TypeAlias = Literal["error", "note"]
@@ -34,13 +30,7 @@ LENGTHS = (1, 127, 128, 129, 300)  # one token, and up to, at and past the edges
 DOCUMENT = 50  # tokens of a segment
 TOLERANCE = 160 * torch.finfo(torch.float32).eps  # about 2e-5; of logits, relative to the largest
 
-_LIBRARIES = (str(Path(__file__).parent) + os.sep, sysconfig.get_paths()["stdlib"], "<frozen", "<string>", "<eval")
-_DATA_DEPENDENT = re.compile(
-    r"Boolean value of Tensor|[Dd]ata-dependent|converted to (a )?(Python )?[Ss]calar|converted to an index"
-    r"|_local_scalar_dense|call_method item\("
-)
-_OUT_OF_RANGE = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with size (\d+)")
-_WRONG_TYPE = re.compile(r"returned .*; (a predicate returns|it returns the score)")
+_NO_CHANCE = "take chance from a table"
 _CELL = "for query {2} and key {3} (row {0}, head {1}, length {4})"
 
 
@@ -59,10 +49,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.level}: {self.what}: {self.message}"
-
-
-class _Wrong(Exception):
-    """What and message of an error that leaves nothing more to check."""
 
 
 def check_mask(
@@ -133,36 +119,8 @@ def attempt(function: Callable[..., Any], *args: Any) -> tuple[Any, Finding | No
     try:
         return function(*args), None
     except Exception as error:  # noqa: BLE001  - runs the user's code, which may raise anything, to report it
-        return None, _fault(error)
-
-
-def _fault(error: Exception) -> Finding:
-    if isinstance(error, _Wrong):
-        return Finding("error", *error.args)
-    text, line = str(error), _user_line(error)
-    first = f"{type(error).__name__}: {(text.strip() or 'no message').splitlines()[0]}"
-    what, message = "raises", f"it raises {first}{line}"
-    if out := _OUT_OF_RANGE.search(text):
-        way = "make it as long as the longest text, or clamp the index"
-        what, message = "index-out-of-range", f"index {out[1]} into a tensor of {out[2]}{line}: {way}"
-    elif _DATA_DEPENDENT.search(text):
-        way = "no `if`, `and`, `or`, `not`, `a < b < c`, `int()`, `.item()` on tensors; use torch.where, `&`, `|`, `~`"
-        what, message = "data-dependent", f"Python decides by the value of a tensor{line}: {way} ({first})"
-    elif isinstance(error, ValueError) and _WRONG_TYPE.search(text):
-        what, message = "wrong-type", text + ("; is a `return` missing?" if "NoneType" in text else "")
-    elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        what, message = "does-not-compile", f"torch cannot trace or compile it{line}: {first}"
-    return Finding("error", what, message)
-
-
-def _user_line(error: Exception) -> str:
-    """Where in the user's code an error arose, by its traceback or by what the compiler says; "" if nowhere."""
-    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    frames += [(name, int(line), None) for name, line in re.findall(r'File "(.+?)", line (\d+)', str(error))]
-    for name, line, source in reversed(frames):
-        if not name.startswith(_LIBRARIES) and f"{os.sep}site-packages{os.sep}" not in name:
-            return f" in line {line} of {Path(name).name}" + (f", `{source}`" if source else "")
-    return ""
+        what, message = (error.what, error.fault) if isinstance(error, FunctionError) else fault_of(error)
+        return None, Finding("error", what, message)
 
 
 def _globals(rule: Mask | ScoreMod) -> Iterator[Finding]:
@@ -174,22 +132,28 @@ def _globals(rule: Mask | ScoreMod) -> Iterator[Finding]:
         yield Finding("note", "global-tensor", str(error))
 
 
-def _ask(rule: Mask | ScoreMod, q: Token, kv: Token, shape: tuple[int, ...]) -> Tensor:
-    """The answers for query and key tokens, in that shape; a score function's for scores that differ by the cell."""
-    scores = ((7 * q.index + 13 * kv.index + 3 * q.head + 5 * q.batch) % 61) / 10 - 3
-    answer = rule.evaluate(scores, q, kv) if isinstance(rule, ScoreMod) else rule.evaluate(q, kv)
-    try:
-        return answer.expand(shape)
-    except RuntimeError:
-        asked = f"{list(shape)} cells" if shape else "one query and one key"
-        way = "use operations of single elements, and tables at an index, `table[kv.index]`"
-        raise _Wrong("wrong-shape", f"it returns {list(answer.shape)} for {asked}: {way}") from None
+def _scores(q: Token, kv: Token) -> Tensor:
+    """Scores that differ by the cell."""
+    return ((7 * q.index + 13 * kv.index + 3 * q.head + 5 * q.batch) % 61) / 10 - 3
 
 
 def _cells(rule: Mask | ScoreMod, q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
     """The answers for all cells, `[B, H, T, S]`; the heads have stride 0 if the function does not look at them."""
-    (b, t), s = q.index.shape, kv.index.shape[1]
-    return _ask(rule, *grid(q, kv, num_heads, arange(t, q), arange(s, q)), (b, num_heads, t, s))
+
+    def answer(q: Token, kv: Token) -> Tensor:
+        return rule.evaluate(_scores(q, kv), q, kv) if isinstance(rule, ScoreMod) else rule.evaluate(q, kv)
+
+    return each_cell(answer, q, kv, arange(num_heads, q))
+
+
+def _at_once(rule: Mask | ScoreMod, tokens: Tokens, num_heads: int) -> Tensor | None:
+    """The answers `[B, H, T, S]` of a function that is asked for all cells in one call; None if it cannot be."""
+    (b, t), row = tokens.index.shape, arange(tokens.index.shape[1], tokens)
+    batch, head = arange(b, tokens)[:, None, None, None], arange(num_heads, tokens)[:, None, None]
+    q, kv = Token(tokens, batch, head, row[:, None]), Token(tokens, batch, head, row)
+    given = (_scores(q, kv), q, kv) if isinstance(rule, ScoreMod) else (q, kv)
+    answers, fault = attempt(lambda: torch.as_tensor(rule.function(*given)).expand(b, num_heads, t, t))
+    return None if fault else answers
 
 
 def _pieces(length: int) -> list[tuple[int, int]]:
@@ -206,30 +170,35 @@ def _first(cells: Tensor, full: Tensor) -> tuple[Any, ...] | None:
 
 
 def _answers_agree(rule: Mask | ScoreMod, tokens: Tokens, model: Llama) -> Iterator[Finding]:
-    """The answers for all cells: against asking again, for single cells and in a cache; and what they mean."""
+    """The answers for all cells: against asking again, in one call and in a cache; and what they mean."""
     rule, (b, t), heads = rule.to("cpu"), tokens.index.shape, model.config.num_attention_heads
     full = _cells(rule, tokens, tokens, heads)
 
-    def compare(what: str, name: str, answers: Tensor, way: str) -> None:
+    def differs(what: str, name: str, answers: Tensor, way: str) -> Finding | None:
         close = torch.isclose(answers, full, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
-        if first := _first(~close, full):
-            values = f"{name} {answers[first[:4]].item()}, in the full forward {first[5]}"
-            raise _Wrong(what, f"{values} {_CELL.format(*first)}: {way}")
+        if (first := _first(~close, full)) is None:
+            return None
+        values = f"{name} {answers[first[:4]].item()}, in the full forward {first[5]}"
+        return Finding("error", what, f"{values} {_CELL.format(*first)}: {way}")
 
-    compare("not-deterministic", "asked again", _cells(rule, tokens, tokens, heads), "take chance from a table")
-    alone, cached, cache, picked = full.clone(), full.clone(), model.new_cache(b, t), {0, t // 2, t - 1}
-    for cell in product({0, b - 1}, {0, heads - 1}, picked, picked):
-        row, head, query, key = map(torch.tensor, cell)
-        alone[cell] = _ask(rule, Token(tokens, row, head, query), Token(tokens, row, head, key), ())
-    way = "FlexAttention asks for single cells, so no `.max()`, `.any()`, sizes or other looks at many"
-    compare("not-elementwise", "alone", alone, way)
+    if again := differs("not-deterministic", "asked again", _cells(rule, tokens, tokens, heads), _NO_CHANCE):
+        yield again
+        return
+    if (answers := _at_once(rule, tokens, heads)) is not None:
+        way = "each cell is asked for alone, as FlexAttention does, so `.max()`, `.any()` and sizes see that cell only"
+        if found := differs("not-elementwise", "in one call for all cells", answers, way):
+            yield replace(found, level="note")
+    cached, cache = full.clone(), model.new_cache(b, t)
     for start, end in _pieces(t):
         new = Tokens(*(x[:, start:end] for x in tokens))
         with cache.appending(end - start):
             cache.append(new)
         held = Tokens(*(x.flip(1) for x in cache.tokens))  # a token may lie in any slot
         cached[:, :, start:end, :end] = _cells(rule, new, held, heads)[..., held.index[0].argsort()[-end:]]
-    compare("cache-differs", "in cached decoding", cached, "use q.index and kv.index, no rows, slots, sizes or offset")
+    way = "use q.index and kv.index, no rows, slots, sizes or offset"
+    if found := differs("cache-differs", "in cached decoding", cached, way):
+        yield found
+        return
     for level, what, cells, message in _meanings(rule, full):
         if first := _first(cells, full):
             yield Finding(level, what, message.format(*first))
@@ -284,7 +253,7 @@ def _logits_agree(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, compile: 
             values = f"by {float(off.max()):.2g} of the largest, {TOLERANCE:.2g} is allowed"
             where = f"first in row {row} at query {query} (length {off.shape[1]})"
             way = "use operations of single elements only, and no state"
-            raise _Wrong(what, f"the logits of {ways} differ {values}; {where}: {way}")
+            raise FunctionError(str(rule), what, f"the logits of {ways} differ {values}; {where}: {way}")
 
     dense = {}
     for cached, where in ((False, "the full forward"), (True, "cached decoding")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -50,12 +51,18 @@ _INERT_KEYS = frozenset(
         "use_return_dict",
     }
 )
-# Keys that change the mathematics: accepted only with the values under which they change nothing.
+# Keys that change the mathematics: accepted only with the values under which they change nothing. Some are read by no
+# code of LLaMA, but by transformers' masks and caches (`attention_chunk_size`, `kv_sharing_modes`), or by every config
+# (`per_layer_config`; `text_config` and its two other names, which would replace the whole of it).
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "quantization_config": (None,),
-    "compression_config": (None,),
+    "hidden_act": ("silu", "swish"),
     "layer_types": (None,),
+    "attention_chunk_size": (None,),
+    "kv_sharing_modes": (None,),
+    "per_layer_config": (None, {}),
+    "text_config": (None,),
+    "decoder": (None,),
+    "generator": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
@@ -78,6 +85,7 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # The keys that only one of them reads.
 _ONLY_LLAMA, _ONLY_MISTRAL = ("attention_bias", "mlp_bias"), ("sliding_window",)
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 class ConfigError(files.FolderError):
@@ -102,7 +110,9 @@ class LlamaConfig:
     """The numbers that define a LLaMA or Mistral, under Hugging Face's key names and with LLaMA's defaults.
 
     `num_key_value_heads` and `head_dim` may be None and are then derived as the reference derives them
-    (`num_attention_heads`, `hidden_size // num_attention_heads`). `dtype` is the checkpoint's own, as a string.
+    (`num_attention_heads`, `hidden_size // num_attention_heads`). `is_causal`: false lets every token attend to all
+    others. `dtype` is the checkpoint's own, as a string. `other` holds the keys of a config.json that change nothing
+    here, for `save_pretrained` to write back.
     """
 
     model_type: str = "llama"
@@ -120,10 +130,12 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    is_causal: bool = True
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
     dtype: str | None = None
+    other: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.model_type not in _ARCHITECTURES:
@@ -141,7 +153,7 @@ class LlamaConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
             _require_size(name, getattr(self, name))
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "is_causal"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -157,11 +169,11 @@ class LlamaConfig:
         for name in self._unread:
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not supported for model_type {self.model_type!r}")
-        if not _is_number(self.rms_norm_eps) or not 0 <= self.rms_norm_eps < 1:
-            raise ConfigError(f"rms_norm_eps must be a small number, found {self.rms_norm_eps!r}")
+        if not _is_number(self.rms_norm_eps) or not 0 <= self.rms_norm_eps < math.inf:
+            raise ConfigError(f"rms_norm_eps must be a number of at least 0, found {self.rms_norm_eps!r}")
         _token_ids("eos_token_id", self.eos_token_id)
         for name in ("bos_token_id", "pad_token_id"):
-            if not isinstance(getattr(self, name), int | None):
+            if type(getattr(self, name)) not in (int, type(None)):
                 raise ConfigError(f"{name} must be a token id, found {getattr(self, name)!r}")
         if self.num_hidden_layers > MAX_LAYERS:
             raise ConfigError(f"num_hidden_layers={self.num_hidden_layers} is more than {MAX_LAYERS}")
@@ -195,30 +207,30 @@ class LlamaConfig:
         Raises ConfigError for another architecture and for every known key whose value would change the
         mathematics. Keys that transformers' LlamaForCausalLM does not know either are named in a warning.
         """
-        model_type, architectures = raw.get("model_type", "llama"), raw.get("architectures")
-        architecture, defaults = _ARCHITECTURES.get(str(model_type), ("", {}))
-        if not architecture or (architectures or [architecture]) != [architecture]:
-            supported = " and ".join(name for name, _ in _ARCHITECTURES.values())
-            raise ConfigError(
-                f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes "
-                f"{supported}"
-            )
+        architecture = _architecture_of(raw)
+        model_type = raw.get("model_type", "llama")
+        for key in _QUANTIZATION_KEYS:
+            if raw.get(key) is not None:
+                raise ConfigError(_quantized(key, raw[key]))
         for key, neutral in _NEUTRAL_VALUES.items():
             if key in raw and raw[key] not in neutral:
                 raise ConfigError(f"{key}={raw[key]!r} is not supported (only {neutral[0]!r})")
 
         ignored = _ONLY_LLAMA if model_type == "mistral" else ()
-        names = [f.name for f in dataclasses.fields(cls) if f.name not in ignored]
-        fields = defaults | {name: raw[name] for name in names if raw.get(name) is not None}
+        names = {f.name for f in dataclasses.fields(cls)} - {"other", *ignored}
+        fields = _ARCHITECTURES[model_type][1] | {name: raw[name] for name in names if raw.get(name) is not None}
         fields["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "num_key_value_heads"):
             if key in raw:  # an explicit null means none, not the default
                 fields[key] = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
+        if "is_causal" in raw and raw["is_causal"] in (None, 0, 1):
+            fields["is_causal"] = bool(raw["is_causal"])  # the reference reads null as false, not as the default
         context = fields.get("max_position_embeddings", cls.max_position_embeddings)
         fields["rope_parameters"] = RopeParameters.from_config({**raw, "max_position_embeddings": context})
 
-        known = {*names, *_INERT_KEYS, *_NEUTRAL_VALUES, *RopeParameters.CONFIG_KEYS, "torch_dtype"}
-        if unknown := sorted(set(raw) - known):
+        read = {*names, *RopeParameters.CONFIG_KEYS, "torch_dtype"}
+        fields["other"] = {key: value for key, value in raw.items() if key not in read}
+        if unknown := sorted(fields["other"].keys() - _INERT_KEYS - _NEUTRAL_VALUES.keys() - {*_QUANTIZATION_KEYS}):
             named = files.one_line(", ".join(unknown))
             warnings.warn(f"config.json has keys {architecture} does not use: {named}", stacklevel=2)
         return cls(**fields)
@@ -226,16 +238,52 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The object to write as `config.json`; transformers and this package read it back."""
         architecture, _ = _ARCHITECTURES[self.model_type]
-        out: dict[str, Any] = {"architectures": [architecture], "hidden_act": "silu"}
-        out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self._unread}
+        out: dict[str, Any] = {**self.other, "architectures": [architecture], "hidden_act": "silu"}
+        unwritten = {"other", *self._unread, *(("is_causal",) if self.is_causal else ())}
+        out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in unwritten}
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         return out | {"rope_parameters": self.rope_parameters.to_dict()}
 
 
+def _architecture_of(raw: Mapping[str, Any]) -> str:
+    """The architecture that a config.json names. Raises ConfigError, with the way out, for one that is not computed.
+
+    A base model, such as LlamaModel, is read as the causal one: whether an output matrix is there, its weights say.
+    """
+    model_type, architectures = raw.get("model_type", "llama"), raw.get("architectures")
+    architecture, _ = _ARCHITECTURES.get(str(model_type), ("", {}))
+    base = architecture.removesuffix("ForCausalLM") + "Model"
+    if architecture and (architectures or [architecture]) in ([architecture], [base]):
+        return architecture
+    supported = " and ".join(name for name, _ in _ARCHITECTURES.values())
+    reason = (
+        f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes {supported}"
+    )
+    if architecture and isinstance(architectures, list) and str(architectures[0]).startswith(base[: -len("Model")]):
+        reason += ": it ends in another head than the one that predicts tokens; give the model that it was made of"
+    raise ConfigError(reason)
+
+
+def _quantized(key: str, value: Any) -> str:
+    """Why a quantised checkpoint is refused: its method, as far as the config says, and the way out."""
+    value = value if isinstance(value, Mapping) else {}
+    method = value.get("quant_method") or value.get("quant_type") or value.get("format")
+    bits = value.get("bits") or next((n for n in (4, 8) if value.get(f"load_in_{n}bit")), None)
+    kind = f"by {method!r}" * bool(method) + f" to {bits} bits" * bool(bits) or "by a method it does not name"
+    return (
+        f"{key}: the weights are quantised {kind}, which is not supported; give the checkpoint that they were made of "
+        "(the model card names it), or dequantise them with the library that made them"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """The defaults a checkpoint recommends in `generation_config.json`; None where it says nothing."""
+    """The defaults a checkpoint recommends in `generation_config.json`; None where it says nothing.
+
+    max_length: how many tokens a text may have in all, the prompt included; it caps the default number of new tokens.
+    `other` holds all further keys, for `save_pretrained` to write back.
+    """
 
     eos_token_id: int | tuple[int, ...] | None = None
     do_sample: bool = False
@@ -245,29 +293,45 @@ class GenerationConfig:
     min_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
+    max_length: int | None = None
+    other: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    # Keys whose other values would change the generated text in ways this package does not offer.
-    _NEUTRAL: ClassVar[dict[str, Any]] = {
-        "num_beams": 1,
-        "num_beam_groups": 1,
-        "no_repeat_ngram_size": 0,
-        "encoder_no_repeat_ngram_size": 0,
-        "typical_p": 1.0,
-        "epsilon_cutoff": 0.0,
-        "eta_cutoff": 0.0,
-        "penalty_alpha": None,
-        "min_length": 0,
-        "min_new_tokens": None,
-        "bad_words_ids": None,
-        "suppress_tokens": None,
-        "begin_suppress_tokens": None,
-        "forced_bos_token_id": None,
-        "forced_eos_token_id": None,
-        "sequence_bias": None,
-        "guidance_scale": None,
-        "top_h": None,
-        "stop_strings": None,
-        "exponential_decay_length_penalty": None,
+    # Keys whose other values would change the generated text in ways this package does not offer, with those that
+    # change nothing besides null. What else transformers' GenerationConfig has is about beams, which num_beams turns
+    # off, about what generate() returns, or about how it computes the same.
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "num_beams": (1,),
+        "num_beam_groups": (1,),
+        "num_return_sequences": (1,),
+        "no_repeat_ngram_size": (0,),
+        "encoder_no_repeat_ngram_size": (0,),
+        "encoder_repetition_penalty": (1,),
+        "typical_p": (1,),
+        "epsilon_cutoff": (0,),
+        "eta_cutoff": (0,),
+        "top_h": (),
+        "penalty_alpha": (),
+        "dola_layers": (),
+        "diversity_penalty": (0,),
+        "constraints": (),
+        "force_words_ids": (),
+        "min_length": (0,),
+        "min_new_tokens": (0,),
+        "max_time": (),
+        "stop_strings": ([],),
+        "bad_words_ids": (),
+        "suppress_tokens": ([],),
+        "begin_suppress_tokens": ([],),
+        "forced_bos_token_id": (),
+        "forced_eos_token_id": (),
+        "sequence_bias": (),
+        "guidance_scale": (1,),
+        "exponential_decay_length_penalty": (),
+        "remove_invalid_values": (False,),
+        "watermarking_config": (),
+        "token_healing": (False,),
+        "cache_implementation": ("dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window"),
+        "is_assistant": (False,),
     }
 
     @classmethod
@@ -277,10 +341,10 @@ class GenerationConfig:
         if not os.path.lexists(path):
             return cls()
         raw = read_json(path)
-        ignored = [key for key, neutral in cls._NEUTRAL.items() if raw.get(key) not in (None, neutral)]
-        if ignored:
+        if ignored := cls.not_neutral(raw):
             warnings.warn(f"{path}: not supported and ignored: {', '.join(ignored)}", stacklevel=2)
-        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if raw.get(f.name) is not None}
+        names = {f.name for f in dataclasses.fields(cls)} - {"other"}
+        values = {name: raw[name] for name in names if raw.get(name) is not None}
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = tuple(values["eos_token_id"])
         try:
@@ -288,11 +352,20 @@ class GenerationConfig:
             for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
                 if not _is_number(values.get(name, 0)):
                     raise ConfigError(f"{name} must be a number, found {values[name]!r}")
-            if "max_new_tokens" in values:
-                _require_size("max_new_tokens", values["max_new_tokens"])
+            for name in ("max_new_tokens", "max_length"):
+                if name in values:
+                    _require_size(name, values[name])
+            if not isinstance(values.get("do_sample", False), bool):
+                raise ConfigError(f"do_sample must be true or false, found {values['do_sample']!r}")
         except (ConfigError, RecursionError) as error:
             raise ConfigError(f"{path}: {error}") from None
-        return cls(**values)
+        config = cls(**values)
+        return dataclasses.replace(config, other={k: v for k, v in raw.items() if k not in config.to_dict()})
+
+    @classmethod
+    def not_neutral(cls, settings: Mapping[str, Any]) -> list[str]:
+        """The keys of `settings` that would change generated text in ways this package does not offer."""
+        return [key for key, neutral in cls.NEUTRAL.items() if settings.get(key) not in (None, *neutral)]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -300,11 +373,12 @@ class GenerationConfig:
         return _token_ids("eos_token_id", self.eos_token_id)
 
     def to_dict(self) -> dict[str, Any]:
-        """The object to write as `generation_config.json`: only what is set."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {
+        """The object to write as `generation_config.json`: what is set, and what was read but is not used here."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "other"}
+        given = {
             n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None and v is not False
         }
+        return {**self.other, **given}
 
 
 def _is_number(value: Any) -> bool:

@@ -362,44 +362,51 @@ class Engine:
         end. keep: gets what probes read.
         """
         device = self.model.device
-        chunks = CHUNKS[device.type]
+        sizes = CHUNKS[device.type]
         length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
         longest = max(len(prompt.ids) for prompt in rows)
-        padded = -(-longest // chunks[-1]) * chunks[-1]
-        whole = 1 << (padded - 1).bit_length()
-        width = max(whole, padded + chunks[-1])  # where a chunk is taken in parts, the last one reaches further
+        whole = 1 << (-(-longest // sizes[-1]) * sizes[-1] - 1).bit_length()
+        width = max(whole, longest + 2 * sizes[-1])  # where a chunk is taken in parts, the last one reaches further
         ids = filled([prompt.ids for prompt in rows], width, torch.int64).to(device)
         positions = filled([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
         segments = filled([prompt.segments for prompt in rows], width, torch.int32).to(device)
-        if longest > chunks[-1]:
-            column = torch.arange(longest, dtype=torch.int32, device=device)
-            index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
-            if self._look_ahead(layers, Tokens(index, positions[:, :longest], segments[:, :longest])):
-                chunks, padded = (whole,), whole
-        start = 0
-        while start < longest:
-            size = next((c for c in chunks if start + c <= padded), chunks[-1])
-            count = min(size, longest - start, cache.largest_append)  # a rolling cache may take less
+        chunks = _chunks(longest, sizes, cache.largest_append)
+        column = torch.arange(width, dtype=torch.int32, device=device)
+        index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
+        if self._looks_ahead(layers, Tokens(index, positions, segments), chunks, whole):
+            chunks = _chunks(longest, (whole,), cache.largest_append)
+        for start, size, count in chunks:
             here = (length - start).clamp(0, count)
-            # Copied: a slice keeps the strides of the whole, and every other stride would compile once more.
-            chunk = [
-                x[:, start : start + size].clone(memory_format=torch.contiguous_format)
-                for x in (ids, positions, segments)
-            ]
+            chunk = [_part(x, start, start + size) for x in (ids, positions, segments)]
             with cache.appending(count):
                 output, found = self._step(chunk[0], here, chunk[1], chunk[2], layers, cache, probe_of)
             keep(found)
             yield output[:, :count]
-            start += count
 
-    def _look_ahead(self, layers: Layers, tokens: Tokens) -> bool:
-        """Whether any of these tokens sees a later one of them."""
-        usual = self.model.default_mask.identity()
-        ahead = Mask(lambda q, kv: (q.index >= 0) & (kv.index > q.index))
-        given = (pattern.mask for pattern in layers.patterns if pattern.mask.identity() != usual)
-        heads = self.model.config.num_attention_heads
-        return any(bool((mask & ahead).blocks(tokens, tokens, heads)[1].any()) for mask in given)
+    def _looks_ahead(self, layers: Layers, tokens: Tokens, chunks: Sequence[tuple[int, int, int]], width: int) -> bool:
+        """Whether any of these tokens sees one of a later chunk, among the first `width`.
+
+        A named mask knows that it never does. Any other is asked, at the cost of making the block lists of the chunks:
+        compiled if steps are, else only for the cells in question.
+        """
+        masks = tuple(p.mask for p in layers.patterns if not p.mask.never_looks_ahead)
+        if not masks:
+            return False
+        heads, found, longest = self.model.config.num_attention_heads, [], sum(chunks[-1][::2])
+        column = torch.arange(tokens.index.shape[1], device=tokens.index.device)
+        for start, size, count in chunks[:-1]:
+            end = start + count
+            here, later = (
+                tokens._replace(index=tokens.index.masked_fill(out, -1)) for out in (column >= end, column < end)
+            )
+            q = Tokens(*(_part(x, start, start + size) for x in here))
+            kv = Tokens(*(_part(x, 0, width) if self.compile else _part(x, end, longest) for x in later))
+            run = plainly
+            if self.compile:
+                run = self.graphs.of(q.index.shape, kv.index.shape, *(mask.structure() for mask in masks))
+            found.append(run("looks ahead", _sees_any, masks, q, kv, heads))
+        return bool(found) and bool(torch.stack(found).any())
 
     def _step(
         self,
@@ -420,6 +427,29 @@ class Engine:
             self.steps.add(key)
             run = self.graphs.of(*key)
         return self.model.step(ids, lengths, positions, segments, cache, layers, "flex", run, probe_of)
+
+
+def _chunks(longest: int, sizes: Sequence[int], most: int) -> list[tuple[int, int, int]]:
+    """How prompts of up to `longest` tokens are cut up: for each chunk its start, its size with padding, and how many
+    tokens of it are taken, at most `most` of them, since a rolling cache may take less at once."""
+    padded, start, chunks = -(-longest // sizes[-1]) * sizes[-1], 0, []
+    while start < longest:
+        size = next((size for size in sizes if start + size <= padded), sizes[-1])
+        chunks.append((start, size, min(size, longest - start, most)))
+        start += max(chunks[-1][2], 1)  # none is taken by a cache that is full, which says so when asked to append
+    return chunks
+
+
+def _part(x: Tensor, start: int, end: int) -> Tensor:
+    """Columns of `[R, T]` in memory of their own: a slice keeps the strides of the whole, and every other stride would
+    compile once more."""
+    return x[:, start:end].clone(memory_format=torch.contiguous_format)
+
+
+def _sees_any(masks: Sequence[Mask], q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
+    """Whether any of the queries q that is no padding sees any of the keys kv under any of the masks."""
+    real = Mask(lambda q, kv: q.index >= 0)
+    return torch.stack([(real & mask).blocks(q, kv, num_heads)[1].any() for mask in masks]).any()
 
 
 def _ends(rows: Sequence[Prompt], outputs: Iterable[Tensor]) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .rules import Rule, Token, Tokens, arange, grid, name_of, take
+from .faults import FunctionError
+from .rules import Rule, Token, Tokens, arange, each_cell, name_of, take
 
 if TYPE_CHECKING:
     from .paging import Pages
@@ -70,6 +71,13 @@ class Mask(Rule):
     """
 
     function: Predicate
+    kind = "mask"
+
+    def __init__(self, function: Predicate, name: str | None = None, *, never_looks_ahead: bool = False) -> None:
+        """never_looks_ahead: promise that no query sees a token that arrives after it; without the promise an Engine
+        finds out, at the cost of making the block lists of long prompts once more."""
+        super().__init__(function, name)
+        self.never_looks_ahead = never_looks_ahead
 
     @classmethod
     def from_mask_mod(
@@ -84,36 +92,51 @@ class Mask(Rule):
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return Mask(lambda q, kv: self.evaluate(q, kv) & other.evaluate(q, kv), f"({self} & {other})")
+        return Mask(
+            lambda q, kv: self.evaluate(q, kv) & other.evaluate(q, kv),
+            f"({self} & {other})",
+            never_looks_ahead=self.never_looks_ahead or other.never_looks_ahead,
+        )
 
     def __or__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return Mask(lambda q, kv: self.evaluate(q, kv) | other.evaluate(q, kv), f"({self} | {other})")
+        return Mask(
+            lambda q, kv: self.evaluate(q, kv) | other.evaluate(q, kv),
+            f"({self} | {other})",
+            never_looks_ahead=self.never_looks_ahead and other.never_looks_ahead,
+        )
 
     def __invert__(self) -> Mask:
         return Mask(lambda q, kv: ~self.evaluate(q, kv), f"~{self}")
 
     def evaluate(self, q: Token, kv: Token) -> Tensor:
-        """The predicate's answer as a boolean tensor. Raises ValueError for an answer of another kind."""
-        answer = self.function(q, kv)
+        """The predicate's answer for one query and one key, a boolean tensor without dimensions.
+
+        Raises FunctionError for a predicate that fails, or answers with anything else.
+        """
+        answer = self.ask(q, kv)
         if isinstance(answer, bool):
             return torch.full_like(kv.index, answer, dtype=torch.bool)
         if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
             kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
-            raise ValueError(f"mask {self} returned {kind}; a predicate returns booleans, such as kv.index <= q.index")
-        return answer
+            missing = "; is a `return` missing?" if answer is None else ""
+            fault = f"it returned {kind}; a predicate returns booleans, such as kv.index <= q.index{missing}"
+            raise FunctionError(self.described, "wrong-type", fault)
+        return one_value(answer, self)
 
     def _allows(self, q: Token, kv: Token) -> Tensor:
         return (kv.index >= 0) & self.evaluate(q, kv)
 
     def dense(self, q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
         """The mask as booleans, `[B, 1 or H, T, S]`: H only if the predicate looks at heads."""
-        return self._cells(q, kv, num_heads, arange(q.index.shape[1], q), arange(kv.index.shape[1], q))
+        return self._cells(q, kv, num_heads)
 
-    def _cells(self, q: Tokens, kv: Tokens, num_heads: int, rows: Tensor, slots: Tensor) -> Tensor:
-        cells = self._allows(*grid(q, kv, num_heads, rows, slots))
-        return cells.expand(len(q.index), -1, len(rows), len(slots))
+    def _cells(
+        self, q: Tokens, kv: Tokens, num_heads: int, rows: Tensor | None = None, slots: Tensor | None = None
+    ) -> Tensor:
+        cells = each_cell(self._allows, q, kv, arange(num_heads, q), rows, slots)
+        return cells if cells.stride(1) else cells[:, :1]
 
     def sparsity(self, q: Tokens, kv: Tokens | None = None, num_heads: int = 1) -> Sparsity:
         """How many blocks of 128 x 128 this mask lists for queries q against slots kv (default: against themselves).
@@ -205,9 +228,25 @@ def first_true(flags: Tensor, count: int) -> Tensor:
     return index.new_zeros(*flags.shape[:-1], count + 1).scatter(-1, rank, index)[..., :count]
 
 
+def one_value(answer: Tensor, rule: Rule) -> Tensor:
+    """An answer for one query and one key without dimensions. Raises FunctionError for one of several numbers."""
+    if answer.numel() != 1:
+        fault = (
+            f"it returned {list(answer.shape)} for one query and one key, not one value: use operations of single "
+            "elements, and tables at an index, `table[kv.index]`"
+        )
+        raise FunctionError(rule.described, "wrong-shape", fault)
+    return answer.reshape(())
+
+
+def _backward(function: Predicate, name: str) -> Mask:
+    """A named mask under which no token attends to a later one."""
+    return Mask(function, name, never_looks_ahead=True)
+
+
 def causal() -> Mask:
     """A token attends to itself and to the tokens that arrived before it."""
-    return Mask(lambda q, kv: kv.index <= q.index, "causal()")
+    return _backward(lambda q, kv: kv.index <= q.index, "causal()")
 
 
 def bidirectional() -> Mask:
@@ -218,13 +257,19 @@ def bidirectional() -> Mask:
 def sliding_window(width: Parameter) -> Mask:
     """A token attends to the last `width` tokens, itself included, as in transformers."""
     name = named("sliding_window", width, 1)
-    return Mask(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < of_row(width, q)), name)
+    return _backward(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < of_row(width, q)), name)
+
+
+def bidirectional_window(reach: Parameter) -> Mask:
+    """A token attends to those at most `reach` before or after it: transformers' window where `is_causal` is false."""
+    name = named("bidirectional_window", reach, 0)
+    return Mask(lambda q, kv: (q.index - kv.index).abs() <= of_row(reach, q), name)
 
 
 def sink(count: Parameter) -> Mask:
     """A token attends to the first `count` tokens, as far as they came before it (arXiv:2309.17453)."""
     name = named("sink", count, 0)
-    return Mask(lambda q, kv: (kv.index <= q.index) & (kv.index < of_row(count, q)), name)
+    return _backward(lambda q, kv: (kv.index <= q.index) & (kv.index < of_row(count, q)), name)
 
 
 def prefix_lm(length: Parameter) -> Mask:
@@ -241,13 +286,15 @@ def prefix_lm(length: Parameter) -> Mask:
 def chunked(size: Parameter) -> Mask:
     """Causal within chunks of `size` tokens; nothing crosses from one chunk to the next."""
     name = named("chunked", size, 1)
-    return Mask(lambda q, kv: (kv.index <= q.index) & (kv.index // of_row(size, q) == q.index // of_row(size, q)), name)
+    return _backward(
+        lambda q, kv: (kv.index <= q.index) & (kv.index // of_row(size, q) == q.index // of_row(size, q)), name
+    )
 
 
 def dilated(step: Parameter) -> Mask:
     """Causal, every `step`-th token counted back from the token itself (arXiv:2004.05150)."""
     name = named("dilated", step, 1)
-    return Mask(lambda q, kv: (kv.index <= q.index) & ((q.index - kv.index) % of_row(step, q) == 0), name)
+    return _backward(lambda q, kv: (kv.index <= q.index) & ((q.index - kv.index) % of_row(step, q) == 0), name)
 
 
 def global_tokens(indices: Sequence[int] | Tensor) -> Mask:
@@ -279,13 +326,13 @@ def document() -> Mask:
 def shared_prefix(length: Parameter) -> Mask:
     """Causal within each segment, and every token attends to the first `length` tokens, of whatever segment."""
     name = named("shared_prefix", length, 0)
-    return Mask((causal() & (document() | sink(length))).function, name)
+    return _backward((causal() & (document() | sink(length))).function, name)
 
 
 def fused() -> Mask:
     """Prompts side by side: causal; a prompt attends to its own segment and to the shared one (segment 0), generated
     tokens (segment -1) to everything. Without segments the same as `causal()`. See `llama_flex.fuse`."""
-    return Mask(
+    return _backward(
         lambda q, kv: (
             (kv.index <= q.index) & ((kv.segment == q.segment) | (kv.segment == SHARED) | (q.segment == GENERATED))
         ),
@@ -317,7 +364,7 @@ def tree(parents: Sequence[int] | Tensor, start: Parameter = 0) -> Mask:
         ancestor = (first <= number) & (number < end)
         return (kv.index <= q.index) & (ancestor | (other < 0) | (node >= count))
 
-    return Mask(predicate, f"tree({_kind(table)}, {place})")
+    return _backward(predicate, f"tree({_kind(table)}, {place})")
 
 
 def _depth_first(parents: list[int]) -> tuple[list[int], list[int]]:

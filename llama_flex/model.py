@@ -27,7 +27,7 @@ from .linear import RMSNorm, gated, linear
 from .masks import Mask
 from .paging import Packed, Rows
 from .rope import Rotary, RotaryEmbedding
-from .rules import Tokens, arange, grid
+from .rules import Tokens
 from .scores import ScoreMod
 from .sites import Found, Probe, Site, copied, probed, probes, several, untouched
 
@@ -323,7 +323,6 @@ class Llama(nn.Module):
 
         # Tried on one token, so that what a function does wrong is not reported by a compiler.
         token = Tokens(*(x.to(self.device) for x in Tokens.arriving(1)))
-        q, kv = grid(token, token, 1, arange(1, token), arange(1, token))
         score = torch.zeros(1, 1, 1, 1, device=self.device)
 
         each_mask, each_score_mod = of_each_layer(mask, Mask, "mask"), of_each_layer(score_mod, ScoreMod, "score_mod")
@@ -335,17 +334,20 @@ class Llama(nn.Module):
             if key not in patterns:
                 m = m if cache is None or cache.mask is None else m & cache.mask
                 patterns[key] = pattern = Pattern(m.to(self.device), s and s.to(self.device))
-                pattern.mask.evaluate(q, kv)
+                pattern.mask.dense(token, token, 1)
                 if pattern.score_mod is not None:
-                    pattern.score_mod.evaluate(score, q, kv)
+                    pattern.score_mod.dense(score, token, token)
             of_layer.append(list(patterns).index(key))
         return Layers(tuple(patterns.values()), tuple(of_layer))
 
     @property
     def default_mask(self) -> Mask:
-        """Who attends to whom if nobody says: causal, or the window that the model was trained with."""
+        """Who attends to whom if nobody says: causal, or the window that the model was trained with; in both
+        directions where its config says `is_causal: false`."""
         window = self.config.sliding_window
-        return masks.causal() if window is None else masks.sliding_window(window)
+        if self.config.is_causal:
+            return masks.causal() if window is None else masks.sliding_window(window)
+        return masks.bidirectional() if window is None else masks.bidirectional_window(window)
 
     def check_cache(self, cache: Cache, batch_size: int) -> None:
         """Raise ValueError for a cache of another batch size or another model."""

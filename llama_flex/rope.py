@@ -66,15 +66,21 @@ class RopeParameters:
                 if not isinstance(value, list | tuple) or not all(map(_is_positive, value)):
                     raise ValueError(f"rope_type {self.rope_type!r} needs a list of positive numbers {name}")
                 object.__setattr__(self, name, tuple(value))
-            elif not _is_positive(value):
+            elif name in kind.any_number:
+                if not _is_number(value):
+                    raise ValueError(f"{name} must be a number, found {value!r}")
+            elif not (_is_positive(value) or (name in kind.zero_is_unset and _is_number(value) and value == 0)):
                 raise ValueError(f"rope_type {self.rope_type!r} needs a positive number {name}, found {value!r}")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
-            raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} must be below high_freq_factor={self.high_freq_factor}"
+            warnings.warn(
+                f"low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}: "
+                "no frequency is interpolated",
+                stacklevel=2,
             )
         if self.rope_type == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"rope_type 'yarn' needs a rope_theta above 1, found {self.rope_theta!r}")
-        if self.rope_type == "longrope" and self.original_max_position_embeddings <= 1:  # type: ignore[operator]
+        scaled = self.rope_type == "longrope" and self.attention_factor is None and self.factor > 1  # type: ignore[operator]
+        if scaled and self.original_max_position_embeddings <= 1:  # type: ignore[operator]
             raise ValueError("rope_type 'longrope' needs an original_max_position_embeddings above 1")
 
     @classmethod
@@ -112,6 +118,8 @@ class RopeParameters:
             ):
                 given["factor"] = context / original
         values |= {name: given.pop(name) for name in (*kind.required, *kind.optional) if name in given}
+        if "truncate" in values and values["truncate"] in (None, 0, 1):
+            values["truncate"] = bool(values["truncate"])  # the reference reads null as false, not as the default
         if given:
             unused = files.one_line(", ".join(sorted(map(str, given))))
             warnings.warn(f"rope_type {values['rope_type']!r} does not use: {unused}", stacklevel=2)
@@ -170,8 +178,12 @@ class RopeParameters:
         return 1.0
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT32
+
+
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MAX_FLOAT32
+    return _is_number(value) and value > 0
 
 
 def _default(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
@@ -238,11 +250,16 @@ def _mscale(factor: float | None, weight: float) -> float:
 
 
 class _Type(NamedTuple):
-    """The keys that a type needs and may have besides rope_theta, and its frequencies of exponents 2d/D `[D/2]`."""
+    """The keys that a type needs and may have besides rope_theta, and its frequencies of exponents 2d/D `[D/2]`.
+
+    Numbers are positive unless named: any_number, or zero_is_unset, where 0 means what a missing key means.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
     frequencies: Callable[[RopeParameters, Tensor, int | None, Tensor | None], Tensor]
+    any_number: tuple[str, ...] = ()
+    zero_is_unset: tuple[str, ...] = ()
 
     @property
     def factor_is_ratio(self) -> bool:
@@ -253,14 +270,19 @@ class _Type(NamedTuple):
 _TYPES: dict[str, _Type] = {
     "default": _Type((), (), _default),
     "linear": _Type(("factor",), (), _linear),
-    "dynamic": _Type(("factor",), (), _dynamic),
+    "dynamic": _Type(("factor",), (), _dynamic, zero_is_unset=("factor",)),
     "yarn": _Type(
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
         _yarn,
+        any_number=("attention_factor", "mscale", "mscale_all_dim"),
+        zero_is_unset=("beta_fast", "beta_slow"),
     ),
     "longrope": _Type(
-        ("factor", "original_max_position_embeddings", "short_factor", "long_factor"), ("attention_factor",), _longrope
+        ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+        ("attention_factor",),
+        _longrope,
+        any_number=("factor", "attention_factor"),
     ),
     "llama3": _Type(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (), _llama3),
 }

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import torch
 from torch import Tensor
 
+from .faults import FunctionError, fault_of
+
 _EMPTY = types.CellType()  # what a closure holds of a variable that has no value yet
 
 
@@ -43,7 +45,7 @@ class Tokens(NamedTuple):
 
 
 class Token:
-    """The attributes of one token as a rule sees them: scalars in a kernel, broadcasting tensors when dense."""
+    """The attributes of one token as a rule sees them, each a tensor without dimensions."""
 
     __slots__ = ("_at", "_tokens", "batch", "head")
 
@@ -110,10 +112,31 @@ def take(table: Tensor, *at: Tensor) -> Tensor:
     return torch.ops.aten.index(table, at)
 
 
-def grid(q: Tokens, kv: Tokens, num_heads: int, rows: Tensor, slots: Tensor) -> tuple[Token, Token]:
-    """The query and key tokens of all cells `[B, H, rows, slots]` at once, as tensors that broadcast to that shape."""
-    batch, head = arange(q.index.shape[0], q)[:, None, None, None], arange(num_heads, q)[:, None, None]
-    return Token(q, batch, head, rows[:, None]), Token(kv, batch, head, slots)
+def each_cell(
+    function: Callable[..., Tensor],
+    q: Tokens,
+    kv: Tokens,
+    heads: Tensor,
+    rows: Tensor | None = None,
+    slots: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """What a function of a query and a key token returns for every cell, `[B, heads, rows, slots]`.
+
+    The function is asked for one cell at a time, as FlexAttention asks it, and torch.vmap makes one computation of
+    that; what does not depend on a dimension has stride 0 there. heads: which ones. rows, slots: which queries and keys
+    (default all). scores: of those cells; the function takes its cell's score first.
+    """
+
+    def cell(*at: Tensor) -> Tensor:
+        *score, batch, head, row, slot = at
+        return function(*score, Token(q, batch, head, row), Token(kv, batch, head, slot))
+
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        cell = torch.vmap(cell, in_dims=dims if scores is None else (0, *dims))
+    rows = arange(q.index.shape[1], q) if rows is None else rows
+    slots = arange(kv.index.shape[1], kv) if slots is None else slots
+    return cell(*([] if scores is None else [scores]), arange(len(q.index), q), heads, rows, slots)
 
 
 def arange(n: int, like: Tokens) -> Tensor:
@@ -128,6 +151,8 @@ class Rule:
     other rules. A global variable is not captured; `to` raises ValueError for one that would have to move.
     """
 
+    kind = "function"  # what it is called in messages
+
     def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
         if not callable(function):
             raise ValueError(f"{type(self).__name__} needs a function of a query and a key token, found {function!r}")
@@ -136,6 +161,21 @@ class Rule:
 
     def __repr__(self) -> str:
         return self.name
+
+    @property
+    def described(self) -> str:
+        """What it is and what it is called, for messages."""
+        return f"{self.kind} {self.name}"
+
+    def ask(self, *args: Any) -> Any:
+        """What the function returns. Raises FunctionError, which says what is wrong and in which line, for what torch
+        and Python raise; exceptions of its own come through."""
+        if torch.compiler.is_compiling():  # the compiler reports what it cannot trace
+            return self.function(*args)
+        try:
+            return self.function(*args)
+        except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
+            raise FunctionError(self.described, *fault_of(error)) from error
 
     def to(self, device: torch.device | str) -> Self:
         """This rule with the tensors that it captures on `device`; itself if they are there already."""
@@ -175,7 +215,13 @@ class _Parts(NamedTuple):
 def _parts(value: Any) -> _Parts | None:
     """How a value that may hold tensors is made up; None for one that holds nothing."""
     if isinstance(value, Rule):
-        return _Parts(type(value), [value.function], lambda held: type(value)(held[0], value.name))
+
+        def with_function(held: list[Any]) -> Any:
+            new = copy.copy(value)
+            new.function = held[0]
+            return new
+
+        return _Parts(type(value), [value.function], with_function)
     if type(value) in (list, tuple) or hasattr(value, "_make"):
         return _Parts(type(value), value, getattr(type(value), "_make", type(value)))  # _make: of named tuples
     if isinstance(value, dict):

@@ -12,8 +12,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .masks import GENERATED, logical, lookup, named
-from .rules import Rule, Token, name_of, take
+from .faults import FunctionError
+from .masks import GENERATED, logical, lookup, named, one_value
+from .rules import Rule, Token, Tokens, arange, each_cell, name_of, take
 
 ScoreFunction: TypeAlias = Callable[[Tensor, Token, Token], Tensor]
 
@@ -25,6 +26,7 @@ class ScoreMod(Rule):
     """
 
     function: ScoreFunction
+    kind = "score function"
 
     @classmethod
     def from_score_mod(
@@ -43,12 +45,22 @@ class ScoreMod(Rule):
         return ScoreMod(lambda score, q, kv: other.evaluate(self.evaluate(score, q, kv), q, kv), f"({self} >> {other})")
 
     def evaluate(self, score: Tensor, q: Token, kv: Token) -> Tensor:
-        """The score changed. Raises ValueError for a function that does not return a tensor of floats."""
-        changed = self.function(score, q, kv)
+        """The score of one query and one key changed, a tensor without dimensions.
+
+        Raises FunctionError for a function that fails, or does not return one floating-point number.
+        """
+        changed = self.ask(score, q, kv)
         if not isinstance(changed, Tensor) or not changed.is_floating_point():
             kind = changed.dtype if isinstance(changed, Tensor) else type(changed).__name__
-            raise ValueError(f"score function {self} returned {kind}; it returns the score, such as score * 2")
-        return changed.to(score.dtype)
+            missing = "; is a `return` missing?" if changed is None else ""
+            fault = f"it returned {kind}; it returns the score, such as score * 2{missing}"
+            raise FunctionError(self.described, "wrong-type", fault)
+        return one_value(changed, self).to(score.dtype)
+
+    def dense(self, scores: Tensor, q: Tokens, kv: Tokens, heads: Tensor | None = None) -> Tensor:
+        """Scores `[B, H, T, S]` changed. heads: the model's numbers of those of the scores, default 0 to H - 1."""
+        heads = arange(scores.shape[1], q) if heads is None else heads
+        return each_cell(self.evaluate, q, kv, heads, scores=scores)
 
 
 def alibi(slopes: Tensor | int) -> ScoreMod:

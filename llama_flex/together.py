@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_mask
 
 from . import masks, scores
 from .attention import Layers
 from .decoding import WEIGHTS, Buffer
+from .faults import FunctionError
 from .masks import Mask
 from .model import Llama
 from .rules import Token, Tokens, take
@@ -91,11 +91,11 @@ class Rules:
         for pattern in rule.layers.patterns:
             mask, score_mod = pattern.mask.to("cpu"), pattern.score_mod and pattern.score_mod.to("cpu")
             try:
-                _ask_as_flex_attention(mask, score_mod, last, tokens, shape)
-                mask.dense(last, tokens, shape[1])  # all cells at once, as for block lists
-            except (IndexError, RuntimeError) as error:
-                what = mask if score_mod is None else f"{mask} or {score_mod}"
-                raise ValueError(f"{what} fails for a text of {max(lengths)} tokens: {error}") from error
+                mask.dense(last, tokens, shape[1])
+                if score_mod is not None:
+                    score_mod.dense(torch.zeros(shape), last, tokens)
+            except FunctionError as error:
+                raise ValueError(f"fails for a text of {max(lengths)} tokens: {error}") from error
 
     def number_of(self, rule: Rule, running: set[int]) -> int | None:
         """The number of a rule, which may take that of one that is not running; None if all are."""
@@ -160,24 +160,6 @@ class Rules:
                 score = weights if score is None else score >> weights
             own_scores.append(score)
         return self.model.attention_layers(own_masks, own_scores)
-
-
-def _ask_as_flex_attention(
-    mask: Mask, score_mod: ScoreMod | None, q: Tokens, kv: Tokens, shape: tuple[int, int, int, int]
-) -> None:
-    """Ask for each of `[B, H, T, S]` cells alone, so that Python cannot look at any. Raises ValueError for answers of
-    another shape."""
-
-    def allows(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask.evaluate(Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
-
-    def changed(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        assert score_mod is not None
-        return score_mod.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
-
-    for what, ask in ((mask, allows), (score_mod, changed)):
-        if what is not None and (answer := create_mask(ask, *shape, device="cpu")).shape != shape:
-            raise ValueError(f"{what} returned {list(answer.shape[4:])} for one query and one key, not one value")
 
 
 class _Alone:

@@ -173,7 +173,7 @@ class Broken(Exception):
 
 def broken(*given):
     """Fails as a mask, a score function or a hook; but not where a rule is tried on one token, before any work."""
-    if not isinstance(given[-1], Token) or given[-1].index.shape != (1, 1, 1, 1):
+    if not isinstance(given[-1], Token) or given[-1]._tokens.index.numel() > 1:
         raise Broken
     return given[0] if len(given) == 3 else given[-1].index >= 0
 
@@ -464,10 +464,22 @@ class RollingOperations(Operations):
         return torch.tensor([shortest - i for i in some if 1 < i <= shortest], dtype=torch.long)
 
 
+class NarrowOperations(RollingOperations):
+    """Windows of one and two tokens: going back by one leaves nothing but sinks, from which nothing can be counted."""
+
+    def new_cache(self, batch, blocks):
+        return MODEL.new_rolling_cache(batch, 1 + blocks // 2, 3 + blocks // 2, largest_append=40)
+
+    def positions(self, session, kind, real):
+        return None  # where all but the sinks are gone, positions go on as if there had been no gap
+
+
 TestOperations = Operations.TestCase
 TestOperations.settings = settings(deadline=None, max_examples=30, stateful_step_count=14)
 TestRollingOperations = RollingOperations.TestCase
 TestRollingOperations.settings = settings(deadline=None, max_examples=20, stateful_step_count=14)
+TestNarrowOperations = NarrowOperations.TestCase
+TestNarrowOperations.settings = settings(deadline=None, max_examples=20, stateful_step_count=14)
 
 
 # --- A really fresh run over the survivors ---
@@ -729,6 +741,37 @@ def test_a_rolling_cache_goes_back_to_its_sinks(length):
     for _ in range(5):
         session.append(10)
         session.check()
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("backend", ["flex", "dense"])
+def test_a_rolling_cache_of_one_token_goes_back_by_one(window, sinks, backend):
+    cache, ids = MODEL.new_rolling_cache(1, window, sinks), random_ids(1, 12)
+    mask = masks.sliding_window(window) | masks.sink(sinks)
+    for n in range(9):
+        MODEL(ids[:, n : n + 1], cache=cache, backend=backend)
+    cache.truncate(8)
+    assert (cache.length.tolist(), cache.next_position.tolist()) == ([8], [8])
+    logits = [MODEL(ids[:, n : n + 1], cache=cache, backend=backend) for n in range(8, 12)]
+    assert_close(torch.cat(logits, 1), MODEL(ids, mask=mask, backend="dense")[:, 8:])
+
+
+def test_a_row_without_new_tokens_keeps_its_length_though_its_window_has_passed_all():
+    cache = MODEL.new_rolling_cache(2, 1, 4)
+    MODEL(random_ids(2, 9), cache=cache)
+    MODEL(random_ids(2, 1), cache=cache, lengths=torch.tensor([0, 1]))
+    assert (cache.length.tolist(), cache.next_position.tolist()) == ([9, 10], [9, 10])
+    cache.evict([0])  # a sink: the newest token was not evicted, so nothing is given again
+    assert cache.length.tolist() == [9, 10]
+
+
+def test_a_row_that_has_lost_all_of_its_tokens_begins_anew():
+    for cache in (MODEL.new_cache(1, 128), MODEL.new_rolling_cache(1, 1, 4)):
+        MODEL(random_ids(1, 9), cache=cache)
+        cache.evict(lambda t: t.index >= 0)
+        assert (cache.length.tolist(), cache.next_position.tolist()) == ([0], [0])
+        assert_close(MODEL(random_ids(1, 1), cache=cache), MODEL(random_ids(1, 1)))
 
 
 @pytest.mark.parametrize("kept", [0, 3, 85])

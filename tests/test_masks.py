@@ -426,9 +426,8 @@ GYM = {
     "svg, temporal": gym.generate_temporal_head_mask_mod(14, 13, 10, 4),
     "vsa": gym.generate_vsa_mask_mod(chosen_tiles(), 16),
     "vsa, padded": gym.generate_vsa_mask_mod(chosen_tiles(), 16, torch.tensor([16] * 7 + [9, 5])),
+    "flamingo": gym.generate_vision_cross_attention_mask_mod(torch.tensor([[0, 70], [10, 60], [70, N]]), N // 3),
 }
-# Not flamingo: it indexes what it looks up as one pair, so it holds for one cell at a time and not for a grid of them;
-# and it is cross attention, of text to images.
 
 
 @pytest.mark.parametrize("name", GYM)

@@ -9,7 +9,7 @@ from conftest import TINY, compiled_forward
 from torch.nn.attention.flex_attention import flex_attention
 
 from llama_flex import ScoreMod, masks, scores
-from llama_flex.rules import Token, Tokens, grid, take
+from llama_flex.rules import Token, Tokens, take
 
 H, T = 4, 40
 HEADS = TINY["gqa"]["num_attention_heads"]
@@ -24,8 +24,8 @@ def some_tokens() -> Tokens:
 
 
 def applied(score_mod: ScoreMod, scored: torch.Tensor = SCORES) -> torch.Tensor:
-    tokens, rows = some_tokens(), torch.arange(T)
-    return score_mod.evaluate(scored, *grid(tokens, tokens, H, rows, rows)).expand(2, H, T, T)
+    tokens = some_tokens()
+    return score_mod.dense(scored, tokens, tokens)
 
 
 def close(score_mod: ScoreMod, rule) -> None:
@@ -55,8 +55,7 @@ def paper_slopes(heads: int) -> list[float]:
 def test_alibi_has_the_slopes_of_the_paper(heads):
     token = Tokens(*(torch.tensor([[x]], dtype=torch.int32) for x in (1, 1, 0)))
     before = Tokens(*(torch.zeros(1, 1, dtype=torch.int32) for _ in range(3)))
-    at = torch.arange(1)
-    penalty = scores.alibi(heads).evaluate(torch.zeros(1, heads, 1, 1), *grid(token, before, heads, at, at))
+    penalty = scores.alibi(heads).dense(torch.zeros(1, heads, 1, 1), token, before)
     torch.testing.assert_close(-penalty.flatten(), torch.tensor(paper_slopes(heads)), rtol=1e-6, atol=0)
 
 
@@ -109,7 +108,7 @@ def test_a_weight_of_two_is_a_segment_given_twice():
     twice = scores.segment_weights(torch.tensor([0.0, math.log(2)]))
     q = Tokens(*(torch.tensor([[x]]) for x in (3, 3, masks.GENERATED)))
     kv = Tokens(torch.arange(3)[None], torch.arange(3)[None], torch.tensor([[0, 1, 2]]))
-    found = twice.evaluate(torch.zeros(1, 1, 1, 3), *grid(q, kv, 1, torch.arange(1), torch.arange(3))).softmax(-1)
+    found = twice.dense(torch.zeros(1, 1, 1, 3), q, kv).softmax(-1)
     torch.testing.assert_close(found.flatten(), torch.tensor([0.25, 0.5, 0.25]))
 
 
@@ -166,8 +165,8 @@ def test_an_answer_that_does_not_look_at_scores_is_for_all(tiny_pair):
         dense, eager = (model(ids, score_mod=ScoreMod(function), backend=way) for way in ("dense", "flex"))
         torch.testing.assert_close(eager, dense, rtol=0, atol=ATOL)
         assert (dense - usual).abs().max() > 1e-2
-    with pytest.raises(ValueError, match=r"made scores \[2, 8, 130, 130, 1\] of \[2, 8, 130, 130\]"):
-        model(ids, score_mod=ScoreMod(lambda s, q, kv: s[..., None]), backend="dense")
+    with pytest.raises(ValueError, match=r"returned \[3\] for one query and one key, not one value"):
+        model(ids, score_mod=ScoreMod(lambda s, q, kv: s + torch.zeros(3)), backend="dense")
 
 
 def test_answers_keep_the_precision_of_scores():
@@ -187,7 +186,6 @@ def test_captured_tensors_follow_the_device():
             return score + self.table[q.head, 0]
 
     meta = Tokens(*(x.to("meta") for x in some_tokens()))
-    at = torch.arange(T, device="meta")
     for score_mod in (
         scores.alibi(H),
         scores.relative_bias(table),
@@ -198,7 +196,7 @@ def test_captured_tensors_follow_the_device():
         ScoreMod.from_score_mod(lambda score, b, h, q_idx, kv_idx: score + table[h, q_idx % 9]),
     ):
         moved = score_mod.to("meta")
-        assert moved.evaluate(SCORES.to("meta"), *grid(meta, meta, H, at, at)).device.type == "meta"
+        assert moved.dense(SCORES.to("meta"), meta, meta).device.type == "meta"
         assert repr(moved) == repr(score_mod)
         assert score_mod.to("cpu") is score_mod
         assert applied(score_mod).device.type == "cpu"
@@ -223,18 +221,18 @@ GYM = {
         normal(HEADS, 2, 3), *gym.shortest_path_edge_types(ring_of(N), EDGE_TYPES, 2)
     ),
     "activation": gym.generate_activation_score_mod(torch.nn.functional.gelu),
+    "multi-head latent attention": gym.generate_mla_rope_score_mod(normal(2, HEADS, N, 8), normal(2, 1, N, 8), HEADS),
 }
-# Not the approximate tanh, which is an instruction of CUDA devices; nor multi-head latent attention, whose torch.dot
-# holds for one score at a time and not for all.
+# Not the approximate tanh, which is an instruction of CUDA devices.
 
 
 @pytest.mark.parametrize("name", GYM)
 def test_score_mods_of_attn_gym_mean_what_flex_attention_means(name):
     q, k, v = (torch.randn(2, HEADS, N, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     expected = flex_attention(q, k, v, score_mod=GYM[name])
-    tokens, at = Tokens.arriving(N, batch=2), torch.arange(N)
+    tokens = Tokens.arriving(N, batch=2)
     scored = q @ k.transpose(-1, -2) / 4
-    changed = ScoreMod.from_score_mod(GYM[name]).evaluate(scored, *grid(tokens, tokens, HEADS, at, at))
+    changed = ScoreMod.from_score_mod(GYM[name]).dense(scored, tokens, tokens)
     torch.testing.assert_close(changed.softmax(-1) @ v, expected, rtol=0, atol=5e-6)
     assert ((scored.softmax(-1) @ v) - expected).abs().max() > 1e-2
     assert repr(ScoreMod.from_score_mod(GYM[name])) == GYM[name].__name__

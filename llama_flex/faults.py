@@ -1,0 +1,60 @@
+"""What goes wrong in a function that somebody else wrote (a mask, a score function, an edit), in words."""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+import traceback
+from pathlib import Path
+
+_LIBRARIES = (str(Path(__file__).parent) + os.sep, sysconfig.get_paths()["stdlib"], "<frozen", "<string>", "<eval")
+_DATA_DEPENDENT = re.compile(
+    r"Boolean value of Tensor|[Dd]ata-dependent|converted to (a )?(Python )?[Ss]calar|converted to an index"
+    r"|_local_scalar_dense|call_method item\(|calling \.item\(\) on a Tensor"
+)
+_OUT_OF_RANGE = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with size (\d+)")
+_ARGUMENTS = re.compile(r"takes .*positional arguments? but|missing \d+ required positional argument")
+
+
+class FunctionError(ValueError):
+    """A user's function that fails, or returns what it may not.
+
+    what: the kind of fault, one of those that `check.Finding` names. fault: the message without the function's name.
+    """
+
+    def __init__(self, name: str, what: str, fault: str) -> None:
+        super().__init__(f"{name} {fault[3:]}" if fault.startswith("it ") else f"{name}: {fault}")
+        self.what, self.fault = what, fault
+
+
+def fault_of(error: Exception) -> tuple[str, str]:
+    """The kind of a fault that a user's function raised, and one line with its cause, the line of code, the way out."""
+    text, line = str(error), user_line(error)
+    first = f"{type(error).__name__}: {(text.strip() or 'no message').splitlines()[0]}"
+    if out := _OUT_OF_RANGE.search(text):
+        way = "make it as long as the longest text, or clamp the index"
+        return "index-out-of-range", f"index {out[1]} into a tensor of {out[2]}{line}: {way}"
+    if "called random operation" in text:
+        return "not-deterministic", f"it draws random numbers{line}: take chance from a table"
+    if _DATA_DEPENDENT.search(text):
+        way = "no `if`, `and`, `or`, `not`, `a < b < c`, `int()`, `.item()` on tensors; use torch.where, `&`, `|`, `~`"
+        return "data-dependent", f"Python decides by the value of a tensor{line}: {way} ({first})"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return "does-not-compile", f"torch cannot trace or compile it{line}: {first}"
+    if isinstance(error, AttributeError) and "'Token' object" in text:
+        return "raises", f"{first}{line}; a token has index, position, segment, head and batch"
+    if isinstance(error, TypeError) and _ARGUMENTS.search(text):
+        way = "a mask takes (q, kv), a score function (score, q, kv), an edit (x, tokens)"
+        return "raises", f"{first}; {way}; FlexAttention's own forms go through from_mask_mod and from_score_mod"
+    return "raises", f"it raises {first}{line}"
+
+
+def user_line(error: Exception) -> str:
+    """Where in the user's code an error arose, by its traceback or by what the compiler says; "" if nowhere."""
+    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    frames += [(name, int(line), None) for name, line in re.findall(r'File "(.+?)", line (\d+)', str(error))]
+    for name, line, source in reversed(frames):
+        if not name.startswith(_LIBRARIES) and f"{os.sep}site-packages{os.sep}" not in name:
+            return f" in line {line} of {Path(name).name}" + (f", `{source}`" if source else "")
+    return ""
