@@ -12,7 +12,7 @@ import torch
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
     """A number of any integer type, of at least `least`, as Python's. Raises ValueError for anything else."""
     try:
-        number = operator.index(value)
+        number = _index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, not {value!r}") from None
     if least is not None and number < least:
@@ -23,9 +23,15 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
     """Numbers of any integer type, as Python's. Raises ValueError, saying what `name` must be, for anything else."""
     try:
-        return list(map(operator.index, values))
+        return list(map(_index, values))
     except TypeError:  # not iterable, too
         raise ValueError(f"{name}, not {values!r}") from None
+
+
+def _index(value: Any) -> int:
+    if isinstance(value, bool):  # Python's True is the number 1, but JSON's true is none
+        raise TypeError
+    return operator.index(value)
 
 
 def named_device(device: torch.device | str) -> torch.device:

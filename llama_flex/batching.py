@@ -20,7 +20,7 @@ from .fusion import combined
 from .model import Llama, plainly
 from .paging import PagedCache, Rows, sent
 from .request import Request, Text
-from .sampling import SamplingTensors, sample
+from .sampling import SamplingTensors, all_finite, sample
 from .together import Row, Rules
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ WIDTH = 64  # tokens of a prompt in a row of a step, at most
 _ROW_MEAN = 32  # a step of N tokens has N // 32 rows: room for short prompts, whose rows are half empty
 # What the host says of each row of a step, to choose its next token; INTS as int64, REALS as float32.
 _INTS = ("seat", "id", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max")
-_REALS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_REALS = ("temperature", "tail", "min_p", "repetition_penalty")
 
 
 class Unread(NamedTuple):
@@ -70,7 +70,7 @@ class Batches:
         self._newest = torch.zeros(seats + 1, dtype=torch.int64, device=device)
         self._seen: Tensor | None = None  # [seats + 1, V], once a request has a repetition penalty
         self._results = {
-            width: torch.zeros(2, rows, dtype=torch.float64, device=device)
+            width: torch.zeros(3, rows, dtype=torch.float64, device=device)
             for width, rows in ((WIDTH, self.max_pieces), (1, seats))
         }
         self._buffers: dict[tuple[int, int], Buffer] = {}
@@ -100,7 +100,7 @@ class Batches:
             "is_max": request.ensemble.combine == "max",
         }
         self._ints[text.seat] = [row.get(name, 0) for name in _INTS]
-        self._reals[text.seat] = s.divisor, s.top_p, s.min_p, s.repetition_penalty
+        self._reals[text.seat] = s.divisor, 1 - s.top_p, s.min_p, s.repetition_penalty
         if s.repetition_penalty != 1:
             if self._seen is None:
                 shape = self.seats + 1, self.model.config.vocab_size
@@ -283,13 +283,13 @@ class _State(NamedTuple):
     members: Tensor
     is_max: Tensor
     temperature: Tensor
-    top_p: Tensor
+    tail: Tensor
     min_p: Tensor
     repetition_penalty: Tensor
     last: Tensor | None  # where each row's last token is among those computed, if they are packed
     newest: Tensor  # [seats]
     seen: Tensor | None  # [seats, V]
-    result: Tensor  # [2, R], float64: tokens and their log-probabilities
+    result: Tensor  # [3, R], float64: tokens, their log-probabilities, and whether all logits were finite
 
 
 def _feed(s: _State) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,14 +304,16 @@ def _choose(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None
     parameters = SamplingTensors(
         s.temperature if random else None,
         s.top_k if cut else None,
-        s.top_p if cut else None,
+        s.tail if cut else None,
         s.min_p if least else None,
         s.repetition_penalty if penalty else None,
         s.seed if random else None,
     )
     x = x if s.last is None else x[0, s.last, None]
     logits = model.head(x)[:, 0]
+    finite = all_finite(logits).double()
     if several:
+        finite = torch.ones_like(finite).scatter_reduce(0, s.leader, finite, "amin")
         logits = combined(logits, s.leader, s.is_max > 0, s.members)
     seen = s.seen[s.seat] if penalty and s.seen is not None else None
     token, logprob = sample(logits, parameters, s.done, seen)
@@ -320,4 +322,4 @@ def _choose(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None
     if seen is not None and s.seen is not None:
         s.seen[s.seat, token] = True
     s.newest[s.seat] = token
-    s.result.copy_(torch.stack((token.double(), logprob.double())))
+    s.result.copy_(torch.stack((token.double(), logprob.double(), finite)))

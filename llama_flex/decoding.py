@@ -16,7 +16,7 @@ from .compiling import Graphs
 from .fusion import Ensemble, Prompt, combined
 from .masks import Mask
 from .model import Llama, plainly
-from .sampling import SamplingTensors, sample
+from .sampling import SamplingTensors, all_finite, sample
 from .scores import ScoreMod
 from .sites import Found
 
@@ -83,7 +83,9 @@ class _State(NamedTuple):
     limits: Tensor  # [Q], how many it may have
     stop_ids: Tensor  # [N]
     seen: Tensor | None  # [Q, V], for the repetition penalty
-    result: Tensor  # [2, Q], float64: the newest tokens and their log-probabilities, for one copy to the host
+    # [3, Q], float64, for one copy to the host: the newest tokens, their log-probabilities, and whether all logits were
+    # finite
+    result: Tensor
 
 
 class Decoding:
@@ -97,17 +99,19 @@ class Decoding:
         parameters: SamplingTensors,
         limits: list[int],
         stop_ids: frozenset[int],
+        seen_ids: Sequence[Sequence[int]],
         step: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Found | None]],
         graphs: Graphs | None,
     ) -> None:
-        """step: from ids, lengths and positions of a batch's newest tokens to the last layer's output `[R, 1, E]` and
-        what probes read. graphs: what compiles and records, if anything does."""
+        """seen_ids: of each request, for the repetition penalty. step: from ids, lengths and positions of a batch's
+        newest tokens to the last layer's output `[R, 1, E]` and what probes read. graphs: what compiles and records, if
+        anything does."""
         q, device = len(limits), model.device
         seen = None
         if parameters.repetition_penalty is not None:
             seen = torch.zeros(q, model.config.vocab_size, dtype=torch.bool, device=device)
-            for prompt, request in zip(batch.rows, batch.requests, strict=True):
-                seen[request, torch.tensor(prompt.ids, device=device)] = True
+            for request, ids in enumerate(seen_ids):
+                seen[request, torch.tensor(ids, device=device)] = True
         ones = torch.ones(q, dtype=torch.int32, device=device)
         self.state = _State(
             ids=torch.zeros(len(batch.rows), 1, dtype=torch.int64, device=device),
@@ -118,7 +122,7 @@ class Decoding:
             limits=torch.tensor(limits, dtype=torch.int32, device=device),
             stop_ids=torch.tensor(sorted(stop_ids) or [-1], device=device),
             seen=seen,
-            result=torch.zeros(2, q, dtype=torch.float64, device=device),
+            result=torch.zeros(3, q, dtype=torch.float64, device=device),
         )
         self.model, self.batch, self.cache, self.parameters = model, batch, cache, parameters
         self.step, self.graphs = step, graphs
@@ -147,7 +151,8 @@ class Decoding:
         return found
 
     def result(self) -> Callable[[], list[list[float]]]:
-        """What reads the newest tokens and their log-probabilities, however many steps are enqueued by then."""
+        """What reads the newest tokens, their log-probabilities, and whether the logits were finite, however many steps
+        are enqueued by then."""
         return reading(self.state.result)
 
     def stop(self, request: int) -> None:
@@ -214,10 +219,14 @@ def reading(found: Tensor) -> Callable[[], list[list[float]]]:
 
 def _choose(model: Llama, x: Tensor, batch: Batch, parameters: SamplingTensors, s: _State) -> None:
     """From the last layer's output `[R, 1, E]` to the next tokens, and to what the next step needs."""
-    token, logprob = sample(batch.combined(model.head(x)[:, 0]), parameters, s.done, s.seen)
+    logits = model.head(x)[:, 0]
+    finite = all_finite(logits).double()
+    if len(finite) > len(s.done):  # the members of an ensemble choose together
+        finite = torch.ones_like(s.done, dtype=finite.dtype).scatter_reduce(0, batch.request_of, finite, "amin")
+    token, logprob = sample(batch.combined(logits), parameters, s.done, s.seen)
     if s.seen is not None:
         s.seen.scatter_(1, token[:, None], True)
-    s.result.copy_(torch.stack((token.double(), logprob.double())))
+    s.result.copy_(torch.stack((token.double(), logprob.double(), finite)))
     s.done.add_(1)
     s.running.mul_((s.done < s.limits) & (token[:, None] != s.stop_ids).all(1))
     s.ids.copy_(token[batch.request_of, None])

@@ -19,7 +19,7 @@ from .capture import Capture
 from .compiling import Graphs, compiles_for
 from .decoding import Batch, Decoding, filled
 from .edits import Edit
-from .fusion import AnyPrompt, Ensemble, Prompt, as_ensemble
+from .fusion import AnyPrompt, Ensemble, Prompt, as_ensemble, token_ids
 from .masks import BLOCK, Mask
 from .model import Llama, last, plainly
 from .paging import Rows
@@ -29,7 +29,7 @@ from .sampling import Sampling, seeded, stack
 from .scheduler import Scheduler
 from .scores import ScoreMod
 from .sites import Found, Probe, probes, several
-from .streaming import Completion, Step, Steps
+from .streaming import Completion, NonFiniteLogitsError, Step, Steps
 from .tokenizer import Tokenizer
 
 # Rows of a prefill step: the largest that a prompt still fills, the last one padded. A GPU needs many to be busy.
@@ -100,11 +100,20 @@ class Engine:
         self._compile = on
 
     def generate(self, prompts: Sequence[AnyPrompt], **options: Any) -> list[Completion]:
-        """Complete every prompt; see `stream` for the options."""
+        """Complete every prompt; see `stream` for the options.
+
+        Raises as `stream` does; a NonFiniteLogitsError has what was generated of all prompts as `completions`.
+        """
         prompts = list(prompts)
         completions = [Completion() for _ in prompts]
-        for step in self.stream(prompts, **options):
-            completions[step.row].add(step)
+        try:
+            for step in self.stream(prompts, **options):
+                completions[step.row].add(step)
+        except NonFiniteLogitsError as error:
+            for prompt, _ in error.where:
+                completions[prompt].finish_reason = "error"
+            error.completions = completions
+            raise
         return completions
 
     def stream(
@@ -118,6 +127,7 @@ class Engine:
         mask: Mask | Sequence[Mask | None] | None = None,
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         cache: Cache | None = None,
+        cached_ids: Sequence[Sequence[int]] | None = None,
         capture: Capture | Sequence[Capture] | None = None,
         edit: Edit | Sequence[Edit] | None = None,
     ) -> Iterator[Step]:
@@ -132,12 +142,14 @@ class Engine:
         default none. One for all layers or one each. Compiled steps are shared by masks of the same code, whatever the
         values of their tensors.
         cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt (an ensemble has
-        several). It does not hold the last token generated, which was never fed: begin the next prompt with that. The
-        repetition penalty sees prompts and generated tokens, not what was in the cache.
+        several). It does not hold the last token generated, which was never fed: begin the next prompt with that.
+        cached_ids: for each prompt the ids of the tokens in the cache, which hold no ids themselves: the repetition
+        penalty counts them too, and the text goes on from them.
         capture: what to keep of what flows inside the layers, for prompts and new tokens; edit: how to change it; one
         or several. A row each for the prompts, and for the members of ensembles.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
-        model's context.
+        model's context. A prompt at whose next token the model's logits are NaN or infinite ends there, without that
+        token; once the others are done, NonFiniteLogitsError names it.
         """
         model = self.model
         requests = _requests(prompts)
@@ -148,9 +160,14 @@ class Engine:
             raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one each")
         sampling = [seeded(one) for one in sampling]
         stop_ids = self.stop_ids(stop_token_ids)
+        before = self._cached_ids(cached_ids, cache, len(requests))
         steps = [
-            Steps(q, self.tokenizer, request.prompts[0].ids, stop, stop_ids, limit)
+            Steps(q, self.tokenizer, [*before[q], *request.prompts[0].ids], stop, stop_ids, limit)
             for q, (request, limit) in enumerate(zip(requests, limits, strict=True))
+        ]
+        seen_ids = [
+            [*ids, *(id for prompt in request.prompts for id in prompt.ids)]
+            for ids, request in zip(before, requests, strict=True)
         ]
         batch = Batch(requests, model.device)
         # Who holds the cache sees after every token what it held before the token.
@@ -162,7 +179,7 @@ class Engine:
         captures = several(capture, Capture, "capture")
         probe_of = probes(model, captures, several(edit, Edit, "edit"), len(batch.rows), stepwise=True)
         ahead = ahead and not captures  # what is captured may be copied to the host
-        return self._run(batch, steps, sampling, stop_ids, layers, cache, ahead, captures, probe_of)
+        return self._run(batch, steps, sampling, stop_ids, seen_ids, layers, cache, ahead, captures, probe_of)
 
     @torch.no_grad()
     def _run(
@@ -171,6 +188,7 @@ class Engine:
         steps: list[Steps],
         sampling: Sequence[Sampling],
         stop_ids: frozenset[int],
+        seen_ids: Sequence[Sequence[int]],
         layers: Layers,
         cache: Cache,
         ahead: bool,
@@ -189,16 +207,21 @@ class Engine:
                 each.add(found, layers, cache)
 
         parameters, graphs = stack(sampling, self.model.device), self.graphs if self.compile else None
-        decoding = Decoding(self.model, batch, cache, parameters, limits, stop_ids, step, graphs)
+        decoding = Decoding(self.model, batch, cache, parameters, limits, stop_ids, seen_ids, step, graphs)
         decoding.first(_ends(batch.rows, self.outputs(batch.rows, layers, cache, probe_of, keep)))
-        alive = set(range(len(limits)))
+        alive, failed = set(range(len(limits))), []
         for count in range(1, max(limits) + 1):
             read = decoding.result()
             # The next step is enqueued before this one's tokens are read, unless somebody else has the cache.
             if ahead and any(limits[q] > count for q in alive):
                 keep(decoding.next())
-            tokens, logprobs = read()
+            tokens, logprobs, finite = read()
             for q in sorted(alive):
+                if not finite[q]:
+                    alive.remove(q)
+                    decoding.stop(q)
+                    failed.append((q, count))
+                    continue
                 new = steps[q].put(int(tokens[q]), logprobs[q])
                 if new.finish_reason is not None:
                     alive.remove(q)
@@ -206,9 +229,26 @@ class Engine:
                     decoding.stop(q)  # a stop string, which only the host sees
                 yield new
             if not alive:
-                return
+                break
             if not ahead:
                 keep(decoding.next())
+        if failed:
+            raise NonFiniteLogitsError(failed, self.model.dtype)
+
+    def _cached_ids(
+        self, given: Sequence[Sequence[int]] | None, cache: Cache | None, count: int
+    ) -> Sequence[Sequence[int]]:
+        if given is None:
+            return [[]] * count
+        if cache is None or len(given) != count:
+            raise ValueError(
+                f"cached_ids has {len(given)} lists of ids; give one for each of {count} prompts, and cache"
+            )
+        ids = [token_ids(each) for each in given]
+        for n, each in enumerate(ids):
+            if each:
+                self.check_ids(f"cached_ids {n}", each)
+        return ids
 
     @property
     def scheduler(self) -> Scheduler:

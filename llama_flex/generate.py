@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
 
-from . import jobs
+from . import __version__, jobs
 from .jobs import Job, Question, UsageError
 
 if TYPE_CHECKING:  # torch and the rest of the package are imported once the arguments are known to be good
@@ -28,13 +29,26 @@ _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
 COMPILE_FROM = 32
 
 
+_HELP = "/clear forgets the conversation, /exit or the end of input ends it; anything else is a message"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in message.split() if message.startswith("unrecognized") else ():
+            begun = [name for name in known if word.startswith("--") and name.startswith(word)]
+            for name in (begun or difflib.get_close_matches(word.partition("=")[0], known))[:1]:
+                message += f" (did you mean {name}?)"
         raise UsageError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = _Parser(prog="python -m llama_flex.generate", description="Generate text with a LLaMA on FlexAttention.")
+    p = _Parser(
+        prog="python -m llama_flex.generate",
+        description="Generate text with a LLaMA on FlexAttention.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--version", action="version", version=f"llama_flex {__version__}")
     p.add_argument("--model", required=True, help="Hugging Face folder, or hub repository owner/name")
     p.add_argument("--revision", help="of the hub repository")
     what = p.add_argument_group("what to complete")
@@ -60,14 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument(
         "--fuse-weights", type=_numbers, metavar="W,W,...", help="how much each prompt counts (default 1)"
     )
-    how = p.add_argument_group("how", "defaults: the model's generation_config.json, else greedy")
+    how = p.add_argument_group(
+        "how",
+        "defaults: what the model's generation_config.json recommends (do_sample alone means temperature 1 and top-k "
+        "50, as in transformers), else greedy",
+    )
     how.add_argument("--max-new-tokens", type=int, metavar="N")
     how.add_argument("--temperature", type=float, help="0: greedy")
     how.add_argument("--top-k", type=int)
     how.add_argument("--top-p", type=float)
     how.add_argument("--min-p", type=float)
     how.add_argument("--repetition-penalty", type=float)
-    how.add_argument("--seed", type=int, help="prompt number i (from 0) uses seed + i")
+    how.add_argument("--seed", type=int, help="prompt or chat message number i (from 0) uses seed + i")
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeat for several")
     run = p.add_argument_group("running")
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -305,14 +323,14 @@ class _Session:
         asked, worthwhile = self.args.compile, self.expected * batches >= COMPILE_FROM
         return asked == "on" or (asked == "auto" and worthwhile and compiles_for(self.engine.model.device))
 
-    def _sampling_of(self, job: Job) -> Sampling:
+    def _sampling_of(self, number: int) -> Sampling:
         from .sampling import seeded
 
-        return self.sampling if self.sampling.seed is None else seeded(self.sampling, job.number)
+        return self.sampling if self.sampling.seed is None else seeded(self.sampling, number)
 
     def _complete_live(self, job: Job, prompt: AnyPrompt) -> None:
         written = False
-        steps = self.engine.stream([prompt], sampling=self._sampling_of(job), **self.options)
+        steps = self.engine.stream([prompt], sampling=self._sampling_of(job.number), **self.options)
         try:
             for step in self.statistics.timed(steps, [prompt]):
                 written = True
@@ -346,16 +364,20 @@ class _Session:
         going = {}
         for job, prompt in prompts:
             try:
-                going[self.engine.submit(prompt, sampling=self._sampling_of(job), **self.options)] = job
+                going[self.engine.submit(prompt, sampling=self._sampling_of(job.number), **self.options)] = job
             except ValueError as error:
                 self._refuse(job, error)
+        failed = []
         hidden = True if args.quiet or not args.prompts_file else None  # None: hidden if stderr is no terminal
         with tqdm(total=len(going), unit="prompt", disable=hidden) as progress:
             try:
                 while going:
                     for request in self.statistics.step():
+                        job = going.pop(request)
+                        if request.error is not None:
+                            failed.append(f"{job.where}: {request.error}".replace(f"prompt {request.number}", "it"))
                         with progress.external_write_mode():  # both may go to one terminal
-                            self.output.write(jobs.result(going.pop(request), request.completion, args.json))
+                            self.output.write(jobs.result(job, request.completion, args.json))
                         progress.update()
                     progress.set_postfix_str(self.statistics.now(), refresh=False)
             finally:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
@@ -364,6 +386,8 @@ class _Session:
                         self.output.write(jobs.result(job, request.completion, args.json))
                 if going and args.json and args.output:
                     print(f"{len(going)} of {len(prompts)} prompts are not done; --resume goes on", file=sys.stderr)
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(prompts)} prompts ended in an error; the first: {failed[0]}")
 
     def _encode(self, job: Job) -> AnyPrompt:
         if isinstance(job.prompt, Question):
@@ -405,45 +429,86 @@ class _Session:
 
     def chat(self) -> None:
         """Read messages, a line each, until the end of input; slots of what was already computed are kept."""
-        self.engine.compile = self._compiles(COMPILE_FROM)  # of a conversation, replies enough
+        from .streaming import NonFiniteLogitsError
+
+        engine = self.engine
+        engine.compile = self._compiles(COMPILE_FROM)  # of a conversation, replies enough
         messages: jobs.Messages = []
         cache: Cache | None = None
         held: list[int] = []  # the tokens in the cache
-        while True:
-            print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                return
-            if not line.strip():
-                continue
-            messages.append({"role": "user", "content": line.strip()})
+        for turn, message in enumerate(self._messages(messages)):
+            messages.append({"role": "user", "content": message})
             try:
-                prompt = self.tokenizer.encode(self._chat_text(messages), add_special_tokens=False)
-                self.engine.check([prompt], self.args.max_new_tokens)
+                prompt = self._fitting(messages)
+                engine.check([prompt], self.args.max_new_tokens)
             except ValueError as error:  # too long, say: the conversation goes on without this message
                 _refuse(error)
                 messages.pop()
                 continue
-            needed = min(len(prompt) + self.expected, self.engine.model.context)
+            needed = min(len(prompt) + self.expected, engine.model.context)
             if cache is None or needed > cache.max_length:
-                cache, held = self.engine.new_cache(1, needed), []
+                cache, held = engine.new_cache(1, needed), []
             fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
             differs = (i for i, (a, b) in enumerate(zip(held, fresh, strict=False)) if a != b)
             shared = next(differs, min(len(held), len(fresh)))
+            if not engine.model.default_mask.never_looks_ahead:
+                shared = 0  # earlier tokens see the new ones
             cache.truncate(shared)
+            new, before = [prompt[shared:]], [prompt[:shared]]
+            sampling = self._sampling_of(turn)
+            steps = engine.stream(new, cache=cache, cached_ids=before, sampling=sampling, **self.options)
             reply, tokens = "", []
-            steps = self.engine.stream([prompt[shared:]], cache=cache, sampling=self.sampling, **self.options)
             try:
-                for step in self.statistics.timed(steps, [prompt[shared:]]):
+                for step in self.statistics.timed(steps, new):
                     tokens.append(step.token)
-                    reply += step.text
-                    self.output.write(step.text)
+                    reply += step.text or ""
+                    self.output.write(step.text or "")
             except KeyboardInterrupt:  # ends the reply, not the conversation
                 pass
+            except NonFiniteLogitsError as error:
+                reply, cache = "", None  # whose keys and values may hold NaN too
+                _refuse(error)
             # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
             held = prompt + tokens[:-1] if tokens else prompt[:shared]
             self.output.write("\n")
-            messages.append({"role": "assistant", "content": reply})
+            if reply:
+                messages.append({"role": "assistant", "content": reply})
+            else:  # which many templates refuse, as they do two messages of the user in a row
+                messages.pop()
+                print("no reply: the message is left out of the conversation", file=sys.stderr)
+
+    def _messages(self, messages: jobs.Messages) -> Iterator[str]:
+        """What the user says, line by line; commands are done here."""
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            match line.strip():
+                case "/exit" | "/quit":
+                    return
+                case "/help":
+                    print(_HELP, file=sys.stderr)
+                case "/clear":
+                    messages.clear()
+                case "" if not line:
+                    return
+                case "":
+                    pass
+                case message:
+                    yield message
+
+    def _fitting(self, messages: jobs.Messages) -> list[int]:
+        """The tokens of a conversation; its oldest exchanges are dropped if the context has no room for a reply."""
+        context, dropped = self.engine.model.context, 0
+        room = self.args.max_new_tokens or min(self.expected, context // 4)
+        while True:
+            prompt = self.tokenizer.encode(self._chat_text(messages), add_special_tokens=False)
+            if len(prompt) + room <= context or len(messages) < 3:
+                break
+            del messages[:2]
+            dropped += 2
+        if dropped:
+            print(f"the context of {context} tokens is full: {dropped} messages are forgotten", file=sys.stderr)
+        return prompt
 
 
 class _Statistics:
@@ -453,6 +518,7 @@ class _Statistics:
         self.engine = engine
         self.load_seconds = load_seconds
         self.first_seconds: float | None = None
+        self.first_compile_seconds = 0.0
         self.prompt_tokens = self.decoded_tokens = self.bytes_read = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         self.started: float | None = None
@@ -470,7 +536,7 @@ class _Statistics:
             elapsed = time.perf_counter() - started
             compiling = self.engine.compile_seconds != compiled  # such a step says nothing about speed
             if not any(counts):
-                self.first_seconds = elapsed if self.first_seconds is None else self.first_seconds
+                self._note_first(elapsed)
                 self.prefill_seconds += 0 if compiling else elapsed
                 self.prompt_tokens += 0 if compiling else sum(map(sum, lengths))
             elif not compiling:
@@ -492,11 +558,15 @@ class _Statistics:
         new = scheduler.new_tokens
         ended = self.engine.step()
         if scheduler.new_tokens and self.first_seconds is None:
-            self.first_seconds = time.perf_counter() - self.started
+            self._note_first(time.perf_counter() - self.started)
         if self.engine.compile_seconds == compiled:
             self.batch_seconds += time.perf_counter() - started
             self.batch_new_tokens += scheduler.new_tokens - new
         return ended
+
+    def _note_first(self, seconds: float) -> None:
+        if self.first_seconds is None:
+            self.first_seconds, self.first_compile_seconds = seconds, self.engine.compile_seconds
 
     def now(self) -> str:
         """What the engine is doing, for a progress bar."""
@@ -510,12 +580,14 @@ class _Statistics:
         return self.bytes_read / self.decode_seconds if self.decode_seconds else None
 
     def print(self) -> None:
-        """One line: load, compile, time to first token, prefill and decode speed, bytes read per second decoding."""
-        parts = [f"load {self.load_seconds:.2f} s"]
-        if self.engine.compile_seconds:
-            parts.append(f"compile {self.engine.compile_seconds:.2f} s")
+        """One line: load, time to first token, compiling (before and after that), prefill and decode speed, bytes read
+        per second decoding."""
+        parts, compiling = [f"load {self.load_seconds:.2f} s"], self.engine.compile_seconds
         if self.first_seconds is not None:
-            parts.append(f"first token {self.first_seconds:.2f} s")
+            before = f", {self.first_compile_seconds:.2f} s of it compiling" if self.first_compile_seconds else ""
+            parts.append(f"first token {self.first_seconds:.2f} s{before}")
+        if compiling:
+            parts.append(f"compiling {compiling:.2f} s in all")
         if self.prefill_seconds:
             parts.append(f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_seconds:.1f} tok/s")
         if rate := self.bytes_per_second:

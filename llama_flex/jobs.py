@@ -139,7 +139,8 @@ def result(job: Job, completion: Completion, as_json: bool) -> str:
 
 
 def resume(path: Path, jobs: list[Job]) -> list[Job]:
-    """The jobs that have no finished row in a file of JSON rows; the file is left with the finished rows alone.
+    """The jobs that have no finished row in a file of JSON rows; the file is left with the finished rows alone. A row
+    that ended in an error is not finished: another dtype may compute it.
 
     Raises UsageError for a file that holds anything but rows of these jobs.
     """
@@ -164,7 +165,7 @@ def resume(path: Path, jobs: list[Job]) -> list[Job]:
         job = pending.get(_key(row.get("id"))) if isinstance(row, dict) else None
         if job is None or any(row.get(name) != value for name, value in job.given.items()):
             raise UsageError(f"--output {path}, line {number}: not a result of these prompts; give another file")
-        if row.get("finish_reason") is not None:
+        if row.get("finish_reason") not in (None, "error"):
             kept.append(line.rstrip(b"\r\n") + b"\n")
             del pending[_key(job.id)]
     if kept != lines:

@@ -163,8 +163,10 @@ class LlamaFlex(TemplateLM):
             for request in asked:
                 self.engine.cancel(request)
         for request, given in zip(requests, asked, strict=True):
+            if given.error is not None:
+                raise given.error
             self.cache_hook.add_partial("generate_until", request.args, given.completion.text)
-        return [given.completion.text for given in asked]
+        return [given.completion.text or "" for given in asked]
 
 
 if __name__ == "__main__":

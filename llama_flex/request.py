@@ -51,8 +51,9 @@ class Text:
 class Request:
     """A prompt under way, and what it has given so far; what `Engine.submit` returns.
 
-    steps: every token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error" (its
-    callback raised: `error`), or None while it waits or runs. `async for step in request` gives steps as they come.
+    steps: every token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error", or None
+    while it waits or runs. error: what its callback raised, or a NonFiniteLogitsError. `async for step in request`
+    gives steps as they come.
     """
 
     number: int

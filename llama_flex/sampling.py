@@ -6,7 +6,6 @@ batched with, on any device. Dimensions: B batch, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from .config import GenerationConfig
 
+_MOST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -24,8 +25,10 @@ class Sampling:
 
     repetition_penalty: divides the positive and multiplies the negative logits of tokens already seen, prompt included
     (arXiv:1909.05858). temperature: 0 is greedy. top_k: keep the k most likely (0: all). top_p: keep the most likely
-    until their mass reaches p (arXiv:1904.09751). min_p: keep what is at least min_p times as likely as the most likely
-    (arXiv:2407.01082). seed: None draws a fresh one. Raises ValueError for values outside their range.
+    until their mass reaches p, at least one (arXiv:1904.09751). min_p: keep what is at least min_p times as likely as
+    the most likely (arXiv:2407.01082). seed: None draws a fresh one. The sets that are kept are transformers' own, bit
+    by bit where it runs on a CPU; elsewhere other ones of equally likely tokens may be kept.
+    Raises ValueError for values outside their range.
     """
 
     repetition_penalty: float = 1.0
@@ -37,17 +40,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
-            ("repetition_penalty", lambda x: x > 0, "a positive number"),
+            ("repetition_penalty", lambda x: x > 2.0**-126, "a positive number"),  # else 1/x is infinite
             ("temperature", lambda x: x >= 0, "0 (greedy) or a positive number"),
             ("top_k", lambda x: isinstance(x, int) and 0 <= x < 2**31, "0 (off) or a positive whole number"),
-            ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("top_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
             ("min_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or not valid(value):
-                raise ValueError(f"{name} must be {rule}, not {value!r}")
-        if self.seed is not None and (not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63):
-            raise ValueError(f"seed must be a whole number of 64 bits, not {self.seed!r}")
+            if type(value) not in (int, float) or not -_MOST <= value <= _MOST or not valid(value):
+                raise ValueError(f"{name} must be {rule}, not {value!r:.60}")
+        if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed must be a whole number of 64 bits, not {self.seed!r:.60}")
 
     @property
     def divisor(self) -> float:
@@ -56,11 +59,15 @@ class Sampling:
 
     @classmethod
     def recommended(cls, config: GenerationConfig, **overrides: float | int | None) -> Sampling:
-        """What a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in place."""
+        """What a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in place.
+
+        As in transformers, `do_sample: true` alone means a temperature of 1 and a top_k of 50, and without it
+        temperature, top_k, top_p and min_p mean nothing.
+        """
         names = ("top_k", "top_p", "min_p", "temperature") if config.do_sample else ()
         values = {n: getattr(config, n) for n in (*names, "repetition_penalty") if getattr(config, n) is not None}
         if config.do_sample:
-            values.setdefault("temperature", 1.0)
+            values = {"temperature": 1.0, "top_k": 50, **values}
         return cls(**values | {n: v for n, v in overrides.items() if v is not None})
 
 
@@ -69,7 +76,7 @@ class SamplingTensors(NamedTuple):
 
     temperature: Tensor | None
     top_k: Tensor | None
-    top_p: Tensor | None
+    tail: Tensor | None  # 1 - top_p, rounded once
     min_p: Tensor | None
     repetition_penalty: Tensor | None
     seed: Tensor | None
@@ -79,7 +86,7 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
     """The parameters of `requests` as tensors. Seeds that are None are drawn here."""
 
     def column(name: str, dtype: torch.dtype, neutral: float) -> Tensor | None:
-        values = [getattr(r, name) for r in requests]
+        values = [1 - r.top_p if name == "tail" else getattr(r, name) for r in requests]
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
     requests = [seeded(r) for r in requests]
@@ -89,7 +96,7 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
     return SamplingTensors(
         temperature=torch.tensor([r.divisor for r in requests], device=device),
         top_k=column("top_k", torch.int64, 0),
-        top_p=column("top_p", torch.float32, 1.0),
+        tail=column("tail", torch.float32, 0.0),
         min_p=column("min_p", torch.float32, 0.0),
         repetition_penalty=column("repetition_penalty", torch.float32, 1.0),
         seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
@@ -133,22 +140,33 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if p.temperature is not None:
         logits = logits / torch.where(p.temperature == 0, 1.0, p.temperature)[:, None]
-    if p.top_k is not None or p.top_p is not None:
-        ordered = logits.sort(-1, descending=True).values
+    # From here on the operations are those of transformers' warpers, in their order: another sum rounds otherwise, and
+    # keeps other tokens.
+    if p.top_k is not None or p.tail is not None:
+        size = logits.shape[-1]
+        ordered, order = logits.sort(-1)
         if p.top_k is not None:
-            k = torch.where(p.top_k == 0, logits.shape[-1], p.top_k.clamp(max=logits.shape[-1]))[:, None]
-            least = ordered.gather(-1, k - 1)
+            k = torch.where(p.top_k == 0, size, p.top_k.clamp(max=size))[:, None]
+            least = ordered.gather(-1, size - k)
             logits, ordered = (x.masked_fill(x < least, -torch.inf) for x in (logits, ordered))
-        if p.top_p is not None:
-            probability = ordered.softmax(-1)
-            # At 1 everything stays; the running sum reaches 1 early, by rounding.
-            kept = (probability.cumsum(-1) - probability < p.top_p[:, None]) | (p.top_p == 1)[:, None]
-            kept = kept.sum(-1, keepdim=True)
-            logits = logits.masked_fill(logits < ordered.gather(-1, kept.clamp(min=1) - 1), -torch.inf)
+        if p.tail is not None:
+            if p.top_k is not None and not torch.compiler.is_compiling():
+                ordered, order = logits.sort(
+                    -1
+                )  # which may put ties in another order than before: as transformers does
+            tail, last = p.tail[:, None], torch.arange(size, device=logits.device) == size - 1
+            removed = (ordered.softmax(-1).cumsum(-1) <= tail) & (tail > 0) & ~last
+            logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
     if p.min_p is not None:
-        # A threshold on probabilities relative to the largest is one on logits: log(p / p_max) = logit - logit_max.
-        logits = logits.masked_fill(logits - logits.amax(-1, keepdim=True) < p.min_p.log()[:, None], -torch.inf)
+        probability = logits.softmax(-1)
+        least = p.min_p[:, None] * probability.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probability < least, -torch.inf)
     return logits
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """Whether the logits `[B, V]` of each row are numbers, `[B]`."""
+    return logits.abs().amax(-1).isfinite()
 
 
 def _argmax(x: Tensor) -> Tensor:

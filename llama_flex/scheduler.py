@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from .paging import PagedCache, Pool
 from .request import Request, Text, tokens_of
 from .sampling import Sampling, seeded
 from .scores import ScoreMod
-from .streaming import Step, Steps
+from .streaming import NonFiniteLogitsError, Step, Steps
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -402,10 +401,14 @@ class Scheduler:
 
     def _read(self, unread: Unread) -> None:
         """Take in tokens. Those of requests that have ended meanwhile are nobody's."""
-        tokens, logprobs = unread.read()
+        tokens, logprobs, finite = unread.read()
         for request, row in unread.rows:
-            if math.isnan(logprobs[row]):
-                self.forget()  # what computes nothing but NaN may have left some in keys and values
+            if not finite[row]:
+                self.forget()  # there may be some NaN in keys and values, too
+                if not request.finished:
+                    where = [(request.number, len(request.steps) + 1)]
+                    request.error = NonFiniteLogitsError(where, self.model.dtype)
+                    self._end(request, "error")
             if not request.finished:
                 request.steps.append(request.maker.put(int(tokens[row]), logprobs[row]))
                 self.new_tokens += 1

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
@@ -25,42 +27,61 @@ def _byte_level_alphabet() -> dict[str, int]:
 _BYTE_LEVEL = _byte_level_alphabet()
 
 
+class NonFiniteLogitsError(ValueError):
+    """The model's own logits have a NaN or an infinity, from which no token can be chosen.
+
+    where: the number of each prompt that this happened to, and of the new token, from 1. completions: what
+    `Engine.generate` has of all prompts.
+    """
+
+    completions: Sequence[Completion] = ()
+
+    def __init__(self, where: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+        prompts = ", ".join(f"prompt {prompt} at new token {token}" for prompt, token in where)
+        way = "look for the warning about them at loading"
+        if dtype == torch.float16:
+            way = "float16 ends at 65,504, where bfloat16 and float32 do not: try dtype bfloat16 or float32"
+        super().__init__(f"{prompts}: the model's logits are NaN or infinite; its weights may be damaged ({way})")
+        self.where = list(where)
+
+
 @dataclass(frozen=True)
 class Step:
     """One new token for one prompt: the prompt's number, its id, its log-probability, and the text now certain.
 
-    finish_reason is None until the prompt's last step: "stop" (a stop token or string) or "length".
+    text is None for an engine without a tokenizer. finish_reason is None until the prompt's last step: "stop" (a stop
+    token or string) or "length".
     """
 
     row: int
     token: int
     logprob: float
-    text: str
+    text: str | None
     finish_reason: str | None
 
 
 @dataclass
 class Completion:
-    """All that was generated for one prompt: ids (a stop token included), log-probabilities, text."""
+    """All that was generated for one prompt: ids (a stop token included), log-probabilities, and the text.
+
+    text is None for an engine without a tokenizer.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    text: str = ""
+    text: str | None = ""
     finish_reason: str | None = None
 
     def add(self, step: Step) -> None:
         """Append one step of this row."""
         self.tokens.append(step.token)
         self.logprobs.append(step.logprob)
-        self.text += step.text
+        self.text = None if step.text is None else (self.text or "") + step.text
         self.finish_reason = step.finish_reason
 
 
 class Steps:
-    """Makes the steps of one prompt of its tokens: whole characters only, text that ends before a stop string.
-
-    A model may have more ids than its tokenizer, where the vocabulary was padded; those have no text.
-    """
+    """Makes the steps of one prompt of its tokens: whole characters only, text that ends before a stop string."""
 
     def __init__(
         self,
@@ -71,37 +92,80 @@ class Steps:
         stop_ids: Iterable[int],
         limit: int,
     ) -> None:
-        """limit: the most tokens. Raises ValueError for stop strings without a tokenizer."""
+        """prompt: the ids that the text goes on from. limit: the most tokens.
+
+        Raises ValueError for stop strings without a tokenizer.
+        """
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
         self.row, self.limit, self.stop_ids = row, limit, frozenset(stop_ids)
-        self._size = tokenizer.vocab_size if tokenizer else 0
         self._tokenizer, self._prompt, self._stop = tokenizer, prompt, stop
         self.rewind([])
 
     def rewind(self, steps: Sequence[Step]) -> None:
         """Go back to where these steps had been made and no other."""
-        tokenizer, prompt = self._tokenizer, self._prompt
         self.count = 0
-        self._decoder = tokenizer.stream([id for id in prompt if id < self._size]) if tokenizer else None
-        self._stops = StopStrings(self._stop)
+        self._text = None if self._tokenizer is None else _Text(self._tokenizer, self._prompt, self._stop)
         for step in steps:
             self.put(step.token, step.logprob)
 
     def put(self, token: int, logprob: float) -> Step:
         """The step of one more token."""
         self.count += 1
-        if token in self.stop_ids:
-            return Step(self.row, token, logprob, self._rest(), "stop")
-        text, stopped = "", False
-        if self._decoder is not None and token < self._size:
-            text, stopped = self._stops.put(self._decoder.put(token))
-        if not stopped and self.count == self.limit:
-            return Step(self.row, token, logprob, text + self._rest(), "length")
-        return Step(self.row, token, logprob, text, "stop" if stopped else None)
+        is_stop_id, is_last = token in self.stop_ids, self.count == self.limit
+        text, stopped = None, False
+        if self._text is not None:
+            text, stopped = ("", False) if is_stop_id else self._text.put(token)
+            if is_stop_id or (is_last and not stopped):
+                text += self._text.rest()
+        return Step(self.row, token, logprob, text, "stop" if is_stop_id or stopped else "length" if is_last else None)
 
-    def _rest(self) -> str:
-        return "" if self._decoder is None else self._stops.put(self._decoder.flush())[0] + self._stops.flush()
+
+class _Text:
+    """The text of one prompt's new tokens, without special tokens; it ends before a stop string, which may hold some.
+
+    A model may have more ids than its tokenizer, where the vocabulary was padded; those have no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, StopStrings(stop)
+        context = [id for id in prompt if id in tokenizer]
+        self._visible = tokenizer.stream(context)
+        # Stop strings are looked for in the text with special tokens, as transformers does.
+        self._all = tokenizer.stream(context, skip_special_tokens=False) if stop else None
+        self._is_visible: list[bool] = []  # of each character of that text which is held back
+        self._ready = ""  # visible text that may not be given yet
+        self._due = 0  # how many visible characters may be given
+
+    def put(self, token: int) -> tuple[str, bool]:
+        """The text that is certain with one more token, and whether a stop string was found."""
+        if token not in self._tokenizer:
+            return "", False
+        if self._all is None:
+            return self._visible.put(token), False
+        self._ready += self._visible.put(token)
+        text = self._all.put(token)
+        hidden = len(self._tokenizer.token(token)) if token in self._tokenizer.special_ids else 0
+        pending = self._all.pending()
+        self._is_visible += [n < len(text) - hidden for n in range(len(text))] + [True] * len(pending)
+        safe, stopped = self._stops.put(text, pending)
+        if stopped:
+            self._ready += self._visible.flush()
+        given = self._give(safe)
+        del self._is_visible[len(self._is_visible) - len(pending) :]
+        return given, stopped
+
+    def rest(self) -> str:
+        """What was held back, once no more tokens come."""
+        return self._ready + self._visible.flush()
+
+    def _give(self, safe: str) -> str:
+        """The visible characters among those that are safe now."""
+        self._due += sum(self._is_visible[: len(safe)])
+        del self._is_visible[: len(safe)]
+        text, self._ready = self._ready[: self._due], self._ready[self._due :]
+        self._due -= len(text)
+        return text
 
 
 class Decoding(NamedTuple):
@@ -145,6 +209,13 @@ class StreamDecoder:
     def put(self, token_id: int) -> str:
         """The text that is certain with this id; "" while there is none."""
         return self._without_printed(self._feed(token_id))
+
+    def pending(self) -> str:
+        """The text that is not certain yet and would come next if no more ids came, but for unfinished characters."""
+        try:
+            return "" if self._printed else self._run.decode("utf-8")
+        except UnicodeDecodeError:
+            return ""
 
     def flush(self) -> str:
         """The rest of the text, once no more ids come."""
@@ -194,6 +265,28 @@ class StreamDecoder:
         return text
 
 
+class WholeDecoder:
+    """The same for a tokenizer whose text is not known piece by piece: all of it comes at the end, from `flush`."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()) -> None:
+        self._decode, self._prompt, self._new = decode, list(prompt_ids), list[int]()
+        self._before = decode(self._prompt)
+
+    def put(self, token_id: int) -> str:
+        """Take one more id; gives no text."""
+        self._new.append(token_id)
+        return ""
+
+    def pending(self) -> str:
+        """The text of the ids so far."""
+        text = self._decode([*self._prompt, *self._new])
+        return text.removeprefix(self._before) if text.startswith(self._before) else self._decode(self._new)
+
+    def flush(self) -> str:
+        """All of the text."""
+        return self.pending()
+
+
 def _bytes_of(piece: str) -> bytes:
     try:
         return bytes([_BYTE_LEVEL[character] for character in piece])
@@ -227,16 +320,19 @@ class StopStrings:
         self._held = ""
         self._found = False
 
-    def put(self, text: str) -> tuple[str, bool]:
+    def put(self, text: str, pending: str = "") -> tuple[str, bool]:
         """The text that is safe to print, and whether a stop string was found: the text ends before it, then and for
-        good. What may be the beginning of a stop string is held back."""
+        good. What may be the beginning of a stop string is held back. pending: text that follows if nothing else does;
+        it is searched too, and has to be given again."""
         if self._found:
             return "", True
-        text = self._held + text
+        sure = len(self._held) + len(text)
+        text = self._held + text + pending
         ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if ends:
             self._found, self._held = True, ""
             return text[: min(ends)[1]], True
+        text = text[:sure]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False

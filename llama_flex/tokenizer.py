@@ -1,5 +1,6 @@
 """Text to token ids and back: `tokenizer.json` or sentencepiece's `tokenizer.model`, and text streamed exactly."""
 
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from . import hub, tokenizer_json
 from .chat import render_chat
 from .config import MAX_JSON_BYTES, read_json
 from .files import FolderError, read
-from .streaming import Decoding, StreamDecoder
+from .streaming import Decoding, StreamDecoder, WholeDecoder
 from .tokenizer_json import MALFORMED, MAX_PIECES
 
 # Bounds of memory and time while reading; those of what is in a tokenizer.json are beside its inspection.
@@ -129,19 +130,26 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """The piece that the vocabulary lists, such as "▁Hello", "Ġworld" or "<0xE4>"; ValueError if there is none."""
-        piece = self._backend.id_to_token(id) if 0 <= id < 2**32 else None
+        piece = self._backend.id_to_token(id) if id in self else None
         if piece is None:
             raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size} tokens")
         return piece
 
-    def stream(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> StreamDecoder:
+    def __contains__(self, id: int) -> bool:
+        """Whether the vocabulary has a piece for an id."""
+        return 0 <= id < 2**32 and self._backend.id_to_token(id) is not None
+
+    def stream(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> StreamDecoder | WholeDecoder:
         """A decoder for ids that arrive one by one, as the continuation of `prompt_ids`, whose text it leaves out.
 
-        Raises:
-            ValueError: a tokenizer.json decoded in a way whose text cannot be known piece by piece.
+        Where a tokenizer.json decodes in a way whose text cannot be known piece by piece, all of it comes at the end.
         """
+        if (decoding := self._backend.decoding()) is None:
+            return WholeDecoder(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), prompt_ids)
         skipped = self.special_ids if skip_special_tokens else frozenset()
-        return StreamDecoder(self.token, self._backend.decoding(), skipped, prompt_ids)
+        return StreamDecoder(self.token, decoding, skipped, prompt_ids)
 
     def apply_chat_template(
         self,
@@ -255,9 +263,10 @@ class _JsonBackend:
                 text = text.replace(spaced, spaced.strip(" "))
         return text
 
-    def decoding(self) -> Decoding:
+    def decoding(self) -> Decoding | None:
+        """How pieces become text; None if that is not known piece by piece."""
         if self._clean_up:
-            raise ValueError("clean_up_tokenization_spaces=true does not stream; use decode on the whole sequence")
+            return None
         decoder = self._tokenizer.decoder
         if decoder is None:
             return Decoding(separator=" ")
@@ -282,7 +291,7 @@ class _JsonBackend:
         # Replacing is done piece by piece, then bytes become characters, then the whole text is stripped; in another
         # order the steps mean something else.
         if not re.fullmatch(r"(Replace )*(ByteFallback )?(Fuse (Strip )?)?", "".join(f"{name} " for name in order)):
-            raise ValueError(f"text of the decoder {decoder} does not stream; use decode on the whole sequence")
+            return None
         return decoding
 
 
