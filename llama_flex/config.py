@@ -194,6 +194,8 @@ class LlamaConfig:
     def from_pretrained(cls, folder: str | Path) -> LlamaConfig:
         """Read `folder/config.json`. Raises ConfigError naming what is malformed or not supported."""
         path = Path(folder) / "config.json"
+        if not os.path.lexists(path):
+            raise ConfigError(f"{path}: no such file{files.what_it_is(path.parent)}")
         raw = read_json(path)
         try:
             return cls.from_dict(raw)

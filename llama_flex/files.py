@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
 MAX_ERROR_CHARACTERS = 1900
+_LFS = b"version https://git-lfs.github.com/spec/"  # what Git LFS puts in the place of a large file
 
 
 class FolderError(ValueError):
@@ -56,4 +58,39 @@ def read(path: Path, most: int, folder: Path | None = None) -> bytes:
         raise FolderError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > most:
         raise FolderError(f"{path}: larger than {most >> 20} MiB, which no such file is")
+    check_not_pointer(path, content)
     return content
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that whatever comes between leaves either the old one or the new one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
+    try:
+        temporary.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_not_pointer(path: Path, start: bytes) -> None:
+    """Raise FolderError for a file that begins as a Git LFS pointer does."""
+    if start.startswith(_LFS):
+        raise FolderError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
+
+
+def what_it_is(folder: Path) -> str:
+    """What a folder without config.json holds instead, with the way out; "" if that cannot be told."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in names:
+        return (
+            ": an adapter (PEFT), which is not a model; merge it into its base model, as peft's merge_and_unload() "
+            "does, and save that"
+        )
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return f": GGUF files ({gguf[0]}) are not read; give the folder of safetensors that they were made of"
+    if "params.json" in names:
+        return ": Meta's own format; give the folder that Hugging Face has of the same model"
+    return ""

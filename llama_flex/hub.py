@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import errors, snapshot_download
+from huggingface_hub import HfApi, errors, snapshot_download
 
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+from .config import read_json
+
+INDEX = "model.safetensors.index.json"
+# Of the weights those alone that are read: a repository may hold them in other precisions and formats besides.
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", INDEX)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.*",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
+SECONDS_TO_ANSWER = 10.0  # that the hub gets, before its cache alone is looked into
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -25,7 +33,8 @@ def resolve(
 ) -> Path:
     """The local folder of a model: `path_or_repo` itself if it is one, else the hub's, downloaded into its cache.
 
-    files: which to download. revision, token: as for the hub. HF_HUB_OFFLINE=1 uses the cache alone.
+    files: which to download, as patterns; with an index of weights also the shards that it names. revision, token: as
+    for the hub. HF_HUB_OFFLINE=1 uses the cache alone.
     Raises ValueError if there is neither such a folder nor such a repository.
     """
     if not str(path_or_repo):
@@ -35,17 +44,47 @@ def resolve(
         return folder
     name = str(path_or_repo)
     if folder.exists():
-        raise ValueError(f"{name}: is a file; give the folder that holds config.json and the safetensors")
+        gguf = "; GGUF is not read" if folder.suffix == ".gguf" else ""
+        raise ValueError(f"{name}: is a file; give the folder that holds config.json and the safetensors{gguf}")
     if not _REPO_ID.fullmatch(name) or name.startswith("."):
         raise ValueError(f"{name}: no such folder (and not a hub repository name, owner/model)")
+    reason = None
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(files)))
+        # Asked once, and not for long: a download tries again and again, and waits as long as a connection stands.
+        HfApi().repo_info(name, revision=revision, token=token, timeout=SECONDS_TO_ANSWER)
     except errors.GatedRepoError:
         raise ValueError(f"{name}: access is restricted; accept its terms on the hub and pass a token") from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{name}: neither a folder here nor a repository on the hub (or a private one)") from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: no revision {revision!r} on the hub") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        if not _is_about_the_connection(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+    def download(patterns: Sequence[str]) -> Path:
+        local = reason is not None
+        return Path(
+            snapshot_download(name, revision=revision, token=token, allow_patterns=[*patterns], local_files_only=local)
+        )
+
+    try:
+        folder = download(files)
+        if INDEX in files and (folder / INDEX).exists() and not (folder / "model.safetensors").exists():
+            shards = read_json(folder / INDEX).get("weight_map")
+            if isinstance(shards, dict):  # else loading says what is wrong with it
+                download([glob.escape(shard) for shard in sorted({*map(str, shards.values())})])
+        return folder
+    except Exception as error:
+        if not _is_about_the_connection(error):
+            raise
+        reason = reason or str(error).strip().partition("\n")[0]
         raise ValueError(f"{name}: no such folder here, and the hub gave no copy ({reason})") from None
+
+
+def _is_about_the_connection(error: Exception) -> bool:
+    """Whether the hub could not be asked, rather than something being wrong here. Which HTTP library huggingface_hub
+    uses depends on its version."""
+    known = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError)
+    return isinstance(error, known) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from . import files
 
 if TYPE_CHECKING:  # torch is imported once the arguments are known to be good
     from .streaming import Completion
@@ -169,7 +168,10 @@ def resume(path: Path, jobs: list[Job]) -> list[Job]:
             kept.append(line.rstrip(b"\r\n") + b"\n")
             del pending[_key(job.id)]
     if kept != lines:
-        _replace(path.resolve(), b"".join(kept))  # a link stays a link
+        try:
+            files.replace(path.resolve(), b"".join(kept))  # a link stays a link
+        except OSError as error:
+            raise UsageError(f"cannot write to --output {path}: {error.strerror}") from None
     return list(pending.values())
 
 
@@ -181,18 +183,3 @@ def _begins(line: bytes, job: Job) -> bool:
     """Whether this is the beginning of a job's row of results."""
     start = json.dumps({"id": job.id, **job.given}, ensure_ascii=False)[:-1].encode()
     return line.startswith(start[: len(line)])
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that an interrupt leaves either the old or the new one."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write to --output {path}: {error.strerror}") from None

@@ -285,7 +285,7 @@ class Llama(nn.Module):
         if cache is not None:
             self.check_cache(cache, b)
             end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
-            if self.rotary.limit is not None and int(end.max()) > self.context:
+            if self.rotary.limit is not None and int(end.max()) > self.rotary.limit:
                 raise ValueError(
                     f"the cache reaches {int(end.max())} tokens, but {self._keys_turn}; go without a cache"
                 )

@@ -15,7 +15,7 @@ import tokenizers
 from . import hub, tokenizer_json
 from .chat import render_chat
 from .config import MAX_JSON_BYTES, read_json
-from .files import FolderError, read
+from .files import FolderError, read, replace
 from .streaming import Decoding, StreamDecoder, WholeDecoder
 from .tokenizer_json import MALFORMED, MAX_PIECES
 
@@ -52,8 +52,11 @@ class Tokenizer:
         backend: "_JsonBackend | _SentencePieceBackend",
         special_tokens: Mapping[str, str],
         chat_templates: Mapping[str, str],
+        files: Mapping[str, bytes],
     ) -> None:
+        """files: those that it was made of, by their names in the folder."""
         self._backend = backend
+        self._files = dict(files)
         self._special_tokens = dict(special_tokens)
         self._chat_templates = dict(chat_templates)
         self.vocab_size: int = backend.vocab_size
@@ -100,7 +103,18 @@ class Tokenizer:
             raise TokenizerError(
                 f"{folder}: malformed tokenizer_config.json or its companions ({_why(error)})"
             ) from error
-        return cls(backend, special_tokens, templates)
+        most = {"tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer.model": MAX_SENTENCEPIECE_BYTES}
+        paths = sorted(path for pattern in hub.TOKENIZER_FILES for path in folder.glob(pattern))
+        read_files = {str(p.relative_to(folder)): read(p, most.get(p.name, MAX_JSON_BYTES), folder) for p in paths}
+        return cls(backend, special_tokens, templates, read_files)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files that this tokenizer was loaded from, unchanged, so that the folder loads as it here and in
+        transformers. Beside `Llama.save_pretrained` it makes a folder complete."""
+        for name, content in self._files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace(path, content)
 
     def _named(self, key: str) -> tuple[str | None, int | None]:
         token = self._special_tokens.get(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -9,15 +10,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .arguments import whole_number
 from .config import MAX_JSON_BYTES, ConfigError, LlamaConfig, read_json
-from .files import FolderError, regular
+from .files import FolderError, check_not_pointer, regular, what_it_is
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -95,20 +97,20 @@ def load(
     dtype: default config.json's, else the file's. Raises CheckpointError listing by name what is missing, unexpected or
     misshapen, and for damaged files, FolderError for links out of the folder; warns of weights that are not finite.
     """
-    shards, stored, tied_copy = _checked(folder, config)
+    sources, stored, tied_copy = _checked(folder, config)
     dtype = dtype or _config_dtype(config, folder) or stored
     with torch.device("meta"):
         model = make()
     model = model.to(dtype).to_empty(device=device)
     places = tensors_by_name(model)
-    for path in shards:
+    for path in sorted({source.path for source in sources.values()}):
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
-                if name in places:
-                    places[name].copy_(file.get_tensor(name))
+            for name, source in sources.items():
+                if source.path == path:
+                    places[name].copy_(file.get_tensor(source.name))
     if tied_copy is not None:
-        with _opened(tied_copy) as file:
-            if not torch.equal(file.get_tensor("lm_head.weight").to(model.device, model.dtype), model.embed.weight):
+        with _opened(tied_copy.path) as file:
+            if not torch.equal(file.get_tensor(tied_copy.name).to(model.device, model.dtype), model.embed.weight):
                 raise CheckpointError(
                     f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "
                     "set it to false there, or remove lm_head.weight"
@@ -117,36 +119,72 @@ def load(
     return model
 
 
-def _checked(folder: Path, config: LlamaConfig) -> tuple[list[Path], torch.dtype, Path | None]:
-    """The files of a checkpoint whose headers fit `config`, the dtype of its embedding, and the file with a copy of a
-    tied embedding, if there is one. Raises CheckpointError."""
-    shards = _shards(folder)
+class _Source(NamedTuple):
+    """Where a tensor is stored, and under which name."""
+
+    path: Path
+    name: str
+
+
+def _checked(folder: Path, config: LlamaConfig) -> tuple[dict[str, _Source], torch.dtype, _Source | None]:
+    """Where each tensor of a checkpoint whose headers fit `config` is, the dtype of its embedding, and where a copy of
+    a tied embedding is, if there is one. Raises CheckpointError.
+
+    As transformers does, it takes a base model's names, which lack "model.", and a tied embedding under either name.
+    """
     expected = shapes_by_name(config)
-    found: dict[str, Path] = {}
+    found: dict[str, _Source] = {}
     problems: list[str] = []
     stored: dict[str, torch.dtype] = {}
-    for path in shards:
+    shapes: dict[str, list[int]] = {}
+    for path in _shards(folder):
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.endswith("rotary_emb.inv_freq"):
+            for key in file.keys():  # noqa: SIM118
+                if key.endswith("rotary_emb.inv_freq"):
                     continue  # a buffer that old checkpoints saved; it follows from the config
-                if name in found:
-                    problems.append(f"twice: {name} (in {found[name].name} and {path.name})")
-                found[name] = path
-                meta = file.get_slice(name)
+                name = key if key in expected or f"model.{key}" not in expected else f"model.{key}"
+                meta = file.get_slice(key)
                 if meta.get_dtype() not in _DTYPES:
                     problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
                 else:
                     stored[name] = _DTYPES[meta.get_dtype()]
-                if name in expected and meta.get_shape() != expected[name]:
-                    problems.append(f"shape: {name} is {meta.get_shape()}, config.json says {expected[name]}")
-    tied_copy = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    problems += [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
+                if name in found and not _same_bits(found[name], file.get_tensor(key)):
+                    problems.append(f"twice, with other values: {name} (in {found[name].path.name} and {path.name})")
+                shapes[name] = meta.get_shape()
+                found.setdefault(name, _Source(path, key))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    tied_copy = found.pop(head, None) if config.tie_word_embeddings else None
+    if tied_copy is not None and embedding not in found:
+        found[embedding], tied_copy = tied_copy, None
+        stored[embedding], shapes[embedding] = stored.get(head, torch.float32), shapes[head]
+    problems += [
+        f"shape: {name} is {shapes[name]}, config.json says {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if shapes[name] != expected[name]
+    ]
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    problems += [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        if missing == ["lm_head.weight"]:
+            shown.append(
+                "it ends in another head than the one that predicts tokens"
+                if any(name.startswith(("score.", "classifier.", "qa_outputs.")) for name in unexpected)
+                else "a base model without an output matrix; give the one that predicts tokens, or say "
+                "tie_word_embeddings in config.json if its embedding serves as one"
+            )
         raise CheckpointError(f"{folder}: the weights do not fit config.json: " + "; ".join(shown))
-    return shards, stored[next(iter(expected))], tied_copy
+    return found, stored[next(iter(expected))], tied_copy
+
+
+def _same_bits(source: _Source, tensor: Tensor) -> bool:
+    with _opened(source.path) as file:
+        other = file.get_tensor(source.name)
+    return (
+        other.dtype == tensor.dtype
+        and other.shape == tensor.shape
+        and torch.equal(other.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+    )
 
 
 def save(model: Llama, folder: Path) -> None:
@@ -211,6 +249,8 @@ def _shards(folder: Path) -> list[Path]:
     if os.path.lexists(single):
         return [single]
     if not os.path.lexists(index):
+        if kind := what_it_is(folder):
+            raise CheckpointError(f"{folder}{kind}")
         others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if others:
             raise CheckpointError(
@@ -239,14 +279,37 @@ def _opened(path: Path) -> Iterator[safe_open]:
     """An open safetensors file; its errors name it. Raises CheckpointError, or FolderError from `regular`."""
     file = regular(path)
     try:
-        with open(file, "rb") as start:
-            header_bytes = int.from_bytes(start.read(8), "little")
+        size = os.path.getsize(file)
+        with open(file, "rb") as begun:
+            start = begun.read(64)
+        check_not_pointer(path, start)
+        header_bytes = int.from_bytes(start[:8], "little")
         if header_bytes > MAX_JSON_BYTES:  # as large as it is, the parsed one would be far larger
             raise CheckpointError(f"{path}: damaged or not a safetensors file (a header of {header_bytes} bytes)")
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
     except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: too large to be mapped
+        if (whole := _bytes_announced(file)) > size:
+            raise CheckpointError(
+                f"{path}: damaged or cut short, as by an interrupted download ({size:,} of {whole:,} bytes); fetch it "
+                "again"
+            ) from None
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def _bytes_announced(file: str) -> int:
+    """How long a safetensors file is by its own header, as far as that can be read; 0 if it cannot."""
+    try:
+        with open(file, "rb") as opened:
+            header_bytes = int.from_bytes(opened.read(8), "little")
+            text = opened.read(min(header_bytes, MAX_JSON_BYTES))
+        if len(text) < header_bytes:
+            return 8 + header_bytes
+        header = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return 8 + header_bytes + max(map(whole_number, itertools.repeat("an offset"), ends), default=0)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return 0
 
 
 def _config_dtype(config: LlamaConfig, folder: Path) -> torch.dtype | None:
