@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +34,16 @@ def _index(value: Any) -> int:
     if isinstance(value, bool):  # Python's True is the number 1, but JSON's true is none
         raise TypeError
     return operator.index(value)
+
+
+def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raise TypeError, as Python does, for options that `name` passes on to a function that does not know them."""
+    known = inspect.signature(function).parameters
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{name}() got an unexpected keyword argument {option!r}{hint}")
 
 
 def named_device(device: torch.device | str) -> torch.device:

@@ -85,6 +85,22 @@ def view_of(
     return View(q, kv, pages.listed(lists), pages, packed)
 
 
+def try_last(layers: Layers, tokens: Tokens, num_heads: int) -> None:
+    """Raise FunctionError for a mask or score function that fails where the last of tokens `[B, T]` is the query, such
+    as by a table that is too short.
+
+    On the CPU: on a GPU, an index out of bounds would be the end of the process.
+    """
+    tokens = Tokens(*(x.cpu() for x in tokens))
+    at = tokens.index.argmax(1, keepdim=True)
+    last = Tokens(*(x.gather(1, at) for x in tokens))
+    for mask, score_mod in layers.patterns:
+        mask.to("cpu").dense(last, tokens, num_heads)
+        if score_mod is not None:
+            scores = torch.zeros(len(at), num_heads, 1, tokens.index.shape[1])
+            score_mod.to("cpu").dense(scores, last, tokens)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Tensor:
     """Scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]` in q's dtype. Of
     packed tokens q and the result are `[1, H, N, D]`.

@@ -23,6 +23,7 @@ MAX_BYTES = 1 << 27  # beyond what the process has to begin with
 MAX_TEXT_BYTES = 1 << 23
 OUT_OF_MEMORY = 3  # an exit code
 _START = "import sys; sys.path[:] = sys.argv[2:]; from llama_flex.render import main; main(int(sys.argv[1]))"
+_MARK = "<|where the final message ends|> "  # with white space, which tells whether the template keeps that of messages
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -33,6 +34,7 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool | str = False,
     **variables: Any,
 ) -> str:
     """The text of a conversation. Environment, functions and variables are those of transformers 5.23's
@@ -42,12 +44,19 @@ def render_chat(
         template: Jinja source.
         messages: dicts, as the template wants them; usually "role" and "content".
         tools: JSON schemas, each a dict. documents: dicts, usually "title" and "text".
+        continue_final_message: end the text where the last message's "content" ends, or its field of that name, as
+            transformers does; not together with add_generation_prompt.
         variables: anything else the template reads, such as bos_token or date_string.
 
     Raises:
         ValueError: no messages; something that is not plain data; the template is faulty, refuses the conversation
-            (`raise_exception`), or needs more than MAX_SECONDS, MAX_BYTES (on Linux) or MAX_TEXT_BYTES.
+            (`raise_exception`), or needs more than MAX_SECONDS, MAX_BYTES (on Linux) or MAX_TEXT_BYTES; a last message
+            to continue that has no text, or that the template leaves out.
     """
+    if continue_final_message and add_generation_prompt:
+        raise ValueError(
+            "continue_final_message ends within the last message; give add_generation_prompt=False with it"
+        )
     if isinstance(messages, (str, Mapping)) or not messages:
         raise ValueError("a chat needs a non-empty list of messages, such as [{'role': 'user', 'content': 'Hi'}]")
     for name, entries in (("message", messages), ("tool", tools or ()), ("document", documents or ())):
@@ -63,12 +72,44 @@ def render_chat(
     try:
         data = {key: _plain(value, key) for key, value in {"messages": list(messages), **data}.items()}
         data["messages"] = [_with_reasoning(message) for message in data["messages"]]
+        final = _mark_end(data["messages"][-1], continue_final_message, template) if continue_final_message else None
         request = marshal.dumps((template, data, MAX_SECONDS))
     except (RecursionError, ValueError) as error:
         raise ValueError(f"the conversation is no plain data: {error}") from None
     if len(request) > MAX_BYTES // 4:
         raise ValueError(f"the conversation has {len(request) >> 20} MiB; a chat template takes {MAX_BYTES >> 22}")
-    return _renderer().render(request)
+    text = _renderer().render(request)
+    return text if final is None else _up_to_mark(text, final)
+
+
+def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
+    """Put a mark at the end of a message's text, in place; returns the text without it. Raises ValueError."""
+    name = field if isinstance(field, str) else "content"
+    if (final := message.get(name)) is None:
+        raise ValueError(f"the last message has no {name!r} to continue")
+    # A template reads reasoning under one of its names only.
+    names = [n for n in _REASONING_FIELDS if message.get(n) == final] if name in _REASONING_FIELDS else [name]
+    if not any(n in template for n in names):
+        raise ValueError(f"the chat template does not read {name!r}, so there is nothing of it to continue")
+    if isinstance(final, list | tuple):
+        block = next((part for part in reversed(final) if isinstance(part, dict) and "text" in part), None)
+        if block is None:
+            raise ValueError("the last message has no text to continue")
+        final, block["text"] = block["text"], f"{block['text']}{_MARK}"
+    else:
+        message |= dict.fromkeys(names, f"{final}{_MARK}")
+    if not isinstance(final, str):
+        raise ValueError(f"the last message's {name!r} is {final!r:.80}, which is no text to continue")
+    return final
+
+
+def _up_to_mark(text: str, final: str) -> str:
+    """The text of a conversation up to the mark; what stands before it loses its white space if the mark has lost its
+    own, since the template cuts white space off then."""
+    at = text.rfind(_MARK.strip())
+    if at < 0 or final.strip() not in text:
+        raise ValueError("the chat template leaves out the last message, or some of it, so it cannot be continued")
+    return text[:at] if text[at : at + len(_MARK)] == _MARK else text[:at].rstrip()
 
 
 def _plain(value: Any, name: str) -> Any:

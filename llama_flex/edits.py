@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .arguments import whole_number
-from .rules import Rule, Tokens, Where, name_of, selection
-from .sites import SITES, numbers_of, wide
+from .rules import Tokens, Where, name_of, selection
+from .sites import SITES, Change, numbers_of, wide
 
 if TYPE_CHECKING:
     from .capture import Capture
@@ -39,7 +39,7 @@ class Edit:
         if site not in SITES:
             raise ValueError(f"site {site!r} cannot be changed; {', '.join(SITES)} can")
         self.site, self.layers = site, numbers_of("layers", layers)
-        self.change = Rule(function, name or f"{name_of(function)} at {site}")
+        self.change = Change(function, name or f"{name_of(function)} at {site}")
 
     def __repr__(self) -> str:
         return self.change.name

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import explain
-from .arguments import whole_number, whole_numbers
-from .attention import Layers
+from .arguments import check_options, whole_number, whole_numbers
+from .attention import Layers, try_last
 from .cache import Cache
 from .capture import Capture
 from .compiling import Graphs, compiles_for
@@ -23,7 +23,7 @@ from .fusion import AnyPrompt, Ensemble, Prompt, as_ensemble, token_ids
 from .masks import BLOCK, Mask
 from .model import Llama, last, plainly
 from .paging import Rows
-from .request import Request
+from .request import Request, longest_of
 from .rules import Tokens
 from .sampling import Sampling, seeded, stack
 from .scheduler import Scheduler
@@ -104,6 +104,7 @@ class Engine:
 
         Raises as `stream` does; a NonFiniteLogitsError has what was generated of all prompts as `completions`.
         """
+        check_options("generate", self.stream, options)
         prompts = list(prompts)
         completions = [Completion() for _ in prompts]
         try:
@@ -176,6 +177,12 @@ class Engine:
             longest = max(len(p.ids) + limits[q] for p, q in zip(batch.rows, batch.requests, strict=True))
             cache = self.new_cache(len(batch.rows), longest)
         layers = batch.attention_layers(model, mask, score_mod, cache)
+        if mask is not None or score_mod is not None:
+            tokens = longest_of(batch.rows, [limits[q] for q in batch.requests])
+            tokens = tokens._replace(
+                index=torch.where(tokens.index < 0, -1, tokens.index + cache.length[:, None].cpu())
+            )
+            try_last(layers, tokens, model.config.num_attention_heads)
         captures = several(capture, Capture, "capture")
         probe_of = probes(model, captures, several(edit, Edit, "edit"), len(batch.rows), stepwise=True)
         ahead = ahead and not captures  # what is captured may be copied to the host
@@ -272,10 +279,12 @@ class Engine:
         Can be called from any thread. Raises ValueError as `stream` does, for what the slots do not hold, and for a
         mask or score function that fails for the request's last token, or where Python looks at a tensor's value.
         """
+        check_options("submit", Scheduler.submit, options)
         return self.scheduler.submit(prompt, **options)
 
     def submit_samples(self, prompt: AnyPrompt, n: int, *, sampling: Sampling, **options: Any) -> list[Request]:
         """`n` requests for one prompt, which share what is computed of it; sample i has the seed of `sampling` + i."""
+        check_options("submit_samples", Scheduler.submit, options)
         first = seeded(sampling)
         return [self.submit(prompt, sampling=seeded(first, i), **options) for i in range(whole_number("n", n, least=1))]
 

@@ -8,17 +8,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    needs = f"llama_flex.lm_eval needs lm-eval ({error}): pip install 'llama_flex[eval]'"
+    if __name__ == "__main__":
+        sys.exit(f"error: {needs}")
+    raise ImportError(needs) from error
+
+from .config import GenerationConfig
 from .engine import Engine
 from .masks import Mask
 from .model import Llama
@@ -65,12 +74,15 @@ class LlamaFlex(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
-        return self.engine.model.eos_token_ids[0]
+        """The id that ends a text. Raises ValueError if neither the model nor the tokenizer names one."""
+        ids = (*self.engine.model.eos_token_ids, self.text.eos_token_id)
+        if ids[0] is None:
+            raise ValueError("neither the model nor the tokenizer names an end-of-text id, and this task needs one")
+        return ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """What comes before a text that has no context."""
+        """What comes before a text that has no context: the beginning-of-text id, else the end-of-text id."""
         bos = self.text.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -86,11 +98,11 @@ class LlamaFlex(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; where no answer is to begin, the last message is one that goes on."""
-        text = self.text.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        begun = chat_history[-1]["content"].strip()
-        return text[: text.rindex(begun) + len(begun)]
+        return self.text.apply_chat_template(
+            chat_history,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; it gets a beginning-of-text id, if the tokenizer adds one, unless it has it already."""
@@ -143,6 +155,7 @@ class LlamaFlex(TemplateLM):
             for text, options in (request.args for request in requests):
                 options = dict(normalize_gen_kwargs(options))
                 until, count, _ = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+                options = {name: value for name, value in options.items() if not _is_neutral(name, value)}
                 if unknown := options.keys() - {field.name for field in dataclasses.fields(Sampling)}:
                     raise ValueError(f"generation options {sorted(unknown)} are not known; see Sampling")
                 if count >= context:
@@ -167,6 +180,11 @@ class LlamaFlex(TemplateLM):
                 raise given.error
             self.cache_hook.add_partial("generate_until", request.args, given.completion.text)
         return [given.completion.text or "" for given in asked]
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether a setting of transformers' generate changes nothing, such as `num_beams: 1`."""
+    return name in GenerationConfig.NEUTRAL and not GenerationConfig.not_neutral({name: value})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import attention, hub, masks, rope, weights
-from .arguments import named_device
+from .arguments import named_device, whole_number
 from .attention import Backend, Layers, Pattern, View
 from .cache import Cache, store
 from .capture import Capture
@@ -156,8 +157,8 @@ class Llama(nn.Module):
         and the way out, for anything missing, malformed or not supported; see `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype must be a torch.dtype such as torch.bfloat16, found {dtype!r}")
+        if dtype is not None and dtype not in weights.DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, weights.DTYPES))}, found {dtype!r}")
         folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
         config, generation_config = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
         model = weights.load(
@@ -257,33 +258,42 @@ class Llama(nn.Module):
         length at which "dynamic" and "longrope" embeddings change (without a cache they are the reference's), and for
         gradients on the CPU, where FlexAttention has none and only backend "dense" does, or with a cache.
         """
-        if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int32, torch.int64):
-            found = f"{list(input_ids.shape)} {input_ids.dtype}"
-            raise ValueError(f"input_ids must be integers [batch, tokens] with at least one token, found {found}")
+        integers = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int32, torch.int64)
+        if not integers or input_ids.dim() != 2 or not input_ids.numel():
+            rule = "input_ids must be a tensor of integers [batch, tokens] with at least one token"
+            raise ValueError(f"{rule}, such as torch.tensor([[1, 2, 3]]), found {_described(input_ids)}")
         b, t = input_ids.shape
+        self._check_ids(input_ids)
         for argument, value, shape in (
             ("lengths", lengths, (b,)),
             ("positions", positions, (b, t)),
             ("segments", segments, (b, t)),
         ):
-            if value is not None and (value.shape != shape or value.is_floating_point()):
-                found = f"{list(value.shape)} {value.dtype}"
-                raise ValueError(f"{argument} must be integers {list(shape)} to fit input_ids, found {found}")
+            integers = isinstance(value, Tensor) and not value.is_floating_point()
+            if value is not None and not (integers and value.shape == shape):
+                rule = f"{argument} must be a tensor of integers {list(shape)} to fit input_ids"
+                raise ValueError(f"{rule}, found {_described(value)}")
         if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
             raise ValueError(f"lengths must be from 0 to the {t} tokens given, found {lengths.tolist()}")
-        if not 0 <= logits_to_keep <= t:
+        if not 0 <= whole_number("logits_to_keep", logits_to_keep) <= t:
             raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
         if backend not in get_args(Backend):
             raise ValueError(f"backend {backend!r} is not known; choose 'flex' or 'dense'")
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
+        if cache is not None:
+            self.check_cache(cache, b)
         layers = self.attention_layers(mask, score_mod, cache)
+        if score_mod is not None and not torch.compiler.is_compiling():
+            self._try_last(layers, t, positions, segments, cache)
         captures = several(capture, Capture, "capture")
         probe_of = probes(self, captures, several(edit, Edit, "edit"), b)
         input_ids = input_ids.to(self.device)
+        held = cache.reserved if cache is not None and cache.window is None else 0
+        if cache is None or cache.window is None:
+            self._warn_beyond_context(held + t)
         if cache is not None:
-            self.check_cache(cache, b)
             end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
             if self.rotary.limit is not None and int(end.max()) > self.rotary.limit:
                 raise ValueError(
@@ -297,6 +307,33 @@ class Llama(nn.Module):
                 each.add(read, layers, cache)
             return self.head(last(x, lengths, logits_to_keep) if logits_to_keep else x)
 
+    def _check_ids(self, input_ids: Tensor) -> None:
+        """Raise ValueError for ids outside the vocabulary. On a GPU they are not looked at: that would have to wait."""
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        least, most, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
+        if least < 0 or most >= size:
+            raise ValueError(f"token id {least if least < 0 else most} is outside the vocabulary of {size} ids")
+
+    def _try_last(
+        self, layers: Layers, count: int, positions: Tensor | None, segments: Tensor | None, cache: Cache | None
+    ) -> None:
+        """Raise ValueError for a mask or score function that fails for the last of `count` new tokens."""
+        column = torch.arange(count, dtype=torch.int32)[None]
+        index = column + (0 if cache is None else int(cache.length.max()))
+        tokens = (index, index if positions is None else positions, 0 * index if segments is None else segments)
+        rows = max(len(x) for x in tokens)
+        attention.try_last(layers, Tokens(*(x.expand(rows, -1) for x in tokens)), self.config.num_attention_heads)
+
+    def _warn_beyond_context(self, count: int) -> None:
+        context = self.config.max_position_embeddings
+        if count > context and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{count} tokens are more than the {context} that the model was made for (max_position_embeddings); "
+                "what it predicts there may be of no use",
+                stacklevel=3,
+            )
+
     def attention_layers(
         self,
         mask: Mask | Sequence[Mask | None] | None = None,
@@ -307,6 +344,7 @@ class Llama(nn.Module):
 
         Raises ValueError for what is no mask or score function, and for another number of them than of layers.
         """
+        self.check_device()
         count = self.config.num_hidden_layers
 
         def of_each_layer(value: Any, kind: type, name: str) -> list[Any]:
@@ -349,8 +387,15 @@ class Llama(nn.Module):
             return masks.causal() if window is None else masks.sliding_window(window)
         return masks.bidirectional() if window is None else masks.bidirectional_window(window)
 
+    def check_device(self) -> None:
+        """Raise ValueError for a model without weights."""
+        if self.device.type == "meta":
+            raise ValueError("the model is on the meta device, without weights; load it with Llama.from_pretrained")
+
     def check_cache(self, cache: Cache, batch_size: int) -> None:
-        """Raise ValueError for a cache of another batch size or another model."""
+        """Raise ValueError for what is no cache, and for one of another batch size or another model."""
+        if not isinstance(cache, Cache):
+            raise ValueError(f"cache must be made with model.new_cache, found {type(cache).__name__}")
         if cache.batch_size != batch_size:
             raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}; give one row each")
         c, (keys, _) = self.config, cache.layers[0]
@@ -440,6 +485,11 @@ def last(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     end = torch.full((b,), t, device=x.device) if lengths is None else lengths
     kept = end[:, None] - count + torch.arange(count, device=x.device)
     return x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, e))
+
+
+def _described(value: object) -> str:
+    """What a caller gave where a tensor was expected."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from .fusion import Ensemble, Prompt
 from .masks import BLOCK
+from .rules import Tokens
 from .sampling import Sampling
 from .streaming import Completion, Step, Steps
 from .together import Rule
@@ -102,6 +104,17 @@ class Request:
             self.scheduler.cancel(self)
         if self.error is not None:
             raise self.error
+
+
+def longest_of(prompts: Sequence[Prompt], limits: Sequence[int]) -> Tokens:
+    """The attributes `[B, T]` of prompts with as many new tokens as each may get."""
+    texts = [tokens_of(prompt, [0] * limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    padded = np.zeros((3, len(texts), max(text.shape[1] for text in texts)), np.int32)
+    padded[0] = -1
+    for row, text in enumerate(texts):
+        padded[0, row, : text.shape[1]] = range(text.shape[1])
+        padded[1:, row, : text.shape[1]] = text[1:]
+    return Tokens(*torch.from_numpy(padded))
 
 
 def tokens_of(prompt: Prompt, new: Sequence[int]) -> np.ndarray:

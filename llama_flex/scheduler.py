@@ -12,21 +12,23 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import masks
 from .arguments import whole_number
+from .attention import try_last
 from .batching import WIDTH, Batches, Piece, Unread
-from .fusion import AnyPrompt, as_ensemble
+from .fusion import AnyPrompt, Ensemble, as_ensemble
 from .masks import BLOCK, Mask
 from .model import Llama
 from .paging import PagedCache, Pool
-from .request import Request, Text, tokens_of
+from .request import Request, Text, longest_of, tokens_of
 from .sampling import Sampling, seeded
 from .scores import ScoreMod
 from .streaming import NonFiniteLogitsError, Step, Steps
+from .together import Rule
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -54,6 +56,7 @@ class Scheduler:
         prefill_tokens: int | None,
     ) -> None:
         self.engine, self.model = engine, engine.model
+        engine.model.check_device()
         config, device = self.model.config, self.model.device
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -70,8 +73,7 @@ class Scheduler:
             pages = min(pages, _pages_that_fit(self.model, memory_fraction))
         else:
             pages = -(-max_slots // BLOCK)
-        self.cache = PagedCache(config, pages, dtype=self.model.dtype, device=device)
-        blocks = min(blocks, pages)
+        self.blocks = blocks = min(blocks, pages)
         self.max_length = blocks * BLOCK
         self.prefill_tokens = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // WIDTH) * WIDTH
         self._inbox: deque[Request] = deque()  # from any thread
@@ -81,7 +83,6 @@ class Scheduler:
         self._sent_away: list[Request] = []  # in this step; they wait once it is done
         self._running: list[Request] = []
         self._ended: dict[Request, None] = {}  # and not returned yet; from any thread
-        self._ahead = device.type == "cuda"  # a step is read while the next one runs
         self._unread: list[Unread] = []
         self.prompt_tokens = self.new_tokens = 0  # computed so far, and given so far
         self._numbers = itertools.count()
@@ -90,10 +91,34 @@ class Scheduler:
         self._cut_short = False  # the step before
 
         self._seats = list(range(max_batch_size))[::-1]
-        self.batches = Batches(engine, self.cache, max_batch_size, self.prefill_tokens, blocks)
-        self.rules = self.batches.rules
         self._weights: list[tuple[int, int]] = []
         self._version = 0  # of the weights: what was computed with others is not shared
+        self._allocate(pages)
+
+    def _allocate(self, pages: int) -> None:
+        """Make what lies in memory, for the model's dtype on its device."""
+        dtype, device = self.model.dtype, self.model.device
+        self.cache = PagedCache(self.model.config, pages, dtype=dtype, device=device)
+        self.batches = Batches(self.engine, self.cache, self.max_batch_size, self.prefill_tokens, self.blocks)
+        self.rules = self.batches.rules
+        self._ahead = device.type == "cuda"  # a step is read while the next one runs
+        self._made_for = dtype, device
+
+    def _follow_model(self) -> None:
+        """After the model was given another dtype or device: what is under way begins anew there."""
+        if self._made_for == (self.model.dtype, self.model.device):
+            return
+        with self._turn:
+            self.model.check_device()
+            self._allocate(self.pool.count)
+            self._start_over()
+            for request in {*self._waiting, *self._inbox.copy()}:
+                request.rule = self._rule_of(request.ensemble, *(request.rule.given or (None, None)))
+
+    def _rule_of(self, ensemble: Ensemble, mask: Any, score_mod: Any) -> Rule:
+        """How a request attends; raises ValueError."""
+        fused = any(p.generated_segment == masks.GENERATED for p in ensemble.prompts)
+        return self.rules.rule(mask, score_mod, fused)
 
     @property
     def pool(self) -> Pool:
@@ -158,10 +183,16 @@ class Scheduler:
                 f"{sum(lengths)} tokens and {limit} new ones exceed the slots: {self.max_length} of a text and "
                 f"{self.pool.count * BLOCK} in all; ask for fewer, or give the engine a larger max_length or max_slots"
             )
-        fused = any(p.generated_segment == masks.GENERATED for p in ensemble.prompts)
-        rule = self.rules.rule(mask, score_mod, fused)
+        self._follow_model()
+        rule = self._rule_of(ensemble, mask, score_mod)
         if not rule.shares:
-            self.rules.check(rule, [tokens_of(prompt, [0] * limit) for prompt in ensemble.prompts])
+            longest = longest_of(ensemble.prompts, [limit] * len(ensemble.prompts))
+            try_last(rule.layers, longest, model.config.num_attention_heads)
+        if rule.shares and not model.default_mask.never_looks_ahead:
+            raise ValueError(
+                "this model attends in both directions (is_causal is false), and requests are computed in pieces, of "
+                "which none sees a later one; use generate or stream, or give a mask"
+            )
         stop_ids = engine.stop_ids(stop_token_ids)
         number = next(self._numbers)
         request = Request(
@@ -210,6 +241,7 @@ class Scheduler:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _compute(self) -> None:
+        self._follow_model()
         if self._cut_short:  # by an error, or Ctrl-C
             self._start_over()
         self._cut_short = True

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import whole_number
+from .arguments import check_options, whole_number
 from .decoding import filled
 from .edits import Edit
 from .engine import Engine
@@ -131,6 +131,13 @@ def _scores(
             part.append(logprob_of(filter_logits(flat, parameters, before), token))
         parts.append(torch.stack(part).view(-1, *here.shape).cpu())
     whole = torch.cat(parts, 2)  # [2 or 3, B, T]
+    for n, text in enumerate(texts):
+        if not bool((finite := whole[0, n, : len(text)].isfinite()).all()):
+            at = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"the model's logits are NaN or infinite at token {at} of the continuation {text[:8]}...: its weights "
+                f"may be damaged, or {model.dtype} may overflow (try another dtype)"
+            )
     of_text = (whole[:, q, : len(text)].unbind(0) for q, text in enumerate(texts))
     return [Score(raw, greedy.bool(), *processed) for raw, greedy, *processed in of_text]
 
@@ -149,6 +156,7 @@ def score_text(
     after as many others as there are; default half of the window. The first window scores all of its own.
     options: as in `score`. Raises ValueError for fewer than two tokens, and for sizes that leave nothing to do.
     """
+    check_options("score_text", score, options)
     engine, text = model if isinstance(model, Engine) else Engine(model), token_ids(ids)
     window = engine.model.context if window is None else whole_number("window", window)
     stride = max(window // 2, 1) if stride is None else whole_number("stride", stride)
@@ -183,6 +191,7 @@ def choose(
 
     per_token: by the mean log-probability instead of the sum. options: as in `score`.
     """
+    check_options("choose", score, options)
     scores = score(model, prefix, choices, **options)
     if not scores:
         raise ValueError("choose needs at least one choice")

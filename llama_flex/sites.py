@@ -58,6 +58,12 @@ def untouched(name: str, x: Tensor) -> Tensor:
     return x
 
 
+class Change(Rule):
+    """The function of an edit."""
+
+    kind = "edit"
+
+
 class Probe(NamedTuple):
     """What is done in one layer: which sites are read, and how some are changed before, in order."""
 
@@ -105,10 +111,7 @@ def changed(x: Tensor, change: Rule, tokens: Tokens) -> Tensor:
     Padding stays as it is: an edit may make it infinite, where its index of -1 is none to divide by, and a masked token
     still takes part in products. x is copied: an edit may work in place, and what was read elsewhere stays.
     """
-    try:
-        new = change.function(x.clone(), tokens)
-    except (IndexError, RuntimeError) as error:
-        raise ValueError(f"edit {change} fails on {list(x.shape)}: {error}") from error
+    new = change.ask(x.clone(), tokens)
     if not isinstance(new, Tensor) or new.shape != x.shape:
         kind = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
         raise ValueError(f"edit {change} returned {kind} of {list(x.shape)}; it returns what it got, changed")

@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import masks, scores
 from .attention import Layers
 from .decoding import WEIGHTS, Buffer
-from .faults import FunctionError
 from .masks import Mask
 from .model import Llama
-from .rules import Token, Tokens, take
+from .rules import Token, take
 from .scores import ScoreMod
 
 PATTERNS = 8  # that may run at a time: every one is evaluated for every row
@@ -28,7 +26,9 @@ class Rule(NamedTuple):
     """How a request attends. key: equal for requests that attend alike."""
 
     key: Hashable
-    given: object  # what the key was made of: it holds addresses of tensors, so they must stay
+    # The mask and score function that were asked for, if any were: the key holds addresses of their tensors, so they
+    # must stay.
+    given: tuple[Any, Any] | None
     layers: Layers
     shares: bool  # pages with others: nothing but the tokens decides what they hold
 
@@ -72,30 +72,6 @@ class Rules:
         given = [m or default for m in mask] if isinstance(mask, list | tuple) else mask or default
         layers = self.model.attention_layers(given, score_mod)
         return Rule((fused, _identity(mask), _identity(score_mod)), (mask, score_mod), layers, False)
-
-    def check(self, rule: Rule, texts: Sequence[np.ndarray]) -> None:
-        """Raise ValueError for a rule that fails for the last token of a text: with others in its step, all would fail.
-
-        texts: ids, positions and segments, `[3, N]`, of the rows of a request, as long as they may get.
-        It is tried on the CPU: on a GPU, an index out of bounds would be the end of the process.
-        """
-        lengths = [text.shape[1] for text in texts]
-        padded = np.zeros((3, len(texts), max(lengths)), np.int32)
-        padded[0] = -1
-        for row, text in enumerate(texts):
-            padded[0, row, : text.shape[1]] = range(text.shape[1])
-            padded[1:, row, : text.shape[1]] = text[1:]
-        tokens = Tokens(*torch.from_numpy(padded))
-        last = Tokens(*(x.gather(1, torch.tensor(lengths)[:, None] - 1) for x in tokens))
-        shape = len(texts), self.model.config.num_attention_heads, 1, max(lengths)
-        for pattern in rule.layers.patterns:
-            mask, score_mod = pattern.mask.to("cpu"), pattern.score_mod and pattern.score_mod.to("cpu")
-            try:
-                mask.dense(last, tokens, shape[1])
-                if score_mod is not None:
-                    score_mod.dense(torch.zeros(shape), last, tokens)
-            except FunctionError as error:
-                raise ValueError(f"fails for a text of {max(lengths)} tokens: {error}") from error
 
     def number_of(self, rule: Rule, running: set[int]) -> int | None:
         """The number of a rule, which may take that of one that is not running; None if all are."""

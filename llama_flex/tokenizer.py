@@ -170,6 +170,7 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
         tools: list[dict[str, Any]] | None = None,
         documents: list[dict[str, Any]] | None = None,
         chat_template: str | None = None,
@@ -179,6 +180,7 @@ class Tokenizer:
 
         Args:
             add_generation_prompt: end where the assistant's answer begins.
+            continue_final_message: end within the last message, which is to be continued; see `chat.render_chat`.
             chat_template: Jinja source, or the name of one of the folder's templates, instead of the folder's own.
             variables: further variables of the template; they go before the special tokens of the same name.
             tools, documents, errors: see `chat.render_chat`.
@@ -199,6 +201,7 @@ class Tokenizer:
             tools=tools,
             documents=documents,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             **{**self._special_tokens, **variables},
         )
 

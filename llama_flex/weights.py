@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_SHARDS = 4096  # to read; opening so many takes a fifth of a second
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = tuple(_DTYPES.values())  # that weights may have
 
 
 class CheckpointError(FolderError):
