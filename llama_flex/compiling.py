@@ -15,9 +15,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.exc import InductorError
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from .faults import CompileError
 
 T = TypeVar("T")
 
@@ -50,7 +55,10 @@ class Graphs:
         self._recording = _Recording()
 
     def of(self, *key: Hashable) -> Callable[..., Any]:
-        """What runs a part of a step compiled for `key`: the shapes, and all that the code depends on."""
+        """What runs a part of a step compiled for `key`: the shapes, and all that the code depends on.
+
+        It raises CompileError, before anything has run, where torch can compile nothing or not this part.
+        """
 
         def run(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
             self._recording.parts += 1
@@ -60,6 +68,8 @@ class Graphs:
             started, part = time.perf_counter(), self._compiled(function)
             try:
                 result = part(*args)
+            except (BackendCompilerFailed, InductorError) as error:
+                raise CompileError(_why(error)) from error
             finally:
                 self.seconds += time.perf_counter() - started
             self.parts[*key, name] = part
@@ -135,6 +145,23 @@ def compiles_for(device: torch.device) -> bool:
     """Whether compiled steps are right: before torch 2.13, the reductions of booleans that it compiles for a CPU write
     beyond their memory."""
     return device.type != "cpu" or torch.__version__ >= "2.13"  # compares versions
+
+
+def _why(error: Exception) -> str:
+    """One line about a compiler that failed, with the way out."""
+    inner = getattr(error, "inner_exception", None) or error
+    text = str(inner)
+    lines = [line for line in map(str.strip, text.splitlines()) if line] or ["no message"]
+    first = next((line for line in lines if " error: " in line), lines[0])
+    if "InvalidCxxCompiler" in text or type(inner).__name__ == "InvalidCxxCompiler":
+        first, way = "there is no C++ compiler", "install g++, or name one in CXX"
+    elif "not supported for CPU" in text:
+        first, way = "this processor is none that it knows", "if ATEN_CPU_CAPABILITY is set, unset it"
+    elif "Python.h" in text:
+        first, way = "Python's headers are missing", "install them (python3-dev)"
+    else:
+        way = f"if a file in {cache_dir()} is damaged, delete that folder"
+    return f"torch cannot compile: {first[:300]}; {way}; or do not compile: compile=False, --compile off"
 
 
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:

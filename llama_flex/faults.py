@@ -28,8 +28,14 @@ class FunctionError(ValueError):
         self.what, self.fault = what, fault
 
 
+class CompileError(ValueError):
+    """torch cannot compile here: no compiler, a processor it does not know, a damaged cache; the message says which."""
+
+
 def fault_of(error: Exception) -> tuple[str, str]:
     """The kind of a fault that a user's function raised, and one line with its cause, the line of code, the way out."""
+    if isinstance(error, CompileError):
+        return "does-not-compile", f"{error}{user_line(error)}"
     text, line = str(error), user_line(error)
     first = f"{type(error).__name__}: {(text.strip() or 'no message').splitlines()[0]}"
     if out := _OUT_OF_RANGE.search(text):
@@ -53,7 +59,8 @@ def fault_of(error: Exception) -> tuple[str, str]:
 def user_line(error: Exception) -> str:
     """Where in the user's code an error arose, by its traceback or by what the compiler says; "" if nowhere."""
     frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    frames += [(name, int(line), None) for name, line in re.findall(r'File "(.+?)", line (\d+)', str(error))]
+    messages = f"{error} {error.__cause__}"
+    frames += [(name, int(line), None) for name, line in re.findall(r'File "(.+?)", line (\d+)', messages)]
     for name, line, source in reversed(frames):
         if not name.startswith(_LIBRARIES) and f"{os.sep}site-packages{os.sep}" not in name:
             return f" in line {line} of {Path(name).name}" + (f", `{source}`" if source else "")

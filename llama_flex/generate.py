@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
+import getpass
 import os
+import re
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
 
@@ -251,10 +257,40 @@ class _Output:
             raise UsageError(f"cannot write to {self.name}: {error.strerror}") from None
 
 
+@dataclass
+class _Memory:
+    """What is computed of a conversation: its keys and values, and the ids of the tokens that they are of."""
+
+    cache: Cache | None = None
+    ids: list[int] = field(default_factory=list)
+    compiled: bool = False  # whether the cache is of a size for compiled steps
+
+
+def _check_compiled_code_cache() -> None:
+    """Let torch keep what it compiles in a temporary folder if its own cannot be written to, without which it does not
+    even start."""
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    folder = os.environ.get(name) or os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")  # as torch has it
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        os.environ[name] = tempfile.mkdtemp(prefix="torchinductor_")
+        atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+        print(
+            f"warning: {folder}, where torch keeps compiled code, cannot be written to ({error.strerror}); what is "
+            f"compiled now is not kept; name a folder in {name}",
+            file=sys.stderr,
+        )
+
+
 class _Session:
     """A loaded model and what was asked of it."""
 
     def __init__(self, args: argparse.Namespace, output: _Output) -> None:
+        _check_compiled_code_cache()
         import torch
 
         from . import hub
@@ -330,9 +366,12 @@ class _Session:
 
     def _complete_live(self, job: Job, prompt: AnyPrompt) -> None:
         written = False
-        steps = self.engine.stream([prompt], sampling=self._sampling_of(job.number), **self.options)
+
+        def start() -> Iterator[Step]:
+            return self.engine.stream([prompt], sampling=self._sampling_of(job.number), **self.options)
+
         try:
-            for step in self.statistics.timed(steps, [prompt]):
+            for step in self.statistics.timed(self._steps(start), [prompt]):
                 written = True
                 if step.text:
                     self.output.write(step.text)
@@ -340,10 +379,33 @@ class _Session:
             if written:
                 self.output.write("\n")
 
+    def _steps(self, start: Callable[[], Iterator[Step]]) -> Iterator[Step]:
+        """The steps of a stream; if it cannot be compiled and need not be, started anew, less those given already."""
+        from .faults import CompileError
+
+        given = 0
+        while True:
+            try:
+                for n, step in enumerate(start()):
+                    if n == given:
+                        given += 1
+                        yield step
+                return
+            except CompileError as error:
+                self._go_on_uncompiled(error)
+
+    def _go_on_uncompiled(self, error: Exception) -> None:
+        """What `--compile auto` does where torch cannot compile; raises the error otherwise."""
+        if self.args.compile != "auto" or not self.engine.compile:
+            raise error
+        self.engine.compile = False
+        print(f"warning: goes on uncompiled, more slowly: {error}", file=sys.stderr)
+
     def _complete_all(self, prompts: list[tuple[Job, AnyPrompt]]) -> None:
         from tqdm import tqdm
 
         from .engine import Engine
+        from .faults import CompileError
         from .fusion import as_ensemble
         from .scheduler import BATCH_SIZE
 
@@ -372,7 +434,12 @@ class _Session:
         with tqdm(total=len(going), unit="prompt", disable=hidden) as progress:
             try:
                 while going:
-                    for request in self.statistics.step():
+                    try:
+                        ended = self.statistics.step()
+                    except CompileError as error:  # what was under way waits again
+                        self._go_on_uncompiled(error)
+                        continue
+                    for request in ended:
                         job = going.pop(request)
                         if request.error is not None:
                             failed.append(f"{job.where}: {request.error}".replace(f"prompt {request.number}", "it"))
@@ -434,8 +501,7 @@ class _Session:
         engine = self.engine
         engine.compile = self._compiles(COMPILE_FROM)  # of a conversation, replies enough
         messages: jobs.Messages = []
-        cache: Cache | None = None
-        held: list[int] = []  # the tokens in the cache
+        memory = _Memory()
         for turn, message in enumerate(self._messages(messages)):
             messages.append({"role": "user", "content": message})
             try:
@@ -445,37 +511,46 @@ class _Session:
                 _refuse(error)
                 messages.pop()
                 continue
-            needed = min(len(prompt) + self.expected, engine.model.context)
-            if cache is None or needed > cache.max_length:
-                cache, held = engine.new_cache(1, needed), []
-            fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
-            differs = (i for i, (a, b) in enumerate(zip(held, fresh, strict=False)) if a != b)
-            shared = next(differs, min(len(held), len(fresh)))
-            if not engine.model.default_mask.never_looks_ahead:
-                shared = 0  # earlier tokens see the new ones
-            cache.truncate(shared)
-            new, before = [prompt[shared:]], [prompt[:shared]]
-            sampling = self._sampling_of(turn)
-            steps = engine.stream(new, cache=cache, cached_ids=before, sampling=sampling, **self.options)
-            reply, tokens = "", []
+            reply, tokens, shared = "", [], self._recall(memory, prompt)
+
+            def start(prompt: list[int] = prompt, turn: int = turn) -> Iterator[Step]:
+                new = [prompt[self._recall(memory, prompt) :]]
+                known, sampling = [memory.ids], self._sampling_of(turn)
+                return engine.stream(new, cache=memory.cache, cached_ids=known, sampling=sampling, **self.options)
+
             try:
-                for step in self.statistics.timed(steps, new):
+                for step in self.statistics.timed(self._steps(start), [prompt[shared:]]):
                     tokens.append(step.token)
                     reply += step.text or ""
                     self.output.write(step.text or "")
             except KeyboardInterrupt:  # ends the reply, not the conversation
                 pass
             except NonFiniteLogitsError as error:
-                reply, cache = "", None  # whose keys and values may hold NaN too
+                reply, memory.cache = "", None  # whose keys and values may hold NaN too
                 _refuse(error)
             # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
-            held = prompt + tokens[:-1] if tokens else prompt[:shared]
+            memory.ids += [*prompt[len(memory.ids) :], *tokens[:-1]] if tokens else []
             self.output.write("\n")
             if reply:
                 messages.append({"role": "assistant", "content": reply})
             else:  # which many templates refuse, as they do two messages of the user in a row
                 messages.pop()
                 print("no reply: the message is left out of the conversation", file=sys.stderr)
+
+    def _recall(self, memory: _Memory, prompt: list[int]) -> int:
+        """How many tokens of a prompt need not be computed again: the memory is left with those alone."""
+        engine = self.engine
+        needed = min(len(prompt) + self.expected, engine.model.context)
+        if memory.cache is None or needed > memory.cache.max_length or memory.compiled != engine.compile:
+            memory.cache, memory.ids, memory.compiled = engine.new_cache(1, needed), [], engine.compile
+        fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
+        differs = (i for i, (a, b) in enumerate(zip(memory.ids, fresh, strict=False)) if a != b)
+        shared = next(differs, min(len(memory.ids), len(fresh)))
+        if not engine.model.default_mask.never_looks_ahead:
+            shared = 0  # earlier tokens see the new ones
+        memory.cache.truncate(shared)
+        memory.ids = prompt[:shared]
+        return shared
 
     def _messages(self, messages: jobs.Messages) -> Iterator[str]:
         """What the user says, line by line; commands are done here."""
