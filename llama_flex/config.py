@@ -241,7 +241,7 @@ class LlamaConfig:
         """The object to write as `config.json`; transformers and this package read it back."""
         architecture, _ = _ARCHITECTURES[self.model_type]
         out: dict[str, Any] = {**self.other, "architectures": [architecture], "hidden_act": "silu"}
-        unwritten = {"other", *self._unread, *(("is_causal",) if self.is_causal else ())}
+        unwritten = {"other", *self._unread}
         out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in unwritten}
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)

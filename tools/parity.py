@@ -345,7 +345,7 @@ def random_checkpoint(name: str, seed: int, folder: Path) -> None:
 
 def token_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: Llama) -> list[int]:
     """The text's first tokens, without a tokenizer random ones. Raises ValueError for too few or too many."""
-    count = args.length or LENGTH
+    count = args.length or max(2, min(LENGTH, model.context - STEPS))
     if tokenizer is None and args.text is not None:
         raise ValueError("the model has no tokenizer for --text; leave that out, and tokens are random")
     if tokenizer is None:
@@ -408,7 +408,7 @@ def _parser() -> Parser:
     add("--against", metavar="PATH", help="a folder or hub name for transformers (default: MODEL)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--length", type=whole_number, metavar="N", help=f"tokens, at least 2 (default: {LENGTH}, or all of the text)")
+    add("--length", type=whole_number, metavar="N", help=f"tokens, at least 2 (default: {LENGTH}, or what there is)")
     add("--seed", type=int, default=0, help="of random weights and tokens (default: 0)")
     add("--text", type=Path, metavar="FILE", help="whose tokens to take (default: a text of this tool)")
     faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
