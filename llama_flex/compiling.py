@@ -179,11 +179,12 @@ def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callabl
 
 
 def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Inductor, after a change to score functions.
+    """Inductor, after a change to the masks and score functions that FlexAttention is given.
 
     FlexAttention replaces the `[]` of a score function by one that has a backward, and that reads memory that is not
     its own on CUDA (2.11: "illegal memory access"). Steps have no backward, so `[]` becomes the plain operator before
-    FlexAttention sees it.
+    FlexAttention sees it. And one `[]` after another, `table[i][0]`, becomes a single one: torch 2.13's CPU kernel
+    loses the dimensions of what lies between ("index out of bounds").
     """
     modules = [module for module in graph.modules() if isinstance(module, GraphModule)]
     calls = [
@@ -191,11 +192,14 @@ def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]
         for module in modules
         for node in module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention)
     ]
-    names = {str(call.args[3]) for call in calls}  # of their score functions
+    names = {str(function) for call in calls for function in (call.args[3], cast(Any, call.args[4])[-1])}
     for name, module in (pair for m in modules for pair in m.named_children()):
         if name in names and isinstance(module, GraphModule):
             for node in module.graph.find_nodes(op="call_function", target=operator.getitem):
                 _index_plainly(node)
+            for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.index):
+                _index_at_once(node)
+            module.graph.eliminate_dead_code()
             module.recompile()
     return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
 
@@ -210,3 +214,20 @@ def _index_plainly(node: Node) -> None:
         with node.graph.inserting_before(node):
             indices = [i if isinstance(i, Node) else node.graph.call_function(scalar, (i,), kind) for i in indices]
         node.target, node.args = torch.ops.aten.index, (table, indices)
+
+
+def _index_at_once(node: Node) -> None:
+    """Make `table[i][j]` of `table[i, j]`, where i and j are single numbers. Nodes come in their order, so what lies in
+    between is done already."""
+    between, indices = cast(tuple[Node, list[Node]], node.args)
+    if between.target is torch.ops.aten.index:
+        table, first = cast(tuple[Node, list[Node]], between.args)
+        if all(_is_scalar(i) for i in (*first, *indices)):
+            node.args = table, [*first, *indices]
+
+
+def _is_scalar(node: object) -> bool:
+    if not isinstance(node, Node):
+        return False
+    value = node.meta.get("example_value")
+    return node.target is torch.ops.aten.scalar_tensor or (isinstance(value, Tensor) and not value.dim())

@@ -135,7 +135,8 @@ class Engine:
         """Complete prompts of any lengths together, yielding every token as it comes.
 
         prompts: lists of token ids; or what `fuse` returns, several prompts that one text continues; or an `Ensemble`.
-        max_new_tokens: default what generation_config.json says, else 256, at most what the context leaves room for.
+        max_new_tokens: default what generation_config.json says, else 256, at most what the context and its max_length
+        leave room for.
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
         stop: strings that end a text. stop_token_ids: default the model's end-of-text ids. Neither appears in the text;
         the tokens do.
@@ -350,7 +351,8 @@ class Engine:
             max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         if cache is not None:
             self.model.check_cache(cache, sum(len(request.prompts) for request in requests))
-        limits = []
+        limits, config = [], self.model.generation_config
+        most = config.max_length if max_new_tokens is None and config.max_new_tokens is None else None
         for number, request in enumerate(requests):
             limit = max_new_tokens or self.default_new_tokens
             for prompt in request.prompts:
@@ -362,7 +364,7 @@ class Engine:
                         f"prompt {number}: {needed} tokens and {max_new_tokens} new ones exceed the {what}; ask for at "
                         f"most {int(room)} new tokens"
                     )
-                limit = min(limit, int(min(room, limit)))
+                limit = min(limit, int(min(room, limit)), limit if most is None else max(most - needed, 1))
             limits.append(limit)
         return limits
 

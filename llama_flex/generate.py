@@ -506,7 +506,6 @@ class _Session:
             messages.append({"role": "user", "content": message})
             try:
                 prompt = self._fitting(messages)
-                engine.check([prompt], self.args.max_new_tokens)
             except ValueError as error:  # too long, say: the conversation goes on without this message
                 _refuse(error)
                 messages.pop()
@@ -572,15 +571,18 @@ class _Session:
                     yield message
 
     def _fitting(self, messages: jobs.Messages) -> list[int]:
-        """The tokens of a conversation; its oldest exchanges are dropped if the context has no room for a reply."""
+        """The tokens of a conversation; its oldest exchanges are dropped if the context has no room for a reply to it.
+
+        Raises ValueError, and leaves the conversation as it is, if there is none for a reply to the last message alone.
+        """
         context, dropped = self.engine.model.context, 0
         room = self.args.max_new_tokens or min(self.expected, context // 4)
-        while True:
-            prompt = self.tokenizer.encode(self._chat_text(messages), add_special_tokens=False)
-            if len(prompt) + room <= context or len(messages) < 3:
+        for dropped in range(0, len(messages), 2):  # the last one alone is the end
+            prompt = self.tokenizer.encode(self._chat_text(messages[dropped:]), add_special_tokens=False)
+            if len(prompt) + room <= context:
                 break
-            del messages[:2]
-            dropped += 2
+        self.engine.check([prompt], self.args.max_new_tokens)
+        del messages[:dropped]
         if dropped:
             print(f"the context of {context} tokens is full: {dropped} messages are forgotten", file=sys.stderr)
         return prompt

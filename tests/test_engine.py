@@ -5,13 +5,31 @@ import dataclasses
 import pytest
 import tokenizers
 import torch
+import transformers
 from conftest import TINY, VIEW_OF, attend_densely
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_flex import GenerationConfig, Llama, LlamaConfig, Mask, Sampling, Tokenizer, attention, masks
-from llama_flex.engine import Completion, Engine
+from llama_flex import (
+    Completion,
+    Engine,
+    Ensemble,
+    GenerationConfig,
+    Llama,
+    LlamaConfig,
+    Mask,
+    Sampling,
+    ScoreMod,
+    Tokenizer,
+    Tokens,
+    attention,
+    choose,
+    masks,
+    score,
+)
+from llama_flex.faults import CompileError
 from llama_flex.fusion import Prompt
+from llama_flex.streaming import NonFiniteLogitsError
 
 BORDERS = (1, 127, 128, 129, 300, 511, 512, 513, 640, 900)  # around the chunks of 128 and 512 rows
 
@@ -70,6 +88,13 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     backend.save(str(folder / "tokenizer.json"))
     return Tokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tokenizer, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer.save_pretrained(folder)
+    return str(folder / "tokenizer.json")
 
 
 def walk(
@@ -328,8 +353,13 @@ def test_an_unfinished_character_comes_out_at_the_end(spoken):
 
 
 def test_without_a_tokenizer_there_are_tokens_and_no_text(spoken):
-    (done,) = Engine(spoken.model).generate([[ONE]], max_new_tokens=2)
-    assert (done.tokens, done.text) == ([TWO, THREE], "")
+    engine = Engine(spoken.model)
+    (done,) = engine.generate([[ONE]], max_new_tokens=2)
+    assert (done.tokens, done.text) == ([TWO, THREE], None)
+    assert [step.text for step in engine.stream([[ONE]], max_new_tokens=2)] == [None, None]
+    request = engine.submit([ONE], max_new_tokens=2)
+    engine.run()
+    assert (request.completion.tokens, request.completion.text) == ([TWO, THREE], None)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +421,46 @@ def test_a_stop_string_ends_the_text_before_it(spoken, stop, text, tokens):
     assert "".join(step.text for step in steps) == text
     assert len(steps) == tokens
     assert [step.finish_reason for step in steps] == [None] * (tokens - 1) + ["stop"]
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        ["<end>"],
+        ["</s>"],
+        ["here<end>"],
+        ["re<end><unk>"],
+        ["<end><unk><s></s>One tw"],
+        ["nd><un"],
+        [" hereOne"],  # special tokens lie between
+        ["zebra", " two"],
+    ],
+)
+@pytest.mark.parametrize("way", ["generate", "submit"])
+def test_a_stop_string_may_hold_special_tokens_as_in_transformers(tokenizer, tokenizer_file, stop, way):
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer_file)
+    criterion = transformers.StopStringCriteria(reference, stop)
+    expected, written = [BANG], [*range(STOP, len(PIECES)), *range(TWO + 1)]
+    for token in written:
+        expected.append(token)
+        if bool(criterion(torch.tensor([expected]), None)):
+            break
+    engine = Engine(walk(), tokenizer)
+    options = {"max_new_tokens": len(written), "stop": stop, "stop_token_ids": []}
+    if way == "submit":
+        request = engine.submit([BANG], **options)
+        engine.run()
+        done = request.completion
+    else:
+        (done,) = engine.generate([[BANG]], **options)
+    assert done.tokens == expected[1:]
+    each = [
+        (character, token in tokenizer.special_ids) for token in done.tokens for character in reference.decode(token)
+    ]
+    text = "".join(character for character, _ in each)
+    found = [text.find(one) for one in stop if one in text]
+    assert done.finish_reason == ("stop" if found else "length")
+    assert done.text == "".join(c for c, special in each[: min(found, default=len(text))] if not special)
 
 
 def test_what_may_begin_a_stop_string_is_held_back_until_it_does_not(spoken):
@@ -788,13 +858,18 @@ def test_a_failed_step_leaves_the_cache_as_it_was(tiny_pair):
     before = [x.clone() for x in cache.tokens]
 
     def broken(q, kv):
-        if kv.index.numel() > 1:  # not where it is tried on one token, before any work
+        if kv._tokens.index.numel() > 1:  # not where it is tried on one token, before any work
             raise KeyboardInterrupt
         return kv.index <= q.index
 
-    for arguments, error in (({"mask": Mask(broken)}, KeyboardInterrupt), ({}, IndexError)):
-        with pytest.raises(error):
-            model(torch.tensor([[600, 6]]), cache=cache, **arguments)  # 600 is outside the vocabulary
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for arguments, hook in (({"mask": Mask(broken)}, lambda *_: None), ({}, interrupt)):
+        handle = model.layers[-1].mlp.register_forward_pre_hook(hook)
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.tensor([[5, 6]]), cache=cache, **arguments)
+        handle.remove()
         assert cache.length.tolist() == [3]
         assert cache.reserved == 3
         assert torch.equal(cache.tokens.index, before[0])
@@ -804,3 +879,293 @@ def test_a_cache_of_another_model_is_refused(tiny_pair):
     cache = tiny_pair("mqa")[1].new_cache(1, 128)
     with pytest.raises(ValueError, match="of another model"):
         Engine(tiny_pair("gqa")[1]).stream([[1]], cache=cache)
+
+
+# --- Logits that are no numbers ---
+
+
+def poisoned(token: int) -> Llama:
+    """A model whose logits are NaN after a token."""
+    model = walk()
+    with torch.no_grad():
+        model.embed.weight[token] = torch.nan
+    return model
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_prompt_whose_logits_are_nan_ends_alone_and_is_named(tokenizer, compile):
+    engine = Engine(poisoned(STOP), tokenizer, compile=compile)
+    with pytest.raises(NonFiniteLogitsError, match=r"^prompt 1 at new token 2: the model's logits are NaN") as caught:
+        engine.generate([[ONE], [BANG], [TWO]], max_new_tokens=4)
+    assert "\n" not in str(caught.value)
+    assert caught.value.where == [(1, 2)]
+    whole, cut, other = caught.value.completions
+    assert (whole.tokens, whole.finish_reason) == ([TWO, THREE, CAFE_C, CAFE_AF], "length")
+    assert (cut.tokens, cut.text, cut.finish_reason) == ([STOP], " stop", "error")
+    assert other.tokens == [THREE, CAFE_C, CAFE_AF, E1]
+    assert engine.generate([[ONE]], max_new_tokens=2)[0].tokens == [TWO, THREE]
+
+
+def test_a_stream_gives_all_other_tokens_before_it_names_the_failure(tokenizer):
+    steps, stream = [], Engine(poisoned(STOP), tokenizer).stream([[STOP], [BANG], [ONE]], max_new_tokens=3)
+    with pytest.raises(NonFiniteLogitsError, match="prompt 0 at new token 1, prompt 1 at new token 2"):
+        steps.extend((step.row, step.token) for step in stream)
+    assert steps == [(1, STOP), (2, TWO), (2, THREE), (2, CAFE_C)]
+
+
+def test_a_member_of_an_ensemble_whose_logits_are_nan_ends_the_ensemble(tokenizer):
+    with pytest.raises(NonFiniteLogitsError, match="prompt 0 at new token 1") as caught:
+        Engine(poisoned(STOP), tokenizer).generate([Ensemble([[ONE], [STOP]]), [TWO]], max_new_tokens=2)
+    assert caught.value.completions[1].tokens == [THREE, CAFE_C]
+
+
+def test_an_overflow_of_float16_is_named_with_the_way_out(tokenizer):
+    model = walk().half()
+    with torch.no_grad():
+        model.lm_head.weight *= 60000
+    assert torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    with pytest.raises(NonFiniteLogitsError, match="float16 ends at 65,504"):
+        Engine(model, tokenizer).generate([[ONE]], max_new_tokens=2)
+
+
+def test_a_request_whose_logits_are_nan_ends_alone(tokenizer):
+    engine = Engine(poisoned(STOP), tokenizer, max_batch_size=4, max_length=64)
+    bad, good = engine.submit([BANG], max_new_tokens=4), engine.submit([ONE], max_new_tokens=3)
+    engine.run()
+    assert (good.completion.tokens, good.finish_reason, good.error) == ([TWO, THREE, CAFE_C], "length", None)
+    assert (bad.completion.tokens, bad.finish_reason) == ([STOP], "error")
+    assert isinstance(bad.error, NonFiniteLogitsError)
+    assert "at new token 2" in str(bad.error)
+
+
+def test_scores_that_are_nan_are_named(tokenizer):
+    with pytest.raises(ValueError, match=r"NaN or infinite at token 1 of the continuation \[9, 4\]"):
+        score(poisoned(9), [ONE], [[9, 4]])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        choose(poisoned(ONE), [ONE], [[4], [5]])
+
+
+# --- A cache goes on from other tokens ---
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_what_is_in_the_cache_counts_for_the_penalty_once_it_is_named(tiny, penalty):
+    start, sampling = random_ids(30, 5), Sampling(repetition_penalty=penalty)
+    prompt = start + Engine(tiny).generate([start], max_new_tokens=60)[0].tokens
+    (whole,) = Engine(tiny).generate([prompt], max_new_tokens=20, sampling=sampling)
+    for cut in (1, 50, 89):
+        cache = tiny.new_cache(1, 128)
+        tiny(torch.tensor([prompt[:cut]]), cache=cache, backend="dense")
+        options = {"max_new_tokens": 20, "sampling": sampling, "cache": cache}
+        (done,) = Engine(tiny).generate([prompt[cut:]], cached_ids=[prompt[:cut]], **options)
+        assert done.tokens == whole.tokens
+    cache = tiny.new_cache(1, 128)
+    tiny(torch.tensor([prompt[:89]]), cache=cache, backend="dense")
+    options = {"max_new_tokens": 20, "sampling": sampling, "cache": cache}
+    (unnamed,) = Engine(tiny).generate([prompt[89:]], **options)
+    assert (unnamed.tokens == whole.tokens) == (penalty == 1)
+
+
+def test_text_goes_on_from_what_is_in_the_cache(spoken):
+    """Half a character lies in the cache: the other half completes it, and is not printed as a character of its own."""
+    cache = spoken.model.new_cache(1, 128)
+    with torch.no_grad():
+        spoken.model(torch.tensor([[CAFE_AF]]), cache=cache, backend="dense")
+    prompt = {"prompts": [[E1]], "max_new_tokens": 2, "cache": cache}
+    (done,) = spoken.generate(cached_ids=[[CAFE_AF]], **prompt)
+    assert done.tokens == [E2, BANG]
+    assert done.text == spoken.generate([[CAFE_AF, E1]], max_new_tokens=2)[0].text
+
+
+@pytest.mark.parametrize(
+    ("cached_ids", "message"),
+    [
+        ([], "cached_ids has 0 lists"),
+        ([[1], [2]], "2 lists"),
+        ([[999]], "cached_ids 0 has a token id"),
+        ([["x"]], "ids"),
+    ],
+)
+def test_wrong_ids_of_a_cache_are_named(spoken, cached_ids, message):
+    with pytest.raises(ValueError, match=message):
+        spoken.generate([[ONE]], cache=spoken.model.new_cache(1, 20), cached_ids=cached_ids, max_new_tokens=1)
+
+
+def test_ids_of_a_cache_need_one(spoken):
+    with pytest.raises(ValueError, match="and cache"):
+        spoken.generate([[ONE]], cached_ids=[[1]])
+
+
+# --- Looking ahead ---
+
+
+def cells_of_a_prompt(monkeypatch, engine: Engine, length: int, mask: Mask | None) -> tuple[int, int]:
+    """How many cells of the mask are evaluated to find out whether it looks ahead, and how many to list its blocks."""
+    counts = {True: 0, False: 0}
+    cells, looks_ahead, asking = Mask._cells, Engine._looks_ahead, []
+
+    def counted(self, *given):
+        answers = cells(self, *given)
+        counts[bool(asking)] += answers[:, 0].numel()
+        return answers
+
+    def asked(self, *given):
+        asking.append(1)
+        try:
+            return looks_ahead(self, *given)
+        finally:
+            asking.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mask, "_cells", counted)
+        patch.setattr(Engine, "_looks_ahead", asked)
+        engine.generate([[3] * length], max_new_tokens=1, mask=mask)
+    return counts[True], counts[False]
+
+
+@pytest.mark.usefixtures("flex")
+def test_only_opaque_masks_are_asked_whether_they_look_ahead_and_at_no_more_than_their_lists_cost(monkeypatch, tiny):
+    named = masks.causal() & masks.sliding_window(64) | masks.sink(4) & masks.causal()
+    for mask in (None, masks.causal(), named, masks.document() & masks.chunked(30), masks.fused()):
+        asked, _ = cells_of_a_prompt(monkeypatch, Engine(tiny), 700, mask)
+        assert asked == 0, mask
+    opaque = Mask(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < 64))
+    asked, listed = cells_of_a_prompt(monkeypatch, Engine(tiny), 700, opaque)
+    assert 0 < asked <= listed
+
+
+NAMED = {
+    "causal": masks.causal(),
+    "sliding_window": masks.sliding_window(3),
+    "sink": masks.sink(2),
+    "chunked": masks.chunked(4),
+    "dilated": masks.dilated(2),
+    "shared_prefix": masks.shared_prefix(3),
+    "fused": masks.fused(),
+    "tree": masks.tree([-1, 0, 0, 1], 2),
+    "document": masks.document(),
+    "bidirectional": masks.bidirectional(),
+    "bidirectional_window": masks.bidirectional_window(2),
+    "prefix_lm": masks.prefix_lm(5),
+    "global_tokens": masks.global_tokens([0, 3]),
+}
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_a_mask_that_promises_never_to_look_ahead_does_not(data):
+    tokens = Tokens.arriving(12, segments=torch.arange(12) // 5)
+    mask = NAMED[data.draw(st.sampled_from(list(NAMED)))]
+    for _ in range(data.draw(st.integers(0, 3))):
+        other = NAMED[data.draw(st.sampled_from(list(NAMED)))]
+        mask = data.draw(st.sampled_from([mask & other, mask | other, ~mask]))
+    ahead = bool(mask.dense(tokens, tokens, 1)[0, 0].triu(1).any())
+    assert not (mask.never_looks_ahead and ahead)
+    assert mask.to("meta").never_looks_ahead == mask.never_looks_ahead
+
+
+def test_all_named_masks_that_look_back_only_say_so():
+    assert {name for name, mask in NAMED.items() if mask.never_looks_ahead} == {
+        *("causal", "sliding_window", "sink", "chunked", "dilated", "shared_prefix", "fused", "tree")
+    }
+
+
+# --- Any mask_mod, any score_mod ---
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize("compile", [False, True])
+def test_functions_that_hold_for_one_cell_at_a_time_hold_in_generation(tiny, compile):
+    """Of a table a row, and of that a number; and a product of two rows, which torch compiles in no score function."""
+    table = torch.tensor([[0, 200], [5, 90]])
+    mask = Mask.from_mask_mod(lambda b, h, q, k: (q >= k) & (k >= table[k % 2][0]) & (k < table[k % 2][1]))
+    same = Mask(lambda q, kv: (kv.index <= q.index) & (kv.index % 2 == 0) | (kv.index >= 5) & (kv.index <= q.index))
+    same = same & Mask(lambda q, kv: (kv.index % 2 == 0) | (kv.index < 90))
+    engine, prompt = Engine(tiny, compile=compile), random_ids(140, 6)
+    (done,), (expected,) = (engine.generate([prompt], max_new_tokens=6, mask=m) for m in (mask, same))
+    (usual,) = engine.generate([prompt], max_new_tokens=6)
+    assert done.tokens == expected.tokens != usual.tokens
+    request = engine.submit(prompt, max_new_tokens=6, mask=mask)
+    engine.run()
+    assert request.completion.tokens == done.tokens
+    rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    product = ScoreMod.from_score_mod(lambda s, b, h, q, k: s + torch.dot(rows[q], rows[k]))
+    if compile:
+        with pytest.raises(CompileError, match=r"torch cannot compile: .*compile=False"):
+            engine.generate([prompt], max_new_tokens=6, score_mod=product)
+        return
+    full = tiny(torch.tensor([prompt]), score_mod=product, backend="dense")
+    (done,) = engine.generate([prompt], max_new_tokens=1, score_mod=product)
+    assert done.tokens == [int(full[0, -1].argmax())]
+
+
+# --- Both directions ---
+
+
+@pytest.mark.usefixtures("flex")
+@pytest.mark.parametrize(("kind", "window"), [("Llama", None), ("Mistral", 40)])
+def test_a_model_that_is_not_causal_attends_both_ways_as_in_transformers(tmp_path, kind, window):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2000,
+        is_causal=False,
+        **({} if window is None else {"sliding_window": window}),
+    )
+    reference = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in reference.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    reference.save_pretrained(tmp_path)
+    model = Llama.from_pretrained(tmp_path, device="cpu")
+    prompt = random_ids(700, 7)  # more than a chunk
+    with torch.no_grad():
+        expected = reference(torch.tensor([prompt])).logits
+        for backend in ("flex", "dense"):
+            ours = model(torch.tensor([prompt]), backend=backend)
+            torch.testing.assert_close(ours, expected, atol=2e-4, rtol=2e-4)
+        assert (model(torch.tensor([prompt]), mask=masks.causal()) - expected).abs().max() > 0.1
+    (done,) = Engine(model).generate([prompt], max_new_tokens=5)
+    if window is None:  # with a window, transformers' cache drops what its own mask of later tokens would see
+        assert done.tokens == reference_tokens(reference, prompt, 5)
+    assert done.tokens[0] == int(expected[0, -1].argmax())
+    with pytest.raises(ValueError, match="is_causal is false"):
+        Engine(model, max_length=1000).submit(prompt)
+    model.save_pretrained(tmp_path / "saved")
+    assert LlamaConfig.from_pretrained(tmp_path / "saved").is_causal is False
+
+
+# --- Options ---
+
+
+@pytest.mark.parametrize("name", ["generate", "submit", "submit_samples"])
+def test_an_unknown_option_names_what_was_called_and_what_may_be_meant(spoken, name):
+    prompts = [[ONE]] if name == "generate" else [ONE]
+    more = {"n": 2, "sampling": Sampling()} if name == "submit_samples" else {}
+    with pytest.raises(
+        TypeError, match=rf"^{name}\(\) got an unexpected .* 'max_token'; did you mean 'max_new_tokens'"
+    ):
+        getattr(spoken, name)(prompts, max_token=5, **more)
+
+
+@pytest.mark.parametrize("wrong", [True, 1.5, "3", None])
+def test_what_is_no_id_is_refused(spoken, wrong):
+    with pytest.raises(ValueError, match="token ids"):
+        spoken.generate([[ONE, wrong]])
+    with pytest.raises(ValueError, match="token ids"):
+        spoken.generate([[ONE]], stop_token_ids=[wrong])
+    if wrong is not None:
+        with pytest.raises(ValueError, match="max_new_tokens must be a whole number"):
+            spoken.generate([[ONE]], max_new_tokens=wrong)
+
+
+def test_max_length_caps_the_number_of_new_tokens_where_nobody_says(tokenizer):
+    model = walk(eos=None, generation=GenerationConfig(max_length=12))
+    assert len(Engine(model, tokenizer).generate([[ONE] * 5])[0].tokens) == 7
+    assert len(Engine(model, tokenizer).generate([[ONE] * 5], max_new_tokens=20)[0].tokens) == 20
+    assert len(Engine(model, tokenizer).generate([[ONE] * 30])[0].tokens) == 1
