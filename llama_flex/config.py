@@ -230,9 +230,10 @@ class LlamaConfig:
         context = fields.get("max_position_embeddings", cls.max_position_embeddings)
         fields["rope_parameters"] = RopeParameters.from_config({**raw, "max_position_embeddings": context})
 
-        read = {*names, *RopeParameters.CONFIG_KEYS, "torch_dtype"}
+        read = {*names, *RopeParameters.CONFIG_KEYS, "torch_dtype"} - ({"is_causal"} if raw.get("is_causal") else set())
         fields["other"] = {key: value for key, value in raw.items() if key not in read}
-        if unknown := sorted(fields["other"].keys() - _INERT_KEYS - _NEUTRAL_VALUES.keys() - {*_QUANTIZATION_KEYS}):
+        inert = {*_INERT_KEYS, *_NEUTRAL_VALUES, *_QUANTIZATION_KEYS, "is_causal"}
+        if unknown := sorted(fields["other"].keys() - inert):
             named = files.one_line(", ".join(unknown))
             warnings.warn(f"config.json has keys {architecture} does not use: {named}", stacklevel=2)
         return cls(**fields)
@@ -241,7 +242,7 @@ class LlamaConfig:
         """The object to write as `config.json`; transformers and this package read it back."""
         architecture, _ = _ARCHITECTURES[self.model_type]
         out: dict[str, Any] = {**self.other, "architectures": [architecture], "hidden_act": "silu"}
-        unwritten = {"other", *self._unread}
+        unwritten = {"other", *self._unread, *(["is_causal"] if self.is_causal else [])}  # true is what all others are
         out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in unwritten}
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)

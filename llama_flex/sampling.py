@@ -133,13 +133,14 @@ def logprob_of(logits: Tensor, token: Tensor) -> Tensor:
 
 
 def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None) -> Tensor:
-    """Logits `[B, V]` after penalty and temperature, those that the filters remove at -inf."""
+    """Logits `[B, V]` after penalty and temperature, those that the filters remove at -inf; none of a greedy row."""
     if p.repetition_penalty is not None:
         assert seen is not None
         penalty = p.repetition_penalty[:, None]
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
     if p.temperature is not None:
         logits = logits / torch.where(p.temperature == 0, 1.0, p.temperature)[:, None]
+    unfiltered = logits
     # From here on the operations are those of transformers' warpers, in their order: another sum rounds otherwise, and
     # keeps other tokens.
     if p.top_k is not None or p.tail is not None:
@@ -161,7 +162,9 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
         probability = logits.softmax(-1)
         least = p.min_p[:, None] * probability.amax(-1, keepdim=True)
         logits = logits.masked_fill(probability < least, -torch.inf)
-    return logits
+    if p.temperature is None:
+        return logits
+    return torch.where((p.temperature == 0)[:, None], unfiltered, logits)  # greedy: of ties the first, not the one kept
 
 
 def all_finite(logits: Tensor) -> Tensor:

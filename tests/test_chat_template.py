@@ -516,6 +516,66 @@ def test_wrong_arguments_are_named(arguments, reason):
 # --- where the template comes from
 
 
+ENDINGS = {
+    "white space": "The answer is ",
+    "white space before": "  The answer",
+    "in the template's own words": "im_end",
+    "a line": "line one\nline two\n",
+    "the template's own marker": "<|im_end|>",
+    "blocks": [{"type": "text", "text": "first"}, {"type": "image"}, {"type": "text", "text": "last "}],
+    "empty": "",
+    "twice": "Hello! How are you?",
+}
+OWN = {
+    "drops": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+    "cuts": "{% for m in messages %}[{{ m.role }}]{{ m.content[:5] }}{% endfor %}",
+    "trims": "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]{% endfor %}",
+    "thinks": "{% for m in messages %}[{{ m.role }}]{{ m.thinking }}|{{ m.content }}[end]{% endfor %}",
+    "blocks": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for b in m.content %}{{ b.text }};{% endfor %}{% endif %}[end]{% endfor %}",
+    "no content": "{% for m in messages %}{{ m.role }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("name", [*TEMPLATES, *OWN])
+def test_a_message_that_is_continued_ends_where_it_ends_in_transformers(name, ending):
+    template = {**TEMPLATES, **OWN}[name]
+    messages = [*TURNS[:1], {"role": "assistant", "content": ENDINGS[ending]}]
+    arguments = {"add_generation_prompt": False, "continue_final_message": True}
+    try:
+        expected = reference(template, messages, **arguments)
+    except (jinja2.TemplateError, TypeError, ValueError):
+        with pytest.raises(ValueError, match=r"continue|the chat template failed"):
+            render_chat(template, messages, bos_token="<s>", eos_token="</s>", **arguments)
+        return
+    assert render_chat(template, messages, bos_token="<s>", eos_token="</s>", **arguments) == expected
+
+
+def test_what_is_continued_may_be_reasoning():
+    message = {"role": "assistant", "content": "", "reasoning_content": "Let me see "}
+    arguments = {"add_generation_prompt": False, "continue_final_message": "reasoning_content"}
+    expected = reference(OWN["thinks"], [*TURNS[:1], message], **arguments)
+    assert expected.endswith("Let me see ")
+    assert render_chat(OWN["thinks"], [*TURNS[:1], message], bos_token="<s>", eos_token="</s>", **arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments", "reason"),
+    [
+        ({"role": "assistant", "content": "x"}, {"add_generation_prompt": True}, "add_generation_prompt=False"),
+        ({"role": "assistant"}, {}, "the last message has no 'content'"),
+        ({"role": "assistant", "content": 5}, {}, "5, which is no text"),
+        ({"role": "assistant", "content": [{"type": "image"}]}, {}, "no text to continue"),
+        ({"role": "assistant", "content": "x"}, {"continue_final_message": "thinking"}, "has no 'thinking'"),
+    ],
+)
+def test_a_message_that_cannot_be_continued_is_named(message, arguments, reason):
+    arguments = {"add_generation_prompt": False, "continue_final_message": True} | arguments
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        render_chat(OWN["trims"], [*TURNS[:1], message], **arguments)
+
+
 def folder_with(path: Path, config: dict, **files: str) -> Path:
     path.mkdir(parents=True)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -209,7 +209,7 @@ def test_defaults_are_those_of_transformers():
     ours, reference = LlamaConfig(), transformers.LlamaConfig()
     assert_same_mathematics(ours, reference)
     for f in dataclasses.fields(LlamaConfig):
-        if f.name not in ("rope_parameters", "sliding_window"):  # the second is Mistral's
+        if f.name not in ("rope_parameters", "sliding_window", "is_causal", "other"):  # not keys of every LLaMA
             assert getattr(ours, f.name) == getattr(reference, f.name), f.name
     assert LlamaConfig.from_dict({}) == ours
 
@@ -380,9 +380,16 @@ def test_unknown_keys_are_named_in_one_warning():
         ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
         ({"model_type": "qwen2"}, "qwen2"),
-        ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}, "SequenceClassification"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
+            "another head than the one that",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised by 'gptq' to 4 bits"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised by 'fp8'"),
+        ({"quantization_config": {"load_in_8bit": True}}, "to 8 bits"),
+        ({"quantization_config": {}}, "by a method it does not name"),
+        ({"quantization_config": {"quant_method": "awq"}}, "give the checkpoint that they were made of"),
         ({"compression_config": {"format": "x"}}, "compression_config"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
@@ -392,8 +399,15 @@ def test_unknown_keys_are_named_in_one_warning():
         ({"rope_scaling": {"rope_type": "magic", "factor": 2.0}}, "'magic'"),
         ({"rope_scaling": {"type": "yarn", "factor": 0.0}}, "factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "false"}}, "truncate"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": "1"}}, "attention_factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": True}}, "mscale"),
+        ({"is_causal": "false"}, "is_causal"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size=8192"),
+        ({"kv_sharing_modes": ["reuse"]}, "kv_sharing_modes"),
+        ({"per_layer_config": {"0": {"hidden_size": 8}}}, "per_layer_config"),
+        ({"text_config": {"hidden_size": 8}}, "text_config"),
+        ({"bos_token_id": True}, "bos_token_id"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "rope_theta above 1"),
         ({"rope_scaling": {"type": "dynamic"}}, "factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim above 2"),
@@ -410,7 +424,6 @@ def test_unknown_keys_are_named_in_one_warning():
         ({"rope_scaling": {"type": "linear", "factor": True}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
-        ({"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": 4.0}}, "low_freq_factor"),
         ({"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": None}}, "high_freq_factor"),
         ({"rope_scaling": "linear"}, "'linear'"),
         ({"rope_scaling": [1]}, "[1]"),
@@ -622,7 +635,7 @@ def test_generation_config_round_trip(config, tmp_path):
         assert generation(tmp_path, written) == config
     reference = transformers.GenerationConfig.from_pretrained(tmp_path)
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+        value = None if f.name == "other" else getattr(config, f.name)
         if value not in (None, False) or value == 0:
             expected = list(value) if isinstance(value, tuple) else value
             # transformers leaves do_sample unset where the file does not say
@@ -642,11 +655,150 @@ def test_generation_config_round_trip(config, tmp_path):
         ("top_h", 0.4),
         ("stop_strings", ["###"]),
         ("exponential_decay_length_penalty", [10, 1.2]),
+        ("max_time", 2.0),
+        ("force_words_ids", [[[3]]]),
+        ("constraints", [1]),
+        ("watermarking_config", {"bias": 2.5}),
+        ("encoder_repetition_penalty", 1.2),
+        ("min_length", 9),
+        ("token_healing", True),
+        ("remove_invalid_values", True),
+        ("num_return_sequences", 3),
+        ("cache_implementation", "quantized"),
+        ("forced_eos_token_id", 2),
+        ("begin_suppress_tokens", [1]),
+        ("sequence_bias", [[[8], 3.0]]),
+        ("dola_layers", "low"),
+        ("diversity_penalty", 0.5),
     ],
 )
 def test_generation_settings_that_cannot_be_honoured_are_named_in_a_warning(key, value, tmp_path):
     with pytest.warns(UserWarning, match=key):
         generation(tmp_path, {key: value})
+
+
+def test_every_generation_setting_of_transformers_is_known_to_matter_or_not():
+    """A new one in a new version of it must be looked at: does it change text?"""
+    settings_ = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    ours = {f.name for f in dataclasses.fields(GenerationConfig)} | GenerationConfig.NEUTRAL.keys()
+    of_beams = {"early_stopping", "length_penalty"}
+    of_the_results = {name for name in settings_ if name.startswith("output_")} | {"return_dict_in_generate"}
+    computing_the_same = {
+        *("use_cache", "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size"),
+        *("continuous_batching_config", "low_memory", "renormalize_logits", "use_mtp"),
+    }
+    of_drafts = {name for name in settings_ if "assistant" in name} | {
+        *("prompt_lookup_num_tokens", "max_matching_ngram_size", "target_lookbehind", "speculation_type")
+    }
+    notes = {"transformers_version", "pad_token_id", "bos_token_id", "decoder_start_token_id"}
+    assert settings_ - ours - of_beams - of_the_results - computing_the_same - of_drafts - notes == set()
+
+
+def test_what_a_generation_config_holds_comes_back(tmp_path):
+    raw = {
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "do_sample": False,
+        "eos_token_id": [2, 3],
+        "max_length": 4096,
+        "pad_token_id": 0,
+        "temperature": 0.6,
+        "top_k": None,
+        "transformers_version": "4.42.3",
+        "mine": {"a": [1, None]},
+    }
+    config = generation(tmp_path, raw)
+    assert config.to_dict() == raw
+    assert dataclasses.replace(config, temperature=None, top_k=3).to_dict() == {
+        key: value for key, value in (raw | {"top_k": 3}).items() if key != "temperature"
+    }
+
+
+def test_what_a_config_holds_comes_back():
+    raw = REAL["Llama-2-7b-hf"] | {"mine": {"a": [1]}, "attention_dropout": 0.1}
+    with pytest.warns(UserWarning, match="mine"):
+        written = LlamaConfig.from_dict(raw).to_dict()
+    for key, value in raw.items():
+        if key not in ("rope_scaling", "torch_dtype"):  # spelled otherwise today
+            assert written[key] == value, key
+    assert written["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") for value in (None, 0, 0.0)),
+        *(("attention_factor", value) for value in (None, 0, 0.0, -0.5)),
+        *(("truncate", value) for value in (None, 0, 1, True, False)),
+        ("factor", None),
+        ("mscale", -0.3),
+    ],
+)
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_an_optional_rotary_key_given_as_null_or_0_means_what_it_means_to_transformers(kind, key, value):
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 512, "mscale": 0.7}
+    scaling |= {"mscale_all_dim": 1.0} if kind == "yarn" else {"short_factor": [1.5] * 16, "long_factor": [3.0] * 16}
+    if kind == "longrope" and key not in ("factor", "attention_factor"):
+        return
+    scaling = {k: v for k, v in scaling.items() if kind == "yarn" or "mscale" not in k}
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    raw = sizes | {"rope_scaling": scaling | {key: value}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = LlamaConfig.from_dict(raw), LlamaRotaryEmbedding(reference_of(raw))
+    rope = ours.rope_parameters
+    assert torch.equal(rope.inverse_frequencies(ours.head_dim), theirs.inv_freq)
+    assert rope.scale == theirs.attention_scaling
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = LlamaConfig.from_dict(ours.to_dict()).rope_parameters
+    assert (again.scale, again.truncate) == (rope.scale, rope.truncate)
+
+
+def test_frequencies_of_yarn_depend_on_truncate():
+    """Else the parity above would show nothing."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    kept, cut = (read({"rope_scaling": scaling | {"truncate": t}, "head_dim": 32}) for t in (None, True))
+    assert kept.rope_parameters.truncate is False
+    frequencies = [c.rope_parameters.inverse_frequencies(32) for c in (kept, cut)]
+    assert (frequencies[0] - frequencies[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("low", [4.0, 5.0, 100.0])
+def test_bounds_of_llama3_in_the_wrong_order_are_warned_of_and_mean_what_they_mean_to_transformers(low):
+    raw = {"rope_scaling": LLAMA3_SCALING | {"low_freq_factor": low}, "max_position_embeddings": 65536, "head_dim": 64}
+    with pytest.warns(UserWarning, match=rf"low_freq_factor={low} is not below high_freq_factor=4.0"):
+        ours = LlamaConfig.from_dict(raw)
+    expected = LlamaRotaryEmbedding(reference_of(raw)).inv_freq
+    assert torch.equal(ours.rope_parameters.inverse_frequencies(64), expected)
+
+
+@pytest.mark.parametrize(("given", "causal"), [(True, True), (False, False), (None, False), (0, False), (1, True)])
+def test_is_causal_is_read_as_transformers_masks_read_it(given, causal):
+    assert read({"is_causal": given}).is_causal is causal
+    assert read({}).is_causal is True
+    assert read(read({"is_causal": given}).to_dict()).is_causal is causal
+
+
+def test_a_base_model_and_another_name_of_silu_are_read():
+    assert read({"architectures": ["LlamaModel"], "model_type": "llama"}).to_dict()["architectures"] == [
+        "LlamaForCausalLM"
+    ]
+    read({"hidden_act": "swish"})
+
+
+@pytest.mark.parametrize(
+    ("file", "way"),
+    [
+        ("adapter_config.json", "merge it into its base model"),
+        ("model-Q4_K_M.gguf", "GGUF files"),
+        ("params.json", "Meta's own format"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named_with_the_way_out(tmp_path, file, way):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ConfigError, match=f"config.json: no such file: .*{way}"):
+        LlamaConfig.from_pretrained(tmp_path)
 
 
 def test_generation_config_written_by_the_newest_transformers_is_read_without_warning(tmp_path):
@@ -666,9 +818,13 @@ def test_generation_config_written_by_the_newest_transformers_is_read_without_wa
         ("top_p", {"p": 0.5}),
         ("max_new_tokens", "many"),
         ("max_new_tokens", -3),
+        ("max_new_tokens", True),
+        ("max_length", 0),
+        ("do_sample", "true"),
+        ("do_sample", 1),
     ],
 )
 def test_malformed_generation_settings_are_refused_by_name(key, value, tmp_path):
     with pytest.raises(ConfigError, match=key) as caught:
-        generation(tmp_path, {"do_sample": True, key: value})
+        generation(tmp_path, {"do_sample": True} | {key: value})
     assert "generation_config.json" in str(caught.value)

@@ -1,5 +1,7 @@
 """lm-eval's own tasks and evaluation, on a model of this package; what it is told is what the reference says."""
 
+import copy
+import dataclasses
 import json
 import os
 import re
@@ -11,11 +13,12 @@ import datasets
 import lm_eval
 import pytest
 import torch
+import transformers
 from conftest import DEMO
 from lm_eval.api.task import ConfigurableTask
 from test_scoring import reference_logprobs
 
-from llama_flex import Engine, Tokenizer, masks
+from llama_flex import Engine, GenerationConfig, Tokenizer, masks
 from llama_flex.lm_eval import LlamaFlex
 
 DOCUMENTS = [
@@ -181,7 +184,69 @@ def test_a_conversation_is_opened_or_its_last_message_goes_on(engine):
     said = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": " The answer is "}]
     lm = LlamaFlex(engine)
     assert lm.apply_chat_template(said[:1]).endswith("<|im_start|>assistant\n")
-    assert lm.apply_chat_template(said, add_generation_prompt=False).endswith("The answer is")
+    assert lm.apply_chat_template(said, add_generation_prompt=False).endswith("The answer is ")
+
+
+@pytest.mark.parametrize("content", ["The answer is ", "im_end", "<|im_end|>", "", " \n", "Paris"])
+def test_a_prefill_is_transformers(engine, demo_folder, content):
+    said = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": content}]
+    reference = transformers.AutoTokenizer.from_pretrained(demo_folder)
+    expected = reference.apply_chat_template(said, tokenize=False, continue_final_message=True)
+    assert LlamaFlex(engine).apply_chat_template(said, add_generation_prompt=False) == expected
+    ids = engine.tokenizer.encode(expected, add_special_tokens=False)
+    assert LlamaFlex(engine).tok_encode(expected, add_special_tokens=False) == ids
+
+
+def test_special_tokens_stop(engine):
+    """As gsm8k asks for; the model ends what it says with <|im_end|>, which is no stop token here."""
+    lm, prompt = LlamaFlex(engine), "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+    ask = [SimpleNamespace(args=(prompt, {"until": ["Question:", "</s>", "<|im_end|>"], "max_gen_toks": 40}))]
+    ends, engine.model.generation_config = engine.model.generation_config, GenerationConfig(eos_token_id=7)
+    try:
+        (text,) = lm.generate_until(ask, True)
+    finally:
+        engine.model.generation_config = ends
+    (expected,) = lm.generate_until(ask, True)
+    assert text == expected
+    assert "\n" not in text
+
+
+def test_settings_that_change_nothing_are_taken(engine):
+    def texts(**options) -> list[str]:
+        ask = [SimpleNamespace(args=("One two", {"until": ["."], "max_gen_toks": 3} | options))]
+        return LlamaFlex(engine).generate_until(ask, True)
+
+    assert texts(num_beams=1, no_repeat_ngram_size=0, do_sample=False, temperature=0) == texts()
+
+
+def test_a_model_that_names_no_end_uses_the_tokenizers_or_says_so(demo, demo_folder):
+    model, tokenizer = copy.copy(demo), Tokenizer.from_pretrained(demo_folder)
+    model.config, model.generation_config = dataclasses.replace(demo.config, eos_token_id=()), GenerationConfig()
+    lm = LlamaFlex(Engine(model, tokenizer))
+    assert (lm.eot_token_id, lm.prefix_token_id) == (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    tokenizer.bos_token_id = None
+    assert lm.prefix_token_id == tokenizer.eos_token_id
+    ((total, _),) = lm.loglikelihood([SimpleNamespace(args=("", " Paris"))], disable_tqdm=True)
+    assert total < 0
+    tokenizer.eos_token_id = None
+    with pytest.raises(ValueError, match="neither the model nor the tokenizer names an end-of-text id"):
+        lm.loglikelihood([SimpleNamespace(args=("", " Paris"))], disable_tqdm=True)
+
+
+def test_without_lm_eval_the_way_out_is_one_line(tmp_path):
+    """A module of that name that cannot be imported stands in for the extra that is not installed."""
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "llama_flex.lm_eval", "--tasks", "x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: llama_flex.lm_eval needs lm-eval \(.*\): pip install 'llama_flex\[eval\]'\n", done.stderr
+    )
+    code = "import llama_flex.lm_eval"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "ImportError: llama_flex.lm_eval needs lm-eval" in done.stderr.splitlines()[-1]
 
 
 def test_wrong_arguments_are_named(engine):

@@ -726,13 +726,76 @@ def test_a_long_list_of_problems_is_cut(folder):
     assert len(refusal(folder, "more")) < 2000
 
 
+def test_a_tensor_in_two_shards_with_the_same_bits_is_loaded(folder):
+    expected = load_file(folder / "model.safetensors")
+    files = sorted(set(shard(folder).values()))
+    first, second = load_file(folder / files[0]), load_file(folder / files[1])
+    name = sorted(first)[0]
+    save_file(second | {name: first[name]}, folder / files[1])
+    assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), expected)
+    save_file(second | {name: first[name].double()}, folder / files[1])
+    refusal(folder, f"twice, with other values: {name}", files[0], files[1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_without_model_are_those_of_a_base_model(folder, tied):
+    expected = load_file(folder / "model.safetensors")
+    rewrite(folder, lambda t: {k.removeprefix("model."): v for k, v in t.items() if k != "lm_head.weight"})
+    if tied:
+        rewrite(folder, tie_word_embeddings=True)
+        del expected["lm_head.weight"]
+        assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), expected)
+    else:
+        refusal(folder, "missing: lm_head.weight", "a base model without an output matrix", "tie_word_embeddings")
+
+
+def test_a_tied_checkpoint_may_hold_its_embedding_under_the_name_of_the_head(folder):
+    expected = {k: v for k, v in load_file(folder / "model.safetensors").items() if k != "lm_head.weight"}
+    embedding = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if k != embedding} | {"lm_head.weight": t[embedding]})
+    refusal(folder, f"missing: {embedding}")
+    rewrite(folder, tie_word_embeddings=True)
+    assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), expected)
+    reference = transformers.LlamaForCausalLM.from_pretrained(folder)
+    assert torch.equal(reference.get_input_embeddings().weight, expected[embedding])
+
+
+def test_a_classifier_is_named(folder):
+    rewrite(
+        folder, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"} | {"score.weight": torch.zeros(2, 32)}
+    )
+    refusal(folder, "unexpected: score.weight", "another head than the one that predicts tokens")
+
+
+def test_a_git_lfs_pointer_is_named(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 538090408\n"
+    (folder / "model.safetensors").write_text(pointer)
+    refusal(folder, "model.safetensors: a Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("kept", [0.999, 0.5, 0.1])
+def test_a_download_cut_short_is_named_with_its_sizes(folder, kept):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    refusal(folder, "cut short, as by an interrupted download", f"{int(kept * len(whole)):,} of {len(whole):,} bytes")
+
+
+@pytest.mark.parametrize("file", ["model-Q8_0.gguf", "adapter_model.safetensors"])
+def test_a_folder_with_a_config_and_weights_of_another_kind_is_named(folder, file):
+    (folder / "model.safetensors").rename(folder / file)
+    if file.startswith("adapter"):
+        (folder / "adapter_config.json").write_text("{}")
+    refusal(folder, "GGUF files" if file.endswith("gguf") else "an adapter (PEFT)", str(folder))
+
+
 def test_a_tensor_in_two_shards_is_refused(folder):
     weight_map = shard(folder)
     files = sorted(set(weight_map.values()))
     first, second = load_file(folder / files[0]), load_file(folder / files[1])
     name = sorted(first)[0]
     save_file(second | {name: first[name] + 1}, folder / files[1])
-    refusal(folder, f"twice: {name}", files[0], files[1])
+    refusal(folder, f"twice, with other values: {name}", files[0], files[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2])
