@@ -1,5 +1,7 @@
 """The command line: what it writes where, its exit codes, and one line for everything the user can put right."""
 
+import dataclasses
+import importlib.metadata
 import io
 import json
 import os
@@ -17,10 +19,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from torch._inductor.exc import InductorError
 from torch.torch_version import TorchVersion
 
+import llama_flex
 from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Sampling, Tokenizer, fuse, generate
+from llama_flex.compiling import Graphs
 from llama_flex.fusion import AnyPrompt
+from llama_flex.streaming import Steps
 
 ROOT = Path(__file__).parent.parent
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
@@ -292,7 +298,7 @@ def test_compiled_gives_the_same_text(cli):
     _, eager, _ = cli(*arguments)
     code, compiled, err = cli(*arguments, "--compile", "on")
     assert (code, compiled) == (0, eager)
-    assert re.search(r"load [\d.]+ s; compile [\d.]+ s; first token ", err)
+    assert re.search(r"load [\d.]+ s; first token [\d.]+ s, [\d.]+ s of it compiling; compiling [\d.]+ s in all; ", err)
 
 
 # --- --output ---
@@ -366,7 +372,6 @@ def test_an_unwritable_output_is_refused_within_a_second(folder, tmp_path, kind)
         (["--prompt", "x", "--temperature", "inf"], ["temperature"]),
         (["--prompt", "x", "--temperature", "-1"], ["temperature", "-1"]),
         (["--prompt", "x", "--temperature", "warm"], ["--temperature", "warm"]),
-        (["--prompt", "x", "--top-p", "0"], ["top_p"]),
         (["--prompt", "x", "--top-p", "1.5"], ["top_p", "1.5"]),
         (["--prompt", "x", "--top-p", "nan"], ["top_p"]),
         (["--prompt", "x", "--top-k", "-1"], ["top_k", "-1"]),
@@ -400,6 +405,53 @@ def test_an_unwritable_output_is_refused_within_a_second(folder, tmp_path, kind)
 )
 def test_a_wrong_argument_is_one_line_on_stderr_and_exit_code_2(cli, arguments, fragments):
     assert_one_error(cli(*arguments), *fragments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("--temp", "--temperature"),
+        ("--max-tokens", "--max-new-tokens"),
+        ("--top_p=0.5", "--top-p"),
+        ("--promt", "--prompt"),
+    ],
+)
+def test_an_argument_that_is_nearly_one_is_no_argument_but_says_what_is_meant(cli, argument, meant):
+    assert_one_error(cli("--prompt", "a", argument, "1"), "unrecognized arguments", f"did you mean {meant}?")
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as done:
+        generate.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"llama_flex {llama_flex.__version__}\n"
+    assert importlib.metadata.version("llama_flex") == llama_flex.__version__
+
+
+def test_what_is_saved_is_a_folder_that_the_command_line_takes(cli, engine, tmp_path):
+    engine.model.save_pretrained(tmp_path)
+    engine.tokenizer.save_pretrained(tmp_path)
+    code, out, _ = cli("--prompt", "The quick", "--max-new-tokens", 6, "--instruct", model=tmp_path)
+    messages = [{"role": "user", "content": "The quick"}]
+    prompt = engine.tokenizer.apply_chat_template(messages)
+    assert (code, out) == (0, expected_text(engine, prompt, 6, special=False) + "\n")
+
+
+def test_a_stop_string_may_be_a_special_token(cli, folder, tmp_path):
+    """The template's own end, which the model says, and which is no stop token here."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    model = Llama.from_pretrained(folder, device="cpu")
+    model.lm_head.weight[:] = 0
+    model.lm_head.weight[2] = 1.0
+    model.config = dataclasses.replace(model.config, eos_token_id=None)
+    model.norm.weight.fill_(1.0)
+    model.save_pretrained(copy)
+    for text in ("<|im_end|>", "<|im_end|><|im_end|>"):
+        code, out, _ = cli("--prompt", "a", "--max-new-tokens", 9, "--stop", text, "--json", model=copy)
+        row = json.loads(out)
+        said = row["tokens"].count(2)
+        assert (code, row["text"]) == (0, "")
+        assert said == len(row["tokens"]) or row["finish_reason"] == "length"
 
 
 def test_without_a_model_the_argument_is_named(cli):
@@ -668,6 +720,264 @@ def test_an_interrupt_in_chat_ends_the_reply_and_not_the_conversation(cli, engin
     history = [*first, {"role": "assistant", "content": cut}, {"role": "user", "content": "how are you?"}]
     second = expected_text(engine, engine.tokenizer.apply_chat_template(history), 5, special=False)
     assert out == f"{cut}\n{second}\n"
+
+
+def test_chat_penalises_what_was_said_in_earlier_turns(cli, folder, tmp_path):
+    """As a fresh prompt of the whole conversation does."""
+    penalised = Engine(Llama.from_pretrained(folder, device="cpu"), Tokenizer.from_pretrained(folder))
+    messages = ["hello", "hello", "hello you"]
+    options = {"sampling": Sampling(repetition_penalty=1.6)}
+    history, replies = [], []
+    for message in messages:
+        history.append({"role": "user", "content": message})
+        prompt = penalised.tokenizer.apply_chat_template(history)
+        replies.append(expected_text(penalised, prompt, 12, special=False, **options))
+        history.append({"role": "assistant", "content": replies[-1]})
+    assert replies != conversation(penalised, messages, 12)
+    code, out, _ = cli("--chat", "--max-new-tokens", 12, "--repetition-penalty", 1.6, stdin="\n".join(messages))
+    assert (code, out) == (0, "".join(reply + "\n" for reply in replies))
+
+
+def test_each_turn_of_a_chat_has_a_seed_of_its_own(cli, engine):
+    arguments = ["--chat", "--max-new-tokens", 8, "--temperature", 1.5, "--top-k", 0, "--seed", 5]
+    _, out, _ = cli(*arguments, stdin="hello\nhow are you?\n")
+    history, replies = [], []
+    for turn, message in enumerate(["hello", "how are you?"]):
+        history.append({"role": "user", "content": message})
+        prompt = engine.tokenizer.apply_chat_template(history)
+        sampling = Sampling(temperature=1.5, seed=5 + turn)
+        replies.append(expected_text(engine, prompt, 8, special=False, sampling=sampling))
+        history.append({"role": "assistant", "content": replies[-1]})
+    assert out == "".join(reply + "\n" for reply in replies)
+    assert cli(*arguments, stdin="hello\nhow are you?\n")[1] == out
+
+
+STRICT = (
+    "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n{{ '' }}"
+)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "end of text"])
+def test_an_empty_reply_is_left_out_of_the_conversation(cli, engine, folder, tmp_path, monkeypatch, how):
+    """Llama 2's and Mistral's templates refuse an empty turn, and two turns of the user in a row."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    settings = json.loads((copy / "tokenizer_config.json").read_text()) | {"chat_template": STRICT}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    step, calls = Llama.step, []
+
+    def empty(self, *arguments):
+        calls.append(1)
+        output = step(self, *arguments)
+        if len(calls) == 1 and how == "interrupt":
+            raise KeyboardInterrupt
+        return output
+
+    monkeypatch.setattr(Llama, "step", empty)
+    if how == "end of text":
+        put, made = Steps.put, []
+
+        def ended(self, token, logprob):
+            made.append(1)
+            return put(self, 2, logprob) if len(made) == 1 else put(self, token, logprob)
+
+        monkeypatch.setattr(Steps, "put", ended)
+    code, out, err = cli("--chat", "--max-new-tokens", 5, model=copy, stdin="hello\nhow are you?\nand now?\n")
+    monkeypatch.undo()
+    assert code == 0
+    assert "no reply: the message is left out of the conversation" in err
+    assert "error" not in err
+    assert out == "".join(f"{reply}\n" for reply in ["", *conversation(engine, ["how are you?", "and now?"], 5)])
+
+
+def test_a_chat_at_the_end_of_the_context_forgets_its_oldest_messages(cli, engine):
+    long = "the quick brown fox " * 20
+    messages = [f"{n} {long}".strip() for n in range(8)]
+    code, out, err = cli("--chat", "--system", "be brief", "--max-new-tokens", 5, stdin="\n".join(messages))
+    replies = out.splitlines()
+    assert code == 0
+    assert len(replies) == len(messages)
+    assert "error" not in err
+    assert "the context of 512 tokens is full: 2 messages are forgotten" in err
+    history = [{"role": "system", "content": "be brief"}]
+    for message, reply in zip(messages[-3:-1], replies[-3:-1], strict=True):
+        history += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+    history.append({"role": "user", "content": messages[-1]})
+    encode, apply = engine.tokenizer.encode, engine.tokenizer.apply_chat_template
+    while len(encode(apply(history), add_special_tokens=False)) + 5 > 512:
+        del history[1:3]
+    assert replies[-1] == expected_text(engine, apply(history), 5, special=False)
+
+
+def test_a_message_too_long_by_itself_leaves_the_conversation_as_it_is(cli, engine):
+    messages = ["hello", "x y " * 600, "and you?"]
+    _, out, err = cli("--chat", "--max-new-tokens", 4, stdin="\n".join(messages))
+    assert "leave no room" in err
+    assert "forgotten" not in err
+    assert out == "".join(reply + "\n" for reply in conversation(engine, ["hello", "and you?"], 4))
+
+
+def test_commands_of_a_chat_do_not_go_to_the_model(cli, engine):
+    said = "hello\n/help\n  /clear \nhow are you today?\n/usr/bin is a folder\n/exit\nhello\n"
+    code, out, err = cli("--chat", "--max-new-tokens", 4, stdin=said)
+    replies = conversation(engine, ["hello"], 4) + conversation(
+        engine, ["how are you today?", "/usr/bin is a folder"], 4
+    )
+    assert (code, out) == (0, "".join(reply + "\n" for reply in replies))
+    assert "/clear forgets the conversation" in err
+
+
+# --- Logits that are no numbers ---
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> Path:
+    """A model whose logits are NaN after the word " dog"."""
+    copy = shutil.copytree(folder, tmp_path / "damaged")
+    model, tokenizer = Llama.from_pretrained(folder, device="cpu"), Tokenizer.from_pretrained(folder)
+    model.embed.weight[tokenizer.encode(" dog")[-1]] = torch.nan
+    model.save_pretrained(copy)
+    return copy
+
+
+def test_a_prompt_whose_logits_are_nan_is_named_and_not_a_success(cli, damaged):
+    code, out, err = cli("--prompt", "the lazy dog", "--max-new-tokens", 4, "--quiet", model=damaged)
+    assert (code, out) == (2, "")
+    assert "error: prompt 0 at new token 1: the model's logits are NaN or infinite" in err
+
+
+def test_of_many_prompts_those_whose_logits_are_nan_end_alone(cli, damaged, engine, tmp_path):
+    rows = [{"id": name, "prompt": text} for name, text in (("a", "hello"), ("b", "the lazy dog"), ("c", "the sea"))]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--prompts-file", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--json"]
+    code, _, err = cli(*arguments, "--max-new-tokens", 4, model=damaged)
+    assert code == 2
+    assert re.search(
+        r"error: 1 of 3 prompts ended in an error; the first: .*line 2: it at new token 1: the model's", err
+    )
+    written = {row["id"]: row for row in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert {name: row["finish_reason"] for name, row in written.items()} == {"a": "length", "b": "error", "c": "length"}
+    assert written["a"]["text"] == expected_text(engine, "hello", 4)
+    code, _, _ = cli(*arguments, "--max-new-tokens", 4, "--resume")  # with a model that is whole
+    assert code == 0
+    written = {row["id"]: row for row in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert written["b"]["text"] == expected_text(engine, "the lazy dog", 4)
+
+
+def test_in_a_chat_the_turn_whose_logits_are_nan_ends(cli, damaged, engine):
+    code, out, err = cli("--chat", "--max-new-tokens", 4, model=damaged, stdin="hello\nthe lazy dog\nand you?\n")
+    assert code == 0
+    assert "NaN or infinite" in err
+    first, last = conversation(engine, ["hello", "and you?"], 4)
+    assert out == f"{first}\n\n{last}\n"
+
+
+# --- Where torch cannot compile ---
+
+FAKE = """#!/bin/sh
+case "$*" in *--version*) echo "g++ (none) 12.2.0"; exit 0;; esac
+echo "x.cpp:1:10: fatal error: Python.h: No such file or directory" >&2; exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/nope"}, "there is no C++ compiler; install g++, or name one in CXX"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "this processor is none that it knows; if ATEN_CPU_CAPABILITY is set"),
+        ({"CXX": "fake"}, "Python's headers are missing; install them (python3-dev)"),
+    ],
+    ids=["no compiler", "no instructions", "no headers"],
+)
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 does not compile for a CPU")
+def test_where_torch_cannot_compile_auto_goes_on_and_on_says_why(folder, engine, tmp_path, environment, reason):
+    (tmp_path / "fake").write_text(FAKE)
+    (tmp_path / "fake").chmod(0o755)
+    if environment.get("CXX") == "fake":
+        environment = {"CXX": str(tmp_path / "fake")}
+    environment = os.environ | environment | {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "llama_flex.generate", "--model", str(folder), "--prompt", "The quick", "--quiet"]
+    command += ["--device", "cpu", "--max-new-tokens", "40"]
+
+    def run(compile: str) -> subprocess.CompletedProcess:
+        given = [*command, "--compile", compile]
+        return subprocess.run(
+            given, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+
+    done = run("auto")
+    assert (done.returncode, done.stdout) == (0, expected_text(engine, "The quick", 40) + "\n")
+    assert re.fullmatch(r"warning: goes on uncompiled, more slowly: torch cannot compile: .*\n", done.stderr)
+    assert reason in done.stderr
+    done = run("on")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: torch cannot compile: .*--compile off\n", done.stderr)
+    assert reason in done.stderr
+
+
+class NoCompiler(Exception):
+    """What stands in for the compiler's error."""
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Compiling fails, quickly; after so many parts, as by a damaged file."""
+
+    def after(count: int = 0) -> None:
+        compiled = Graphs._compiled
+
+        def failing(self, function):
+            if len(self.parts) >= count:
+
+                def part(*_):
+                    raise InductorError(NoCompiler("a file is damaged"), None)
+
+                return part
+            return compiled(self, function)
+
+        monkeypatch.setattr(Graphs, "_compiled", failing)
+
+    return after
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_a_compiler_that_fails_amid_a_text_changes_nothing_in_it(cli, engine, no_compiler, parts):
+    no_compiler(parts)
+    code, out, err = cli("--prompt", "The quick", "--max-new-tokens", 40, "--compile", "auto", "--quiet")
+    assert (code, out) == (0, expected_text(engine, "The quick", 40) + "\n")
+    assert err.count("\n") == 1
+    assert "goes on uncompiled, more slowly: torch cannot compile: a file is damaged; if a file in /" in err
+
+
+def test_many_prompts_and_a_chat_go_on_uncompiled_too(cli, engine, no_compiler, tmp_path):
+    no_compiler()
+    (tmp_path / "p.txt").write_text("The quick\nhello\n")
+    arguments = ["--prompts-file", tmp_path / "p.txt", "--json", "--max-new-tokens", 40]
+    code, out, err = cli(*arguments, "--compile", "auto", "--quiet")
+    assert code == 0
+    assert err.count("goes on uncompiled") == 1
+    texts = {row["prompt"]: row["text"] for row in map(json.loads, out.splitlines())}
+    assert texts == {prompt: expected_text(engine, prompt, 40) for prompt in ("The quick", "hello")}
+    code, out, err = cli("--chat", "--max-new-tokens", 5, "--compile", "auto", stdin="hello\nand you?\n")
+    assert (code, out) == (0, "".join(reply + "\n" for reply in conversation(engine, ["hello", "and you?"], 5)))
+    assert err.count("goes on uncompiled") == 1
+    assert_one_error(
+        cli("--prompt", "The quick", "--compile", "on", "--quiet"), "torch cannot compile", "--compile off"
+    )
+
+
+def test_a_folder_for_compiled_code_that_cannot_be_written_is_replaced(folder, tmp_path):
+    """torch does not even start without one."""
+    (tmp_path / "file").write_text("")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    command = [sys.executable, "-m", "llama_flex.generate", "--model", str(folder), "--prompt", "a", "--quiet"]
+    command += ["--device", "cpu", "--compile", "off", "--max-new-tokens", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert re.fullmatch(
+        r"warning: .*/file/cache, where torch keeps compiled code, cannot be written to .*\n", done.stderr
+    )
 
 
 # --- What users do to files and streams ---

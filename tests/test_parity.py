@@ -1,5 +1,6 @@
 """The tool that compares with transformers: right models agree, each fault is found and named."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -165,6 +166,16 @@ def test_table_shows_layers_and_on_demand_all(capsys):
     )
     shown = printed(capsys, 1, *arguments, "--all").splitlines()
     assert sum(line.startswith("    1  ") for line in shown) == 7
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(40, 8), (80, 48)])
+def test_a_model_of_a_short_context_gets_a_shorter_text(capsys, folder, tmp_path, context, tokens):
+    model = Llama.from_pretrained(folder, device="cpu")
+    model.config = dataclasses.replace(model.config, max_position_embeddings=context)
+    model.save_pretrained(tmp_path)
+    lines = printed(capsys, 0, str(tmp_path), "--device", "cpu", "--no-compile").splitlines()
+    assert lines[1] == f"float32, cpu, {tokens} tokens"
+    assert lines[-1] == "nothing diverges"
 
 
 @pytest.mark.parametrize(

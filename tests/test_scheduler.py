@@ -1257,3 +1257,42 @@ def test_more_masks_than_may_run_at_a_time_wait(plain):
     assert [tokens_of(r) for r in requests] == [one.alone for one in asked]
     assert len(set(map(tuple, (one.alone for one in asked)))) > PATTERNS
     check_empty(engine)
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_of_another_dtype_is_followed(compile):
+    model, prompts = tiny(), [random_ids(n) for n in (5, 140, 30)]
+    engine = Engine(model, max_batch_size=2, max_length=256, compile=compile)
+    options = {"max_new_tokens": 6, "stop_token_ids": ()}
+
+    def all_of(*ids: list[int]) -> list[list[int]]:
+        requests = [engine.submit(prompt, **options) for prompt in ids]
+        engine.run()
+        return [tokens_of(request) for request in requests]
+
+    assert all_of(*prompts) == [c.tokens for c in Engine(model).generate(prompts, **options)]
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        for prompt in prompts[:2]:
+            assert all_of(prompt) == [Engine(model).generate([prompt], **options)[0].tokens]
+        assert engine.scheduler.cache.layers[0][0].dtype == dtype
+
+
+@pytest.mark.usefixtures("dense")
+def test_a_dtype_that_changes_amid_requests_loses_nothing():
+    model = tiny()
+    engine, window = Engine(model, max_batch_size=2, max_length=256), masks.sliding_window(9)
+    options = {"max_new_tokens": 8, "stop_token_ids": ()}
+    under_way = engine.submit(random_ids(140), mask=window, **options)
+    for _ in range(4):
+        engine.step()
+    before = tokens_of(under_way)
+    assert 0 < len(before) < 8
+    model.to(torch.float64)
+    later = engine.submit(random_ids(20), **options)
+    engine.run()
+    (expected,) = Engine(model).generate([random_ids(140)], mask=window, **options)
+    assert tokens_of(under_way)[: len(before)] == before
+    assert tokens_of(under_way) == expected.tokens
+    assert tokens_of(later) == Engine(model).generate([random_ids(20)], **options)[0].tokens
