@@ -111,10 +111,7 @@ class Engine:
             for step in self.stream(prompts, **options):
                 completions[step.row].add(step)
         except NonFiniteLogitsError as error:
-            for prompt, _ in error.where:
-                completions[prompt].finish_reason = "error"
-            error.completions = completions
-            raise
+            raise error.with_completions(completions) from None
         return completions
 
     def stream(

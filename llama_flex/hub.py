@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -25,6 +26,10 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 SECONDS_TO_ANSWER = 10.0  # that the hub gets, before its cache alone is looked into
+# Connections that fail. Which HTTP library raises that depends on the version of huggingface_hub; its own errors are of
+# the library's kind.
+_HTTP_ERROR: Any = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+_UNREACHABLE = (_HTTP_ERROR, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError)
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -58,10 +63,8 @@ def resolve(
         raise ValueError(f"{name}: neither a folder here nor a repository on the hub (or a private one)") from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: no revision {revision!r} on the hub") from None
-    except Exception as error:
-        if not _is_about_the_connection(error):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except _UNREACHABLE as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
 
     def download(patterns: Sequence[str]) -> Path:
         local = reason is not None
@@ -76,15 +79,6 @@ def resolve(
             if isinstance(shards, dict):  # else loading says what is wrong with it
                 download([glob.escape(shard) for shard in sorted({*map(str, shards.values())})])
         return folder
-    except Exception as error:
-        if not _is_about_the_connection(error):
-            raise
+    except _UNREACHABLE as error:
         reason = reason or str(error).strip().partition("\n")[0]
         raise ValueError(f"{name}: no such folder here, and the hub gave no copy ({reason})") from None
-
-
-def _is_about_the_connection(error: Exception) -> bool:
-    """Whether the hub could not be asked, rather than something being wrong here. Which HTTP library huggingface_hub
-    uses depends on its version."""
-    known = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError)
-    return isinstance(error, known) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore")

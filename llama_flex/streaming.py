@@ -44,6 +44,13 @@ class NonFiniteLogitsError(ValueError):
         super().__init__(f"{prompts}: the model's logits are NaN or infinite; its weights may be damaged ({way})")
         self.where = list(where)
 
+    def with_completions(self, completions: Sequence[Completion]) -> NonFiniteLogitsError:
+        """This error with what was generated of all prompts, those that it names marked as ended in an error."""
+        for prompt, _ in self.where:
+            completions[prompt].finish_reason = "error"
+        self.completions = completions
+        return self
+
 
 @dataclass(frozen=True)
 class Step:

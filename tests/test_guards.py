@@ -136,6 +136,7 @@ def test_every_public_name_is_there():
 ALLOWED = {
     ("generate.py", "warnings.showwarning"),
     ("generate.py", "sys.stderr"),  # closed, it becomes the null device
+    ("generate.py", "os.environ[name]"),  # where torch, not imported yet, keeps compiled code
     ("chat.py", "setattr(parent, name, _concatenation(meter, value))"),
 }
 
@@ -261,13 +262,13 @@ def test_an_error_in_attention_reaches_the_caller(tiny_pair):
     """The attention of the old script could fail in every layer, and the text came from another one."""
 
     def broken(q, kv):
-        if kv.index.numel() > 1:  # not where it is tried on one token, before any work
+        if kv._tokens.index.numel() > 1:  # not where it is tried on one token, before any work
             raise RuntimeError("a mask that cannot be computed")
         return kv.index <= q.index
 
     _, model = tiny_pair("gqa")
     for backend in ("flex", "dense"):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be computed"):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"mask broken raises .*cannot be computed"):
             model(torch.tensor([[1, 2, 3]]), mask=Mask(broken), backend=backend)
 
 
