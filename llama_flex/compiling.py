@@ -160,7 +160,8 @@ def _why(error: Exception) -> str:
     elif "Python.h" in text:
         first, way = "Python's headers are missing", "install them (python3-dev)"
     else:
-        way = f"if a file in {cache_dir()} is damaged, delete that folder"
+        way = "a mask or score function may use what it cannot, "
+        way += f"or a file in {cache_dir()} is damaged: delete that folder"
     return f"torch cannot compile: {first[:300]}; {way}; or do not compile: compile=False, --compile off"
 
 

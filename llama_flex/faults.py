@@ -34,9 +34,11 @@ class CompileError(ValueError):
 
 def fault_of(error: Exception) -> tuple[str, str]:
     """The kind of a fault that a user's function raised, and one line with its cause, the line of code, the way out."""
-    if isinstance(error, CompileError):
-        return "does-not-compile", f"{error}{user_line(error)}"
     text, line = str(error), user_line(error)
+    if isinstance(error, CompileError):
+        if not _DATA_DEPENDENT.search(f"{error} {error.__cause__}"):
+            return "does-not-compile", f"{error}{line}"
+        text = f"{error} {error.__cause__}"
     first = f"{type(error).__name__}: {(text.strip() or 'no message').splitlines()[0]}"
     if out := _OUT_OF_RANGE.search(text):
         way = "make it as long as the longest text, or clamp the index"
@@ -49,10 +51,10 @@ def fault_of(error: Exception) -> tuple[str, str]:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return "does-not-compile", f"torch cannot trace or compile it{line}: {first}"
     if isinstance(error, AttributeError) and "'Token' object" in text:
-        return "raises", f"{first}{line}; a token has index, position, segment, head and batch"
+        return "raises", f"it raises {first}{line}; a token has index, position, segment, head and batch"
     if isinstance(error, TypeError) and _ARGUMENTS.search(text):
         way = "a mask takes (q, kv), a score function (score, q, kv), an edit (x, tokens)"
-        return "raises", f"{first}; {way}; FlexAttention's own forms go through from_mask_mod and from_score_mod"
+        return "raises", f"it raises {first}; {way}; FlexAttention's forms go through from_mask_mod and from_score_mod"
     return "raises", f"it raises {first}{line}"
 
 

@@ -326,6 +326,22 @@ def test_a_cache_ends_where_its_keys_would_have_to_turn(name):
     assert model(ids).isfinite().all()
 
 
+def test_a_longrope_cache_may_be_longer_than_a_context_that_is_shorter_than_the_trained_length():
+    parameters = parameters_of("longrope", 32) | {"original_max_position_embeddings": 64}
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 1}
+    rope_parameters = RopeParameters(**parameters)
+    model = Llama(
+        LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=48, rope_parameters=rope_parameters)
+    )
+    model.requires_grad_(False)
+    ids, cache = torch.arange(64)[None], model.new_cache(1, 128)
+    with pytest.warns(UserWarning, match="50 tokens are more than the 48"):
+        parts = [model(ids[:, :50], cache=cache), model(ids[:, 50:], cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="beyond 64 tokens"):
+        model(ids[:, :1], cache=cache)
+
+
 def test_every_supported_type_is_tested_here():
     assert {p["rope_type"] for p in PARAMETERS.values()} == set(rope._TYPES)
 

@@ -484,9 +484,12 @@ def test_wrong_questions_are_answered_in_words(pair):
         (lambda: edits.patch(capture, "q", [0]), "layer must be a whole number"),
         (
             lambda: engine.generate([[3]], edit=edits.add("q", torch.zeros(7))),
-            "add at q fails on .1, 1, 8, 32.: The size",
+            "edit add at q raises RuntimeError: The size of tensor",
         ),
-        (lambda: model(ids, edit=[NULLS[0], edits.add("q", torch.zeros(7))]), r"add at q fails on \[2, 5, 8, 32\]"),
+        (
+            lambda: model(ids, edit=[NULLS[0], edits.add("q", torch.zeros(7))]),
+            "edit add at q raises RuntimeError: The size of tensor",
+        ),
         (lambda: model(ids, capture=[Capture("k"), capture, capture]), "given twice"),
         (lambda: Capture("q", device="cuda:99"), "device 'cuda:99' is not there"),
         (lambda: engine.generate([[3], [4], [5]], capture=capture), "holds 2 rows, the run has 3"),
