@@ -122,8 +122,8 @@ class Steps:
         is_stop_id, is_last = token in self.stop_ids, self.count == self.limit
         text, stopped = None, False
         if self._text is not None:
-            text, stopped = ("", False) if is_stop_id else self._text.put(token)
-            if is_stop_id or (is_last and not stopped):
+            text, stopped = self._text.put(token, silent=is_stop_id)
+            if (is_stop_id or is_last) and not stopped:
                 text += self._text.rest()
         return Step(self.row, token, logprob, text, "stop" if is_stop_id or stopped else "length" if is_last else None)
 
@@ -140,38 +140,50 @@ class _Text:
         self._visible = tokenizer.stream(context)
         # Stop strings are looked for in the text with special tokens, as transformers does.
         self._all = tokenizer.stream(context, skip_special_tokens=False) if stop else None
-        self._is_visible: list[bool] = []  # of each character of that text which is held back
+        # How long the text with special tokens and the visible text are after each token, and how much of them is
+        # searched and given. Before the tokens whose text is held back, the lengths stand alone.
+        self._lengths, self._before = list[tuple[int, int]](), (0, 0)
+        self._all_length = self._searched = self._given = 0
         self._ready = ""  # visible text that may not be given yet
-        self._due = 0  # how many visible characters may be given
 
-    def put(self, token: int) -> tuple[str, bool]:
-        """The text that is certain with one more token, and whether a stop string was found."""
+    def put(self, token: int, *, silent: bool = False) -> tuple[str, bool]:
+        """The text that is certain with one more token, and whether a stop string was found. silent: the token has no
+        text itself, but may complete a stop string."""
         if token not in self._tokenizer:
             return "", False
+        text = "" if silent else self._visible.put(token)
         if self._all is None:
-            return self._visible.put(token), False
-        self._ready += self._visible.put(token)
+            return text, False
+        self._ready += text
         text = self._all.put(token)
-        hidden = len(self._tokenizer.token(token)) if token in self._tokenizer.special_ids else 0
+        self._all_length += len(text)
         pending = self._all.pending()
-        self._is_visible += [n < len(text) - hidden for n in range(len(text))] + [True] * len(pending)
+        visible = self._given + len(self._ready) + len(self._visible.pending())
+        self._lengths.append((self._all_length + len(pending), visible))
         safe, stopped = self._stops.put(text, pending)
+        self._searched += len(safe)
         if stopped:
             self._ready += self._visible.flush()
-        given = self._give(safe)
-        del self._is_visible[len(self._is_visible) - len(pending) :]
-        return given, stopped
+        return self._give(), stopped
 
     def rest(self) -> str:
         """What was held back, once no more tokens come."""
         return self._ready + self._visible.flush()
 
-    def _give(self, safe: str) -> str:
-        """The visible characters among those that are safe now."""
-        self._due += sum(self._is_visible[: len(safe)])
-        del self._is_visible[: len(safe)]
-        text, self._ready = self._ready[: self._due], self._ready[self._due :]
-        self._due -= len(text)
+    def _give(self) -> str:
+        """The visible text up to where was searched. Of a token amid whose text that is, both texts end alike: what they
+        may have beside, such as white space or what was held back, comes before."""
+        done = max((n for n, (length, _) in enumerate(self._lengths) if length <= self._searched), default=-1)
+        if done >= 0:
+            self._before = self._lengths[done]
+            del self._lengths[: done + 1]
+        due = self._before[1]
+        if self._lengths:
+            length, visible = self._lengths[0]
+            due = max(due, visible - (length - self._searched))
+        text = self._ready[: max(due - self._given, 0)]
+        self._ready = self._ready[len(text) :]
+        self._given += len(text)
         return text
 
 

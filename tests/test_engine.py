@@ -478,8 +478,16 @@ def test_what_was_held_back_is_released_when_a_stop_token_ends_the_text(spoken):
     assert (done.text, done.finish_reason) == (" stop here", "stop")
 
 
+@pytest.mark.parametrize(("stop", "text"), [(["here<end>"], " stop "), (["<end>"], " stop here"), (["p"], " sto")])
+def test_a_stop_token_may_complete_a_stop_string(spoken, stop, text):
+    (done,) = spoken.generate([[BANG]], max_new_tokens=9, stop=stop, stop_token_ids=[END])
+    assert (done.text, done.finish_reason) == (text, "stop")
+
+
 def test_a_stop_string_in_the_prompt_does_not_stop(spoken):
-    (done,) = spoken.generate([[ONE, TWO]], max_new_tokens=2, stop=["two", "One"])
+    (done,) = spoken.generate(
+        [[ONE, TWO]], max_new_tokens=2, stop=["two", "One", "two three"]
+    )  # nor one that begins there
     assert done.text == " three c"
 
 

@@ -74,7 +74,7 @@ FORWARD = {
     ),
     "an edit of one argument": (
         lambda m: m(IDS, edit=Edit("resid_pre", lambda x: x)),
-        r"edit <lambda> at resid_pre: TypeError: .* an edit \(x, tokens\)",
+        r"edit <lambda> at resid_pre raises TypeError: .* an edit \(x, tokens\)",
     ),
     "an edit with a short table": (
         lambda m: m(IDS, edit=Edit("resid_pre", lambda x, t: x + NUMBERS[t.index][..., None])),
