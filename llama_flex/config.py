@@ -225,8 +225,7 @@ class LlamaConfig:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "num_key_value_heads"):
             if key in raw:  # an explicit null means none, not the default
                 fields[key] = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
-        if "is_causal" in raw and raw["is_causal"] in (None, 0, 1):
-            fields["is_causal"] = bool(raw["is_causal"])  # the reference reads null as false, not as the default
+        fields["is_causal"] = raw.get("is_causal", True)  # null is neither, and the reference's kernels part over it
         context = fields.get("max_position_embeddings", cls.max_position_embeddings)
         fields["rope_parameters"] = RopeParameters.from_config({**raw, "max_position_embeddings": context})
 

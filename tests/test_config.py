@@ -773,11 +773,18 @@ def test_bounds_of_llama3_in_the_wrong_order_are_warned_of_and_mean_what_they_me
     assert torch.equal(ours.rope_parameters.inverse_frequencies(64), expected)
 
 
-@pytest.mark.parametrize(("given", "causal"), [(True, True), (False, False), (None, False), (0, False), (1, True)])
-def test_is_causal_is_read_as_transformers_masks_read_it(given, causal):
-    assert read({"is_causal": given}).is_causal is causal
+@pytest.mark.parametrize("causal", [True, False])
+def test_is_causal_is_read_as_transformers_masks_read_it(causal):
+    assert read({"is_causal": causal}).is_causal is causal
     assert read({}).is_causal is True
-    assert read(read({"is_causal": given}).to_dict()).is_causal is causal
+    assert read(read({"is_causal": causal}).to_dict()).is_causal is causal
+
+
+@pytest.mark.parametrize("given", [None, 0, 1, "false"])
+def test_what_transformers_kernels_part_over_is_refused(given):
+    """Of null its eager attention makes both directions and sdpa, its default, one; of 0 sdpa a TypeError."""
+    with pytest.raises(ConfigError, match=f"is_causal must be true or false, found {given!r}"):
+        read({"is_causal": given})
 
 
 def test_a_base_model_and_another_name_of_silu_are_read():

@@ -116,7 +116,7 @@ def configs(draw) -> dict:
             "hidden_act": maybe(st.sampled_from(["silu", "swish"] * 4 + ["gelu"])),
             "attention_bias": maybe(st.booleans()),
             "mlp_bias": maybe(st.booleans()),
-            "is_causal": maybe(st.booleans(), null, zero),
+            "is_causal": maybe(*[st.booleans()] * 8, null, zero),
             "sliding_window": maybe(null, st.sampled_from([1, 7, 100])) if mistral else maybe(null),
             "eos_token_id": maybe(null, st.integers(0, 5), st.lists(st.integers(0, 5), max_size=2)),
             "pad_token_id": maybe(null, st.integers(0, 5), st.just(-1)),
@@ -163,6 +163,7 @@ REFUSED = (
     "hidden_act",
     "attention_chunk_size",
     "needs a rope_theta above 1",
+    "is_causal must be true or false",
 )
 
 
