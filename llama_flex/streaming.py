@@ -171,8 +171,8 @@ class _Text:
         return self._ready + self._visible.flush()
 
     def _give(self) -> str:
-        """The visible text up to where was searched. Of a token amid whose text that is, both texts end alike: what they
-        may have beside, such as white space or what was held back, comes before."""
+        """The visible text up to where was searched. Of a token amid whose text that is, both texts end alike: what
+        they may have beside, such as white space or what was held back, comes before."""
         done = max((n for n, (length, _) in enumerate(self._lengths) if length <= self._searched), default=-1)
         if done >= 0:
             self._before = self._lengths[done]

@@ -555,8 +555,8 @@ def until_stopped(tokenizer: Tokenizer, prompt: list[int], ids: list[int], stops
 @pytest.mark.parametrize("prompt", ["", "Hello"])
 @pytest.mark.parametrize("kind", ["byte_level", "converted", "tiny_model", "no decoder", "comes at the end"])
 def test_the_text_ends_before_a_stop_string_whatever_the_prompt_shows(folders, tmp_path, kind, prompt):
-    """The text with special tokens, which is searched, may have other white space at its beginning than the visible one,
-    and may come in other pieces."""
+    """The text with special tokens, which is searched, may have other white space at its beginning than the visible
+    one, and may come in other pieces."""
     folder = folders.get(kind)
     if folder is None:
         file = json.loads((folders["converted"] / "tokenizer.json").read_text())
