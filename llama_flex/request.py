@@ -73,6 +73,8 @@ class Request:
     asked: int = field(default=0, repr=False)  # how many tokens have been asked for; the last may not be read yet
     told: int = field(default=0, repr=False)  # how many steps have had their effect: end and callback
     pattern: int = field(default=0, repr=False)
+    took: bool = field(default=False, repr=False)  # whether some of it was taken from pages that others computed
+    alone: bool = field(default=False, repr=False)  # whether it takes nothing from others
 
     @property
     def completion(self) -> Completion:

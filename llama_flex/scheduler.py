@@ -316,7 +316,8 @@ class Scheduler:
         new = [step.token for step in request.steps]
         for prompt in prompts:
             # Weights are of a fused prompt, and change what comes after it.
-            key = (request.rule.key, prompt.log_weights, self._version) if request.rule.shares else None
+            shares = request.rule.shares and not request.alone
+            key = (request.rule.key, prompt.log_weights, self._version) if shares else None
             request.texts.append(Text(prompt, tokens_of(prompt, new), key))
         copies = []
         for text in request.texts:
@@ -337,7 +338,7 @@ class Scheduler:
         self._copies += copies
         self._running.append(request)  # first: an interrupt between the two must find it somewhere
         heapq.heappop(self._waiting)
-        request.asked = len(new)
+        request.asked, request.took = len(new), any(text.start for text in request.texts)
         for text in request.texts:
             self.prompt_tokens += text.tokens.shape[1] - text.start
             text.seat = self._seats.pop()
@@ -437,6 +438,9 @@ class Scheduler:
         for request, row in unread.rows:
             if not finite[row]:
                 self.forget()  # there may be some NaN in keys and values, too
+                if request.took and not request.finished:
+                    self._compute_alone(request)
+                    continue
                 if not request.finished:
                     where = [(request.number, len(request.steps) + 1)]
                     request.error = NonFiniteLogitsError(where, self.model.dtype)
@@ -445,6 +449,15 @@ class Scheduler:
                 request.steps.append(request.maker.put(int(tokens[row]), logprobs[row]))
                 self.new_tokens += 1
                 self._tell(request)
+
+    def _compute_alone(self, request: Request) -> None:
+        """Begin a request anew: the NaN may be another's, whose pages it took."""
+        request.alone = True
+        for unread in self._unread:
+            unread.rows[:] = [(other, row) for other, row in unread.rows if other is not request]
+        if request.texts:  # else it waits already
+            self._sent_away.append(request)
+            self._leave(request)
 
     def _tell(self, request: Request) -> None:
         """Let a token that was just added do what it does: end the request, and go to its callback."""

@@ -991,6 +991,29 @@ def test_numbers_that_are_none_stay_in_their_request(compile, monkeypatch):
     check(engine.submit(ids[200:240], **NEW))
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_shares_pages_with_a_request_whose_numbers_are_none_gets_its_tokens(ahead, bad, request):
+    """Uncompiled attention spreads the NaN to earlier tokens of the step, whose pages others take in that very step."""
+    if ahead:
+        request.getfixturevalue("read_later")
+    model = tiny()
+    model.embed.weight[159] = torch.nan
+    ids = [id % 159 for id in random_ids(150)]
+    engine = Engine(model, max_batch_size=3)
+    engine.scheduler._ahead = ahead
+    prompts = [[*ids, 159] if n == bad else [*ids, n] for n in range(3)]
+    requests = [engine.submit(prompt, **NEW) for prompt in prompts]
+    engine.run()
+    for n, (given, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        if n == bad:
+            assert (tokens_of(given), given.finish_reason) == ([], "error")
+        else:
+            assert tokens_of(given) == alone(Engine(model), prompt, **NEW).alone
+    assert engine.scheduler.pool.available == engine.scheduler.pool.count
+    assert len(engine.scheduler._seats) == 3
+
+
 @pytest.mark.usefixtures("dense", "read_later")
 def test_a_number_that_is_none_is_seen_though_its_request_is_cancelled_before_it_is_read():
     model = tiny()
