@@ -13,6 +13,9 @@ import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
+from . import code_cache  # noqa: F401  - before torch's compiler
+
+# isort: split
 import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed

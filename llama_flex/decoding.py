@@ -126,6 +126,7 @@ class Decoding:
         )
         self.model, self.batch, self.cache, self.parameters = model, batch, cache, parameters
         self.step, self.graphs = step, graphs
+        self.made_for = model.device, model.dtype
         self.has_run = False
         self.replay: Callable[[], Found | None] | None = None
         self.memory: tuple[object, object] = None, None  # what of the cache the recorded step works on
@@ -135,8 +136,14 @@ class Decoding:
         self._choose(x)
 
     def next(self) -> Found | None:
-        """One more token for each request; only enqueued, on CUDA. Returns what probes read."""
-        cache = self.cache
+        """One more token for each request; only enqueued, on CUDA. Returns what probes read.
+
+        Raises ValueError if the model is of another dtype or device by now, as keys and values in the cache are not.
+        """
+        cache, now = self.cache, (self.model.device, self.model.dtype)
+        if now != self.made_for:
+            was, is_ = (f"{dtype} on {device}" for device, dtype in (self.made_for, now))
+            raise ValueError(f"the model went from {was} to {is_} amid a stream; begin a new one")
         with cache.appending(1):
             layers, tokens = self.memory
             if self.replay is not None and cache.layers is layers and cache.tokens is tokens:

@@ -106,13 +106,17 @@ class Engine:
         """
         check_options("generate", self.stream, options)
         prompts = list(prompts)
-        completions = [Completion() for _ in prompts]
+        completions = [self.nothing() for _ in prompts]
         try:
             for step in self.stream(prompts, **options):
                 completions[step.row].add(step)
         except NonFiniteLogitsError as error:
             raise error.with_completions(completions) from None
         return completions
+
+    def nothing(self) -> Completion:
+        """The completion of a prompt before its first token."""
+        return Completion(text=None if self.tokenizer is None else "")
 
     def stream(
         self,
@@ -245,11 +249,15 @@ class Engine:
     ) -> Sequence[Sequence[int]]:
         if given is None:
             return [[]] * count
-        if cache is None or len(given) != count:
-            raise ValueError(
-                f"cached_ids has {len(given)} lists of ids; give one for each of {count} prompts, and cache"
-            )
-        ids = [token_ids(each) for each in given]
+        if cache is None:
+            raise ValueError("cached_ids are of the tokens in a cache; give that too: cache=...")
+        try:
+            ids = [token_ids(each) for each in given]
+        except (TypeError, ValueError):
+            ids = []
+        if len(ids) != count:
+            rule = f"cached_ids must hold a list of token ids for each of {count} prompts"
+            raise ValueError(f"{rule}, such as {[[1, 2, 3]] * count}, not {given!r:.100}")
         for n, each in enumerate(ids):
             if each:
                 self.check_ids(f"cached_ids {n}", each)
@@ -348,8 +356,7 @@ class Engine:
             max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         if cache is not None:
             self.model.check_cache(cache, sum(len(request.prompts) for request in requests))
-        limits, config = [], self.model.generation_config
-        most = config.max_length if max_new_tokens is None and config.max_new_tokens is None else None
+        limits, longest = list[int](), self.longest(max_new_tokens)
         for number, request in enumerate(requests):
             limit = max_new_tokens or self.default_new_tokens
             for prompt in request.prompts:
@@ -361,9 +368,22 @@ class Engine:
                         f"prompt {number}: {needed} tokens and {max_new_tokens} new ones exceed the {what}; ask for at "
                         f"most {int(room)} new tokens"
                     )
-                limit = min(limit, int(min(room, limit)), limit if most is None else max(most - needed, 1))
+                if needed >= longest:
+                    raise ValueError(
+                        f"prompt {number}: {needed} tokens leave no room in the {longest} that generation_config.json "
+                        "has as max_length; say how many new ones there may be (max_new_tokens), or shorten it"
+                    )
+                limit = int(min(limit, room, longest - needed))
             limits.append(limit)
         return limits
+
+    def longest(self, max_new_tokens: int | None = None) -> float:
+        """How many tokens a text may have by the max_length of generation_config.json, which counts where neither the
+        caller nor that file says how many new ones there are; infinite otherwise."""
+        config = self.model.generation_config
+        if config.max_length is None or max_new_tokens is not None or config.max_new_tokens is not None:
+            return math.inf
+        return config.max_length
 
     def stop_ids(self, asked: Iterable[int] | None) -> frozenset[int]:
         """The ids that end a text: those asked for, by default the model's."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import difflib
-import getpass
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +38,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         known = [name for action in self._actions for name in action.option_strings]
         for word in message.split() if message.startswith("unrecognized") else ():
+            word = word.partition("=")[0]
             begun = [name for name in known if word.startswith("--") and name.startswith(word)]
-            for name in (begun or difflib.get_close_matches(word.partition("=")[0], known))[:1]:
+            for name in (begun or difflib.get_close_matches(word, known))[:1]:
                 message += f" (did you mean {name}?)"
         raise UsageError(message)
 
@@ -163,6 +160,11 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
+def _refuse_message(error: ValueError) -> None:
+    """The same of a message in a chat, where prompts have no number."""
+    _refuse(UsageError(re.sub(r"^prompt 0:? ", "", str(error))))
+
+
 def _jobs(args: argparse.Namespace) -> list[Job]:
     """What is asked for. Raises UsageError for nothing, an empty prompt, arguments that do not go together, and for
     malformed files."""
@@ -266,34 +268,14 @@ class _Memory:
     compiled: bool = False  # whether the cache is of a size for compiled steps
 
 
-def _check_compiled_code_cache() -> None:
-    """Let torch keep what it compiles in a temporary folder if its own cannot be written to, without which it does not
-    even start."""
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    folder = os.environ.get(name) or os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")  # as torch has it
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        os.environ[name] = tempfile.mkdtemp(prefix="torchinductor_")
-        atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
-        print(
-            f"warning: {folder}, where torch keeps compiled code, cannot be written to ({error.strerror}); what is "
-            f"compiled now is not kept; name a folder in {name}",
-            file=sys.stderr,
-        )
-
-
 class _Session:
     """A loaded model and what was asked of it."""
 
     def __init__(self, args: argparse.Namespace, output: _Output) -> None:
-        _check_compiled_code_cache()
         import torch
 
         from . import hub
+        from .config import LlamaConfig
         from .engine import Engine
         from .model import Llama
         from .sampling import Sampling
@@ -305,6 +287,7 @@ class _Session:
 
         started = time.perf_counter()
         folder = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES, revision=args.revision)
+        LlamaConfig.from_pretrained(folder)  # which says of a folder of something else what that is
         self.tokenizer = Tokenizer.from_pretrained(folder)
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model = Llama.from_pretrained(folder, device=args.device, dtype=dtype)
@@ -327,14 +310,16 @@ class _Session:
         in whatever order."""
         prompts = list(self._encoded(asked))
         if not prompts:
-            if self.args.resume:  # it was said of each what is wrong with it
-                return
-            raise UsageError("no prompt is left to complete")
-        if live:
+            self._nothing_left()
+        elif live:
             self.engine.compile = self._compiles(1)
             self._complete_live(*prompts[0])
         else:
             self._complete_all(prompts)
+
+    def _nothing_left(self) -> None:
+        if not self.args.resume:  # it was said of each what is wrong with it
+            raise UsageError("no prompt is left to complete")
 
     def _encoded(self, asked: list[Job]) -> Iterator[tuple[Job, AnyPrompt]]:
         """The jobs with their tokens; without those of a prompts file that cannot be completed."""
@@ -348,10 +333,10 @@ class _Session:
                 yield job, prompt
 
     def _refuse(self, job: Job, error: ValueError) -> None:
-        what = str(error).removeprefix("prompt 0: ")
+        wrong = UsageError(f"{job.name}: " + str(error).removeprefix("prompt 0: "))
         if job.where == "--prompt":
-            raise UsageError(f"prompt {job.id}: {what}") from None
-        _bad_row(self.args)(UsageError(f"{job.where}: {what}"))
+            raise wrong from None
+        _bad_row(self.args)(wrong)
 
     def _compiles(self, batches: int) -> bool:
         from .compiling import compiles_for
@@ -362,13 +347,13 @@ class _Session:
     def _sampling_of(self, number: int) -> Sampling:
         from .sampling import seeded
 
-        return self.sampling if self.sampling.seed is None else seeded(self.sampling, number)
+        return seeded(self.sampling, number)
 
     def _complete_live(self, job: Job, prompt: AnyPrompt) -> None:
-        written = False
+        written, sampling = False, self._sampling_of(job.number)
 
         def start() -> Iterator[Step]:
-            return self.engine.stream([prompt], sampling=self._sampling_of(job.number), **self.options)
+            return self.engine.stream([prompt], sampling=sampling, **self.options)
 
         try:
             for step in self.statistics.timed(self._steps(start), [prompt]):
@@ -429,6 +414,8 @@ class _Session:
                 going[self.engine.submit(prompt, sampling=self._sampling_of(job.number), **self.options)] = job
             except ValueError as error:
                 self._refuse(job, error)
+        if not going:
+            self._nothing_left()
         failed = []
         hidden = True if args.quiet or not args.prompts_file else None  # None: hidden if stderr is no terminal
         with tqdm(total=len(going), unit="prompt", disable=hidden) as progress:
@@ -442,7 +429,7 @@ class _Session:
                     for request in ended:
                         job = going.pop(request)
                         if request.error is not None:
-                            failed.append(f"{job.where}: {request.error}".replace(f"prompt {request.number}", "it"))
+                            failed.append(job.name + str(request.error).removeprefix(f"prompt {request.number}"))
                         with progress.external_write_mode():  # both may go to one terminal
                             self.output.write(jobs.result(job, request.completion, args.json))
                         progress.update()
@@ -507,14 +494,14 @@ class _Session:
             try:
                 prompt = self._fitting(messages)
             except ValueError as error:  # too long, say: the conversation goes on without this message
-                _refuse(error)
+                _refuse_message(error)
                 messages.pop()
                 continue
-            reply, tokens, shared = "", [], self._recall(memory, prompt)
+            reply, tokens, shared, sampling = "", [], self._recall(memory, prompt), self._sampling_of(turn)
 
-            def start(prompt: list[int] = prompt, turn: int = turn) -> Iterator[Step]:
+            def start(prompt: list[int] = prompt, sampling: Sampling = sampling) -> Iterator[Step]:
                 new = [prompt[self._recall(memory, prompt) :]]
-                known, sampling = [memory.ids], self._sampling_of(turn)
+                known = [memory.ids]
                 return engine.stream(new, cache=memory.cache, cached_ids=known, sampling=sampling, **self.options)
 
             try:
@@ -526,20 +513,25 @@ class _Session:
                 pass
             except NonFiniteLogitsError as error:
                 reply, memory.cache = "", None  # whose keys and values may hold NaN too
-                _refuse(error)
+                _refuse_message(error)
             # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
             memory.ids += [*prompt[len(memory.ids) :], *tokens[:-1]] if tokens else []
             self.output.write("\n")
-            if reply:
+            if reply.strip():
                 messages.append({"role": "assistant", "content": reply})
             else:  # which many templates refuse, as they do two messages of the user in a row
                 messages.pop()
                 print("no reply: the message is left out of the conversation", file=sys.stderr)
 
+    @property
+    def _context(self) -> int:
+        """How many tokens a conversation may have."""
+        return int(min(self.engine.model.context, self.engine.longest(self.args.max_new_tokens)))
+
     def _recall(self, memory: _Memory, prompt: list[int]) -> int:
         """How many tokens of a prompt need not be computed again: the memory is left with those alone."""
         engine = self.engine
-        needed = min(len(prompt) + self.expected, engine.model.context)
+        needed = min(len(prompt) + self.expected, self._context)
         if memory.cache is None or needed > memory.cache.max_length or memory.compiled != engine.compile:
             memory.cache, memory.ids, memory.compiled = engine.new_cache(1, needed), [], engine.compile
         fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
@@ -575,7 +567,7 @@ class _Session:
 
         Raises ValueError, and leaves the conversation as it is, if there is none for a reply to the last message alone.
         """
-        context, dropped = self.engine.model.context, 0
+        context, dropped = self._context, 0
         room = self.args.max_new_tokens or min(self.expected, context // 4)
         for dropped in range(0, len(messages), 2):  # the last one alone is the end
             prompt = self.tokenizer.encode(self._chat_text(messages[dropped:]), add_special_tokens=False)

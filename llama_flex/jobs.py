@@ -42,6 +42,11 @@ class Job:
     where: str = field(default="--prompt", compare=False)
 
     @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"prompt {self.id}" if self.where == "--prompt" else self.where
+
+    @property
     def title(self) -> str:
         """One short line to know it by."""
         if isinstance(self.prompt, Question):

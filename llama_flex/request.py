@@ -79,7 +79,7 @@ class Request:
     @property
     def completion(self) -> Completion:
         """What there is so far, in one."""
-        whole = Completion()
+        whole = self.scheduler.engine.nothing()
         for step in self.steps:
             whole.add(step)
         whole.finish_reason = self.finish_reason

@@ -191,7 +191,8 @@ class Scheduler:
         if rule.shares and not model.default_mask.never_looks_ahead:
             raise ValueError(
                 "this model attends in both directions (is_causal is false), and requests are computed in pieces, of "
-                "which none sees a later one; use generate or stream, or give a mask"
+                "which none sees a later one; complete one at a time (generate or stream; --prompt without --json), or "
+                "give a mask"
             )
         stop_ids = engine.stop_ids(stop_token_ids)
         number = next(self._numbers)

@@ -38,10 +38,10 @@ class NonFiniteLogitsError(ValueError):
 
     def __init__(self, where: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
         prompts = ", ".join(f"prompt {prompt} at new token {token}" for prompt, token in where)
-        way = "look for the warning about them at loading"
+        way = "its weights may be damaged, of which loading warns"
         if dtype == torch.float16:
             way = "float16 ends at 65,504, where bfloat16 and float32 do not: try dtype bfloat16 or float32"
-        super().__init__(f"{prompts}: the model's logits are NaN or infinite; its weights may be damaged ({way})")
+        super().__init__(f"{prompts}: the model's logits are NaN or infinite ({way})")
         self.where = list(where)
 
     def with_completions(self, completions: Sequence[Completion]) -> NonFiniteLogitsError:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import pty
@@ -411,6 +412,7 @@ def test_a_wrong_argument_is_one_line_on_stderr_and_exit_code_2(cli, arguments, 
     ("argument", "meant"),
     [
         ("--temp", "--temperature"),
+        ("--temp=0.8", "--temperature"),
         ("--max-tokens", "--max-new-tokens"),
         ("--top_p=0.5", "--top-p"),
         ("--promt", "--prompt"),
@@ -759,9 +761,11 @@ STRICT = (
 )
 
 
-@pytest.mark.parametrize("how", ["interrupt", "end of text"])
+@pytest.mark.parametrize("how", ["interrupt", "end of text", "white space"])
 def test_an_empty_reply_is_left_out_of_the_conversation(cli, engine, folder, tmp_path, monkeypatch, how):
-    """Llama 2's and Mistral's templates refuse an empty turn, and two turns of the user in a row."""
+    """Llama 2's and Mistral's templates refuse an empty turn, and two turns of the user in a row.
+
+    They strip white space."""
     copy = shutil.copytree(folder, tmp_path / "model")
     settings = json.loads((copy / "tokenizer_config.json").read_text()) | {"chat_template": STRICT}
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -783,12 +787,21 @@ def test_an_empty_reply_is_left_out_of_the_conversation(cli, engine, folder, tmp
             return put(self, 2, logprob) if len(made) == 1 else put(self, token, logprob)
 
         monkeypatch.setattr(Steps, "put", ended)
+    if how == "white space":
+        put, made = Steps.put, []
+
+        def blank(self, token, logprob):
+            made.append(1)
+            return put(self, token, logprob) if len(made) > 5 else dataclasses.replace(put(self, 5, logprob), text=" ")
+
+        monkeypatch.setattr(Steps, "put", blank)
     code, out, err = cli("--chat", "--max-new-tokens", 5, model=copy, stdin="hello\nhow are you?\nand now?\n")
     monkeypatch.undo()
     assert code == 0
     assert "no reply: the message is left out of the conversation" in err
     assert "error" not in err
-    assert out == "".join(f"{reply}\n" for reply in ["", *conversation(engine, ["how are you?", "and now?"], 5)])
+    nothing = " " * 5 if how == "white space" else ""
+    assert out == "".join(f"{reply}\n" for reply in [nothing, *conversation(engine, ["how are you?", "and now?"], 5)])
 
 
 def test_a_chat_at_the_end_of_the_context_forgets_its_oldest_messages(cli, engine):
@@ -810,10 +823,20 @@ def test_a_chat_at_the_end_of_the_context_forgets_its_oldest_messages(cli, engin
     assert replies[-1] == expected_text(engine, apply(history), 5, special=False)
 
 
+def test_a_chat_at_the_end_of_what_max_length_allows_forgets_its_oldest_messages(cli, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "generation_config.json").write_text('{"max_length": 120}')
+    code, out, err = cli("--chat", model=copy, stdin="hello\nhow are you?\nand now?\nwhat?\n" + "x y " * 60)
+    assert code == 0
+    assert "the context of 120 tokens is full" in err
+    assert "leave no room in the 120 that generation_config.json has as max_length; say how many" in err
+    assert out.count("\n") >= 4
+
+
 def test_a_message_too_long_by_itself_leaves_the_conversation_as_it_is(cli, engine):
     messages = ["hello", "x y " * 600, "and you?"]
     _, out, err = cli("--chat", "--max-new-tokens", 4, stdin="\n".join(messages))
-    assert "leave no room" in err
+    assert re.search(r"error: \d+ tokens leave no room", err)
     assert "forgotten" not in err
     assert out == "".join(reply + "\n" for reply in conversation(engine, ["hello", "and you?"], 4))
 
@@ -853,9 +876,7 @@ def test_of_many_prompts_those_whose_logits_are_nan_end_alone(cli, damaged, engi
     arguments = ["--prompts-file", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--json"]
     code, _, err = cli(*arguments, "--max-new-tokens", 4, model=damaged)
     assert code == 2
-    assert re.search(
-        r"error: 1 of 3 prompts ended in an error; the first: .*line 2: it at new token 1: the model's", err
-    )
+    assert re.search(r"error: 1 of 3 prompts ended in an error; the first: .*line 2 at new token 1: the model's", err)
     written = {row["id"]: row for row in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert {name: row["finish_reason"] for name, row in written.items()} == {"a": "length", "b": "error", "c": "length"}
     assert written["a"]["text"] == expected_text(engine, "hello", 4)
@@ -868,12 +889,77 @@ def test_of_many_prompts_those_whose_logits_are_nan_end_alone(cli, damaged, engi
 def test_in_a_chat_the_turn_whose_logits_are_nan_ends(cli, damaged, engine):
     code, out, err = cli("--chat", "--max-new-tokens", 4, model=damaged, stdin="hello\nthe lazy dog\nand you?\n")
     assert code == 0
-    assert "NaN or infinite" in err
+    assert "error: at new token 1: the model's logits are NaN or infinite" in err
     first, last = conversation(engine, ["hello", "and you?"], 4)
     assert out == f"{first}\n\n{last}\n"
 
 
+def test_a_file_of_prompts_for_a_model_that_attends_both_ways_is_refused_and_no_success(cli, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    settings = json.loads((copy / "config.json").read_text()) | {"is_causal": False}
+    (copy / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "p.txt").write_text("hello\nthe dog\n")
+    code, out, err = cli("--prompts-file", tmp_path / "p.txt", "--max-new-tokens", 4, model=copy)
+    assert (code, out) == (2, "")
+    assert err.count("--prompt without --json") == 2
+    assert "error: no prompt is left to complete" in err
+    assert cli("--prompt", "hello", "--max-new-tokens", 4, model=copy)[0] == 0
+
+
 # --- Where torch cannot compile ---
+
+NAMELESS = """
+import os, pwd
+
+def none(uid):
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+pwd.getpwuid = none
+for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR"):
+    os.environ.pop(name, None)
+import llama_flex
+llama_flex.Engine
+"""
+DAMAGED = """
+import logging
+import llama_flex
+llama_flex.Engine
+for _ in range(2):
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        log = logging.getLogger("torch._inductor.codecache")
+        log.warning("fx graph cache unable to load compiled graph", exc_info=True)
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    """What Python code prints to stderr, warnings of llama_flex among it."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return done.stderr
+
+
+def test_the_folder_of_compiled_code_may_be_unwritable_or_its_user_nameless(tmp_path):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "x")
+    err = python("import llama_flex; llama_flex.Engine", TORCHINDUCTOR_CACHE_DIR=folder)
+    assert f"{folder}, where torch keeps compiled code, cannot be written to (Not a directory); what is" in err
+    assert python(NAMELESS) == ""
+
+
+def test_damaged_files_of_compiled_code_are_one_line(tmp_path):
+    err = python(DAMAGED, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert err.endswith(f"] files in {tmp_path} are damaged: compiled anew\n")
+    assert err.count("\n") == 1
+
 
 FAKE = """#!/bin/sh
 case "$*" in *--version*) echo "g++ (none) 12.2.0"; exit 0;; esac
@@ -948,6 +1034,17 @@ def test_a_compiler_that_fails_amid_a_text_changes_nothing_in_it(cli, engine, no
     assert (code, out) == (0, expected_text(engine, "The quick", 40) + "\n")
     assert err.count("\n") == 1
     assert "goes on uncompiled, more slowly: torch cannot compile: a file is damaged; a mask or score " in err
+
+
+def test_what_is_drawn_at_random_is_drawn_once(cli, engine, no_compiler, monkeypatch):
+    """A text that begins anew, uncompiled, goes on with what was given already."""
+    seeds = itertools.count(1)
+    monkeypatch.setattr("secrets.randbits", lambda _: next(seeds))
+    no_compiler(3)
+    drawn = ["--max-new-tokens", 40, "--temperature", 1, "--compile", "auto", "--quiet"]
+    _, out, err = cli("--prompt", "The quick", *drawn)
+    assert "goes on uncompiled" in err
+    assert out == expected_text(engine, "The quick", 40, sampling=Sampling(temperature=1, seed=1)) + "\n"
 
 
 def test_many_prompts_and_a_chat_go_on_uncompiled_too(cli, engine, no_compiler, tmp_path):

@@ -986,11 +986,33 @@ def test_text_goes_on_from_what_is_in_the_cache(spoken):
     assert done.text == spoken.generate([[CAFE_AF, E1]], max_new_tokens=2)[0].text
 
 
+def test_a_model_that_is_moved_amid_a_stream_ends_it_with_one_line(tokenizer):
+    model = walk(eos=None)
+    steps = Engine(model, tokenizer).stream([[ONE]], max_new_tokens=5)
+    next(steps)
+    model.to(torch.float64)
+    with pytest.raises(ValueError, match=r"from torch\.float32 on cpu to torch\.float64 on cpu amid a stream"):
+        list(steps)
+
+
+def test_without_a_tokenizer_there_is_no_text_from_the_beginning():
+    engine = Engine(walk(eos=None))
+    request = engine.submit([ONE], max_new_tokens=2)
+    assert request.completion.text is None
+    engine.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(NonFiniteLogitsError) as raised:
+        engine.generate([[ONE]], max_new_tokens=2)
+    assert raised.value.completions[0].text is None
+
+
 @pytest.mark.parametrize(
     ("cached_ids", "message"),
     [
-        ([], "cached_ids has 0 lists"),
-        ([[1], [2]], "2 lists"),
+        ([], "cached_ids must hold a list of token ids for each of 1 prompts"),
+        (3, r", such as \[\[1, 2, 3\]\], not 3"),
+        ([3], r"not \[3\]"),
+        ([[True]], r"not \[\[True\]\]"),
+        ([[1], [2]], r"not \[\[1\], \[2\]\]"),
         ([[999]], "cached_ids 0 has a token id"),
         ([["x"]], "ids"),
     ],
@@ -1001,7 +1023,7 @@ def test_wrong_ids_of_a_cache_are_named(spoken, cached_ids, message):
 
 
 def test_ids_of_a_cache_need_one(spoken):
-    with pytest.raises(ValueError, match="and cache"):
+    with pytest.raises(ValueError, match="give that too: cache="):
         spoken.generate([[ONE]], cached_ids=[[1]])
 
 
@@ -1176,4 +1198,8 @@ def test_max_length_caps_the_number_of_new_tokens_where_nobody_says(tokenizer):
     model = walk(eos=None, generation=GenerationConfig(max_length=12))
     assert len(Engine(model, tokenizer).generate([[ONE] * 5])[0].tokens) == 7
     assert len(Engine(model, tokenizer).generate([[ONE] * 5], max_new_tokens=20)[0].tokens) == 20
-    assert len(Engine(model, tokenizer).generate([[ONE] * 30])[0].tokens) == 1
+    assert len(Engine(model, tokenizer).generate([[ONE] * 11])[0].tokens) == 1
+    for prompt in ([ONE] * 12, [ONE] * 30):  # as transformers
+        rule = f"prompt 1: {len(prompt)} tokens leave no room in the 12 that generation_config.json has as max_length"
+        with pytest.raises(ValueError, match=rule):
+            Engine(model, tokenizer).generate([[ONE], prompt])

@@ -1005,11 +1005,11 @@ def test_who_shares_pages_with_a_request_whose_numbers_are_none_gets_its_tokens(
     prompts = [[*ids, 159] if n == bad else [*ids, n] for n in range(3)]
     requests = [engine.submit(prompt, **NEW) for prompt in prompts]
     engine.run()
-    for n, (given, prompt) in enumerate(zip(requests, prompts, strict=True)):
+    for n, (done, prompt) in enumerate(zip(requests, prompts, strict=True)):
         if n == bad:
-            assert (tokens_of(given), given.finish_reason) == ([], "error")
+            assert (tokens_of(done), done.finish_reason) == ([], "error")
         else:
-            assert tokens_of(given) == alone(Engine(model), prompt, **NEW).alone
+            assert tokens_of(done) == alone(Engine(model), prompt, **NEW).alone
     assert engine.scheduler.pool.available == engine.scheduler.pool.count
     assert len(engine.scheduler._seats) == 3
 

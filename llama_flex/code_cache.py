@@ -1,0 +1,63 @@
+"""The folder where torch keeps compiled code: looked at before torch's compiler is imported, which writes to it.
+
+Importing this module is enough; it must come before any import of `torch._dynamo` or `torch._inductor`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import getpass
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+
+_NAME = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def _make_writable() -> None:
+    """Let torch keep what it compiles in a temporary folder if its own cannot be written to, without which its compiler
+    cannot even be imported."""
+    folder = _folder()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        os.environ[_NAME] = tempfile.mkdtemp(prefix="torchinductor_")
+        atexit.register(shutil.rmtree, os.environ[_NAME], ignore_errors=True)
+        warnings.warn(
+            f"{folder}, where torch keeps compiled code, cannot be written to ({error.strerror}); what is compiled now "
+            f"is not kept; name a folder in {_NAME}",
+            stacklevel=1,
+        )
+
+
+def _folder() -> str:
+    """The folder, by default as torch names it."""
+    if given := os.environ.get(_NAME):
+        return given
+    try:
+        user = getpass.getuser()
+    except (KeyError, ImportError, OSError):  # in a container, say, whose user has no name
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    return os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+
+
+class _OneLine(logging.Filter):
+    """Makes one line, said once, of the tracebacks that torch logs for files that it cannot load and compiles anew."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "unable to load compiled graph" not in record.getMessage():
+            return True
+        record.msg, record.args, record.exc_info = "files in %s are damaged: compiled anew", (_folder(),), None
+        first, self.said = not self.said, True
+        return first
+
+
+_make_writable()
+logging.getLogger("torch._inductor.codecache").addFilter(_OneLine())
