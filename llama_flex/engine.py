@@ -139,8 +139,8 @@ class Engine:
         max_new_tokens: default what generation_config.json says, else 256, at most what the context and its max_length
         leave room for.
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
-        stop: strings that end a text. stop_token_ids: default the model's end-of-text ids. Neither appears in the text;
-        the tokens do.
+        stop: strings that end a text; looked for in the new text alone. stop_token_ids: default the model's end-of-text
+        ids. Neither appears in the text; the tokens do.
         mask: default causal, or the model's sliding window; if a prompt is fused, and `masks.fused()`. score_mod:
         default none. One for all layers or one each. Compiled steps are shared by masks of the same code, whatever the
         values of their tensors.
@@ -152,7 +152,8 @@ class Engine:
         or several. A row each for the prompts, and for the members of ensembles.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context. A prompt at whose next token the model's logits are NaN or infinite ends there, without that
-        token; once the others are done, NonFiniteLogitsError names it.
+        token; once the others are done, NonFiniteLogitsError names it. A cache of the caller's may hold NaN then: do
+        not go on with it.
         """
         model = self.model
         requests = _requests(prompts)
@@ -251,13 +252,14 @@ class Engine:
             return [[]] * count
         if cache is None:
             raise ValueError("cached_ids are of the tokens in a cache; give that too: cache=...")
+        rule = f"cached_ids must hold a list of token ids for each of {count} prompts, such as {[[1, 2, 3]] * count}"
+        wrong = ValueError(f"{rule}, not {given!r:.100}")
         try:
             ids = [token_ids(each) for each in given]
         except (TypeError, ValueError):
-            ids = []
+            raise wrong from None
         if len(ids) != count:
-            rule = f"cached_ids must hold a list of token ids for each of {count} prompts"
-            raise ValueError(f"{rule}, such as {[[1, 2, 3]] * count}, not {given!r:.100}")
+            raise wrong
         for n, each in enumerate(ids):
             if each:
                 self.check_ids(f"cached_ids {n}", each)
