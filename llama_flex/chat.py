@@ -23,7 +23,8 @@ MAX_BYTES = 1 << 27  # beyond what the process has to begin with
 MAX_TEXT_BYTES = 1 << 23
 OUT_OF_MEMORY = 3  # an exit code
 _START = "import sys; sys.path[:] = sys.argv[2:]; from llama_flex.render import main; main(int(sys.argv[1]))"
-_MARK = "<|where the final message ends|> "  # with white space, which tells whether the template keeps that of messages
+# Letters alone, which no template escapes or cuts at; with white space, which tells whether it keeps that of messages.
+_MARK = "FINAL_MESSAGE_ENDS_HERE "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 

@@ -533,6 +533,8 @@ OWN = {
     "thinks": "{% for m in messages %}[{{ m.role }}]{{ m.thinking }}|{{ m.content }}[end]{% endfor %}",
     "blocks": "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for b in m.content %}{{ b.text }};{% endfor %}{% endif %}[end]{% endfor %}",
+    "escapes": "{% for m in messages %}[{{ m.role }}]{{ m.content | e }}[end]{% endfor %}",
+    "JSON": "{% for m in messages %}{{ m.content | tojson }}[end]{% endfor %}",
     "no content": "{% for m in messages %}{{ m.role }}{% endfor %}",
 }
 
