@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import re
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, errors, snapshot_download
 
 from .config import read_json
+from .files import what_it_is
 
 INDEX = "model.safetensors.index.json"
 # Of the weights those alone that are read: a repository may hold them in other precisions and formats besides.
@@ -40,7 +42,7 @@ def resolve(
 
     files: which to download, as patterns; with an index of weights also the shards that it names. revision, token: as
     for the hub. HF_HUB_OFFLINE=1 uses the cache alone.
-    Raises ValueError if there is neither such a folder nor such a repository.
+    Raises ValueError if there is neither such a folder nor such a repository, and for one that holds none of the files.
     """
     if not str(path_or_repo):
         raise ValueError("no model named; give a folder or a hub repository name, owner/model")
@@ -53,10 +55,11 @@ def resolve(
         raise ValueError(f"{name}: is a file; give the folder that holds config.json and the safetensors{gguf}")
     if not _REPO_ID.fullmatch(name) or name.startswith("."):
         raise ValueError(f"{name}: no such folder (and not a hub repository name, owner/model)")
-    reason = None
+    reason, names = None, list[str]()
     try:
         # Asked once, and not for long: a download tries again and again, and waits as long as a connection stands.
-        HfApi().repo_info(name, revision=revision, token=token, timeout=SECONDS_TO_ANSWER)
+        found = HfApi().repo_info(name, revision=revision, token=token, timeout=SECONDS_TO_ANSWER)
+        names = [file.rfilename for file in found.siblings or ()]
     except errors.GatedRepoError:
         raise ValueError(f"{name}: access is restricted; accept its terms on the hub and pass a token") from None
     except errors.RepositoryNotFoundError:
@@ -65,6 +68,10 @@ def resolve(
         raise ValueError(f"{name}: no revision {revision!r} on the hub") from None
     except _UNREACHABLE as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+
+    wanted = ["config.json"] if "config.json" in files else files
+    if names and not any(fnmatch.fnmatch(file, pattern) for file in names for pattern in wanted):
+        raise ValueError(f"{name}: holds no {' or '.join(wanted[:2])}{what_it_is(names)}")
 
     def download(patterns: Sequence[str]) -> Path:
         local = reason is not None

@@ -6,6 +6,7 @@ import socket
 import time
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -61,7 +62,11 @@ def repository(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    monkeypatch.setattr(hub.HfApi, "repo_info", lambda *_, **__: None)
+
+    def repo_info(*_, **__):
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in held])
+
+    monkeypatch.setattr(hub.HfApi, "repo_info", repo_info)
     return held.update, tmp_path
 
 
@@ -94,6 +99,34 @@ def test_a_single_file_goes_before_an_index_as_it_does_in_loading(repository):
     hold(SHARDED | {"model.safetensors": ""})
     hub.resolve("owner/name", hub.MODEL_FILES)
     assert not fetched(cache) & {*SHARDS.values()}
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("adapter_config.json", "an adapter (PEFT), which is not a model; merge it into its base model"),
+        ("model-Q4_K_M.gguf", "GGUF files (model-Q4_K_M.gguf) are not read; give the folder of safetensors"),
+        ("params.json", "Meta's own format"),
+        ("README.md", ""),
+    ],
+)
+def test_a_repository_of_something_else_is_named_and_not_fetched(repository, file, what):
+    hold, cache = repository
+    hold({file: "", "tokenizer.json": "{}"})
+    for files in (hub.MODEL_FILES, hub.MODEL_FILES + hub.TOKENIZER_FILES):
+        with pytest.raises(
+            ValueError, match=rf"^owner/name: holds no config\.json{re.escape(f': {what}') if what else '$'}"
+        ):
+            hub.resolve("owner/name", files)
+    assert fetched(cache) == set()
+    assert hub.resolve("owner/name", hub.TOKENIZER_FILES) == cache
+
+
+def test_a_repository_without_a_tokenizer_says_so(repository):
+    hold, _ = repository
+    hold({"config.json": "{}", "model.gguf": ""})
+    with pytest.raises(ValueError, match=r"^owner/name: holds no tokenizer\.json or tokenizer\.model: GGUF files"):
+        hub.resolve("owner/name", hub.TOKENIZER_FILES)
 
 
 def test_without_a_hub_the_cache_is_used(repository, monkeypatch):
