@@ -284,7 +284,7 @@ class GenerationConfig:
     """The defaults a checkpoint recommends in `generation_config.json`; None where it says nothing.
 
     max_length: how many tokens a text may have in all, the prompt included; it caps the default number of new tokens.
-    `other` holds all further keys, for `save_pretrained` to write back.
+    `other` holds all further keys, for `save_pretrained` to write back; None where there is no such file.
     """
 
     eos_token_id: int | tuple[int, ...] | None = None
@@ -296,7 +296,7 @@ class GenerationConfig:
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
     max_length: int | None = None
-    other: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    other: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     # Keys whose other values would change the generated text in ways this package does not offer, with those that
     # change nothing besides null. What else transformers' GenerationConfig has is about beams, which num_beams turns
@@ -380,7 +380,7 @@ class GenerationConfig:
         given = {
             n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None and v is not False
         }
-        return {**self.other, **given}
+        return {**(self.other or {}), **given}
 
 
 def _is_number(value: Any) -> bool:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     LlamaT = TypeVar("LlamaT", bound=Llama)
 
+GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_SHARDS = 4096  # to read; opening so many takes a fifth of a second
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -191,6 +192,7 @@ def _same_bits(source: _Source, tensor: Tensor) -> bool:
 def save(model: Llama, folder: Path) -> None:
     """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
 
+    There is no generation_config.json where none was loaded and nothing is set; one that stands there is removed.
     Everything is written beside its place and renamed when all of it is there; weight files that an earlier save left
     in another layout are removed. If writing fails (OSError) or is killed, the old checkpoint is whole. Between the
     first rename and the last the folder has no config.json, and does not load, unless one rename is all it takes.
@@ -207,16 +209,25 @@ def save(model: Llama, folder: Path) -> None:
         total += tensor.nbytes
     stem = "model" if len(shards) == 1 else f"model-{{:05}}-of-{len(shards):05}"
     files = {f"{stem.format(i)}.safetensors": shard for i, shard in enumerate(shards, start=1)}
-    documents: dict[str, dict[str, Any]] = {"generation_config.json": model.generation_config.to_dict()}
+    documents: dict[str, dict[str, Any]] = {}
+    generation, ids = model.generation_config, ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings = generation.to_dict()
+    if settings and generation.other is None:  # transformers takes them from config.json only where there is no file
+        settings = {
+            key: id for key, id in model.config.to_dict().items() if key in ids and id not in (None, [])
+        } | settings
+    if settings or generation.other is not None:
+        documents[GENERATION_CONFIG] = settings
     if len(files) > 1:
         weight_map = {name: file for file, shard in files.items() for name in shard}
         documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
     documents["config.json"] = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
 
     partial = {name: folder / f".{name}.partial" for name in (*files, *documents)}
-    for name, temporary in partial.items():
+    for name in (*partial, GENERATION_CONFIG):
         if (folder / name).is_dir():
             raise IsADirectoryError(f"{folder / name} is a directory; remove it, or save elsewhere")
+    for temporary in partial.values():
         temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
     written = False
     try:
@@ -233,15 +244,22 @@ def save(model: Llama, folder: Path) -> None:
         for temporary in () if written else partial.values():
             temporary.unlink(missing_ok=True)
     config = folder / "config.json"
-    if len(files) > 1 or (config.exists() and config.read_bytes() != partial["config.json"].read_bytes()):
+    stay = all(_content(folder / name) == _content(partial.get(name)) for name in (config.name, GENERATION_CONFIG))
+    if len(files) > 1 or not stay:
         config.unlink(missing_ok=True)  # else shards of two models, or one's weights and another's config, would load
     for file in partial:
         if file != config.name:
             os.replace(partial[file], folder / file)
+    if GENERATION_CONFIG not in partial:
+        (folder / GENERATION_CONFIG).unlink(missing_ok=True)
     for path in folder.glob("model*.safetensors*"):
         if path.name not in partial and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
             path.unlink()
     os.replace(partial[config.name], config)
+
+
+def _content(path: Path | None) -> bytes | None:
+    return path.read_bytes() if path is not None and path.is_file() else None
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ import transformers
 from conftest import TINY, tiny_reference
 from safetensors.torch import load_file, save_file
 
-from llama_flex import Llama, weights
+from llama_flex import GenerationConfig, Llama, weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -379,6 +379,29 @@ def test_saving_over_the_folder_it_was_loaded_from(folder):
     assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.tensors_by_name(model))
 
 
+def test_without_a_generation_config_none_is_written_and_transformers_stops_at_the_configs_eos(folder, tmp_path):
+    """It takes the ids from config.json only where there is no generation_config.json."""
+    (folder / "generation_config.json").unlink()
+    rewrite(folder, eos_token_id=[7, 9], bos_token_id=3)
+    model, target = load_quietly(folder), tmp_path / "out"
+    target.mkdir()
+    (target / "generation_config.json").write_text('{"eos_token_id": 5}')  # of another model
+    model.save_pretrained(target)
+    assert not (target / "generation_config.json").exists()
+    assert load_in_transformers(target).generation_config.eos_token_id == [7, 9]
+    model.generation_config = dataclasses.replace(model.generation_config, temperature=0.5, do_sample=True)
+    model.save_pretrained(target)
+    theirs = load_in_transformers(target).generation_config
+    assert (theirs.temperature, theirs.eos_token_id, theirs.bos_token_id) == (0.5, [7, 9], 3)
+    assert load_quietly(target).generation_config.temperature == 0.5
+
+
+def test_an_empty_generation_config_is_written_back(folder):
+    (folder / "generation_config.json").write_text("{}")
+    load_quietly(folder).save_pretrained(folder)
+    assert json.loads((folder / "generation_config.json").read_text()) == {}
+
+
 def test_saving_replaces_a_link_and_leaves_what_it_pointed_to(folder):
     blob = folder / "blob"
     (folder / "model.safetensors").rename(blob)
@@ -437,7 +460,7 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_whole(most, sharded):
     assert contents(sharded) == before
 
 
-@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize("configured", ["", "config", "settings", "no settings"])
 @pytest.mark.parametrize(
     "sizes", [(10**9, 10**9), (10**9, 15_000), (15_000, 10**9), (15_000, 15_000), (15_000, 30_000)]
 )
@@ -449,8 +472,10 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint_or_none_that_loads(size
     before = contents(folder)
     monkeypatch.setattr(weights, "MAX_SHARD_BYTES", sizes[1])
     new = changed(old)
-    if configured:
+    if configured == "config":
         new.config = dataclasses.replace(new.config, rms_norm_eps=0.5)
+    elif configured:
+        new.generation_config = GenerationConfig(temperature=0.5) if configured == "settings" else GenerationConfig()
     steps = 0
 
     def save_and_be_killed():
@@ -480,6 +505,8 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint_or_none_that_loads(size
             found = load_quietly(folder)
             whole = old if torch.equal(found.embed.weight, old.embed.weight) else new
             assert found.config.rms_norm_eps == whole.config.rms_norm_eps
+            assert found.generation_config.temperature == whole.generation_config.temperature
+            assert found.eos_token_ids == whole.eos_token_ids
             assert_same_tensors(weights.tensors_by_name(found), weights.tensors_by_name(whole))
             ends.append("old" if whole is old else "new")
         shutil.rmtree(folder)
@@ -490,7 +517,7 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint_or_none_that_loads(size
     assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.tensors_by_name(new))
     assert sorted(ends, key=["old", "refused", "new"].index) == ends
     assert ends.count("old") > 4
-    assert ("refused" in ends) == (configured or sizes[1] < 10**9)
+    assert ("refused" in ends) == (bool(configured) or sizes[1] < 10**9)
 
 
 def test_a_directory_in_the_place_of_a_file_is_found_before_anything_is_written(folder):
@@ -833,7 +860,7 @@ def test_weights_that_overflow_when_converted_are_named_in_a_warning(folder):
 
 MEASURE = """
 import sys, threading, time, torch
-from llama_flex import Llama, weights
+from llama_flex import GenerationConfig, Llama, weights
 from safetensors.torch import load_file
 
 def anonymous():  # the bytes this process holds itself; the pages of a mapped file are the system's
