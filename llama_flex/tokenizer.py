@@ -22,6 +22,7 @@ from .tokenizer_json import MALFORMED, MAX_PIECES
 # Bounds of memory and time while reading; those of what is in a tokenizer.json are beside its inspection.
 MAX_TOKENIZER_BYTES = 48 * 2**20
 MAX_SENTENCEPIECE_BYTES = 8 * 2**20
+_LARGEST = {"tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer.model": MAX_SENTENCEPIECE_BYTES}
 MAX_ADDED_CHARACTERS = 2**18  # of the added tokens around a tokenizer.model; one regular expression finds them
 MAX_IDS = 2**22
 
@@ -52,11 +53,12 @@ class Tokenizer:
         backend: "_JsonBackend | _SentencePieceBackend",
         special_tokens: Mapping[str, str],
         chat_templates: Mapping[str, str],
-        files: Mapping[str, bytes],
+        folder: Path,
+        files: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """files: those that it was made of, by their names in the folder."""
+        """folder: where it was loaded from; files: the tokenizer's files there, each with its `_stamp`."""
         self._backend = backend
-        self._files = dict(files)
+        self._folder, self._files = folder, dict(files)
         self._special_tokens = dict(special_tokens)
         self._chat_templates = dict(chat_templates)
         self.vocab_size: int = backend.vocab_size
@@ -77,6 +79,7 @@ class Tokenizer:
             ValueError: naming the file that is missing or cannot be read as what it should be.
         """
         folder = hub.resolve(path_or_repo, hub.TOKENIZER_FILES, revision=revision, token=token)
+        files = {str(path.relative_to(folder)): _stamp(path) for path in _files_in(folder)}
         config = _read_if_there(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # older folders spread this over two more files
             config |= _read_if_there(folder / "special_tokens_map.json")
@@ -103,18 +106,33 @@ class Tokenizer:
             raise TokenizerError(
                 f"{folder}: malformed tokenizer_config.json or its companions ({_why(error)})"
             ) from error
-        most = {"tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer.model": MAX_SENTENCEPIECE_BYTES}
-        paths = sorted(path for pattern in hub.TOKENIZER_FILES for path in folder.glob(pattern))
-        read_files = {str(p.relative_to(folder)): read(p, most.get(p.name, MAX_JSON_BYTES), folder) for p in paths}
-        return cls(backend, special_tokens, templates, read_files)
+        return cls(backend, special_tokens, templates, folder.absolute(), files)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files that this tokenizer was loaded from, unchanged, so that the folder loads as it here and in
-        transformers. Beside `Llama.save_pretrained` it makes a folder complete."""
-        for name, content in self._files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, content)
+        """Copy the files that this tokenizer was loaded from, unchanged, so that the folder loads as it here and in
+        transformers; those of another tokenizer there are removed. Beside `Llama.save_pretrained` it makes a folder
+        complete. Raises FolderError, and writes nothing, where one of the files is gone or cannot be read."""
+        folder = Path(folder)
+        sources = {name: self._folder / name for name in self._files}
+        for name, path in sources.items():
+            if (stamp := _stamp(path)) != self._files[name]:
+                what = "changed since this tokenizer was loaded; load it again"
+                gone = "gone since this tokenizer was loaded; put it back, or load the tokenizer from elsewhere"
+                raise TokenizerError(f"{path}: {what if stamp else gone}")
+        if folder.is_dir() and folder.samefile(self._folder):
+            return
+        contents = {
+            name: read(path, _LARGEST.get(name, MAX_JSON_BYTES), self._folder) for name, path in sources.items()
+        }
+        for path in {(folder / name).parent for name in hub.TOKENIZER_FILES} - {folder}:
+            if path.is_symlink():  # nothing out of the folder is written or removed
+                path.unlink()
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            replace(folder / name, content)
+        for path in _files_in(folder):
+            if str(path.relative_to(folder)) not in contents:
+                path.unlink()
 
     def _named(self, key: str) -> tuple[str | None, int | None]:
         token = self._special_tokens.get(key)
@@ -415,6 +433,21 @@ def _not_sentencepiece(path: Path) -> str:
         f"{path} is no sentencepiece model: cut short, a git-lfs pointer, or a tiktoken file as Llama 3's; "
         "fetch it again, or put the model's tokenizer.json beside it"
     )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a tokenizer that are in a folder, links among them."""
+    paths = {path for name in hub.TOKENIZER_FILES for path in (folder / name, *folder.glob(name))}
+    return sorted(path for path in paths if path.is_symlink() or (path.exists() and not path.is_dir()))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew; () if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

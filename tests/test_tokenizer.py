@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from llama_flex.files import FolderError
 from llama_flex.streaming import Steps, StopStrings
 from llama_flex.tokenizer import Tokenizer
 
@@ -615,6 +616,82 @@ def test_saving_keeps_templates_in_folders_and_replaces_links(folders, tmp_path)
     again = Tokenizer.from_pretrained(tmp_path / "b")
     assert again.apply_chat_template([{"role": "user", "content": ""}], chat_template="tool") == "2"
     assert (tmp_path / "kept.txt").read_text() == "kept"
+
+
+UNUSED = {
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "a Git LFS pointer"),
+    "too large": (b"x" * (8 * 2**20 + 1), "larger than 8 MiB"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_a_file_that_is_not_used_matters_only_for_saving(folders, tmp_path, kind):
+    """Beside a tokenizer.json no tokenizer.model is read."""
+    content, said = UNUSED[kind]
+    source = Path(shutil.copytree(folders["byte_level"], tmp_path / "a"))
+    (source / "tokenizer.model").write_bytes(content)
+    tokenizer = Tokenizer.from_pretrained(source)
+    target = Path(shutil.copytree(folders["converted"], tmp_path / "b"))
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(FolderError, match=f"a/tokenizer.model: {said}"):
+        tokenizer.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    tokenizer.save_pretrained(source)  # where it is already
+
+
+@pytest.mark.parametrize("name", ["byte_level", "tiny_model"])
+def test_saving_over_another_tokenizer_leaves_nothing_of_it(folders, tmp_path, name):
+    target = write_folder(
+        tmp_path / "model",
+        {"bos_token": "<other>", "chat_template": "{{ 1 }}"},
+        tokenizer__json=(folders["converted"] / "tokenizer.json").read_text(),
+        tokenizer__model=folders["tiny_model"].joinpath("tokenizer.model").read_bytes(),
+        special_tokens_map__json='{"eos_token": "<other>"}',
+        added_tokens__json='{"<other>": 5000}',
+        chat_template__jinja="{{ 1 }}",
+        config__json="{}",
+    )
+    outside = write_folder(tmp_path / "outside", None, tool__jinja="kept")
+    (target / "additional_chat_templates").symlink_to(outside)
+    (target / "chat_template.json").symlink_to("gone")
+    tokenizer = Tokenizer.from_pretrained(folders[name])
+    tokenizer.save_pretrained(target)
+    assert {path.name for path in target.iterdir()} == {path.name for path in folders[name].iterdir()} | {"config.json"}
+    again = Tokenizer.from_pretrained(target)
+    text = "Hello <s> <other> é日"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert (again.vocab_size, again.chat_template) == (tokenizer.vocab_size, tokenizer.chat_template)
+    assert (outside / "tool.jinja").read_text() == "kept"
+
+
+def test_saving_where_it_was_loaded_from_changes_nothing(folders, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(folders["byte_level"], tmp_path / "a"))
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.from_pretrained("a")
+    (source / "chat_template.jinja").write_text("{{ 1 }}")  # added since
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}
+    (tmp_path / "link").symlink_to(source)
+    monkeypatch.chdir("/")
+    for folder in (source, tmp_path / "link"):
+        tokenizer.save_pretrained(folder)
+        assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()} == before
+    tokenizer.save_pretrained(tmp_path / "b")
+    assert {path.name for path in (tmp_path / "b").iterdir()} == before.keys() - {"chat_template.jinja"}
+
+
+def test_a_tokenizer_whose_files_are_gone_or_others_is_not_saved(folders, tmp_path):
+    source = Path(shutil.copytree(folders["byte_level"], tmp_path / "a"))
+    tokenizer = Tokenizer.from_pretrained(source)
+    Tokenizer.from_pretrained(folders["converted"]).save_pretrained(source)
+    for target in (source, tmp_path / "b"):
+        with pytest.raises(
+            FolderError, match=r"tokenizer.json: changed since this tokenizer was loaded; load it again$"
+        ):
+            tokenizer.save_pretrained(target)
+    shutil.rmtree(source)
+    with pytest.raises(FolderError, match=r"a/tokenizer.json: gone since this tokenizer was loaded; put it back, or"):
+        tokenizer.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 # --- stop strings
