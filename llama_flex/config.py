@@ -193,9 +193,16 @@ class LlamaConfig:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LlamaConfig:
         """Read `folder/config.json`. Raises ConfigError naming what is malformed or not supported."""
-        path = Path(folder) / "config.json"
+        folder = Path(folder)
+        path = folder / "config.json"
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{folder}: is a file; give the folder that holds config.json"
+                if folder.exists()
+                else f"{path}: no such file, nor its folder; give one that holds config.json"
+            )
         if not os.path.lexists(path):
-            raise ConfigError(f"{path}: no such file{files.what_it_is(path.parent)}")
+            raise ConfigError(f"{path}: no such file{files.what_it_is(files.names_in(folder))}")
         raw = read_json(path)
         try:
             return cls.from_dict(raw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 MAX_ERROR_CHARACTERS = 1900
@@ -81,9 +82,18 @@ def check_not_pointer(path: Path, start: bytes) -> None:
         raise FolderError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
 
 
-def what_it_is(folder: Path) -> str:
-    """What a folder without config.json holds instead, with the way out; "" if that cannot be told."""
-    names = sorted(path.name for path in folder.iterdir())
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder, sorted; nothing where it is none, or cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
+def what_it_is(names: Iterable[str]) -> str:
+    """What a folder or repository of these files, without config.json, holds instead, with the way out; "" if that
+    cannot be told."""
+    names = sorted(names)
     if "adapter_config.json" in names:
         return (
             ": an adapter (PEFT), which is not a model; merge it into its base model, as peft's merge_and_unload() "

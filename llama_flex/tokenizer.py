@@ -15,7 +15,7 @@ import tokenizers
 from . import hub, tokenizer_json
 from .chat import render_chat
 from .config import MAX_JSON_BYTES, read_json
-from .files import FolderError, read, replace
+from .files import FolderError, names_in, read, replace, what_it_is
 from .streaming import Decoding, StreamDecoder, WholeDecoder
 from .tokenizer_json import MALFORMED, MAX_PIECES
 
@@ -97,9 +97,8 @@ class Tokenizer:
             elif os.path.lexists(folder / "tokenizer.model"):
                 backend = _SentencePieceBackend(folder / "tokenizer.model", config, added, special_tokens)
             else:
-                raise TokenizerError(
-                    f"{folder} has neither tokenizer.json nor tokenizer.model; fetch one of them into it"
-                )
+                way = what_it_is(names_in(folder)) or "; fetch one of them into it"
+                raise TokenizerError(f"{folder} has neither tokenizer.json nor tokenizer.model{way}")
         except FolderError:
             raise
         except MALFORMED as error:  # JSON, but not of the form these files have

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arguments import whole_number
 from .config import MAX_JSON_BYTES, ConfigError, LlamaConfig, read_json
-from .files import FolderError, check_not_pointer, regular, what_it_is
+from .files import FolderError, check_not_pointer, names_in, regular, what_it_is
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -268,10 +268,10 @@ def _shards(folder: Path) -> list[Path]:
     if os.path.lexists(single):
         return [single]
     if not os.path.lexists(index):
-        if kind := what_it_is(folder):
+        names = names_in(folder)
+        if kind := what_it_is(names):
             raise CheckpointError(f"{folder}{kind}")
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if others:
+        if others := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
             raise CheckpointError(
                 f"{folder}: only pickled weights ({others[0]}); they can run code when read and are never opened. "
                 "Convert them: transformers' LlamaForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"

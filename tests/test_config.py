@@ -579,6 +579,29 @@ def test_an_absent_file_is_named(tmp_path):
         LlamaConfig.from_pretrained(tmp_path)
 
 
+def test_a_path_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "x.gguf").write_text("")
+    absent = tmp_path / "x.gguf" / "y"
+    for path, said in (
+        (tmp_path / "x.gguf", "x.gguf: is a file; give the folder that holds config.json"),
+        (absent, "y/config.json: no such file, nor its folder"),
+        (tmp_path / "gone" / "x", "x/config.json: no such file, nor its folder"),
+        ("a\0b", "no such file, nor its folder"),
+    ):
+        with pytest.raises(ConfigError, match=said) as caught:
+            LlamaConfig.from_pretrained(path)
+        assert str(caught.value).isprintable()
+
+
+def test_a_folder_that_cannot_be_listed_is_only_said_to_lack_the_file(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(ConfigError, match=r"config\.json: no such file$"):
+        LlamaConfig.from_pretrained(tmp_path)
+
+
 # ---- generation_config.json
 
 

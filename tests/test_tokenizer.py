@@ -743,8 +743,13 @@ def test_folders_that_hold_no_tokenizer(tmp_path, folders):
         Tokenizer.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is a file"):
         Tokenizer.from_pretrained(folders["byte_level"] / "tokenizer.json")
-    with pytest.raises(ValueError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    neither = r"has neither tokenizer\.json nor tokenizer\.model"
+    with pytest.raises(ValueError, match=f"{neither}; fetch one of them into it"):
         Tokenizer.from_pretrained(tmp_path)
+    for file, way in (("model-Q8_0.gguf", r"GGUF files \(model-Q8_0.gguf\)"), ("adapter_config.json", "an adapter")):
+        (tmp_path / file).write_text("{}")
+        with pytest.raises(ValueError, match=f"{neither}: {way}"):
+            Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\x00\xff", "version https://git-lfs.github.com/spec/v1\n"])
