@@ -81,7 +81,10 @@ class RopeParameters:
             raise ValueError(f"rope_type 'yarn' needs a rope_theta above 1, found {self.rope_theta!r}")
         scaled = self.rope_type == "longrope" and self.attention_factor is None and self.factor > 1  # type: ignore[operator]
         if scaled and self.original_max_position_embeddings <= 1:  # type: ignore[operator]
-            raise ValueError("rope_type 'longrope' needs an original_max_position_embeddings above 1")
+            raise ValueError(
+                "rope_type 'longrope' needs an original_max_position_embeddings above 1, or an attention_factor; "
+                f"found {self.original_max_position_embeddings!r}"
+            )
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any]) -> RopeParameters:
@@ -174,7 +177,8 @@ class RopeParameters:
             return _mscale(self.factor, 1.0)
         if self.rope_type == "longrope":
             assert self.factor is not None and self.original_max_position_embeddings is not None  # noqa: PT018
-            return math.sqrt(1 + math.log(max(self.factor, 1.0)) / math.log(self.original_max_position_embeddings))
+            if self.factor > 1:
+                return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
         return 1.0
 
 

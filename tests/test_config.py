@@ -409,6 +409,7 @@ def test_unknown_keys_are_named_in_one_warning():
         ({"text_config": {"hidden_size": 8}}, "text_config"),
         ({"bos_token_id": True}, "bos_token_id"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "rope_theta above 1"),
+        ({"rope_scaling": LONGROPE | {"original_max_position_embeddings": 1}}, "embeddings above 1, or an attention_"),
         ({"rope_scaling": {"type": "dynamic"}}, "factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim above 2"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor has 1"),

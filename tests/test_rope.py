@@ -293,6 +293,19 @@ def test_cosine_and_sine_are_scaled_as_defined(name):
     assert RopeParameters(**parameters).scale == reference(parameters, 64).attention_scaling
 
 
+@pytest.mark.parametrize("factor", [-1.0, 0.5, 1, 1.0, 1.5])
+@pytest.mark.parametrize("trained", [1, 2])
+def test_a_longrope_that_stretches_nothing_scales_nothing_whatever_it_was_trained_for(factor, trained):
+    parameters = parameters_of("longrope", 64) | {"factor": factor, "original_max_position_embeddings": trained}
+    if factor > 1 == trained:
+        with pytest.raises(ZeroDivisionError):
+            reference(parameters, 64)
+        with pytest.raises(ValueError, match=r"original_max_position_embeddings above 1, .* found 1$"):
+            RopeParameters(**parameters)
+        parameters["attention_factor"] = 1.2
+    assert RopeParameters(**parameters).scale == reference(parameters, 64).attention_scaling
+
+
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_a_cache_ends_where_its_keys_would_have_to_turn(name):
     """Whoever needs more is told, in each of the ways to get there; without a cache there is no limit."""
