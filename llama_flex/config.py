@@ -85,6 +85,9 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # The keys that only one of them reads.
 _ONLY_LLAMA, _ONLY_MISTRAL = ("attention_bias", "mlp_bias"), ("sliding_window",)
+# What other models of the same kinds are, and the way out.
+OTHER_HEAD = "it ends in another head than the one that predicts tokens; give the model that it was made of"
+DRAFT = "a draft model (EAGLE), which only proposes tokens to another; give the model that it drafts for"
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -269,8 +272,13 @@ def _architecture_of(raw: Mapping[str, Any]) -> str:
     reason = (
         f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes {supported}"
     )
-    if architecture and isinstance(architectures, list) and str(architectures[0]).startswith(base[: -len("Model")]):
-        reason += ": it ends in another head than the one that predicts tokens; give the model that it was made of"
+    named = str(architectures[0]) if isinstance(architectures, list) else str(architectures)
+    if "eagle" in named.lower():
+        reason += f": {DRAFT}"
+    elif named.endswith(("Classification", "QuestionAnswering")):
+        reason += f": {OTHER_HEAD}"
+    elif own := [kind for kind, (name, _) in _ARCHITECTURES.items() if name == named and kind != model_type]:
+        reason += f"; {named} goes with model_type {own[0]!r}"
     raise ConfigError(reason)
 
 

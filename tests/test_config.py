@@ -811,6 +811,26 @@ def test_what_transformers_kernels_part_over_is_refused(given):
         read({"is_causal": given})
 
 
+@pytest.mark.parametrize(
+    ("named", "model_type", "said"),
+    [
+        ("LlamaForCausalLMEagle3", "llama", r": a draft model \(EAGLE\), .*; give the model that it drafts for$"),
+        ("EagleLlamaForCausalLM", "llama", r": a draft model \(EAGLE\)"),
+        ("LlamaForSequenceClassification", "llama", ": it ends in another head than the one that predicts tokens"),
+        ("MistralForTokenClassification", "mistral", ": it ends in another head than the one that predicts tokens"),
+        ("LlamaForQuestionAnswering", "llama", ": it ends in another head than the one that predicts tokens"),
+        ("LlamaForCausalLM", "mistral", "; LlamaForCausalLM goes with model_type 'llama'$"),
+        ("MistralForCausalLM", "llama", "; MistralForCausalLM goes with model_type 'mistral'$"),
+        ("LlamaForCausalLMVec", "llama", "computes LlamaForCausalLM and MistralForCausalLM$"),  # who knows
+        ("LlamaBiModel", "llama", "computes LlamaForCausalLM and MistralForCausalLM$"),
+        ("Qwen2ForCausalLM", "qwen2", "computes LlamaForCausalLM and MistralForCausalLM$"),
+    ],
+)
+def test_of_another_architecture_is_said_what_its_name_tells(named, model_type, said):
+    with pytest.raises(ConfigError, match=rf"architecture \['{named}'\] \(model_type '{model_type}'\).*{said}"):
+        read({"architectures": [named], "model_type": model_type})
+
+
 def test_a_base_model_and_another_name_of_silu_are_read():
     assert read({"architectures": ["LlamaModel"], "model_type": "llama"}).to_dict()["architectures"] == [
         "LlamaForCausalLM"
