@@ -10,6 +10,7 @@ from pathlib import Path
 
 MAX_ERROR_CHARACTERS = 1900
 _LFS = b"version https://git-lfs.github.com/spec/"  # what Git LFS puts in the place of a large file
+_PAGES = (b"<!doctype html", b"<html")
 
 
 class FolderError(ValueError):
@@ -59,7 +60,7 @@ def read(path: Path, most: int, folder: Path | None = None) -> bytes:
         raise FolderError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > most:
         raise FolderError(f"{path}: larger than {most >> 20} MiB, which no such file is")
-    check_not_pointer(path, content)
+    check_not_in_place(path, content[:256])
     return content
 
 
@@ -76,10 +77,15 @@ def replace(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_not_pointer(path: Path, start: bytes) -> None:
-    """Raise FolderError for a file that begins as a Git LFS pointer does."""
+def check_not_in_place(path: Path, start: bytes) -> None:
+    """Raise FolderError for a file that begins as what is often saved in the place of another: a Git LFS pointer, or
+    the web page about a file."""
     if start.startswith(_LFS):
         raise FolderError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
+    if start.lstrip().lower().startswith(_PAGES):
+        raise FolderError(
+            f"{path}: a web page, not the file itself; fetch the file (on the hub under /resolve/, not /blob/)"
+        )
 
 
 def names_in(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .arguments import whole_number
-from .config import MAX_JSON_BYTES, ConfigError, LlamaConfig, read_json
-from .files import FolderError, check_not_pointer, names_in, regular, what_it_is
+from .config import DRAFT, MAX_JSON_BYTES, OTHER_HEAD, ConfigError, LlamaConfig, read_json
+from .files import FolderError, check_not_in_place, names_in, regular, what_it_is
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -30,6 +31,7 @@ GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_SHARDS = 4096  # to read; opening so many takes a fifth of a second
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OF_A_DRAFT = re.compile(r"(model\.)?(fc\.weight|midlayer\..*|d2t|t2d)")  # EAGLE's
 DTYPES = tuple(_DTYPES.values())  # that weights may have
 
 
@@ -146,12 +148,13 @@ def _checked(folder: Path, config: LlamaConfig) -> tuple[dict[str, _Source], tor
                     continue  # a buffer that old checkpoints saved; it follows from the config
                 name = key if key in expected or f"model.{key}" not in expected else f"model.{key}"
                 meta = file.get_slice(key)
-                if meta.get_dtype() not in _DTYPES:
-                    problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
-                else:
+                if meta.get_dtype() in _DTYPES:
                     stored[name] = _DTYPES[meta.get_dtype()]
-                if name in found and not _same_bits(found[name], file.get_tensor(key)):
-                    problems.append(f"twice, with other values: {name} (in {found[name].path.name} and {path.name})")
+                elif not _OF_A_DRAFT.fullmatch(key):  # whose tables of ids are integers
+                    problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
+                if name in found and (other := _difference(found[name], file.get_tensor(key))):
+                    both = [f"{source.name} in {source.path.name}" for source in (found[name], _Source(path, key))]
+                    problems.append(f"twice, {other}: {name} ({' and '.join(both)})")
                 shapes[name] = meta.get_shape()
                 found.setdefault(name, _Source(path, key))
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -168,25 +171,36 @@ def _checked(folder: Path, config: LlamaConfig) -> tuple[dict[str, _Source], tor
     problems += [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        if missing == ["lm_head.weight"]:
-            shown.append(
-                "it ends in another head than the one that predicts tokens"
-                if any(name.startswith(("score.", "classifier.", "qa_outputs.")) for name in unexpected)
-                else "a base model without an output matrix; give the one that predicts tokens, or say "
-                "tie_word_embeddings in config.json if its embedding serves as one"
-            )
+        if hint := _hint(missing, unexpected):
+            shown.append(hint)
         raise CheckpointError(f"{folder}: the weights do not fit config.json: " + "; ".join(shown))
     return found, stored[next(iter(expected))], tied_copy
 
 
-def _same_bits(source: _Source, tensor: Tensor) -> bool:
+def _hint(missing: list[str], unexpected: list[str]) -> str | None:
+    """What weights are that do not fit, with the way out, where their names tell it."""
+    if any(map(_OF_A_DRAFT.fullmatch, unexpected)):
+        return DRAFT
+    if any(name.startswith(("score.", "classifier.", "qa_outputs.")) for name in unexpected):
+        return OTHER_HEAD
+    if missing == ["lm_head.weight"]:
+        return (
+            "a base model without an output matrix; give the one that predicts tokens, or say tie_word_embeddings in "
+            "config.json if its embedding serves as one"
+        )
+    return None
+
+
+def _difference(source: _Source, tensor: Tensor) -> str | None:
+    """In what another tensor of the same name differs from the one found first; None if it has the same bits."""
     with _opened(source.path) as file:
         other = file.get_tensor(source.name)
-    return (
-        other.dtype == tensor.dtype
-        and other.shape == tensor.shape
-        and torch.equal(other.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
-    )
+    if other.dtype != tensor.dtype:
+        return "as " + " and ".join(str(t.dtype).removeprefix("torch.") for t in (other, tensor))
+    if other.shape != tensor.shape:
+        return f"in shapes {list(other.shape)} and {list(tensor.shape)}"
+    same = torch.equal(other.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+    return None if same else "with other values"
 
 
 def save(model: Llama, folder: Path) -> None:
@@ -300,15 +314,24 @@ def _opened(path: Path) -> Iterator[safe_open]:
     try:
         size = os.path.getsize(file)
         with open(file, "rb") as begun:
-            start = begun.read(64)
-        check_not_pointer(path, start)
+            start = begun.read(256)
+        check_not_in_place(path, start)
         header_bytes = int.from_bytes(start[:8], "little")
         if header_bytes > MAX_JSON_BYTES:  # as large as it is, the parsed one would be far larger
-            raise CheckpointError(f"{path}: damaged or not a safetensors file (a header of {header_bytes} bytes)")
+            what = f"a header of {header_bytes:,} bytes" if start[8:9] == b"{" else f"it begins {start[:16]!r}"
+            raise CheckpointError(f"{path}: damaged or not a safetensors file ({what})")
+        if size < 8 + header_bytes:
+            there = f"it ends after {size:,} bytes, amid its header" if size else "it is empty"
+            raise CheckpointError(
+                f"{path}: damaged or cut short, as by an interrupted download ({there}); fetch it again"
+            )
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
     except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: too large to be mapped
-        if (whole := _bytes_announced(file)) > size:
+        whole, twice = _announced(file)
+        if twice is not None:
+            raise CheckpointError(f"{path}: damaged: its header has {twice} twice; fetch it again") from None
+        if whole > size:
             raise CheckpointError(
                 f"{path}: damaged or cut short, as by an interrupted download ({size:,} of {whole:,} bytes); fetch it "
                 "again"
@@ -316,19 +339,18 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def _bytes_announced(file: str) -> int:
-    """How long a safetensors file is by its own header, as far as that can be read; 0 if it cannot."""
+def _announced(file: str) -> tuple[int, str | None]:
+    """How long a safetensors file is by its own header, 0 if that cannot be read; and a name that it has twice."""
     try:
         with open(file, "rb") as opened:
             header_bytes = int.from_bytes(opened.read(8), "little")
-            text = opened.read(min(header_bytes, MAX_JSON_BYTES))
-        if len(text) < header_bytes:
-            return 8 + header_bytes
-        header = json.loads(text)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return 8 + header_bytes + max(map(whole_number, itertools.repeat("an offset"), ends), default=0)
+            header = json.loads(opened.read(min(header_bytes, MAX_JSON_BYTES)), object_pairs_hook=list)
+        names = Counter(name for name, _ in header)
+        ends = [dict(entry)["data_offsets"][1] for name, entry in header if name != "__metadata__"]
+        end = max(map(whole_number, itertools.repeat("an offset"), ends), default=0)
+        return 8 + header_bytes + end, next((name for name in names if names[name] > 1), None)
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        return 0
+        return 0, None
 
 
 def _config_dtype(config: LlamaConfig, folder: Path) -> torch.dtype | None:

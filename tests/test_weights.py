@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ import transformers
 from conftest import TINY, tiny_reference
 from safetensors.torch import load_file, save_file
 
-from llama_flex import GenerationConfig, Llama, weights
+from llama_flex import GenerationConfig, Llama, Tokenizer, weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -761,7 +762,7 @@ def test_a_tensor_in_two_shards_with_the_same_bits_is_loaded(folder):
     save_file(second | {name: first[name]}, folder / files[1])
     assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), expected)
     save_file(second | {name: first[name].double()}, folder / files[1])
-    refusal(folder, f"twice, with other values: {name}", files[0], files[1])
+    refusal(folder, f"twice, as float32 and float64: {name} ({name} in {files[0]} and {name} in {files[1]})")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -792,6 +793,9 @@ def test_a_classifier_is_named(folder):
         folder, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"} | {"score.weight": torch.zeros(2, 32)}
     )
     refusal(folder, "unexpected: score.weight", "another head than the one that predicts tokens")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForQuestionAnswering"))
+    refusal(folder, "another head than the one that predicts tokens; give the model that it was made of")
 
 
 def test_a_git_lfs_pointer_is_named(folder):
@@ -800,12 +804,85 @@ def test_a_git_lfs_pointer_is_named(folder):
     refusal(folder, "model.safetensors: a Git LFS pointer", "git lfs pull")
 
 
-@pytest.mark.parametrize("kept", [0.999, 0.5, 0.1])
+@pytest.mark.parametrize("kept", [0.999, 0.5, 0.3])
 def test_a_download_cut_short_is_named_with_its_sizes(folder, kept):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
     refusal(folder, "cut short, as by an interrupted download", f"{int(kept * len(whole)):,} of {len(whole):,} bytes")
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [(0, "it is empty"), *((n, f"it ends after {n:,} bytes, amid its header") for n in (1, 7, 8, 9, 1000))],
+)
+def test_a_download_cut_short_amid_the_header_is_named(folder, kept, said):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    refusal(folder, f"{path}: damaged or cut short, as by an interrupted download ({said}); fetch it again")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("page", ["<!DOCTYPE html>\n<html class='x'>", "\n <html lang='en'>"])
+def test_a_web_page_in_the_place_of_a_file_is_named(folder, file, page):
+    (folder / file).write_text(page + "<head></head><body>model.safetensors</body></html>" * 99)
+    said = f"{folder / file}: a web page, not the file itself; fetch the file (on the hub under /resolve/, not /blob/)"
+    if file != "tokenizer.json":
+        refusal(folder, said)
+    else:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            Tokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"Access to model x/y is restricted.", r"it begins b'Access to model ')"),
+        (b"GGUF\x03\0\0\0\x22\x01\0\0\0\0\0\0", r"it begins b'GGUF\x03\x00"),
+        (struct.pack("<Q", 5 * 2**20) + b"{" + b" " * 5 * 2**20, "a header of 5,242,880 bytes"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_by_how_it_begins(folder, content, said):
+    (folder / "model.safetensors").write_bytes(content)
+    refusal(folder, f"model.safetensors: damaged or not a safetensors file ({said}")
+
+
+def test_a_header_that_has_a_name_twice_is_named(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    end = 8 + struct.unpack("<Q", whole[:8])[0]
+    header = whole[8:end].replace(b"model.layers.0.mlp.up_proj.weight", b"model.layers.1.mlp.up_proj.weight")
+    path.write_bytes(whole[:8] + header + whole[end:])
+    refusal(folder, f"{path}: damaged: its header has model.layers.1.mlp.up_proj.weight twice; fetch it again")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t + 1, "with other values"),
+        (lambda t: t.double(), "as float32 and float64"),
+        (lambda t: t[:5].clone(), "in shapes [32] and [5]"),
+    ],
+)
+def test_a_tensor_under_two_names_is_named_with_both_and_what_differs(folder, change, said):
+    name, file = "model.norm.weight", "model.safetensors"
+    rewrite(folder, lambda t: t | {"norm.weight": t[name].clone()})
+    load_quietly(folder)
+    rewrite(folder, lambda t: t | {"norm.weight": change(t[name])})
+    refusal(folder, f"twice, {said}: {name} ({name} in {file} and norm.weight in {file})")
+
+
+@pytest.mark.parametrize("extra", ["fc.weight", "midlayer.self_attn.q_proj.weight", "d2t"])
+def test_a_draft_model_is_named(folder, extra):
+    rewrite(folder, lambda t: t | {extra: torch.zeros(3, dtype=torch.int64 if extra == "d2t" else torch.float32)})
+    message = refusal(folder, f"unexpected: {extra}; a draft model (EAGLE)", "give the model that it drafts for")
+    assert "quantised" not in message
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mlp.up_proj.qweight"])
+def test_a_quantised_tensor_that_the_config_does_not_list_is_named(folder, name):
+    rewrite(folder, lambda t: t | {name: torch.zeros(48, 32, dtype=torch.int8)}, tie_word_embeddings=True)
+    refusal(folder, f"stored as I8: {name} (quantised")
 
 
 @pytest.mark.parametrize("file", ["model-Q8_0.gguf", "adapter_model.safetensors"])
@@ -860,7 +937,7 @@ def test_weights_that_overflow_when_converted_are_named_in_a_warning(folder):
 
 MEASURE = """
 import sys, threading, time, torch
-from llama_flex import GenerationConfig, Llama, weights
+from llama_flex import GenerationConfig, Llama, Tokenizer, weights
 from safetensors.torch import load_file
 
 def anonymous():  # the bytes this process holds itself; the pages of a mapped file are the system's
