@@ -58,7 +58,7 @@ def resolve(
     reason, names = None, list[str]()
     try:
         # Asked once, and not for long: a download tries again and again, and waits as long as a connection stands.
-        found = HfApi().repo_info(name, revision=revision, token=token, timeout=SECONDS_TO_ANSWER)
+        found = HfApi().model_info(name, revision=revision, token=token, timeout=SECONDS_TO_ANSWER)
         names = [file.rfilename for file in found.siblings or ()]
     except errors.GatedRepoError:
         raise ValueError(f"{name}: access is restricted; accept its terms on the hub and pass a token") from None

@@ -63,10 +63,10 @@ def repository(monkeypatch, tmp_path):
 
     monkeypatch.setattr(hub, "snapshot_download", download)
 
-    def repo_info(*_, **__):
+    def model_info(*_, **__):
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in held])
 
-    monkeypatch.setattr(hub.HfApi, "repo_info", repo_info)
+    monkeypatch.setattr(hub.HfApi, "model_info", model_info)
     return held.update, tmp_path
 
 
@@ -137,7 +137,7 @@ def test_without_a_hub_the_cache_is_used(repository, monkeypatch):
     def unreachable(*_, **__):
         raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
 
-    monkeypatch.setattr(hub.HfApi, "repo_info", unreachable)
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
     assert hub.resolve("owner/name", hub.MODEL_FILES) == cache
 
 
@@ -145,7 +145,7 @@ def test_a_fault_of_another_kind_is_not_taken_for_the_hubs(repository, monkeypat
     def broken(*_, **__):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(hub.HfApi, "repo_info", broken)
+    monkeypatch.setattr(hub.HfApi, "model_info", broken)
     with pytest.raises(RuntimeError, match="something else"):
         hub.resolve("owner/name", hub.MODEL_FILES)
 
