@@ -16,7 +16,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_flex import GenerationConfig, Llama, LlamaConfig, Sampling
+from llama_flex import Engine, GenerationConfig, Llama, LlamaConfig, Sampling
 from llama_flex.sampling import filter_logits, stack
 
 EXAMPLES = int(os.environ.get("SWEEP_EXAMPLES", "120"))
@@ -327,3 +327,19 @@ def test_the_sweep_would_notice_another_setting(wrong, tmp_path):
     )
     assert torch.equal(ours, expected)
     assert not torch.equal(others, expected)
+
+
+@pytest.mark.parametrize("length", [1, 11, 12, 13])
+def test_max_length_leaves_as_many_new_tokens_as_in_transformers_or_none(length, tmp_path):
+    TINY.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"max_length": 12}')
+    reference = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    engine = Engine(Llama.from_pretrained(tmp_path, device="cpu"))
+    ids = [5] * length
+    try:
+        expected = reference.generate(torch.tensor([ids]))[0, length:].tolist()
+    except ValueError:
+        with pytest.raises(ValueError, match="has as max_length"):
+            engine.generate([ids])
+    else:
+        assert engine.generate([ids])[0].tokens == expected
