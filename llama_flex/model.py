@@ -167,7 +167,11 @@ class Llama(nn.Module):
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and safetensors under Hugging Face's names; loading them back gives the same bits."""
+        """Write config and safetensors under Hugging Face's names; loading them back gives the same bits.
+
+        Raises ValueError for a model without weights, on the meta device.
+        """
+        self.check_device()
         weights.save(self, Path(folder))
 
     def blocks(self) -> Iterator[Block]:

@@ -147,14 +147,20 @@ def test_a_dtype_that_weights_cannot_have_is_named(tmp_path, dtype):
         Llama.from_pretrained(tmp_path, dtype=dtype)
 
 
-def test_a_model_without_weights_is_named():
+def test_a_model_without_weights_is_named(tmp_path):
     with torch.device("meta"):
         model = Llama(CONFIG)
-    for call in (lambda: model(IDS), lambda: Engine(model).generate([[1]]), lambda: Engine(model).submit([1])):
+    for call in (
+        lambda: model(IDS),
+        lambda: Engine(model).generate([[1]]),
+        lambda: Engine(model).submit([1]),
+        lambda: model.save_pretrained(tmp_path / "out"),
+    ):
         with pytest.raises(
             ValueError, match=r"on the meta device, without weights; load it with Llama.from_pretrained"
         ):
             call()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_forward_beyond_the_context_is_warned_of(model):
