@@ -290,6 +290,8 @@ class _JsonBackend:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        if all(skip_special_tokens and id in self.special_ids for id in ids):
+            return ""  # of no pieces some decoders make a panic
         with self._native():
             text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         if self._clean_up:

@@ -526,6 +526,39 @@ def test_without_a_decoder_pieces_are_words(folders, tmp_path):
     assert_streams(Tokenizer.from_pretrained(folder), [300, 301, 302], True, 1)
 
 
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 1}
+REPLACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "Sequence", "decoders": [REPLACE, {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP]},
+        STRIP,
+        METASPACE,
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        None,
+    ],
+)
+def test_no_ids_are_no_text_whatever_the_decoder(folders, tmp_path, decoder, capfd):
+    """`tokenizers` 0.23 panics where "Strip" with a stop is given an empty text."""
+    file = json.loads((folders["converted"] / "tokenizer.json").read_text())
+    folder = write_folder(tmp_path, {"bos_token": "<s>"}, tokenizer__json=json.dumps({**file, "decoder": decoder}))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    bos = tokenizer.bos_token_id
+    for ids in ([], [bos], [bos, bos], ()):
+        assert tokenizer.decode(ids) == ""
+        assert tokenizer.stream(ids).flush() == ""
+    assert tokenizer.decode([], skip_special_tokens=False) == ""
+    ids = [id for id in tokenizer.encode("Hello, you") if tokenizer.token(id) != "▁"]  # of it alone "Strip" panics, too
+    assert tokenizer.decode(ids) == reference(folder).decode(ids, skip_special_tokens=True)
+    stream = tokenizer.stream([bos])
+    assert "".join(map(stream.put, ids[1:])) + stream.flush() == tokenizer.decode(ids)
+    steps = Steps(0, tokenizer, [bos], ["###"], [], len(ids))
+    assert "".join(step.text for step in [steps.put(id, 0.0) for id in [bos, *ids[1:]]]) == tokenizer.decode(ids)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_stop_string_of_byte_pieces_is_found_at_once(folders):
     """The text of a run of byte pieces waits for its end; a stop string in it need not."""
     tokenizer = Tokenizer.from_pretrained(folders["tiny_model"])
