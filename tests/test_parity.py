@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,14 +171,53 @@ def test_table_shows_layers_and_on_demand_all(capsys):
     assert sum(line.startswith("    1  ") for line in shown) == 7
 
 
-@pytest.mark.parametrize(("context", "tokens"), [(40, 8), (80, 48)])
-def test_a_model_of_a_short_context_gets_a_shorter_text(capsys, folder, tmp_path, context, tokens):
-    model = Llama.from_pretrained(folder, device="cpu")
-    model.config = dataclasses.replace(model.config, max_position_embeddings=context)
-    model.save_pretrained(tmp_path)
-    lines = printed(capsys, 0, str(tmp_path), "--device", "cpu", "--no-compile").splitlines()
+@pytest.fixture
+def of_context(folder, tmp_path):
+    """Makes a folder of the same checkpoint with another context."""
+
+    def made(context: int) -> str:
+        model = Llama.from_pretrained(folder, device="cpu")
+        model.config = dataclasses.replace(model.config, max_position_embeddings=context)
+        model.save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    return made
+
+
+@pytest.mark.filterwarnings("error")  # such as one of tokens beyond the context
+@pytest.mark.parametrize(
+    ("context", "tokens", "new"), [(2, 2, 0), (3, 2, 1), (4, 2, 2), (33, 17, 16), (40, 20, 20), (80, 48, 32)]
+)
+def test_a_model_of_a_short_context_gets_a_shorter_text(capsys, of_context, context, tokens, new):
+    lines = printed(capsys, 0, of_context(context), "--device", "cpu", "--no-compile").splitlines()
     assert lines[1] == f"float32, cpu, {tokens} tokens"
+    assert [line.split()[0] for line in lines if "greedy tokens" in line] == [str(new)] * bool(new)
     assert lines[-1] == "nothing diverges"
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "words"),
+    [
+        (1, "2", "a context of 1 has no room for the 2 tokens that are needed; give another model"),
+        (2, "3", "3 tokens and 0 new ones exceed the context; give --length 2 or less"),
+        (16, "9", "9 tokens and 8 new ones exceed the context; give --length 8 or less"),
+    ],
+)
+def test_a_length_beyond_a_short_context_is_one_line(capsys, of_context, context, length, words):
+    with pytest.raises(SystemExit):
+        parity.main([of_context(context), "--device", "cpu", "--length", length])
+    assert capsys.readouterr().err == f"error: {words}\n"
+
+
+def test_without_transformers_the_way_out_is_one_line(tmp_path):
+    """A module of that name that cannot be imported stands in for the extra that is not installed."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'x'\")")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "tools.parity", "random:tiny"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: tools.parity needs transformers (No module named 'x'): pip install -e '.[test]'\n"
 
 
 @pytest.mark.parametrize(

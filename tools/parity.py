@@ -28,10 +28,17 @@ from typing import Any, TypeAlias
 
 import sentencepiece
 import torch
-import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.models.llama.modeling_llama import eager_attention_forward
+
+try:
+    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+except ModuleNotFoundError as error:
+    needs = f"tools.parity needs transformers ({error}): pip install -e '.[test]'"
+    if __name__ == "__main__":
+        sys.exit(f"error: {needs}")
+    raise ImportError(needs) from error
 
 from llama_flex import Capture, Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, hub, masks
 from llama_flex.cache import Cache
@@ -45,7 +52,7 @@ from tools.check_mask import Parser
 # each of the faults exceeds it 2.9 times or more, in both.
 FACTOR, FLOOR = 4, 2
 SKIPPED = "  ...  what follows from it: --all"
-LENGTH, STEPS, FAR = 256, 32, 32768  # tokens to compare, tokens one by one, the first of the far positions
+LENGTH, STEPS, FAR = 256, 32, 32768  # tokens to compare, new ones at most, the first of the far positions
 FAULTS = {
     "q-rows": "the rows of q_proj's first head interleaved",
     "theta": "RoPE's theta doubled",
@@ -297,12 +304,14 @@ def logits_checks(model: Llama, reference: Reference, ids: Tensor, limit: float,
     expected, *others = (run[None, LOGITS] for run in reference.runs(ids, position_ids=positions))
     far = largest(model(ids, positions=positions), expected)
     yield Check(f"positions from {FAR} on", far, spread_and_limit(expected, others)[1])
-    options = {"max_new_tokens": STEPS, "sampling": Sampling(), "stop_token_ids": ()}
+    if not (few := new_tokens(model.context)):
+        return
+    options = {"max_new_tokens": few, "sampling": Sampling(), "stop_token_ids": ()}
     new = torch.tensor([Engine(model).generate([ids[0].tolist()], **options)[0].tokens], device=ids.device)
     expected = next(reference.runs(torch.cat([ids, new[:, :-1]], 1)))[None, LOGITS][:, count - 1 :]
     # By how much the reference prefers its own token; rounding may move both logits.
     lost = largest(expected.amax(2), expected.gather(2, new[:, :, None])[:, :, 0])
-    yield Check(f"{STEPS} greedy tokens, logits lost", lost, 2 * limit)
+    yield Check(f"{few} greedy tokens, logits lost", lost, 2 * limit)
 
 
 def tokenizer_checks(folder: Path, tokenizer: Tokenizer) -> Iterator[Check]:
@@ -343,9 +352,17 @@ def random_checkpoint(name: str, seed: int, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def new_tokens(context: int) -> int:
+    """How many tokens are generated after those compared; a short context is shared, and 2 are compared at least."""
+    return max(0, min(STEPS, context // 2, context - 2))
+
+
 def token_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: Llama) -> list[int]:
     """The text's first tokens, without a tokenizer random ones. Raises ValueError for too few or too many."""
-    count = args.length or max(2, min(LENGTH, model.context - STEPS))
+    context, new = model.context, new_tokens(model.context)
+    if context < 2:
+        raise ValueError(f"a context of {context} has no room for the 2 tokens that are needed; give another model")
+    count = args.length or min(LENGTH, context - new)
     if tokenizer is None and args.text is not None:
         raise ValueError("the model has no tokenizer for --text; leave that out, and tokens are random")
     if tokenizer is None:
@@ -354,12 +371,12 @@ def token_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: Llam
     else:
         text = " ".join(PARAPHRASES) if args.text is None else args.text.read_text(encoding="utf-8")
         ids = tokenizer.encode(text)[:count]
-    least, context = max(2, args.length or 0), model.context
+    least = max(2, args.length or 0)
     if len(ids) < least:
         raise ValueError(f"found {len(ids)} tokens, {least} are needed; give a longer --text, or another --length")
-    if len(ids) + STEPS > context:
-        few = context - STEPS
-        raise ValueError(f"{len(ids)} tokens and {STEPS} new ones exceed the context; give --length {few} or less")
+    if len(ids) + new > context:
+        most = context - new
+        raise ValueError(f"{len(ids)} tokens and {new} new ones exceed the context; give --length {most} or less")
     return ids
 
 
