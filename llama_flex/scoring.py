@@ -76,11 +76,17 @@ def score(
     model: an Engine with compile=True scores with compiled steps, and keeps them. sampling: also what it would make of
     the logits. batch_size: continuations at a time. mask, score_mod, edit: as in `Engine.stream`; the prefix sees none
     of the continuations, and a mask that reads `batch` finds row 0 in it.
-    Raises ValueError for an empty prefix (give the beginning-of-text id) or continuation, and for tokens beyond the
-    vocabulary or the context.
+    Raises ValueError for an empty prefix (give the beginning-of-text id) or continuation, for tokens beyond the
+    vocabulary or the context, and for a model that attends in both directions, unless a mask says otherwise.
     """
     engine = model if isinstance(model, Engine) else Engine(model)
     model, start = engine.model, token_ids(prefix)
+    by_default = any(given is None for given in (mask if isinstance(mask, list | tuple) else [mask]))
+    if by_default and not model.default_mask.never_looks_ahead:
+        raise ValueError(
+            "this model attends in both directions (is_causal is false), so that a token is not predicted but seen; "
+            "give a causal mask, such as masks.causal()"
+        )
     texts = [token_ids(text) for text in continuations]
     batch_size = whole_number("batch_size", batch_size, least=1)
     engine.check_ids("the prefix", start)

@@ -110,6 +110,17 @@ def test_a_mask_holds_in_all_that_is_asked(engine):
     assert found == pytest.approx(logits.log_softmax(-1)[seven].item(), abs=1e-3)
 
 
+def test_a_model_that_attends_both_ways_needs_a_causal_mask(tiny_pair, demo_folder):
+    model = copy.copy(tiny_pair("gqa")[1])
+    model.config = dataclasses.replace(model.config, is_causal=False)
+    engine = Engine(model, Tokenizer.from_pretrained(demo_folder))
+    requests = [(None, [5, 6], [7])]
+    with pytest.raises(ValueError, match="both directions"):
+        LlamaFlex(engine)._loglikelihood_tokens(requests, disable_tqdm=True)
+    ((total, _),) = LlamaFlex(engine, mask=masks.causal())._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert total < 0
+
+
 def test_what_fails_or_is_interrupted_leaves_no_request(engine, monkeypatch):
     lm = LlamaFlex(engine)
 

@@ -3,6 +3,8 @@
 The budget of a log-probability is twice what those of the reference's eager and sdpa attention differ by.
 """
 
+import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -188,6 +190,26 @@ def test_choices(demo, demo_reference, demo_folder):
     prefix = tokenizer.encode("One, two, three, four,")
     choices = [tokenizer.encode(x, add_special_tokens=False) for x in (" five, six, seven, eight, nine, ten,", " five")]
     assert (choose(demo, prefix, choices), choose(demo, prefix, choices, per_token=True)) == (1, 0)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_model_that_attends_both_ways_is_scored_by_a_causal_mask_alone(pair, window):
+    _, causal, _ = pair
+    model = copy.copy(causal)
+    model.config = dataclasses.replace(causal.config, model_type="mistral", is_causal=False, sliding_window=window)
+    mask = masks.causal()
+    for wrong in (
+        lambda: score(model, [5], [[1]]),
+        lambda: score(Engine(model), [5], [[1]], mask=[mask, None]),
+        lambda: score_text(model, [5, 1, 2]),
+        lambda: choose(model, [5], [[1], [2]]),
+    ):
+        with pytest.raises(ValueError, match=r"both directions \(is_causal is false\).*such as masks.causal\(\)$"):
+            wrong()
+    (expected,) = score(causal, [5], [[1, 2]])
+    for of_layers in (mask, [mask] * model.config.num_hidden_layers):
+        (found,) = score(model, [5], [[1, 2]], mask=of_layers)
+        assert found.total == expected.total
 
 
 def test_wrong_arguments_are_named(pair):
