@@ -27,14 +27,20 @@ except ModuleNotFoundError as error:
         sys.exit(f"error: {needs}")
     raise ImportError(needs) from error
 
+from .arguments import whole_number
 from .config import GenerationConfig
 from .engine import Engine
+from .files import one_line
 from .masks import Mask
 from .model import Llama
 from .sampling import Sampling
 from .scores import ScoreMod
 from .scoring import score
 from .tokenizer import Tokenizer
+
+# What transformers' generate takes besides that changes no text.
+_NEUTRAL = {"early_stopping": (False,), "length_penalty": (1,), "renormalize_logits": (False,)}
+_NEUTRAL_WHATEVER_THE_VALUE = ("use_cache", "pad_token_id")
 
 
 @register_model("llama_flex")
@@ -58,18 +64,20 @@ class LlamaFlex(TemplateLM):
     ) -> None:
         """pretrained: a folder or hub name; or an Engine with a tokenizer, whatever compile, dtype and device say.
 
-        batch_size: continuations of a context at a time. max_batch_size: not used; lm-eval passes it.
+        batch_size: continuations of a context at a time. dtype: such as "bfloat16", default ("auto") the checkpoint's
+        own. max_batch_size: not used; lm-eval passes it. Raises ValueError for what cannot be used.
         """
         super().__init__()
+        if not str(batch_size).isdecimal():
+            raise ValueError(f"batch_size must be a number, not {batch_size!r}")
+        batch_size = whole_number("batch_size", int(batch_size), least=1)
         if not isinstance(pretrained, Engine):
-            kind: Any = None if dtype is None else getattr(torch, dtype, dtype)
+            kind: Any = None if dtype in (None, "auto") else getattr(torch, str(dtype), dtype)
             model = Llama.from_pretrained(pretrained, device=device, dtype=kind)
             pretrained = Engine(model, Tokenizer.from_pretrained(pretrained), compile=compile)
         if pretrained.tokenizer is None:
             raise ValueError("lm-eval asks for text: give the engine a tokenizer, Engine(model, tokenizer)")
-        if not str(batch_size).isdigit():
-            raise ValueError(f"batch_size must be a number, not {batch_size!r}")
-        self.engine, self.text, self.batch_size = pretrained, pretrained.tokenizer, int(batch_size)
+        self.engine, self.text, self.batch_size = pretrained, pretrained.tokenizer, batch_size
         self.rules: dict[str, Any] = {"mask": mask, "score_mod": score_mod}
 
     @property
@@ -149,22 +157,28 @@ class LlamaFlex(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string, many at a time; of a prompt that is too long the end."""
+        """Texts up to a stop string, many at a time; of a prompt that is too long the end.
+
+        What the options leave open is as transformers' generate has it: by generation_config.json, or else, of what is
+        sampled, a temperature of 1 and a top_k of 50.
+        """
         asked, context = [], self.engine.model.context
         try:
             for text, options in (request.args for request in requests):
+                options = {name: value for name, value in options.items() if value is not None}
                 options = dict(normalize_gen_kwargs(options))
-                until, count, _ = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+                until, count, samples = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
                 options = {name: value for name, value in options.items() if not _is_neutral(name, value)}
                 if unknown := options.keys() - {field.name for field in dataclasses.fields(Sampling)}:
                     raise ValueError(f"generation options {sorted(unknown)} are not known; see Sampling")
                 if count >= context:
                     raise ValueError(f"max_gen_toks {count} leaves no room for a prompt in the context of {context}")
+                defaults = dataclasses.replace(self.engine.model.generation_config, do_sample=samples)
                 asked.append(
                     self.engine.submit(
                         self.tok_encode(text)[-(context - count) :],
                         max_new_tokens=count,
-                        sampling=Sampling(**options),
+                        sampling=Sampling.recommended(defaults, **options),
                         stop=until,
                         **self.rules,
                     )
@@ -184,10 +198,15 @@ class LlamaFlex(TemplateLM):
 
 def _is_neutral(name: str, value: Any) -> bool:
     """Whether a setting of transformers' generate changes nothing, such as `num_beams: 1`."""
-    return name in GenerationConfig.NEUTRAL and not GenerationConfig.not_neutral({name: value})
+    if name in GenerationConfig.NEUTRAL:
+        return not GenerationConfig.not_neutral({name: value})
+    return name in _NEUTRAL_WHATEVER_THE_VALUE or value in _NEUTRAL.get(name, ())
 
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        sys.exit(f"error: {one_line(error)}")

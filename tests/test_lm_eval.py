@@ -18,7 +18,7 @@ from conftest import DEMO
 from lm_eval.api.task import ConfigurableTask
 from test_scoring import reference_logprobs
 
-from llama_flex import Engine, GenerationConfig, Tokenizer, masks
+from llama_flex import Engine, GenerationConfig, Sampling, Tokenizer, masks
 from llama_flex.lm_eval import LlamaFlex
 
 DOCUMENTS = [
@@ -228,6 +228,39 @@ def test_settings_that_change_nothing_are_taken(engine):
         return LlamaFlex(engine).generate_until(ask, True)
 
     assert texts(num_beams=1, no_repeat_ngram_size=0, do_sample=False, temperature=0) == texts()
+    beams = {"early_stopping": False, "length_penalty": 1.0, "renormalize_logits": False}
+    assert texts(use_cache=True, pad_token_id=2, temperature=None, **beams) == texts(use_cache=False)
+    for name, value in (("early_stopping", True), ("length_penalty", 1.5), ("renormalize_logits", True)):
+        with pytest.raises(ValueError, match=rf"generation options \['{name}'\] are not known"):
+            texts(**{name: value})
+
+
+def test_no_stop_string_may_be_none(engine):
+    ask = [SimpleNamespace(args=("One, two,", {"until": until, "max_gen_toks": 3})) for until in (None, [])]
+    assert len(set(LlamaFlex(engine).generate_until(ask, True))) == 1
+
+
+def test_what_is_sampled_is_sampled_as_transformers_would(engine, monkeypatch):
+    """It fills what is not said: by generation_config.json, or else with a temperature of 1 and a top_k of 50."""
+    found, submit = [], engine.submit
+
+    def spy(*args, sampling, **options):
+        found.append(sampling)
+        return submit(*args, sampling=sampling, **options)
+
+    def asked(**options) -> Sampling:
+        LlamaFlex(engine).generate_until([SimpleNamespace(args=("a", {"max_gen_toks": 1} | options))], True)
+        return found.pop()
+
+    monkeypatch.setattr(engine, "submit", spy)
+    assert asked(do_sample=True) == Sampling(temperature=1.0, top_k=50)
+    assert asked(temperature=0.7) == Sampling(temperature=0.7, top_k=50)
+    assert asked(do_sample=True, temperature=0.7, top_k=0, top_p=0.9) == Sampling(temperature=0.7, top_p=0.9)
+    assert asked() == asked(do_sample=False) == asked(temperature=0.0) == Sampling()
+    recommends = GenerationConfig(temperature=0.6, top_p=0.9, repetition_penalty=1.2, eos_token_id=2)
+    monkeypatch.setattr(engine.model, "generation_config", recommends)
+    assert asked(do_sample=True) == Sampling(temperature=0.6, top_k=50, top_p=0.9, repetition_penalty=1.2)
+    assert asked() == Sampling(repetition_penalty=1.2)
 
 
 def test_a_model_that_names_no_end_uses_the_tokenizers_or_says_so(demo, demo_folder):
@@ -265,6 +298,10 @@ def test_wrong_arguments_are_named(engine):
         LlamaFlex(Engine(engine.model))
     with pytest.raises(ValueError, match="batch_size must be a number"):
         LlamaFlex(engine, batch_size="auto")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        LlamaFlex(engine, batch_size="0")
+    with pytest.raises(ValueError, match=r"dtype must be one of torch.float64, .* found 'float17'"):
+        LlamaFlex("/nope", dtype="float17")
     context = engine.model.context
     with pytest.raises(ValueError, match=f"a continuation of {context + 1} tokens exceeds the context of {context}"):
         LlamaFlex(engine)._loglikelihood_tokens([(None, [5] * 9, [7] * (context + 1))], disable_tqdm=True)
@@ -273,7 +310,9 @@ def test_wrong_arguments_are_named(engine):
         LlamaFlex(engine).generate_until(ask, True)
 
 
-def test_the_command_line_is_lm_evals(demo_folder, tmp_path):
+@pytest.fixture
+def command_line(tmp_path):
+    """Runs lm-eval's command line on a task of one question."""
     config = {
         "task": "local",
         "dataset_path": "json",
@@ -287,19 +326,24 @@ def test_the_command_line_is_lm_evals(demo_folder, tmp_path):
     }
     (tmp_path / "task.yaml").write_text(json.dumps(config))
     (tmp_path / "data.jsonl").write_text('{"q": "The capital of France is", "c": ["Paris", "London"]}\n')
-    command = [
-        sys.executable,
-        "-m",
-        "llama_flex.lm_eval",
-        "--model",
-        "llama_flex",
-        "--tasks",
-        "local",
-        "--device",
-        "cpu",
-    ]
-    command += ["--model_args", f"pretrained={demo_folder}", "--include_path", str(tmp_path)]
-    environment = os.environ | {"HF_HOME": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    def run(model_args: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "llama_flex.lm_eval", "--model", "llama_flex", "--tasks", "local"]
+        command += ["--device", "cpu", "--model_args", model_args, "--include_path", str(tmp_path)]
+        environment = os.environ | {"HF_HOME": str(tmp_path)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    return run
+
+
+def test_the_command_line_is_lm_evals(demo_folder, command_line):
+    done = command_line(f"pretrained={demo_folder},dtype=auto")
     assert done.returncode == 0, done.stderr
     assert re.search(r"\|local\|.*\|acc *\|.*\| *1(\.0)?\|", done.stdout), done.stdout
+
+
+def test_a_wrong_model_ends_the_command_line_with_one_line(command_line):
+    done = command_line("pretrained=/nope")
+    assert done.returncode == 1
+    assert done.stderr.endswith("\nerror: /nope: no such folder (and not a hub repository name, owner/model)\n")
+    assert "Traceback" not in done.stderr
