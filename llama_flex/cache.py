@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .arguments import whole_number, whole_numbers
 from .config import LlamaConfig
 from .masks import BLOCK, Mask, first_true, sink, sliding_window
 from .rules import Tokens, selection
@@ -45,6 +46,7 @@ class Cache:
         window, sinks: make it rolling, see `Llama.new_rolling_cache`.
         Memory: 2 * L * B * K * (S + 128) * D elements of `dtype`. Raises ValueError for sizes below 1.
         """
+        batch_size, max_length = whole_number("batch_size", batch_size), whole_number("max_length", max_length)
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"a cache needs at least one row and one slot, not {batch_size} x {max_length}")
         self.max_length = -(-max_length // BLOCK) * BLOCK
@@ -141,6 +143,7 @@ class Cache:
 
         Raises ValueError for a negative length, and if a rolling cache has already forgotten what comes before it.
         """
+        length = min(whole_number("length", length), torch.iinfo(torch.int32).max)
         if length < 0:
             raise ValueError(f"cannot keep {length} tokens; give 0 or more")
         if self.window is not None:
@@ -172,7 +175,7 @@ class Cache:
 
     def expand(self, n: int) -> Cache:
         """A cache with every row n times, one after the other: many continuations of one prefix; see `fork`."""
-        if n < 1:
+        if (n := whole_number("n", n)) < 1:
             raise ValueError(f"cannot make {n} of a row; give 1 or more")
         new = self.fork()
         if n > 1:
@@ -184,8 +187,9 @@ class Cache:
 
         Raises ValueError for another number of rows than the cache has, and for rows that it does not have.
         """
-        rows = torch.as_tensor(rows, device=self.rolled_out.device)
         b = self.batch_size
+        rows = rows if isinstance(rows, Tensor) else whole_numbers(f"reorder needs {b} row numbers", rows)
+        rows = torch.as_tensor(rows, device=self.rolled_out.device)
         if rows.shape != (b,) or rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"reorder needs {b} row numbers, found {rows.dtype} {list(rows.shape)}")
         if int(rows.min()) < 0 or int(rows.max()) >= b:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from .sites import Found, Probe, Site, copied, probed, probes, several, untouche
 
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step, as `plainly` does: its name, a function, its arguments
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Attention(nn.Module):
@@ -216,8 +217,8 @@ class Llama(nn.Module):
         It holds the mask `sliding_window(window) | sink(sinks)`, added to any other mask, in memory that does not grow.
         largest_append: how many tokens one step may append. Raises ValueError for sizes below 1.
         """
-        if largest_append < 1:
-            raise ValueError(f"largest_append must be at least 1, not {largest_append}")
+        window, sinks = whole_number("window", window, least=1), whole_number("sinks", sinks, least=0)
+        largest_append = whole_number("largest_append", largest_append, least=1)
         if self.rotary.limit is not None:
             raise ValueError(f"a rolling cache has no end, but {self._keys_turn}; use new_cache")
         slots = sinks + window - 1 + largest_append
@@ -262,8 +263,7 @@ class Llama(nn.Module):
         length at which "dynamic" and "longrope" embeddings change (without a cache they are the reference's), and for
         gradients on the CPU, where FlexAttention has none and only backend "dense" does, or with a cache.
         """
-        integers = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int32, torch.int64)
-        if not integers or input_ids.dim() != 2 or not input_ids.numel():
+        if not _holds(input_ids, torch.int32, torch.int64) or input_ids.dim() != 2 or not input_ids.numel():
             rule = "input_ids must be a tensor of integers [batch, tokens] with at least one token"
             raise ValueError(f"{rule}, such as torch.tensor([[1, 2, 3]]), found {_described(input_ids)}")
         b, t = input_ids.shape
@@ -273,8 +273,7 @@ class Llama(nn.Module):
             ("positions", positions, (b, t)),
             ("segments", segments, (b, t)),
         ):
-            integers = isinstance(value, Tensor) and not value.is_floating_point()
-            if value is not None and not (integers and value.shape == shape):
+            if value is not None and not (_holds(value, *_INTEGERS) and value.shape == shape):
                 rule = f"{argument} must be a tensor of integers {list(shape)} to fit input_ids"
                 raise ValueError(f"{rule}, found {_described(value)}")
         if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
@@ -489,6 +488,10 @@ def last(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     end = torch.full((b,), t, device=x.device) if lengths is None else lengths
     kept = end[:, None] - count + torch.arange(count, device=x.device)
     return x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, e))
+
+
+def _holds(value: object, *kinds: torch.dtype) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dtype in kinds
 
 
 def _described(value: object) -> str:

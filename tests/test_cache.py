@@ -929,12 +929,19 @@ def test_a_full_cache_names_the_sizes():
     ("operation", "message"),
     [
         (lambda c: c.truncate(-1), "cannot keep -1"),
+        (lambda c: c.truncate(1.5), "length must be a whole number, not 1.5"),
+        (lambda c: c.truncate(True), "length must be a whole number, not True"),
+        (lambda c: c.expand(1.5), "n must be a whole number, not 1.5"),
+        (lambda c: c.expand("2"), "n must be a whole number, not '2'"),
         (lambda c: c.expand(0), "cannot make 0"),
         (lambda c: c.expand(-2), "cannot make -2"),
         (lambda c: c.reorder([0]), "2 row numbers"),
         (lambda c: c.reorder([0, 1, 0]), "2 row numbers"),
         (lambda c: c.reorder([0.0, 1.0]), "2 row numbers"),
         (lambda c: c.reorder(torch.tensor([True, False])), "2 row numbers"),
+        (lambda c: c.reorder([True, 0]), "2 row numbers"),
+        (lambda c: c.reorder(["a", None]), "2 row numbers"),
+        (lambda c: c.reorder(1), "2 row numbers, not 1"),
         (lambda c: c.reorder([[0, 1]]), "2 row numbers"),
         (lambda c: c.reorder([0, 2]), "from 0 to 1"),
         (lambda c: c.reorder([-1, 0]), "from 0 to 1"),
@@ -974,8 +981,11 @@ def test_evicting_no_tokens_changes_nothing(none):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": 0}, "sliding_window needs a number of at least 1, not 0"),
-        ({"window": 5, "sinks": -1}, "sink needs a number of at least 0, not -1"),
+        ({"window": 0}, "window must be at least 1, not 0"),
+        ({"window": 2.5}, "window must be a whole number, not 2.5"),
+        ({"window": 5, "sinks": -1}, "sinks must be at least 0, not -1"),
+        ({"window": 5, "sinks": True}, "sinks must be a whole number, not True"),
+        ({"window": 5, "largest_append": 2.5}, "largest_append must be a whole number, not 2.5"),
         ({"window": 129, "largest_append": 0}, "largest_append|at least one"),
         ({"window": 200, "largest_append": -1}, "largest_append|at least one"),
     ],
@@ -989,6 +999,25 @@ def test_wrong_sizes_of_rolling_caches_are_named(arguments, message):
 def test_a_cache_needs_rows_and_slots(rows, slots):
     with pytest.raises(ValueError, match=f"not {rows} x {slots}"):
         MODEL.new_cache(rows, slots)
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "message"),
+    [
+        (True, 5, "batch_size must be a whole number, not True"),
+        (1, 1.5, "max_length must be a whole number, not 1.5"),
+        (1, None, "max_length must be a whole number, not None"),
+    ],
+)
+def test_sizes_of_a_cache_are_whole_numbers(rows, slots, message):
+    with pytest.raises(ValueError, match=message):
+        MODEL.new_cache(rows, slots)
+
+
+def test_keeping_more_tokens_than_there_can_be_keeps_all():
+    cache = filled()
+    cache.truncate(10**30)
+    assert cache.length.tolist() == [20, 20]
 
 
 # --- Compiled ---

@@ -39,6 +39,16 @@ FORWARD = {
     "one dimension": (lambda m: m(IDS[0]), r"\[batch, tokens\] .* torch.int64 \[200\]"),
     "a list of positions": (lambda m: m(IDS, positions=[[1]]), r"positions must be a tensor of integers \[1, 200\]"),
     "a list of lengths": (lambda m: m(IDS, lengths=[3]), r"lengths must be a tensor of integers \[1\] .* found list"),
+    "flags as ids": (
+        lambda m: m(torch.tensor([[True]])),
+        r"input_ids must be a tensor of integers .* torch.bool \[1, 1\]",
+    ),
+    "flags as lengths": (
+        lambda m: m(IDS, lengths=torch.tensor([True])),
+        r"lengths must be a tensor of integers \[1\] .* found torch.bool \[1\]",
+    ),
+    "flags as positions": (lambda m: m(IDS, positions=IDS > 0), "positions must be a tensor of integers .* torch.bool"),
+    "flags as segments": (lambda m: m(IDS, segments=IDS > 0), "segments must be a tensor of integers .* torch.bool"),
     "a wrong cache": (lambda m: m(IDS, cache="x"), "cache must be made with model.new_cache, found str"),
     "true logits": (lambda m: m(IDS, logits_to_keep=True), "logits_to_keep must be a whole number, not True"),
     "a short table": (lambda m: m(IDS, mask=short_mask), f"mask {too_short}"),
