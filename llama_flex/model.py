@@ -7,6 +7,8 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -293,9 +295,8 @@ class Llama(nn.Module):
         captures = several(capture, Capture, "capture")
         probe_of = probes(self, captures, several(edit, Edit, "edit"), b)
         input_ids = input_ids.to(self.device)
-        held = cache.reserved if cache is not None and cache.window is None else 0
-        if cache is None or cache.window is None:
-            self._warn_beyond_context(held + t)
+        if (cache is None or cache.window is None) and not torch.compiler.is_compiling():
+            self._warn_beyond_context(t, lengths, cache)
         if cache is not None:
             end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
             if self.rotary.limit is not None and int(end.max()) > self.rotary.limit:
@@ -328,13 +329,19 @@ class Llama(nn.Module):
         rows = max(len(x) for x in tokens)
         attention.try_last(layers, Tokens(*(x.expand(rows, -1) for x in tokens)), self.config.num_attention_heads)
 
-    def _warn_beyond_context(self, count: int) -> None:
+    def _warn_beyond_context(self, count: int, lengths: Tensor | None, cache: Cache | None) -> None:
         context = self.config.max_position_embeddings
-        if count > context and not torch.compiler.is_compiling():
+        total = count if cache is None else cache.reserved + count
+        if total > context and (lengths is not None or self.device.type == "cpu"):  # padding may be among them
+            held = 0 if cache is None else (cache.tokens.index >= 0).sum(1)
+            total = int((held + (torch.tensor(count) if lengths is None else lengths)).max())
+        if total > context:
+            stack = enumerate(traceback.walk_stack(sys._getframe()), 1)  # torch's modules, more of them with hooks
+            level = next((n for n, (frame, _) in stack if not _is_ours_or_torchs(frame.f_globals)), 1)
             warnings.warn(
-                f"{count} tokens are more than the {context} that the model was made for (max_position_embeddings); "
+                f"{total} tokens are more than the {context} that the model was made for (max_position_embeddings); "
                 "what it predicts there may be of no use",
-                stacklevel=3,
+                stacklevel=level,
             )
 
     def attention_layers(
@@ -488,6 +495,10 @@ def last(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
     end = torch.full((b,), t, device=x.device) if lengths is None else lengths
     kept = end[:, None] - count + torch.arange(count, device=x.device)
     return x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, e))
+
+
+def _is_ours_or_torchs(module: Mapping[str, Any]) -> bool:
+    return str(module.get("__name__")).partition(".")[0] in ("llama_flex", "torch")
 
 
 def _holds(value: object, *kinds: torch.dtype) -> TypeGuard[Tensor]:

@@ -1,5 +1,6 @@
 """What a caller gets wrong in Python is told in one line that names the value and the way out, before any work."""
 
+import inspect
 import re
 
 import pytest
@@ -182,6 +183,30 @@ def test_a_forward_beyond_the_context_is_warned_of(model):
     model(ids[:, :299], cache=cache)
     with pytest.warns(UserWarning, match=r"^301 tokens are more than the 300"):
         model(ids[:, 299:301], cache=cache)
+
+
+@pytest.mark.filterwarnings("error")
+def test_padding_is_not_counted_against_the_context(model):
+    ids, real = IDS.repeat(2, 2), torch.tensor([200, 300])
+    model(ids, lengths=real)
+    cache = model.new_cache(2, 900)
+    model(ids[:, :250], lengths=torch.tensor([150, 100]), cache=cache)
+    model(ids[:, :100], cache=cache)
+    cache.truncate(200)
+    model(ids[:, :150], lengths=torch.tensor([100, 50]), cache=cache)
+    with pytest.warns(UserWarning, match=r"^310 tokens are more than the 300"):
+        model(ids[:, :300], lengths=torch.tensor([10, 0]), cache=cache)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_warning_names_the_line_of_the_call(hooked):
+    model = Llama(CONFIG).eval().requires_grad_(False)
+    if hooked:
+        model.register_forward_hook(lambda *_: None)
+    for call in (model, model.forward):
+        with pytest.warns(UserWarning, match="tokens are more than") as warned:
+            call(IDS.repeat(1, 2))
+        assert (warned[0].filename, warned[0].lineno) == (__file__, inspect.currentframe().f_lineno - 1)
 
 
 @pytest.mark.parametrize(("value", "said"), [(10**400, "1000"), (float("nan"), "nan"), (True, "True"), ("1", "'1'")])
