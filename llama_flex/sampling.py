@@ -62,13 +62,20 @@ class Sampling:
         """What a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in place.
 
         As in transformers, `do_sample: true` alone means a temperature of 1 and a top_k of 50, and without it
-        temperature, top_k, top_p and min_p mean nothing.
+        temperature, top_k, top_p and min_p mean nothing. Raises ValueError, saying whose it is, for a value outside its
+        range.
         """
         names = ("top_k", "top_p", "min_p", "temperature") if config.do_sample else ()
         values = {n: getattr(config, n) for n in (*names, "repetition_penalty") if getattr(config, n) is not None}
         if config.do_sample:
             values = {"temperature": 1.0, "top_k": 50, **values}
-        return cls(**values | {n: v for n, v in overrides.items() if v is not None})
+        given = {n: v for n, v in overrides.items() if v is not None}
+        for name in values.keys() - given.keys():
+            try:
+                cls(**{name: values[name]})
+            except ValueError as error:
+                raise ValueError(f"generation_config.json: {error}; give {name} yourself") from None
+        return cls(**values | given)
 
 
 class SamplingTensors(NamedTuple):

@@ -524,6 +524,14 @@ def test_recommended_gives_way_to_what_the_caller_says():
     assert Sampling.recommended(GenerationConfig(), temperature=1.0, top_k=0) == Sampling(temperature=1.0)
 
 
-def test_recommended_values_outside_their_range_are_refused_by_name():
-    with pytest.raises(ValueError, match="top_p"):
-        Sampling.recommended(GenerationConfig(do_sample=True, top_p=3.0))
+def test_recommended_values_outside_their_range_are_refused_with_their_source():
+    config = GenerationConfig(do_sample=True, top_p=1.5)
+    with pytest.raises(
+        ValueError, match=r"^generation_config.json: top_p must be from 0 to 1, not 1.5; give top_p yourself$"
+    ):
+        Sampling.recommended(config, temperature=0.5)
+    assert Sampling.recommended(config, top_p=0.5).top_p == 0.5
+    with pytest.raises(ValueError, match=r"^top_p must be from 0 to 1, not 3.0$"):
+        Sampling.recommended(config, top_p=3.0)
+    with pytest.raises(ValueError, match=r"^generation_config.json: repetition_penalty must be a positive number"):
+        Sampling.recommended(GenerationConfig(repetition_penalty=-1.0))
