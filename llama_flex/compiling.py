@@ -7,6 +7,7 @@ as fast as one graph: on CUDA as a CUDA graph, on the CPU as a list of calls, wi
 from __future__ import annotations
 
 import operator
+import os
 import threading
 import time
 import types
@@ -20,14 +21,16 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.exc import InductorError
-from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.exc import InductorError, OperatorIssue, SubgraphLoweringException
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .faults import CompileError
 
 T = TypeVar("T")
+# What Inductor raises for operations that it has no code for, here or in a mask.
+_BEYOND_IT = (OperatorIssue, SubgraphLoweringException, NotImplementedError)
 
 
 class _Call(NamedTuple):
@@ -68,10 +71,11 @@ class Graphs:
             part = self.parts.get((*key, name))
             if part is not None:
                 return part(*args)
-            started, part = time.perf_counter(), self._compiled(function)
+            started = time.perf_counter()
             try:
+                part = self._compiled(function)
                 result = part(*args)
-            except (BackendCompilerFailed, InductorError) as error:
+            except (BackendCompilerFailed, InductorError, OSError) as error:
                 raise CompileError(_why(error)) from error
             finally:
                 self.seconds += time.perf_counter() - started
@@ -162,10 +166,21 @@ def _why(error: Exception) -> str:
         first, way = "this processor is none that it knows", "if ATEN_CPU_CAPABILITY is set, unset it"
     elif "Python.h" in text:
         first, way = "Python's headers are missing", "install them (python3-dev)"
+    elif isinstance(inner, OSError):
+        first = f"{inner.strerror or first}, in {_cache()} or the folder for temporary files"
+        way = "make room and let it be written, or name another folder in TORCHINDUCTOR_CACHE_DIR"
+    elif "Failed to import" in text or isinstance(inner, ImportError):
+        way = f"a file in {_cache()} is damaged: delete that folder"
+    elif isinstance(inner, _BEYOND_IT):
+        first, way = first.partition(". ")[0], "a mask, score function or edit uses what it has no code for"
     else:
-        way = "a mask or score function may use what it cannot, "
-        way += f"or a file in {cache_dir()} is damaged: delete that folder"
+        way = f"a mask or score function may use what it cannot, or a file in {_cache()} is damaged: delete that folder"
     return f"torch cannot compile: {first[:300]}; {way}; or do not compile: compile=False, --compile off"
+
+
+def _cache() -> str:
+    """The folder where torch keeps compiled code; unlike torch's own function it does not make it."""
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
 
 
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:

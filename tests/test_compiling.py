@@ -1,15 +1,18 @@
 """Compiled parts, steps that are replayed, products of one row, and what `explain` says of them."""
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import TINY
+from torch._inductor.exc import InductorError, LoweringException
 from torch.torch_version import TorchVersion
 
 from llama_flex import Engine, masks, scores
 from llama_flex.compiling import Graphs
+from llama_flex.faults import CompileError
 from llama_flex.linear import RMSNorm, gated, linear
 
 
@@ -106,6 +109,45 @@ def test_what_torch_does_not_compile_is_an_error_and_never_runs_eagerly():
         run("double", double, torch.ones(3))
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             run("double", double, torch.ones(4))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompileError, match=r"^torch cannot compile: File exists, in .*/file or the .*; make room") as e:
+        Graphs().of()("third", lambda x: x / 3, torch.ones(3))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            "No space left on device, in FOLDER or the folder for temporary files; ",
+        ),
+        (RuntimeError("Failed to import FOLDER/x.py\nSyntaxError"), "x.py; a file in FOLDER is damaged: delete that "),
+        (
+            ImportError("FOLDER/x.so: file too short"),
+            "file too short; a file in FOLDER is damaged: delete that folder; ",
+        ),
+        (
+            LoweringException(RuntimeError("no code. Please file a bug"), "dot", [], {}),
+            "RuntimeError: no code; a mask, score function or edit uses what it has no code for; or do not compile",
+        ),
+        (KeyError("x"), "a mask or score function may use what it cannot, or a file in FOLDER is damaged"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_hinders_the_compiler_is_told_apart(monkeypatch, error, said):
+    def part(_):
+        raise InductorError(error, None)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "FOLDER")
+    monkeypatch.setattr(Graphs, "_compiled", lambda self, function: part)
+    with pytest.raises(CompileError, match=f"^torch cannot compile: .*{re.escape(said)}") as caught:
+        Graphs().of()("double", double, torch.ones(3))
+    assert "\n" not in str(caught.value)
 
 
 @torch.no_grad()
