@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from .faults import FunctionError, fault_of
 from .masks import BlockLists, Mask, slot_of
 from .paging import Packed, Pages
 from .rules import Token, Tokens
@@ -127,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, view: View) -> Ten
         if decoding and padded != group and view.visible.partial_num.shape[1] == 1:
             q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
             score_mod = _score_mod(pattern, view, lambda h: h // padded * group + (h % padded).clamp(max=group - 1))
-        with nullcontext() if torch.compiler.is_compiling() else _without_advice_to_compile():
+        with nullcontext() if torch.compiler.is_compiling() else _eagerly(pattern):
             out = flex_attention(
                 q,
                 k,
@@ -236,8 +237,18 @@ def weights(q: Tensor, k: Tensor, pattern: Pattern, view: View, heads: Tensor | 
 
 
 @contextmanager
-def _without_advice_to_compile() -> Iterator[None]:
-    """Run eagerly, flex_attention warns that it is slow; whoever runs this package eagerly chose to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        yield
+def _eagerly(pattern: Pattern) -> Iterator[None]:
+    """Run eagerly, flex_attention warns that it is slow; whoever runs this package eagerly chose to. And it traces mask
+    and score function all the same: what it cannot trace is their fault, in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            yield
+    except (IndexError, RuntimeError) as error:
+        from torch._dynamo.exc import Unsupported, UserError  # slow to import, and imported by flex_attention here
+
+        what, fault = fault_of(error)
+        if isinstance(error, Unsupported | UserError) or what == "index-out-of-range":
+            rules = " or ".join(rule.described for rule in pattern if rule is not None)
+            raise FunctionError(rules, what, fault) from error
+        raise

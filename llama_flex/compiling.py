@@ -19,14 +19,14 @@ from . import code_cache  # noqa: F401  - before torch's compiler
 # isort: split
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, OperatorIssue, SubgraphLoweringException
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .faults import CompileError
+from .faults import CompileError, is_data_dependent, user_line
 
 T = TypeVar("T")
 # What Inductor raises for operations that it has no code for, here or in a mask.
@@ -75,7 +75,11 @@ class Graphs:
             try:
                 part = self._compiled(function)
                 result = part(*args)
-            except (BackendCompilerFailed, InductorError, OSError) as error:
+            except (BackendCompilerFailed, InductorError, Unsupported, UserError, OSError) as error:
+                raise CompileError(_why(error)) from error
+            except NameError as error:
+                if not is_data_dependent(str(error)):  # code that torch made of a value that it does not know
+                    raise
                 raise CompileError(_why(error)) from error
             finally:
                 self.seconds += time.perf_counter() - started
@@ -166,6 +170,12 @@ def _why(error: Exception) -> str:
         first, way = "this processor is none that it knows", "if ATEN_CPU_CAPABILITY is set, unset it"
     elif "Python.h" in text:
         first, way = "Python's headers are missing", "install them (python3-dev)"
+    elif is_data_dependent(text):
+        first += "" if isinstance(inner, NameError) else user_line(inner)  # whose line is torch's own code
+        way = "a mask, score function or edit depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or "
+        way += "`nonzero`: use torch.where, or a table that is made before"
+    elif isinstance(inner, Unsupported | UserError):
+        first, way = f"{first}{user_line(inner)}", "a mask, score function or edit uses what it cannot trace"
     elif isinstance(inner, OSError):
         first = f"{inner.strerror or first}, in {_cache()} or the folder for temporary files"
         way = "make room and let it be written, or name another folder in TORCHINDUCTOR_CACHE_DIR"

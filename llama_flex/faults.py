@@ -12,7 +12,9 @@ _LIBRARIES = (str(Path(__file__).parent) + os.sep, sysconfig.get_paths()["stdlib
 _DATA_DEPENDENT = re.compile(
     r"Boolean value of Tensor|[Dd]ata-dependent|converted to (a )?(Python )?[Ss]calar|converted to an index"
     r"|_local_scalar_dense|call_method item\(|calling \.item\(\) on a Tensor"
+    r"|doesn't have storage|unbacked_bindings|name 'u\d+' is not defined"  # .tolist() and .numpy(), last two compiled
 )
+_DYNAMIC_SHAPE = re.compile(r"can (output|support) dynamic shape|[Uu]nbacked symbols")
 _OUT_OF_RANGE = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with size (\d+)")
 _ARGUMENTS = re.compile(r"takes .*positional arguments? but|missing \d+ required positional argument")
 
@@ -32,21 +34,35 @@ class CompileError(ValueError):
     """torch cannot compile here: no compiler, a processor it does not know, a damaged cache; the message says which."""
 
 
+def is_data_dependent(text: str) -> bool:
+    """Whether an error's text says that Python, or a shape, depends on the values of a tensor."""
+    return bool(_DATA_DEPENDENT.search(text) or _DYNAMIC_SHAPE.search(text))
+
+
 def fault_of(error: Exception) -> tuple[str, str]:
     """The kind of a fault that a user's function raised, and one line with its cause, the line of code, the way out."""
     text, line = str(error), user_line(error)
     if isinstance(error, CompileError):
-        if not _DATA_DEPENDENT.search(f"{error} {error.__cause__}"):
-            return "does-not-compile", f"{error}{line}"
         text = f"{error} {error.__cause__}"
+        if not is_data_dependent(text):
+            return "does-not-compile", str(error) if line in str(error) else f"{error}{line}"
     first = f"{type(error).__name__}: {(text.strip() or 'no message').splitlines()[0]}"
     if out := _OUT_OF_RANGE.search(text):
         way = "make it as long as the longest text, or clamp the index"
+        if int(out[1]) < 0:
+            way = "padding and free slots have index -1; clamp it, as in `kv.index.clamp(min=0)`"
         return "index-out-of-range", f"index {out[1]} into a tensor of {out[2]}{line}: {way}"
+    if text == "index out of range in self":  # of an embedding, which does not say more
+        way = "make the table as long as the longest text; padding and free slots have index -1, so clamp(min=0)"
+        return "index-out-of-range", f"an index is out of range{line}: {way}"
     if "called random operation" in text:
         return "not-deterministic", f"it draws random numbers{line}: take chance from a table"
+    if _DYNAMIC_SHAPE.search(text):
+        way = "no `nonzero`, `unique`, `x[flags]`; use torch.where, or a table that is made before"
+        return "data-dependent", f"a shape depends on the values of a tensor{line}: {way} ({first})"
     if _DATA_DEPENDENT.search(text):
-        way = "no `if`, `and`, `or`, `not`, `a < b < c`, `int()`, `.item()` on tensors; use torch.where, `&`, `|`, `~`"
+        way = "no `if`, `and`, `or`, `not`, `a < b < c`, `int()`, `.item()`, `.tolist()`, `.numpy()` on tensors; "
+        way += "use torch.where, `&`, `|`, `~`"
         return "data-dependent", f"Python decides by the value of a tensor{line}: {way} ({first})"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return "does-not-compile", f"torch cannot trace or compile it{line}: {first}"

@@ -103,7 +103,10 @@ def test_what_torch_does_not_compile_is_an_error_and_never_runs_eagerly():
         return x + 1
 
     run = Graphs().of()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+    said = (
+        r"^torch cannot compile: .*graph_break.* in line \d+ of test_compiling.py.* uses what it cannot trace; .*off$"
+    )
+    with pytest.raises(CompileError, match=said):
         run("breaks", breaks, torch.ones(3))
     with torch._dynamo.config.patch(recompile_limit=1):
         run("double", double, torch.ones(3))
@@ -135,6 +138,11 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
             LoweringException(RuntimeError("no code. Please file a bug"), "dot", [], {}),
             "RuntimeError: no code; a mask, score function or edit uses what it has no code for; or do not compile",
         ),
+        (
+            RuntimeError("unbacked_bindings"),
+            "depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or ",
+        ),
+        (RuntimeError("Pending unbacked symbols {u2}"), "`nonzero`: use torch.where, or a table that is made before; "),
         (KeyError("x"), "a mask or score function may use what it cannot, or a file in FOLDER is damaged"),
     ],
     ids=lambda value: type(value).__name__,
@@ -148,6 +156,13 @@ def test_what_hinders_the_compiler_is_told_apart(monkeypatch, error, said):
     with pytest.raises(CompileError, match=f"^torch cannot compile: .*{re.escape(said)}") as caught:
         Graphs().of()("double", double, torch.ones(3))
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_a_function_reads_is_told_where_it_is_compiled():
+    table = torch.arange(3)
+    read = "depends on the values of a tensor, .*: use torch.where, or a table"
+    with pytest.raises(CompileError, match=f"^torch cannot compile: .* in line .* of test_compiling.py; .*{read}"):
+        Graphs().of()("branches", lambda x: x if table[1] > 0 else 2 * x, torch.ones(3))
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 import inspect
 import re
+import time
 
 import pytest
 import torch
+from torch.nn.functional import embedding
 
 from llama_flex import Edit, Engine, Llama, LlamaConfig, Mask, Sampling, ScoreMod
 
@@ -18,7 +20,7 @@ CONFIG = LlamaConfig(
     max_position_embeddings=300,
 )
 IDS = torch.randint(64, (1, 200), generator=torch.Generator().manual_seed(0))
-FLAGS, NUMBERS = torch.ones(3, dtype=torch.bool), torch.zeros(3)
+FLAGS, NUMBERS, MANY = torch.ones(3, dtype=torch.bool), torch.zeros(3), torch.zeros(300)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,51 @@ FORWARD = {
     "if": (
         lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s if q.index > 3 else s * 2)),
         r"Python decides by the value of a tensor in line .*: no `if`",
+    ),
+    "tolist": (
+        lambda m: m(IDS, mask=Mask(lambda q, kv: kv.index <= q.index.tolist())),
+        r"Python decides by the value of a tensor in line .*: no `if`.*`.tolist\(\)`",
+    ),
+    "numpy": (
+        lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s * q.index.numpy())),
+        r"Python decides by the value of a tensor in line .*: no `if`.*`.numpy\(\)`",
+    ),
+    "nonzero": (
+        lambda m: m(IDS, mask=Mask(lambda q, kv: torch.nonzero(q.index).sum() >= 0)),
+        "mask <lambda>: a shape depends on the values of a tensor in line .*: no `nonzero`.* a table",
+    ),
+    "unique": (
+        lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s * torch.unique(kv.index).sum())),
+        "score function <lambda>: a shape depends on the values of a tensor in line .*: no `nonzero`, `unique`",
+    ),
+    "if of a table": (  # which is no fault before FlexAttention traces it
+        lambda m: m(IDS, mask=Mask(lambda q, kv: kv.index <= q.index if NUMBERS[0] < 1 else q.index > 3)),
+        "mask <lambda>: Python decides by the value of a tensor in line .* of test_messages.py",
+    ),
+    "what is unique in a table": (
+        lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s + sum(n for n in NUMBERS.unique()))),
+        r"mask causal\(\) or score function <lambda>: Python decides by the value of a tensor in line .* of test_mess",
+    ),
+    "what torch does not trace": (
+        lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s * bool(time.time()))),
+        "or score function <lambda>: torch cannot trace or compile it in line .* of test_messages.py",
+    ),
+    "an index below 0": (
+        lambda m: m(IDS, mask=Mask(lambda q, kv: FLAGS.index_select(0, kv.index - 1)[0])),
+        r"mask <lambda>: index -1 into a tensor of 3 in line .*: padding and free slots have index -1; clamp it, as in "
+        r"`kv.index.clamp\(min=0\)`$",
+    ),
+    "an index below 0 of an embedding": (
+        lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s + embedding(kv.index - 1, NUMBERS[:, None])[0])),
+        r"an index is out of range in line .*: make the table as long .* index -1, so clamp\(min=0\)$",
+    ),
+    "the index of a free slot": (
+        lambda m: m(
+            IDS,
+            cache=m.new_cache(1, 200),
+            score_mod=ScoreMod(lambda s, q, kv: s + MANY.index_select(0, kv.index)[0]),
+        ),
+        "score function <lambda>: index -1 into a tensor of 300.*padding and free slots have index -1",
     ),
     "chance": (
         lambda m: m(IDS, mask=Mask(lambda q, kv: torch.rand(()) < 0.5)),
