@@ -20,23 +20,23 @@ _NAME = "TORCHINDUCTOR_CACHE_DIR"
 def _make_writable() -> None:
     """Let torch keep what it compiles in a temporary folder if its own cannot be written to, without which its compiler
     cannot even be imported."""
-    folder = _folder()
+    home = folder()
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        os.makedirs(home, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):
             pass
     except OSError as error:
         os.environ[_NAME] = tempfile.mkdtemp(prefix="torchinductor_")
         atexit.register(shutil.rmtree, os.environ[_NAME], ignore_errors=True)
         warnings.warn(
-            f"{folder}, where torch keeps compiled code, cannot be written to ({error.strerror}); what is compiled now "
+            f"{home}, where torch keeps compiled code, cannot be written to ({error.strerror}); what is compiled now "
             f"is not kept; name a folder in {_NAME}",
             stacklevel=1,
         )
 
 
-def _folder() -> str:
-    """The folder, by default as torch names it."""
+def folder() -> str:
+    """The folder, by default as torch names it; unlike torch's own function this one does not make it."""
     if given := os.environ.get(_NAME):
         return given
     try:
@@ -54,7 +54,7 @@ class _OneLine(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if "unable to load compiled graph" not in record.getMessage():
             return True
-        record.msg, record.args, record.exc_info = "files in %s are damaged: compiled anew", (_folder(),), None
+        record.msg, record.args, record.exc_info = "files in %s are damaged: compiled anew", (folder(),), None
         first, self.said = not self.said, True
         return first
 

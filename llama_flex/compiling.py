@@ -7,14 +7,13 @@ as fast as one graph: on CUDA as a CUDA graph, on the CPU as a list of calls, wi
 from __future__ import annotations
 
 import operator
-import os
 import threading
 import time
 import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
-from . import code_cache  # noqa: F401  - before torch's compiler
+from . import code_cache  # before torch's compiler
 
 # isort: split
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, OperatorIssue, SubgraphLoweringException
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -177,20 +175,16 @@ def _why(error: Exception) -> str:
     elif isinstance(inner, Unsupported | UserError):
         first, way = f"{first}{user_line(inner)}", "a mask, score function or edit uses what it cannot trace"
     elif isinstance(inner, OSError):
-        first = f"{inner.strerror or first}, in {_cache()} or the folder for temporary files"
+        first = f"{inner.strerror or first}, in {code_cache.folder()} or the folder for temporary files"
         way = "make room and let it be written, or name another folder in TORCHINDUCTOR_CACHE_DIR"
     elif "Failed to import" in text or isinstance(inner, ImportError):
-        way = f"a file in {_cache()} is damaged: delete that folder"
+        way = f"a file in {code_cache.folder()} is damaged: delete that folder"
     elif isinstance(inner, _BEYOND_IT):
         first, way = first.partition(". ")[0], "a mask, score function or edit uses what it has no code for"
     else:
-        way = f"a mask or score function may use what it cannot, or a file in {_cache()} is damaged: delete that folder"
+        way = "a mask or score function may use what it cannot, "
+        way += f"or a file in {code_cache.folder()} is damaged: delete that folder"
     return f"torch cannot compile: {first[:300]}; {way}; or do not compile: compile=False, --compile off"
-
-
-def _cache() -> str:
-    """The folder where torch keeps compiled code; unlike torch's own function it does not make it."""
-    return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
 
 
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
