@@ -335,6 +335,22 @@ def test_steps_of_many_requests_wait_for_nothing(tiny_pair):
     assert tokens[0] == tokens[1] == tokens[2]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_who_shares_pages_with_a_request_whose_logits_are_nan_gets_its_tokens(tiny_pair, compile):
+    _, model = tiny_pair("gqa")
+    model = copy.deepcopy(model)
+    model.embed.weight[5] = torch.nan
+    begin = torch.randint(6, 500, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = Engine(copy.deepcopy(model).cuda(), compile=compile, max_batch_size=4, max_slots=4096)
+    prompts = [[*begin, last] for last in (6, 5, 7)]
+    requests = [engine.submit(prompt, max_new_tokens=6, stop_token_ids=()) for prompt in prompts]
+    engine.run()
+    assert [request.finish_reason for request in requests] == ["length", "error", "length"]
+    for request, prompt in zip(requests[::2], prompts[::2], strict=True):
+        (alone,) = Engine(model).generate([prompt], max_new_tokens=6, stop_token_ids=())
+        assert request.completion.tokens == alone.tokens
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 def test_on_a_device_that_is_not_the_current_one(tiny_pair, compile):
