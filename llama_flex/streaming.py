@@ -38,7 +38,7 @@ class NonFiniteLogitsError(ValueError):
 
     def __init__(self, where: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
         prompts = ", ".join(f"prompt {prompt} at new token {token}" for prompt, token in where)
-        way = "its weights may be damaged, of which loading warns"
+        way = "loading warns of weights that are; an edit or score function may be the reason, too"
         if dtype == torch.float16:
             way = "float16 ends at 65,504, where bfloat16 and float32 do not: try dtype bfloat16 or float32"
         super().__init__(f"{prompts}: the model's logits are NaN or infinite ({way})")
