@@ -5,6 +5,7 @@ Dimensions: B batch, H query heads, T query tokens, S slots, D head dim; K heads
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -239,7 +240,9 @@ def weights(q: Tensor, k: Tensor, pattern: Pattern, view: View, heads: Tensor | 
 @contextmanager
 def _eagerly(pattern: Pattern) -> Iterator[None]:
     """Run eagerly, flex_attention warns that it is slow; whoever runs this package eagerly chose to. And it traces mask
-    and score function all the same: what it cannot trace is their fault, in one line."""
+    and score function all the same: what it cannot trace is their fault, in one line, instead of the many it logs."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(_is_no_failed_trace)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
@@ -252,3 +255,9 @@ def _eagerly(pattern: Pattern) -> Iterator[None]:
             rules = " or ".join(rule.described for rule in pattern if rule is not None)
             raise FunctionError(rules, what, fault) from error
         raise
+    finally:
+        log.removeFilter(_is_no_failed_trace)
+
+
+def _is_no_failed_trace(record: logging.LogRecord) -> bool:
+    return "failed while attempting to run meta" not in record.getMessage()

@@ -161,6 +161,7 @@ def _why(error: Exception) -> str:
     inner = getattr(error, "inner_exception", None) or error
     text = str(inner)
     lines = [line for line in map(str.strip, text.splitlines()) if line] or ["no message"]
+    last = "or do not compile"
     first = next((line for line in lines if " error: " in line), lines[0])
     if "InvalidCxxCompiler" in text or type(inner).__name__ == "InvalidCxxCompiler":
         first, way = "there is no C++ compiler", "install g++, or name one in CXX"
@@ -172,8 +173,10 @@ def _why(error: Exception) -> str:
         first += "" if isinstance(inner, NameError) else user_line(inner)  # whose line is torch's own code
         way = "a mask, score function or edit depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or "
         way += "`nonzero`: use torch.where, or a table that is made before"
+        last = "or try it uncompiled"  # which serves shapes and edits; FlexAttention traces the others there, too
     elif isinstance(inner, Unsupported | UserError):
         first, way = f"{first}{user_line(inner)}", "a mask, score function or edit uses what it cannot trace"
+        last = "or try it uncompiled"
     elif isinstance(inner, OSError):
         first = f"{inner.strerror or first}, in {code_cache.folder()} or the folder for temporary files"
         way = "make room and let it be written, or name another folder in TORCHINDUCTOR_CACHE_DIR"
@@ -184,7 +187,7 @@ def _why(error: Exception) -> str:
     else:
         way = "a mask or score function may use what it cannot, "
         way += f"or a file in {code_cache.folder()} is damaged: delete that folder"
-    return f"torch cannot compile: {first[:300]}; {way}; or do not compile: compile=False, --compile off"
+    return f"torch cannot compile: {first[:300]}; {way}; {last}: compile=False, --compile off"
 
 
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:

@@ -273,11 +273,12 @@ def _architecture_of(raw: Mapping[str, Any]) -> str:
         f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes {supported}"
     )
     named = str(architectures[0]) if isinstance(architectures, list) else str(architectures)
-    if "eagle" in named.lower():
+    kin = [name.removesuffix("ForCausalLM") for name, _ in _ARCHITECTURES.values()]
+    if "eagle" in named.lower() and any(name in named for name in kin):
         reason += f": {DRAFT}"
-    elif named.endswith(("Classification", "QuestionAnswering")):
+    elif named.startswith(tuple(kin)) and named.endswith(("Classification", "QuestionAnswering")):
         reason += f": {OTHER_HEAD}"
-    elif own := [kind for kind, (name, _) in _ARCHITECTURES.items() if name == named and kind != model_type]:
+    elif architecture and (own := [kind for kind, (name, _) in _ARCHITECTURES.items() if name == named]):
         reason += f"; {named} goes with model_type {own[0]!r}"
     raise ConfigError(reason)
 

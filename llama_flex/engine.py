@@ -373,7 +373,7 @@ class Engine:
                 if needed >= longest:
                     raise ValueError(
                         f"prompt {number}: {needed} tokens leave no room in the {longest} that generation_config.json "
-                        "has as max_length; say how many new ones there may be (max_new_tokens), or shorten it"
+                        "has as max_length; give max_new_tokens (--max-new-tokens), or shorten the prompt"
                     )
                 limit = int(min(limit, room, longest - needed))
             limits.append(limit)

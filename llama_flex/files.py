@@ -64,6 +64,16 @@ def read(path: Path, most: int, folder: Path | None = None) -> bytes:
     return content
 
 
+def make_folder(folder: Path, names: Iterable[str]) -> None:
+    """Make a folder to write files of these names to. Raises OSError where a file or a folder is in the way."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; save to a folder")
+    for name in names:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a directory; remove it, or save elsewhere")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def replace(path: Path, content: bytes) -> None:
     """Write a file so that whatever comes between leaves either the old one or the new one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.partial")

@@ -576,7 +576,7 @@ class _Session:
         self.engine.check([prompt], self.args.max_new_tokens)
         del messages[:dropped]
         if dropped:
-            print(f"the context of {context} tokens is full: {dropped} messages are forgotten", file=sys.stderr)
+            print(f"a conversation has {context} tokens: {dropped} messages are forgotten", file=sys.stderr)
         return prompt
 
 

@@ -69,7 +69,7 @@ class LlamaFlex(TemplateLM):
         """
         super().__init__()
         if not str(batch_size).isdecimal():
-            raise ValueError(f"batch_size must be a number, not {batch_size!r}")
+            raise ValueError(f"batch_size must be a whole number, not {batch_size!r}")
         batch_size = whole_number("batch_size", int(batch_size), least=1)
         if not isinstance(pretrained, Engine):
             kind: Any = None if dtype in (None, "auto") else getattr(torch, str(dtype), dtype)

@@ -15,7 +15,7 @@ import tokenizers
 from . import hub, tokenizer_json
 from .chat import render_chat
 from .config import MAX_JSON_BYTES, read_json
-from .files import FolderError, names_in, read, replace, what_it_is
+from .files import FolderError, make_folder, names_in, read, replace, what_it_is
 from .streaming import Decoding, StreamDecoder, WholeDecoder
 from .tokenizer_json import MALFORMED, MAX_PIECES
 
@@ -110,7 +110,8 @@ class Tokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the files that this tokenizer was loaded from, unchanged, so that the folder loads as it here and in
         transformers; those of another tokenizer there are removed. Beside `Llama.save_pretrained` it makes a folder
-        complete. Raises FolderError, and writes nothing, where one of the files is gone or cannot be read."""
+        complete. Raises FolderError, and writes nothing, where one of the files is gone or cannot be read; OSError,
+        where a folder has the name of one."""
         folder = Path(folder)
         sources = {name: self._folder / name for name in self._files}
         for name, path in sources.items():
@@ -123,11 +124,12 @@ class Tokenizer:
         contents = {
             name: read(path, _LARGEST.get(name, MAX_JSON_BYTES), self._folder) for name, path in sources.items()
         }
+        make_folder(folder, (*hub.TOKENIZER_FILES, *contents))
         for path in {(folder / name).parent for name in hub.TOKENIZER_FILES} - {folder}:
             if path.is_symlink():  # nothing out of the folder is written or removed
                 path.unlink()
         for name, content in contents.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).parent.mkdir(exist_ok=True)
             replace(folder / name, content)
         for path in _files_in(folder):
             if str(path.relative_to(folder)) not in contents:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .arguments import whole_number
 from .config import DRAFT, MAX_JSON_BYTES, OTHER_HEAD, ConfigError, LlamaConfig, read_json
-from .files import FolderError, check_not_in_place, names_in, regular, what_it_is
+from .files import FolderError, check_not_in_place, make_folder, names_in, regular, what_it_is
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -211,7 +211,6 @@ def save(model: Llama, folder: Path) -> None:
     in another layout are removed. If writing fails (OSError) or is killed, the old checkpoint is whole. Between the
     first rename and the last the folder has no config.json, and does not load, unless one rename is all it takes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in tensors_by_name(model).items():
@@ -238,9 +237,7 @@ def save(model: Llama, folder: Path) -> None:
     documents["config.json"] = model.config.to_dict() | {"dtype": str(model.dtype).removeprefix("torch.")}
 
     partial = {name: folder / f".{name}.partial" for name in (*files, *documents)}
-    for name in (*partial, GENERATION_CONFIG):
-        if (folder / name).is_dir():
-            raise IsADirectoryError(f"{folder / name} is a directory; remove it, or save elsewhere")
+    make_folder(folder, (*partial, GENERATION_CONFIG))
     for temporary in partial.values():
         temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
     written = False

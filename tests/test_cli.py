@@ -812,7 +812,7 @@ def test_a_chat_at_the_end_of_the_context_forgets_its_oldest_messages(cli, engin
     assert code == 0
     assert len(replies) == len(messages)
     assert "error" not in err
-    assert "the context of 512 tokens is full: 2 messages are forgotten" in err
+    assert "a conversation has 512 tokens: 2 messages are forgotten" in err
     history = [{"role": "system", "content": "be brief"}]
     for message, reply in zip(messages[-3:-1], replies[-3:-1], strict=True):
         history += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
@@ -828,8 +828,8 @@ def test_a_chat_at_the_end_of_what_max_length_allows_forgets_its_oldest_messages
     (copy / "generation_config.json").write_text('{"max_length": 120}')
     code, out, err = cli("--chat", model=copy, stdin="hello\nhow are you?\nand now?\nwhat?\n" + "x y " * 60)
     assert code == 0
-    assert "the context of 120 tokens is full" in err
-    assert "leave no room in the 120 that generation_config.json has as max_length; say how many" in err
+    assert "a conversation has 120 tokens: " in err
+    assert "leave no room in the 120 that generation_config.json has as max_length; give max_new_tokens" in err
     assert out.count("\n") >= 4
 
 

@@ -824,6 +824,9 @@ def test_what_transformers_kernels_part_over_is_refused(given):
         ("LlamaForCausalLMVec", "llama", "computes LlamaForCausalLM and MistralForCausalLM$"),  # who knows
         ("LlamaBiModel", "llama", "computes LlamaForCausalLM and MistralForCausalLM$"),
         ("Qwen2ForCausalLM", "qwen2", "computes LlamaForCausalLM and MistralForCausalLM$"),
+        ("BertForQuestionAnswering", "bert", "computes LlamaForCausalLM and MistralForCausalLM$"),
+        ("Eagle2_5_VLForConditionalGeneration", "eagle_2_5_vl", "computes LlamaForCausalLM and MistralForCausalLM$"),
+        ("LlamaForCausalLM", "eagle", "computes LlamaForCausalLM and MistralForCausalLM$"),
     ],
 )
 def test_of_another_architecture_is_said_what_its_name_tells(named, model_type, said):

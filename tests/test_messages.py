@@ -1,6 +1,8 @@
 """What a caller gets wrong in Python is told in one line that names the value and the way out, before any work."""
 
 import inspect
+import logging
+import logging.handlers
 import re
 import time
 
@@ -186,6 +188,19 @@ def test_a_table_long_enough_for_the_first_tokens_is_refused_before_any_is_gener
     with pytest.raises(ValueError, match="index 9 into a tensor of 9"):
         Engine(model).generate([[1, 2]], max_new_tokens=8, mask=Mask(lambda q, kv: table[kv.index]))
     assert not calls
+
+
+def test_what_torch_logs_of_a_failed_trace_is_not_shown(model):
+    """Ninety lines, before the one that says it."""
+    log, seen = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(99)
+    log.addHandler(seen)
+    try:
+        with pytest.raises(ValueError, match="Python decides by the value of a tensor"):
+            model(IDS, mask=Mask(lambda q, kv: (kv.index <= q.index) & (NUMBERS[0].item() > 1)))
+        log.error("failed while attempting to run meta for another")
+    finally:
+        log.removeHandler(seen)
+    assert [record.getMessage() for record in seen.buffer] == ["failed while attempting to run meta for another"]
 
 
 def test_a_users_own_exception_comes_through(model):

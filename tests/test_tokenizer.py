@@ -672,6 +672,18 @@ def test_a_file_that_is_not_used_matters_only_for_saving(folders, tmp_path, kind
     tokenizer.save_pretrained(source)  # where it is already
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json"])
+def test_what_is_in_the_way_of_saving_is_found_before_anything_is_written(folders, tmp_path, name):
+    tokenizer = Tokenizer.from_pretrained(folders["converted"])
+    (tmp_path / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{name} is a directory; remove it, or save elsewhere"):
+        tokenizer.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is a file; save to a folder"):
+        tokenizer.save_pretrained(tmp_path / "file")
+
+
 @pytest.mark.parametrize("name", ["byte_level", "tiny_model"])
 def test_saving_over_another_tokenizer_leaves_nothing_of_it(folders, tmp_path, name):
     target = write_folder(

@@ -529,6 +529,8 @@ def test_a_directory_in_the_place_of_a_file_is_found_before_anything_is_written(
     with pytest.raises(IsADirectoryError, match="is a directory; remove it"):
         changed(model).save_pretrained(folder)
     assert sorted(folder.iterdir()) == before
+    with pytest.raises(NotADirectoryError, match=r"config\.json is a file; save to a folder"):
+        model.save_pretrained(folder / "config.json")
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
