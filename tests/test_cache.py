@@ -509,7 +509,8 @@ def test_one_layer_goes_on_as_from_the_survivors_alone(operations):
 
     for name, number in operations:
         if name == "append":
-            append(max(1, min(number, cache.room)))
+            if cache.room:
+                append(max(1, min(number, cache.room)))
         elif name == "evict":
             chosen = [i for i in range(row.length) if i % 5 != number % 5]
             cache.evict(torch.tensor(chosen, dtype=torch.int64))
