@@ -113,16 +113,15 @@ class Tokenizer:
         complete. Raises FolderError, and writes nothing, where one of the files is gone or cannot be read; OSError,
         where a folder has the name of one."""
         folder = Path(folder)
-        sources = {name: self._folder / name for name in self._files}
-        for name, path in sources.items():
-            if (stamp := _stamp(path)) != self._files[name]:
+        for name, stamp in self._files.items():
+            if (now := _stamp(self._folder / name)) != stamp:
                 what = "changed since this tokenizer was loaded; load it again"
                 gone = "gone since this tokenizer was loaded; put it back, or load the tokenizer from elsewhere"
-                raise TokenizerError(f"{path}: {what if stamp else gone}")
+                raise TokenizerError(f"{self._folder / name}: {what if now else gone}")
         if folder.is_dir() and folder.samefile(self._folder):
             return
         contents = {
-            name: read(path, _LARGEST.get(name, MAX_JSON_BYTES), self._folder) for name, path in sources.items()
+            name: read(self._folder / name, _LARGEST.get(name, MAX_JSON_BYTES), self._folder) for name in self._files
         }
         make_folder(folder, (*hub.TOKENIZER_FILES, *contents))
         for path in {(folder / name).parent for name in hub.TOKENIZER_FILES} - {folder}:
