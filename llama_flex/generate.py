@@ -537,7 +537,7 @@ class _Session:
         fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
         differs = (i for i, (a, b) in enumerate(zip(memory.ids, fresh, strict=False)) if a != b)
         shared = next(differs, min(len(memory.ids), len(fresh)))
-        if not engine.model.default_mask.never_looks_ahead:
+        if engine.model.looks_ahead_by_default():
             shared = 0  # earlier tokens see the new ones
         memory.cache.truncate(shared)
         memory.ids = prompt[:shared]

@@ -397,6 +397,11 @@ class Llama(nn.Module):
             return masks.causal() if window is None else masks.sliding_window(window)
         return masks.bidirectional() if window is None else masks.bidirectional_window(window)
 
+    def looks_ahead_by_default(self, mask: Mask | Sequence[Mask | None] | None = None) -> bool:
+        """Whether a layer to which a mask, as `forward` takes it, leaves the default one attends to later tokens."""
+        masks_given = mask if isinstance(mask, Sequence) else [mask]
+        return None in masks_given and not self.default_mask.never_looks_ahead
+
     def check_device(self) -> None:
         """Raise ValueError for a model without weights."""
         if self.device.type == "meta":

@@ -188,7 +188,7 @@ class Scheduler:
         if not rule.shares:
             longest = longest_of(ensemble.prompts, [limit] * len(ensemble.prompts))
             try_last(rule.layers, longest, model.config.num_attention_heads)
-        if rule.shares and not model.default_mask.never_looks_ahead:
+        if model.looks_ahead_by_default(mask):
             raise ValueError(
                 "this model attends in both directions (is_causal is false), and requests are computed in pieces, of "
                 "which none sees a later one; complete one at a time (generate or stream; --prompt without --json), or "

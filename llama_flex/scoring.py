@@ -81,8 +81,7 @@ def score(
     """
     engine = model if isinstance(model, Engine) else Engine(model)
     model, start = engine.model, token_ids(prefix)
-    by_default = any(given is None for given in (mask if isinstance(mask, list | tuple) else [mask]))
-    if by_default and not model.default_mask.never_looks_ahead:
+    if model.looks_ahead_by_default(mask):
         raise ValueError(
             "this model attends in both directions (is_causal is false), so that a token is not predicted but seen; "
             "give a causal mask, such as masks.causal()"

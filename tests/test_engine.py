@@ -1164,8 +1164,10 @@ def test_a_model_that_is_not_causal_attends_both_ways_as_in_transformers(tmp_pat
     if window is None:  # with a window, transformers' cache drops what its own mask of later tokens would see
         assert done.tokens == reference_tokens(reference, prompt, 5)
     assert done.tokens[0] == int(expected[0, -1].argmax())
-    with pytest.raises(ValueError, match="is_causal is false"):
-        Engine(model, max_length=1000).submit(prompt)
+    engine = Engine(model, max_length=1000)
+    for left_to_the_model in ({}, {"score_mod": ScoreMod(lambda s, q, kv: s * 0.5)}, {"mask": [None, masks.causal()]}):
+        with pytest.raises(ValueError, match="is_causal is false"):
+            engine.submit(prompt, **left_to_the_model)
     model.save_pretrained(tmp_path / "saved")
     assert LlamaConfig.from_pretrained(tmp_path / "saved").is_causal is False
 
