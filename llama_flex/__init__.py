@@ -6,56 +6,62 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import masks as masks
     from .cache import Cache as Cache
-    from .capture import Capture as Capture
-    from .check import check_mask as check_mask
-    from .config import GenerationConfig as GenerationConfig
+    from .checkpoint.generation_config import GenerationConfig as GenerationConfig
     from .config import LlamaConfig as LlamaConfig
-    from .edits import Edit as Edit
-    from .engine import Engine as Engine
-    from .fusion import Ensemble as Ensemble
-    from .fusion import Prompt as Prompt
-    from .fusion import fuse as fuse
-    from .masks import Mask as Mask
+    from .engine.engine import Engine as Engine
+    from .engine.fusion import Ensemble as Ensemble
+    from .engine.fusion import Prompt as Prompt
+    from .engine.fusion import fuse as fuse
+    from .engine.output import Completion as Completion
+    from .eval.check_mask import check_mask as check_mask
+    from .eval.scoring import Score as Score
+    from .eval.scoring import choose as choose
+    from .eval.scoring import score as score
+    from .eval.scoring import score_text as score_text
+    from .interp import edits as edits
+    from .interp.capture import Capture as Capture
+    from .interp.edits import Edit as Edit
+    from .masks import scores as scores
+    from .masks.mask import Mask as Mask
+    from .masks.scores import ScoreMod as ScoreMod
     from .model import Llama as Llama
-    from .rules import Tokens as Tokens
     from .sampling import Sampling as Sampling
-    from .scores import ScoreMod as ScoreMod
-    from .scoring import Score as Score
-    from .scoring import choose as choose
-    from .scoring import score as score
-    from .scoring import score_text as score_text
-    from .streaming import Completion as Completion
     from .tokenizer import Tokenizer as Tokenizer
+    from .tokens import Tokens as Tokens
 
 _HOME = {
     "Cache": "cache",
-    "Capture": "capture",
-    "Completion": "streaming",
-    "Edit": "edits",
-    "Engine": "engine",
-    "Ensemble": "fusion",
-    "GenerationConfig": "config",
+    "Capture": "interp.capture",
+    "Completion": "engine.output",
+    "Edit": "interp.edits",
+    "Engine": "engine.engine",
+    "Ensemble": "engine.fusion",
+    "GenerationConfig": "checkpoint.generation_config",
     "Llama": "model",
     "LlamaConfig": "config",
-    "Mask": "masks",
-    "Prompt": "fusion",
+    "Mask": "masks.mask",
+    "Prompt": "engine.fusion",
     "Sampling": "sampling",
-    "Score": "scoring",
-    "ScoreMod": "scores",
+    "Score": "eval.scoring",
+    "ScoreMod": "masks.scores",
     "Tokenizer": "tokenizer",
-    "Tokens": "rules",
-    "check_mask": "check",
-    "choose": "scoring",
-    "fuse": "fusion",
-    "score": "scoring",
-    "score_text": "scoring",
+    "Tokens": "tokens",
+    "check_mask": "eval.check_mask",
+    "choose": "eval.scoring",
+    "fuse": "engine.fusion",
+    "score": "eval.scoring",
+    "score_text": "eval.scoring",
 }
+_MODULES = {"edits": "interp.edits", "masks": "masks", "scores": "masks.scores"}  # `from llama_flex import masks`
 __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     # Looked up when first used: the command line refuses a wrong argument before it spends a second importing torch.
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

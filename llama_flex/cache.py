@@ -11,14 +11,37 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .arguments import whole_number, whole_numbers
-from .config import LlamaConfig
-from .masks import BLOCK, Mask, first_true, sink, sliding_window
-from .rules import Tokens, selection
+from .config import Dimensions
+from .masks.block_mask import BLOCK, PageTable, first_true
+from .masks.library import sink, sliding_window
+from .masks.mask import Mask
+from .tokens import Tokens, selection
+from .usercode.arguments import whole_number, whole_numbers
+
+
+class SlotCache(Protocol):
+    """What a step needs of a cache, contiguous or paged.
+
+    layers: each layer's keys and values. tokens: the attributes of what the slots of a row hold. pages: where the slots
+    lie, if not in their order. token_indices: of packed tokens, see `attention.PackedRows`.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    max_length: int
+    token_indices: Tensor | None
+
+    @property
+    def length(self) -> Tensor: ...
+    @property
+    def tokens(self) -> Tokens: ...
+    @property
+    def pages(self) -> PageTable | None: ...
+    def append(self, tokens: Tokens) -> Tensor: ...
 
 
 class Cache:
@@ -27,12 +50,12 @@ class Cache:
     That block always reads as free, so padding is written without a branch and never attended to.
     """
 
-    pages = None  # slots are in memory in their order
-    chosen = None  # all tokens of a step are computed
+    pages: PageTable | None = None  # slots are in memory in their order
+    token_indices: Tensor | None = None  # all tokens of a step are computed
 
     def __init__(
         self,
-        config: LlamaConfig,
+        dims: Dimensions,
         batch_size: int,
         max_length: int,
         *,
@@ -51,11 +74,11 @@ class Cache:
             raise ValueError(f"a cache needs at least one row and one slot, not {batch_size} x {max_length}")
         self.max_length = -(-max_length // BLOCK) * BLOCK
         slots = self.max_length + BLOCK
-        shape = (batch_size, config.num_key_value_heads, slots, config.head_dim)
+        shape = (batch_size, dims.num_kv_heads, slots, dims.head_dim)
         # Zeros, not empty: a masked slot still takes part in products, and 0 * NaN is NaN.
         self.layers = [
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.num_hidden_layers)
+            for _ in range(dims.num_layers)
         ]
         self.tokens = Tokens(
             *(torch.full((batch_size, slots), free, dtype=torch.int32, device=device) for free in (-1, 0, 0))
@@ -87,7 +110,7 @@ class Cache:
 
     @property
     def room(self) -> int | None:
-        """How many more tokens every row can take; None if any number, because old ones make room."""
+        """How many more tokens every row can take; None for any number, because old ones make room."""
         return self.max_length - self.reserved if self.window is None else None
 
     @property
@@ -167,14 +190,15 @@ class Cache:
         self._forget(chosen, torch.where(left < before, self.rolled_out.minimum(left + 1), self.rolled_out))
 
     def fork(self) -> Cache:
-        """A cache with the same tokens that goes its own way; keys and values are copied once either is written."""
+        """Return a cache with the same tokens that goes its own way; keys and values are copied once either is
+        written."""
         new = copy.copy(self)
-        new.tokens, new.rolled_out = Tokens(*(x.clone() for x in self.tokens)), self.rolled_out.clone()
+        new.tokens, new.rolled_out = self.tokens.map(torch.clone), self.rolled_out.clone()
         self._sharers.add(new)
         return new
 
     def expand(self, n: int) -> Cache:
-        """A cache with every row n times, one after the other: many continuations of one prefix; see `fork`."""
+        """Return a cache with every row n times, one after the other: many continuations of one prefix; see `fork`."""
         if (n := whole_number("n", n)) < 1:
             raise ValueError(f"cannot make {n} of a row; give 1 or more")
         new = self.fork()
@@ -198,7 +222,7 @@ class Cache:
         self._count()
 
     def _select(self, rows: Tensor) -> None:
-        self.tokens = Tokens(*(x[rows] for x in self.tokens))
+        self.tokens = self.tokens.map(lambda x: x[rows])
         self.rolled_out = self.rolled_out[rows]
         self._rows = rows if self._rows is None else self._rows[rows]
 
@@ -212,7 +236,7 @@ class Cache:
             self.reserved = int((self.tokens.index >= 0).sum(1).max())
 
     def _own_layers(self) -> None:
-        """Make `layers` this cache's alone, and its rows theirs, before they are written."""
+        """Copy `layers` before they are written, if other caches share them or rows were moved."""
         rows, shared = self._rows, len(self._sharers) > 1
         if rows is None and not shared:
             return
@@ -227,7 +251,7 @@ class Cache:
         self.tokens.index.masked_fill_(chosen, -1)
 
 
-def store(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def write_kv(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Write k and v `[B, K, T, D]` of new tokens into slots `[B, T]` of one layer's kv, in place; returns kv.
 
     Raises ValueError for keys that record gradients: they would be lost.

@@ -1,193 +1,114 @@
 """Rotary position embedding: inverse frequencies for every scaling type, and their application.
 
 Su et al., "RoFormer" (arXiv:2104.09864), in the half-split layout of Hugging Face checkpoints: dimension d is paired
-with d + D/2, not with its neighbour.
+with d + D/2, not with its neighbour. Dimensions: B batch, H heads, T tokens, D head dim.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from . import files
-from .rules import Tokens
+from .checkpoint.rope_parameters import RopeParameters
+from .tokens import Tokens
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2]
 
-_MAX_FLOAT32 = torch.finfo(torch.float32).max
 
+class RotaryEmbedding(nn.Module):
+    """Rotations of tokens by their positions. Frequencies stay float32 or wider whatever the model's dtype."""
 
-@dataclass(frozen=True, kw_only=True)
-class RopeParameters:
-    """The `rope_parameters` of a config: the type, the base, and what the type needs besides (None otherwise)."""
+    inv_freq: Tensor  # [D/2]
 
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
-    short_factor: tuple[float, ...] | None = None
-    long_factor: tuple[float, ...] | None = None
+    def __init__(self, parameters: RopeParameters, head_dim: int, context: int) -> None:
+        super().__init__()
+        self.rope, self.head_dim, self.context = parameters, head_dim, context
+        self.limit = parameters.limit(context)
+        self.register_buffer("inv_freq", torch.empty(head_dim // 2), persistent=False)
+        self._make_inv_freq()
 
-    # The keys of config.json that are read here.
-    CONFIG_KEYS: ClassVar[tuple[str, ...]] = (
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "partial_rotary_factor",
-        "original_max_position_embeddings",
-    )
+    def forward(self, tokens: Tokens) -> Rotary:
+        """Return cosine and sine `[B, 1, T, D/2]` for the positions of tokens `[B, T]`.
 
-    def __post_init__(self) -> None:
-        if self.rope_type not in _TYPES:
-            raise ValueError(f"rope_type {self.rope_type!r} is not supported; known types: {', '.join(_TYPES)}")
-        kind = _TYPES[self.rope_type]
-        for name in ("rope_theta", *kind.required, *kind.optional):
-            value = getattr(self, name)
-            if value is None and name in kind.optional:
-                continue
-            if name == "truncate":
-                if not isinstance(value, bool):
-                    raise ValueError(f"truncate must be true or false, found {value!r}")
-            elif name in ("short_factor", "long_factor"):
-                if not isinstance(value, list | tuple) or not all(map(_is_positive, value)):
-                    raise ValueError(f"rope_type {self.rope_type!r} needs a list of positive numbers {name}")
-                object.__setattr__(self, name, tuple(value))
-            elif name in kind.any_number:
-                if not _is_number(value):
-                    raise ValueError(f"{name} must be a number, found {value!r}")
-            elif not (_is_positive(value) or (name in kind.zero_is_unset and _is_number(value) and value == 0)):
-                raise ValueError(f"rope_type {self.rope_type!r} needs a positive number {name}, found {value!r}")
-        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
-            warnings.warn(
-                f"low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}: "
-                "no frequency is interpolated",
-                stacklevel=2,
+        Where the length of a sequence matters it is that of the tokens given.
+        """
+        inv_freq = self.inv_freq
+        if self.limit is not None:
+            length = torch.where(tokens.index < 0, 0, tokens.position + 1).amax(1)
+            longer = inverse_frequencies(
+                self.rope, self.head_dim, context=self.context, length=length, dtype=inv_freq.dtype
             )
-        if self.rope_type == "yarn" and self.rope_theta <= 1:
-            raise ValueError(f"rope_type 'yarn' needs a rope_theta above 1, found {self.rope_theta!r}")
-        scaled = self.rope_type == "longrope" and self.attention_factor is None and self.factor > 1  # type: ignore[operator]
-        if scaled and self.original_max_position_embeddings <= 1:  # type: ignore[operator]
-            raise ValueError(
-                "rope_type 'longrope' needs an original_max_position_embeddings above 1, or an attention_factor; "
-                f"found {self.original_max_position_embeddings!r}"
-            )
+            inv_freq = torch.where(length[:, None] > self.limit, longer, inv_freq)[:, None, None]
+        cos, sin = cos_sin(tokens.position, inv_freq)
+        scale = attention_scale(self.rope)
+        return cos * scale, sin * scale
 
-    @classmethod
-    def from_config(cls, raw: Mapping[str, Any]) -> RopeParameters:
-        """Read the rotary keys of a `config.json`, with transformers' precedence.
+    def _make_inv_freq(self) -> None:
+        # Computed on the CPU, where the reference computes it: one unit in the last place of a frequency is a visible
+        # angle at position 100,000.
+        dtype = torch.promote_types(torch.float32, self.inv_freq.dtype)
+        inv_freq = inverse_frequencies(self.rope, self.head_dim, context=self.context, dtype=dtype)
+        self.inv_freq = inv_freq.to(self.inv_freq.device)
 
-        Both spellings are understood: `rope_theta` beside `rope_scaling` (whose type may be called `type`), and
-        `rope_parameters` that holds everything. A non-empty `rope_scaling` wins over `rope_parameters`.
-        Raises ValueError naming an unknown type or a missing or malformed value; warns of keys the type does not use.
-        """
-        given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if not isinstance(given, Mapping):
-            raise ValueError(f"rope_scaling / rope_parameters must be an object, found {given!r}")
-        given = dict(given)
-        old_name = given.pop("type", "default")
-        values = {"rope_type": given.pop("rope_type", old_name)}
-        values["rope_theta"] = given.pop("rope_theta", raw.get("rope_theta", cls.rope_theta))
-        if (partial := given.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (None, 1, 1.0):
-            raise ValueError(f"partial_rotary_factor={partial!r} is not supported (only 1.0)")
-        if not isinstance(values["rope_type"], str) or values["rope_type"] not in _TYPES:
-            raise ValueError(f"rope_type {values['rope_type']!r} is not supported; known types: {', '.join(_TYPES)}")
-
-        kind, context = _TYPES[values["rope_type"]], raw.get("max_position_embeddings")
-        if "original_max_position_embeddings" in kind.required:
-            # A length beside rope_scaling, Phi-3's habit, wins in the reference; max_position_embeddings stands in
-            # where there is none.
-            fallback = given.get("original_max_position_embeddings", context)
-            original = raw.get("original_max_position_embeddings", fallback)
-            given["original_max_position_embeddings"] = original
-            if (
-                kind.factor_is_ratio
-                and given.get("factor") is None
-                and _is_positive(context)
-                and _is_positive(original)
-            ):
-                given["factor"] = context / original
-        values |= {name: given.pop(name) for name in (*kind.required, *kind.optional) if name in given}
-        if "truncate" in values and values["truncate"] in (None, 0, 1):
-            values["truncate"] = bool(values["truncate"])  # the reference reads null as false, not as the default
-        if given:
-            unused = files.one_line(", ".join(sorted(map(str, given))))
-            warnings.warn(f"rope_type {values['rope_type']!r} does not use: {unused}", stacklevel=2)
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `rope_parameters` object of a `config.json`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None}
-
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError if the type cannot turn heads of this size."""
-        if self.rope_type == "dynamic" and head_dim <= 2:
-            raise ValueError(f"rope_type 'dynamic' needs a head_dim above 2, found {head_dim}")
-        for name in ("short_factor", "long_factor"):
-            factors = getattr(self, name)
-            if factors is not None and len(factors) != head_dim // 2:
-                raise ValueError(f"{name} has {len(factors)} numbers; a head_dim of {head_dim} needs {head_dim // 2}")
-
-    def limit(self, context: int) -> int | None:
-        """The longest sequence whose frequencies are those of every shorter one; None if length does not matter.
-
-        context: the model's `max_position_embeddings`.
-        """
-        return {"dynamic": context, "longrope": self.original_max_position_embeddings}.get(self.rope_type)
-
-    def inverse_frequencies(
-        self,
-        head_dim: int,
-        *,
-        context: int | None = None,
-        length: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Angle per position of each pair of dimensions, `[D/2]`, radians.
-
-        context: the model's `max_position_embeddings`, which "dynamic" needs. length `[B]`: of sequences beyond the
-        `limit`, for each of which there is a row of the result, `[B, D/2]`.
-        """
-        device = "cpu" if length is None else length.device
-        exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
-        return _TYPES[self.rope_type].frequencies(self, exponent, context, length)
-
-    @property
-    def scale(self) -> float:
-        """What cosine and sine are multiplied by, which makes attention sharper: 1, but for "yarn" and "longrope"."""
-        if self.attention_factor is not None:
-            return float(self.attention_factor)
-        if self.rope_type == "yarn":
-            if self.mscale and self.mscale_all_dim:
-                return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
-            return _mscale(self.factor, 1.0)
-        if self.rope_type == "longrope":
-            assert self.factor is not None and self.original_max_position_embeddings is not None  # noqa: PT018
-            if self.factor > 1:
-                return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
-        return 1.0
+    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        # model.bfloat16() casts buffers too; frequencies in bfloat16 would be wrong.
+        super()._apply(*args, **kwargs)
+        self._make_inv_freq()
+        return self
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT32
+def cos_sin(position: Tensor, inv_freq: Tensor) -> Rotary:
+    """Return cosine and sine of every angle: position `[B, T]` and inv_freq `[D/2]` or `[B, 1, 1, D/2]` -> two of
+    `[B, 1, T, D/2]`.
+
+    Computed in inv_freq's dtype, float32 in the model whatever its weights are: bfloat16 cannot tell positions beyond
+    256 apart.
+    """
+    angle = position[:, None, :, None].to(inv_freq.dtype) * inv_freq
+    return angle.cos(), angle.sin()
 
 
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x `[B, H, T, D]` by `cos`, `sin` `[B, 1, T, D/2]`; the arithmetic is theirs, the result in x's dtype."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def inverse_frequencies(
+    parameters: RopeParameters,
+    head_dim: int,
+    *,
+    context: int | None = None,
+    length: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the angle per position of each pair of dimensions, `[D/2]`, radians.
+
+    context: the model's `max_position_embeddings`, which "dynamic" needs. length `[B]`: of sequences beyond the
+    type's `limit`, for each of which there is a row of the result, `[B, D/2]`.
+    """
+    device = "cpu" if length is None else length.device
+    exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+    return _FREQUENCIES[parameters.rope_type](parameters, exponent, context, length)
+
+
+def attention_scale(p: RopeParameters) -> float:
+    """Return the factor of cosine and sine, which makes attention sharper: 1, but for "yarn" and "longrope"."""
+    if p.attention_factor is not None:
+        return float(p.attention_factor)
+    if p.rope_type == "yarn":
+        if p.mscale and p.mscale_all_dim:
+            return _mscale(p.factor, p.mscale) / _mscale(p.factor, p.mscale_all_dim)
+        return _mscale(p.factor, 1.0)
+    if p.rope_type == "longrope":
+        assert p.factor is not None and p.original_max_position_embeddings is not None  # noqa: PT018
+        if p.factor > 1:
+            return math.sqrt(1 + math.log(p.factor) / math.log(p.original_max_position_embeddings))
+    return 1.0
 
 
 def _default(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
@@ -214,7 +135,7 @@ def _yarn(p: RopeParameters, exponent: Tensor, context: int | None, length: Tens
     pairs, trained = len(exponent), p.original_max_position_embeddings
 
     def pair(turns: float) -> float:
-        """Which pair turns so often within the trained context."""
+        """Return the pair that turns so often within the trained context."""
         return pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(p.rope_theta)
 
     low, high = pair(p.beta_fast or 32), pair(p.beta_slow or 1)
@@ -253,98 +174,11 @@ def _mscale(factor: float | None, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-class _Type(NamedTuple):
-    """The keys that a type needs and may have besides rope_theta, and its frequencies of exponents 2d/D `[D/2]`.
-
-    Numbers are positive unless named: any_number, or zero_is_unset, where 0 means what a missing key means.
-    """
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    frequencies: Callable[[RopeParameters, Tensor, int | None, Tensor | None], Tensor]
-    any_number: tuple[str, ...] = ()
-    zero_is_unset: tuple[str, ...] = ()
-
-    @property
-    def factor_is_ratio(self) -> bool:
-        """Whether a missing factor is the ratio of the context to the trained one."""
-        return "attention_factor" in self.optional
-
-
-_TYPES: dict[str, _Type] = {
-    "default": _Type((), (), _default),
-    "linear": _Type(("factor",), (), _linear),
-    "dynamic": _Type(("factor",), (), _dynamic, zero_is_unset=("factor",)),
-    "yarn": _Type(
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-        _yarn,
-        any_number=("attention_factor", "mscale", "mscale_all_dim"),
-        zero_is_unset=("beta_fast", "beta_slow"),
-    ),
-    "longrope": _Type(
-        ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
-        ("attention_factor",),
-        _longrope,
-        any_number=("factor", "attention_factor"),
-    ),
-    "llama3": _Type(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (), _llama3),
+_FREQUENCIES: dict[str, Callable[[RopeParameters, Tensor, int | None, Tensor | None], Tensor]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
 }
-
-
-class RotaryEmbedding(nn.Module):
-    """The rotations of a model's tokens. Its frequencies are float32 or wider whatever the parameters are."""
-
-    inv_freq: Tensor  # [D/2]
-
-    def __init__(self, parameters: RopeParameters, head_dim: int, context: int) -> None:
-        super().__init__()
-        self.rope, self.head_dim, self.context = parameters, head_dim, context
-        self.limit = parameters.limit(context)
-        self.register_buffer("inv_freq", torch.empty(head_dim // 2), persistent=False)
-        self._make_inv_freq()
-
-    def forward(self, tokens: Tokens) -> Rotary:
-        """Cosine and sine `[B, 1, T, D/2]` for the positions of tokens `[B, T]`.
-
-        Where the length of a sequence matters it is that of the tokens given.
-        """
-        inv_freq = self.inv_freq
-        if self.limit is not None:
-            length = torch.where(tokens.index < 0, 0, tokens.position + 1).amax(1)
-            longer = self.rope.inverse_frequencies(
-                self.head_dim, context=self.context, length=length, dtype=inv_freq.dtype
-            )
-            inv_freq = torch.where(length[:, None] > self.limit, longer, inv_freq)[:, None, None]
-        cos, sin = cos_sin(tokens.position, inv_freq)
-        return cos * self.rope.scale, sin * self.rope.scale
-
-    def _make_inv_freq(self) -> None:
-        # Computed on the CPU, where the reference computes it: one unit in the last place of a frequency is a visible
-        # angle at position 100,000.
-        dtype = torch.promote_types(torch.float32, self.inv_freq.dtype)
-        inv_freq = self.rope.inverse_frequencies(self.head_dim, context=self.context, dtype=dtype)
-        self.inv_freq = inv_freq.to(self.inv_freq.device)
-
-    def _apply(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        # model.bfloat16() casts buffers too; frequencies in bfloat16 would be wrong.
-        super()._apply(*args, **kwargs)
-        self._make_inv_freq()
-        return self
-
-
-def cos_sin(position: Tensor, inv_freq: Tensor) -> Rotary:
-    """Cosine and sine of every angle: position `[B, T]` and inv_freq `[D/2]` or `[B, 1, 1, D/2]` -> two of
-    `[B, 1, T, D/2]`.
-
-    Computed in inv_freq's dtype, float32 in the model whatever its weights are: bfloat16 cannot tell positions beyond
-    256 apart.
-    """
-    angle = position[:, None, :, None].to(inv_freq.dtype) * inv_freq
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x `[B, H, T, D]` by `cos`, `sin` `[B, 1, T, D/2]`; the arithmetic is theirs, the result in x's dtype."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

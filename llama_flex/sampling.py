@@ -1,4 +1,4 @@
-"""From logits to tokens: pure functions over tensors, one row per request.
+"""Choose tokens by logits: pure functions over tensors, one row per request.
 
 Every random number is a function of (seed, step, token id) alone, so a request gives the same tokens whatever it is
 batched with, on any device. Dimensions: B batch, V vocabulary.
@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import GenerationConfig
+from .checkpoint.generation_config import GenerationConfig
 
 _MOST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one request chooses its tokens; the filters apply in the order of the fields, as in transformers.
+    """The parameters by which one request chooses its tokens; the filters apply in the order of the fields, as in
+    transformers.
 
     repetition_penalty: divides the positive and multiplies the negative logits of tokens already seen, prompt included
     (arXiv:1909.05858). temperature: 0 is greedy. top_k: keep the k most likely (0: all). top_p: keep the most likely
@@ -59,7 +60,8 @@ class Sampling:
 
     @classmethod
     def recommended(cls, config: GenerationConfig, **overrides: float | int | None) -> Sampling:
-        """What a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in place.
+        """Return what a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in
+        place.
 
         As in transformers, `do_sample: true` alone means a temperature of 1 and a top_k of 50, and without it
         temperature, top_k, top_p and min_p mean nothing. Raises ValueError, saying whose it is, for a value outside its
@@ -90,13 +92,13 @@ class SamplingTensors(NamedTuple):
 
 
 def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors:
-    """The parameters of `requests` as tensors. Seeds that are None are drawn here."""
+    """Stack the parameters of `requests` into tensors. Seeds that are None are drawn here."""
 
     def column(name: str, dtype: torch.dtype, neutral: float) -> Tensor | None:
         values = [1 - r.top_p if name == "tail" else getattr(r, name) for r in requests]
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
-    requests = [seeded(r) for r in requests]
+    requests = [with_seed(r) for r in requests]
     if all(r.temperature == 0 for r in requests):
         penalty = column("repetition_penalty", torch.float32, 1.0)
         return SamplingTensors(None, None, None, None, penalty, None)
@@ -110,9 +112,9 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
     )
 
 
-def seeded(sampling: Sampling, plus: int = 0) -> Sampling:
-    """With a seed, drawn here if it is None, and so much more, on from the least after the largest. Raises ValueError
-    for what is no `Sampling`."""
+def with_seed(sampling: Sampling, plus: int = 0) -> Sampling:
+    """Return `sampling` with a concrete seed (random if None) plus `plus`, wrapping at 64 bits. Raises ValueError for
+    what is no `Sampling`."""
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a Sampling, such as Sampling(temperature=0.8), not {sampling!r}")
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -120,7 +122,7 @@ def seeded(sampling: Sampling, plus: int = 0) -> Sampling:
 
 
 def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The next token of every row and its log-probability: logits `[B, V]` -> int64 `[B]`, float32 `[B]`.
+    """Sample the next token of every row, with its log-probability: logits `[B, V]` -> int64 `[B]`, float32 `[B]`.
 
     step `[B]`: how many tokens the request has generated. seen `[B, V]` bool: tokens of the prompt and of the text so
     far; needed for the repetition penalty alone. The log-probability is the model's own, before any filter.
@@ -135,12 +137,12 @@ def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None
 
 
 def logprob_of(logits: Tensor, token: Tensor) -> Tensor:
-    """Log-probabilities `[B]` of tokens `[B]` by logits `[B, V]`."""
+    """Return the log-probabilities `[B]` of tokens `[B]` by logits `[B, V]`."""
     return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None) -> Tensor:
-    """Logits `[B, V]` after penalty and temperature, those that the filters remove at -inf; none of a greedy row."""
+    """Return logits `[B, V]` after penalty and temperature, -inf where the filters remove one; none of a greedy row."""
     if p.repetition_penalty is not None:
         assert seen is not None
         penalty = p.repetition_penalty[:, None]
@@ -175,19 +177,19 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
 
 
 def all_finite(logits: Tensor) -> Tensor:
-    """Whether the logits `[B, V]` of each row are numbers, `[B]`."""
+    """Tell whether the logits `[B, V]` of each row are finite, `[B]`."""
     return logits.abs().amax(-1).isfinite()
 
 
 def _argmax(x: Tensor) -> Tensor:
-    """The first index of the largest value, `[B]` of `[B, V]`. On CUDA, compiled, a maximum and a minimum are shared by
-    many programs, where argmax of a single row is left to one: 24 us of a decoded token."""
+    """Return the first index of the largest value, `[B]` of `[B, V]`. On CUDA, compiled, a maximum and a minimum are
+    shared by many programs, where argmax of a single row is left to one: 24 us of a decoded token."""
     index = torch.arange(x.shape[-1], device=x.device)
     return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1] - 1).amin(-1)
 
 
 def _gumbel(seed: Tensor, step: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise `[B, size]`, float32, from counters."""
+    """Return standard Gumbel noise `[B, size]`, float32, from counters."""
     stream = _mix(_mix(seed) + step)[:, None]
     bits = _mix(stream + torch.arange(size, device=seed.device)) & 0xFFFFFFFF
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # float32 would round up to 1: noise -inf
@@ -196,7 +198,7 @@ def _gumbel(seed: Tensor, step: Tensor, size: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) over int64, which wraps around as uint64 does."""
+    """Mix int64 by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); they wrap around as uint64 does."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)

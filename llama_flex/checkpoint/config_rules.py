@@ -1,0 +1,160 @@
+"""What is accepted of a `config.json` and what is refused, with the way out: keys, values, architectures, formats."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .files import FolderError, one_line, read
+
+# config.json is a few kilobytes; anything much larger is not one, and takes 25 times its size when parsed.
+MAX_JSON_BYTES = 4 * 2**20
+MAX_SIZE = 2**31 - 1
+
+# Keys that change nothing at inference: bookkeeping, training, or the way in which transformers runs it.
+INERT_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "_attn_implementation",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token",
+        "chunk_size_feed_forward",
+        "eos_token",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_llama_config",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "use_bfloat16",
+        "use_cache",
+        "use_return_dict",
+    }
+)
+# Keys that change the mathematics: accepted only with the values under which they change nothing. Some are read by no
+# code of LLaMA, but by transformers' masks and caches (`attention_chunk_size`, `kv_sharing_modes`), or by every config
+# (`per_layer_config`; `text_config` and its two other names, which would replace the whole of it).
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "layer_types": (None,),
+    "attention_chunk_size": (None,),
+    "kv_sharing_modes": (None,),
+    "per_layer_config": (None, {}),
+    "text_config": (None,),
+    "decoder": (None,),
+    "generator": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
+    "rope_interleaved": (False, None),
+}
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# What other models of the same kinds are, and the way out.
+OTHER_HEAD = "it ends in another head than the one that predicts tokens; give the model that it was made of"
+DRAFT = "a draft model (EAGLE), which only proposes tokens to another; give the model that it drafts for"
+
+
+class ConfigError(FolderError):
+    """A configuration that is malformed, or describes a model this package would not compute exactly."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object in `path`. Raises ConfigError naming the file if it is absent, too large or not an
+    object."""
+    try:
+        value = json.loads(read(path, MAX_JSON_BYTES).decode("utf-8"))
+    except FolderError as error:
+        raise ConfigError(error) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def check_supported(raw: Mapping[str, Any]) -> None:
+    """Raise ConfigError for quantised weights, and for every known key whose value would change the mathematics."""
+    for key in QUANTIZATION_KEYS:
+        if raw.get(key) is not None:
+            raise ConfigError(_quantized(key, raw[key]))
+    for key, neutral in NEUTRAL_VALUES.items():
+        if key in raw and raw[key] not in neutral:
+            raise ConfigError(f"{key}={raw[key]!r} is not supported (only {neutral[0]!r})")
+
+
+def warn_of_unknown(keys: Iterable[str], architecture: str) -> None:
+    """Warn of keys, among those that no field reads, which transformers' class does not know either."""
+    if unknown := sorted(set(keys) - {*INERT_KEYS, *NEUTRAL_VALUES, *QUANTIZATION_KEYS, "is_causal"}):
+        named = one_line(", ".join(unknown))
+        warnings.warn(f"config.json has keys {architecture} does not use: {named}", stacklevel=3)
+
+
+def architecture_of(raw: Mapping[str, Any], known: Mapping[str, str]) -> str:
+    """Return the architecture that a config.json names. Raises ConfigError, with the way out, for another one.
+
+    known: architectures by model_type. A base model, such as LlamaModel, is read as the causal one: whether an output
+    matrix is there, its weights say.
+    """
+    model_type, architectures = raw.get("model_type", "llama"), raw.get("architectures")
+    architecture = known.get(str(model_type), "")
+    base = architecture.removesuffix("ForCausalLM") + "Model"
+    if architecture and (architectures or [architecture]) in ([architecture], [base]):
+        return architecture
+    supported = " and ".join(known.values())
+    reason = (
+        f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes {supported}"
+    )
+    named = str(architectures[0]) if isinstance(architectures, list) else str(architectures)
+    kin = [name.removesuffix("ForCausalLM") for name in known.values()]
+    if "eagle" in named.lower() and any(name in named for name in kin):
+        reason += f": {DRAFT}"
+    elif named.startswith(tuple(kin)) and named.endswith(("Classification", "QuestionAnswering")):
+        reason += f": {OTHER_HEAD}"
+    elif architecture and (own := [kind for kind, name in known.items() if name == named]):
+        reason += f"; {named} goes with model_type {own[0]!r}"
+    raise ConfigError(reason)
+
+
+def _quantized(key: str, value: Any) -> str:
+    """Say why a quantised checkpoint is refused: its method, as far as the config says, and the way out."""
+    value = value if isinstance(value, Mapping) else {}
+    method = value.get("quant_method") or value.get("quant_type") or value.get("format")
+    bits = value.get("bits") or next((n for n in (4, 8) if value.get(f"load_in_{n}bit")), None)
+    kind = f"by {method!r}" * bool(method) + f" to {bits} bits" * bool(bits) or "by a method it does not name"
+    return (
+        f"{key}: the weights are quantised {kind}, which is not supported; give the checkpoint that they were made of "
+        "(the model card names it), or dequantise them with the library that made them"
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a JSON number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def require_size(name: str, value: Any) -> None:
+    """Raise ConfigError unless a value is a whole number from 1 to MAX_SIZE."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+        raise ConfigError(f"{name} must be a whole number from 1 to {MAX_SIZE}, found {value!r}")
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Return a token id, a tuple of them or None as a tuple. Raises ConfigError for anything else."""
+    ids = () if value is None else value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ConfigError(f"{name} must be a token id or a list of them, found {value!r}")
+    return ids

@@ -1,0 +1,184 @@
+"""The rotary keys of a `config.json`, read with transformers' precedence and checked by type."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+from .files import one_line
+
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
+class _Keys(NamedTuple):
+    """The keys that a type needs and may have besides rope_theta.
+
+    Numbers are positive unless named: any_number, or zero_is_unset, where 0 means what a missing key means.
+    """
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    any_number: tuple[str, ...] = ()
+    zero_is_unset: tuple[str, ...] = ()
+
+    @property
+    def factor_is_ratio(self) -> bool:
+        """Whether a missing factor is the ratio of the context to the trained one."""
+        return "attention_factor" in self.optional
+
+
+# Their frequencies: `rope._FREQUENCIES`.
+_TYPES: dict[str, _Keys] = {
+    "default": _Keys(),
+    "linear": _Keys(("factor",)),
+    "dynamic": _Keys(("factor",), zero_is_unset=("factor",)),
+    "yarn": _Keys(
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        any_number=("attention_factor", "mscale", "mscale_all_dim"),
+        zero_is_unset=("beta_fast", "beta_slow"),
+    ),
+    "longrope": _Keys(
+        ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+        ("attention_factor",),
+        any_number=("factor", "attention_factor"),
+    ),
+    "llama3": _Keys(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeParameters:
+    """The `rope_parameters` of a config: the type, the base, and what the type needs besides (None otherwise)."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    # The keys of config.json that are read here.
+    CONFIG_KEYS: ClassVar[tuple[str, ...]] = (
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+    )
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in _TYPES:
+            raise ValueError(f"rope_type {self.rope_type!r} is not supported; known types: {', '.join(_TYPES)}")
+        kind = _TYPES[self.rope_type]
+        for name in ("rope_theta", *kind.required, *kind.optional):
+            value = getattr(self, name)
+            if value is None and name in kind.optional:
+                continue
+            if name == "truncate":
+                if not isinstance(value, bool):
+                    raise ValueError(f"truncate must be true or false, found {value!r}")
+            elif name in ("short_factor", "long_factor"):
+                if not isinstance(value, list | tuple) or not all(map(_is_positive, value)):
+                    raise ValueError(f"rope_type {self.rope_type!r} needs a list of positive numbers {name}")
+                object.__setattr__(self, name, tuple(value))
+            elif name in kind.any_number:
+                if not _is_number(value):
+                    raise ValueError(f"{name} must be a number, found {value!r}")
+            elif not (_is_positive(value) or (name in kind.zero_is_unset and _is_number(value) and value == 0)):
+                raise ValueError(f"rope_type {self.rope_type!r} needs a positive number {name}, found {value!r}")
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:  # type: ignore[operator]
+            warnings.warn(
+                f"low_freq_factor={self.low_freq_factor} is not below high_freq_factor={self.high_freq_factor}: "
+                "no frequency is interpolated",
+                stacklevel=2,
+            )
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_type 'yarn' needs a rope_theta above 1, found {self.rope_theta!r}")
+        scaled = self.rope_type == "longrope" and self.attention_factor is None and self.factor > 1  # type: ignore[operator]
+        if scaled and self.original_max_position_embeddings <= 1:  # type: ignore[operator]
+            raise ValueError(
+                "rope_type 'longrope' needs an original_max_position_embeddings above 1, or an attention_factor; "
+                f"found {self.original_max_position_embeddings!r}"
+            )
+
+    @classmethod
+    def from_config(cls, raw: Mapping[str, Any]) -> RopeParameters:
+        """Read the rotary keys of a `config.json`, with transformers' precedence.
+
+        Both spellings are understood: `rope_theta` beside `rope_scaling` (whose type may be called `type`), and
+        `rope_parameters` that holds everything. A non-empty `rope_scaling` wins over `rope_parameters`.
+        Raises ValueError naming an unknown type or a missing or malformed value; warns of keys the type does not use.
+        """
+        given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"rope_scaling / rope_parameters must be an object, found {given!r}")
+        given = dict(given)
+        old_name = given.pop("type", "default")
+        values = {"rope_type": given.pop("rope_type", old_name)}
+        values["rope_theta"] = given.pop("rope_theta", raw.get("rope_theta", cls.rope_theta))
+        if (partial := given.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+            raise ValueError(f"partial_rotary_factor={partial!r} is not supported (only 1.0)")
+        if not isinstance(values["rope_type"], str) or values["rope_type"] not in _TYPES:
+            raise ValueError(f"rope_type {values['rope_type']!r} is not supported; known types: {', '.join(_TYPES)}")
+
+        kind, context = _TYPES[values["rope_type"]], raw.get("max_position_embeddings")
+        if "original_max_position_embeddings" in kind.required:
+            # A length beside rope_scaling, Phi-3's habit, wins in the reference; max_position_embeddings stands in
+            # where there is none.
+            fallback = given.get("original_max_position_embeddings", context)
+            original = raw.get("original_max_position_embeddings", fallback)
+            given["original_max_position_embeddings"] = original
+            if (
+                kind.factor_is_ratio
+                and given.get("factor") is None
+                and _is_positive(context)
+                and _is_positive(original)
+            ):
+                given["factor"] = context / original
+        values |= {name: given.pop(name) for name in (*kind.required, *kind.optional) if name in given}
+        if "truncate" in values and values["truncate"] in (None, 0, 1):
+            values["truncate"] = bool(values["truncate"])  # the reference reads null as false, not as the default
+        if given:
+            unused = one_line(", ".join(sorted(map(str, given))))
+            warnings.warn(f"rope_type {values['rope_type']!r} does not use: {unused}", stacklevel=2)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the `rope_parameters` object of a `config.json`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None}
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError if the type cannot rotate heads of this size."""
+        if self.rope_type == "dynamic" and head_dim <= 2:
+            raise ValueError(f"rope_type 'dynamic' needs a head_dim above 2, found {head_dim}")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if factors is not None and len(factors) != head_dim // 2:
+                raise ValueError(f"{name} has {len(factors)} numbers; a head_dim of {head_dim} needs {head_dim // 2}")
+
+    def limit(self, context: int) -> int | None:
+        """Return the length beyond which a sequence has other frequencies, None if length does not matter.
+
+        context: the model's `max_position_embeddings`.
+        """
+        return {"dynamic": context, "longrope": self.original_max_position_embeddings}.get(self.rope_type)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT32
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0

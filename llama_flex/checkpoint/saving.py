@@ -1,0 +1,93 @@
+"""Write a model as a Hugging Face folder, so that whatever interrupts it leaves no mixture behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import make_folder
+from .generation_config import GenerationConfig
+
+GENERATION_CONFIG = "generation_config.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: GenerationConfig, folder: Path) -> None:
+    """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
+
+    tensors: by Hugging Face's names. config: the object of config.json, but for its dtype.
+
+    There is no generation_config.json where none was loaded and nothing is set; one that stands there is removed.
+    Everything is written beside its place and renamed when all of it is there; weight files that an earlier save left
+    in another layout are removed. If writing fails (OSError) or is killed, the old checkpoint is whole. Between the
+    first rename and the last the folder has no config.json, and does not load, unless one rename is all it takes.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > MAX_SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+    stem = "model" if len(shards) == 1 else f"model-{{:05}}-of-{len(shards):05}"
+    files = {f"{stem.format(i)}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+    documents: dict[str, dict[str, Any]] = {}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings = generation.to_dict()
+    if settings and generation.other is None:  # transformers takes them from config.json only where there is no file
+        settings = {key: id for key, id in config.items() if key in ids and id not in (None, [])} | settings
+    if settings or generation.other is not None:
+        documents[GENERATION_CONFIG] = settings
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        documents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    dtype = next(iter(tensors.values())).dtype
+    documents["config.json"] = {**config, "dtype": str(dtype).removeprefix("torch.")}
+
+    partial = {name: folder / f".{name}.partial" for name in (*files, *documents)}
+    make_folder(folder, (*partial, GENERATION_CONFIG))
+    for temporary in partial.values():
+        temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
+    written = False
+    try:
+        for file, shard in files.items():
+            # Cloned because parts of a fused parameter share storage, which the format refuses; one shard at a time.
+            try:
+                save_file({name: t.clone() for name, t in shard.items()}, partial[file], metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{folder / file}: cannot be written ({error}); what was there is whole") from None
+        for file, document in documents.items():
+            partial[file].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        written = True
+    finally:
+        for temporary in () if written else partial.values():
+            temporary.unlink(missing_ok=True)
+    described = folder / "config.json"
+    stay = all(_content(folder / name) == _content(partial.get(name)) for name in (described.name, GENERATION_CONFIG))
+    if len(files) > 1 or not stay:
+        described.unlink(
+            missing_ok=True
+        )  # else shards of two models, or one's weights and another's config, would load
+    for file in partial:
+        if file != described.name:
+            os.replace(partial[file], folder / file)
+    if GENERATION_CONFIG not in partial:
+        (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors*"):
+        if path.name not in partial and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+            path.unlink()
+    os.replace(partial[described.name], described)
+
+
+def _content(path: Path | None) -> bytes | None:
+    return path.read_bytes() if path is not None and path.is_file() else None

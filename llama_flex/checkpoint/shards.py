@@ -1,0 +1,196 @@
+"""Read the safetensors of a folder, strictly: which files there are, what their headers say, where a tensor is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..usercode.arguments import whole_number
+from .config_rules import DRAFT, MAX_JSON_BYTES, OTHER_HEAD, read_json
+from .files import FolderError, check_not_in_place, names_in, regular, what_it_is
+
+MAX_SHARDS = 4096  # to read; opening so many takes a fifth of a second
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OF_A_DRAFT = re.compile(r"(model\.)?(fc\.weight|midlayer\..*|d2t|t2d)")  # EAGLE's
+
+
+class CheckpointError(FolderError):
+    """A folder whose weights are absent, damaged, or not those its config.json describes."""
+
+
+class Source(NamedTuple):
+    """The file that a tensor is stored in, and its name there."""
+
+    path: Path
+    name: str
+
+
+class Checkpoint(NamedTuple):
+    """Where the tensors of a model are, by their names in the model.
+
+    dtype: that of the embedding as stored. tied_copy: a copy of a tied embedding under the output matrix's name.
+    """
+
+    sources: dict[str, Source]
+    dtype: torch.dtype
+    tied_copy: Source | None
+
+
+def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Checkpoint:
+    """Find the tensors of these names and shapes. Raises CheckpointError listing what is missing, unexpected,
+    misshapen.
+
+    As transformers does, it takes a base model's names, which lack "model.", and a tied embedding under either name.
+    """
+    found: dict[str, Source] = {}
+    problems: list[str] = []
+    stored: dict[str, torch.dtype] = {}
+    shapes: dict[str, list[int]] = {}
+    for path in _files(folder):
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.endswith("rotary_emb.inv_freq"):
+                    continue  # a buffer that old checkpoints saved; it follows from the config
+                name = key if key in expected or f"model.{key}" not in expected else f"model.{key}"
+                meta = file.get_slice(key)
+                if meta.get_dtype() in DTYPES:
+                    stored[name] = DTYPES[meta.get_dtype()]
+                elif not _OF_A_DRAFT.fullmatch(key):  # whose tables of ids are integers
+                    problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
+                if name in found and (other := _difference(found[name], file.get_tensor(key))):
+                    both = [f"{source.name} in {source.path.name}" for source in (found[name], Source(path, key))]
+                    problems.append(f"twice, {other}: {name} ({' and '.join(both)})")
+                shapes[name] = meta.get_shape()
+                found.setdefault(name, Source(path, key))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    tied_copy = found.pop(head, None) if tied else None
+    if tied_copy is not None and embedding not in found:
+        found[embedding], tied_copy = tied_copy, None
+        stored[embedding], shapes[embedding] = stored.get(head, torch.float32), shapes[head]
+    problems += [
+        f"shape: {name} is {shapes[name]}, config.json says {expected[name]}"
+        for name in sorted(expected.keys() & found.keys())
+        if shapes[name] != expected[name]
+    ]
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    problems += [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        if hint := _hint(missing, unexpected):
+            shown.append(hint)
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: " + "; ".join(shown))
+    return Checkpoint(found, stored[next(iter(expected))], tied_copy)
+
+
+def _hint(missing: list[str], unexpected: list[str]) -> str | None:
+    """Say what weights that do not fit are, with the way out, where their names tell it."""
+    if any(map(_OF_A_DRAFT.fullmatch, unexpected)):
+        return DRAFT
+    if any(name.startswith(("score.", "classifier.", "qa_outputs.")) for name in unexpected):
+        return OTHER_HEAD
+    if missing == ["lm_head.weight"]:
+        return (
+            "a base model without an output matrix; give the one that predicts tokens, or say tie_word_embeddings in "
+            "config.json if its embedding serves as one"
+        )
+    return None
+
+
+def _difference(source: Source, tensor: Tensor) -> str | None:
+    """Say how another tensor of the same name differs from the one found first; None if it has the same bits."""
+    with opened(source.path) as file:
+        other = file.get_tensor(source.name)
+    if other.dtype != tensor.dtype:
+        return "as " + " and ".join(str(t.dtype).removeprefix("torch.") for t in (other, tensor))
+    if other.shape != tensor.shape:
+        return f"in shapes {list(other.shape)} and {list(tensor.shape)}"
+    same = torch.equal(other.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+    return None if same else "with other values"
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint. Raises CheckpointError if there are none, or the index is wrong."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if os.path.lexists(single):
+        return [single]
+    if not os.path.lexists(index):
+        names = names_in(folder)
+        if kind := what_it_is(names):
+            raise CheckpointError(f"{folder}{kind}")
+        if others := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+            raise CheckpointError(
+                f"{folder}: only pickled weights ({others[0]}); they can run code when read and are never opened. "
+                "Convert them: transformers' LlamaForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            )
+        raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    for name in weight_map.values():
+        # Plain names only. A file may itself be a link, as the hub's cache makes them.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            found = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise CheckpointError(f"{index}: points to {found}; only safetensors files beside it are read")
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{index}: names {len(names)} files, more than {MAX_SHARDS}")
+    if absent := [name for name in names if not os.path.lexists(folder / name)]:
+        raise CheckpointError(f"{folder}: missing {', '.join(absent)} (of {len(names)} files in {index.name})")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file; its errors name it. Raises CheckpointError, or FolderError from `regular`."""
+    file = regular(path)
+    try:
+        size = os.path.getsize(file)
+        with open(file, "rb") as begun:
+            start = begun.read(256)
+        check_not_in_place(path, start)
+        header_bytes = int.from_bytes(start[:8], "little")
+        if header_bytes > MAX_JSON_BYTES:  # as large as it is, the parsed one would be far larger
+            what = f"a header of {header_bytes:,} bytes" if start[8:9] == b"{" else f"it begins {start[:16]!r}"
+            raise CheckpointError(f"{path}: damaged or not a safetensors file ({what})")
+        if size < 8 + header_bytes:
+            there = f"it ends after {size:,} bytes, amid its header" if size else "it is empty"
+            raise CheckpointError(
+                f"{path}: damaged or cut short, as by an interrupted download ({there}); fetch it again"
+            )
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: too large to be mapped
+        whole, twice = _announced(file)
+        if twice is not None:
+            raise CheckpointError(f"{path}: damaged: its header has {twice} twice; fetch it again") from None
+        if whole > size:
+            raise CheckpointError(
+                f"{path}: damaged or cut short, as by an interrupted download ({size:,} of {whole:,} bytes); fetch it "
+                "again"
+            ) from None
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def _announced(file: str) -> tuple[int, str | None]:
+    """Return a safetensors file's length by its own header, 0 if unreadable, and a name that the header has twice."""
+    try:
+        with open(file, "rb") as begun:
+            header_bytes = int.from_bytes(begun.read(8), "little")
+            header = json.loads(begun.read(min(header_bytes, MAX_JSON_BYTES)), object_pairs_hook=list)
+        names = Counter(name for name, _ in header)
+        ends = [dict(entry)["data_offsets"][1] for name, entry in header if name != "__metadata__"]
+        end = max(map(whole_number, itertools.repeat("an offset"), ends), default=0)
+        return 8 + header_bytes + end, next((name for name in names if names[name] > 1), None)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return 0, None

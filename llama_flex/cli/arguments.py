@@ -1,0 +1,152 @@
+"""The arguments of the command line, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+from . import prompts_file
+from .prompts_file import Job, Question, UsageError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in message.split() if message.startswith("unrecognized") else ():
+            word = word.partition("=")[0]
+            begun = [name for name in known if word.startswith("--") and name.startswith(word)]
+            for name in (begun or difflib.get_close_matches(word, known))[:1]:
+                message += f" (did you mean {name}?)"
+        raise UsageError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    p = _Parser(
+        prog="python -m llama_flex.generate",
+        description="Generate text with a LLaMA on FlexAttention.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--version", action="version", version=f"llama_flex {__version__}")
+    p.add_argument("--model", required=True, help="Hugging Face folder, or hub repository owner/name")
+    p.add_argument("--revision", help="of the hub repository")
+    what = p.add_argument_group("what to complete")
+    what.add_argument("--prompt", action="append", default=[], help="text to continue; repeat for several")
+    what.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help=".jsonl (id; prompt, messages or prompts), else a line each"
+    )
+    what.add_argument("--chat", action="store_true", help="talk: reads messages from the terminal, keeps the history")
+    what.add_argument("--instruct", action="store_true", help="put each prompt into the model's chat template")
+    what.add_argument("--system", metavar="TEXT", help="system message; implies --instruct")
+    fuse = p.add_argument_group("several prompts, one answer")
+    fuse.add_argument(
+        "--fuse",
+        nargs="?",
+        const="attention",
+        choices=("attention", "mean", "max"),
+        help="all --prompt (each row's prompts of a .jsonl) give one answer: the generated text attends to all of them "
+        "(attention, the default), or follows the mean or maximum of what they predict",
+    )
+    fuse.add_argument("--fuse-prefix", metavar="TEXT", help="before all prompts, seen by each")
+    fuse.add_argument("--fuse-suffix", metavar="TEXT", help='after all prompts, sees them all; such as "Answer:"')
+    fuse.add_argument("--fuse-positions", choices=("continue", "parallel"), help="default: continue")
+    fuse.add_argument(
+        "--fuse-weights", type=_numbers, metavar="W,W,...", help="how much each prompt counts (default 1)"
+    )
+    how = p.add_argument_group(
+        "how",
+        "defaults: what the model's generation_config.json recommends (do_sample alone means temperature 1 and top-k "
+        "50, as in transformers), else greedy",
+    )
+    how.add_argument("--max-new-tokens", type=int, metavar="N")
+    how.add_argument("--temperature", type=float, help="0: greedy")
+    how.add_argument("--top-k", type=int)
+    how.add_argument("--top-p", type=float)
+    how.add_argument("--min-p", type=float)
+    how.add_argument("--repetition-penalty", type=float)
+    how.add_argument("--seed", type=int, help="prompt or chat message number i (from 0) uses seed + i")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeat for several")
+    run = p.add_argument_group("running")
+    run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
+    run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
+    run.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences at a time, as far as memory goes (8; on a GPU 256)"
+    )
+    run.add_argument(
+        "--memory-fraction", type=float, default=0.9, metavar="F", help="of the free memory, for tokens (default 0.9)"
+    )
+    run.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
+    run.add_argument("--json", action="store_true", help="one JSON object a prompt: id, prompt, text, tokens, logprobs")
+    run.add_argument("--resume", action="store_true", help="leave out what --output already has, and add to it")
+    run.add_argument(
+        "--strict", action="store_true", help="refuse a prompts file with a bad row, instead of skipping it"
+    )
+    run.add_argument(
+        "--explain", action="store_true", help="say on stderr what ran, and how near to the hardware's limit"
+    )
+    run.add_argument("--quiet", action="store_true", help="no statistics and no progress on stderr")
+    return p
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers with commas between, such as 1,2,0.5") from None
+
+
+def read_jobs(args: argparse.Namespace) -> list[Job]:
+    """Return what is asked for. Raises UsageError for nothing, an empty prompt, arguments that do not go together, and
+    for malformed files."""
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if not 0 < args.memory_fraction <= 1:
+        raise UsageError(f"--memory-fraction must be above 0 and at most 1, not {args.memory_fraction}")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
+    if args.output and args.prompts_file and args.output.exists() and args.output.samefile(args.prompts_file):
+        raise UsageError(f"--output {args.output} is the prompts file; give another")
+    if args.chat and sys.stdin is None:
+        raise UsageError("--chat reads from standard input, which is closed")
+    if args.chat and (args.prompt or args.prompts_file or args.json or args.fuse):
+        raise UsageError(
+            "--chat reads its messages from the terminal; leave out --prompt, --prompts-file, --json, --fuse"
+        )
+    if args.resume and not (args.output and args.json):
+        raise UsageError("--resume continues a file of JSON rows; give --output FILE --json too")
+    question = None
+    if args.fuse:
+        question = Question([], args.fuse_prefix or "", args.fuse_suffix or "", args.fuse_weights)
+    elif args.fuse_prefix or args.fuse_suffix or args.fuse_weights or args.fuse_positions:
+        raise UsageError("--fuse-prefix, --fuse-suffix, --fuse-weights and --fuse-positions need --fuse")
+    asked = [Job(i, text, i) for i, text in enumerate(args.prompt)]
+    if asked and question is not None:
+        asked = [Job(0, prompts_file.question({"prompts": args.prompt}, question, "--prompt"), 0)]
+    for job in asked:
+        if not job.prompt:
+            raise UsageError(f"prompt {job.id} is empty; give it some text, such as the model's first token")
+    if args.prompts_file:
+        asked += prompts_file.read(args.prompts_file, len(asked), question, bad_row(args))
+    weighted = any(isinstance(job.prompt, Question) and job.prompt.weights for job in asked)
+    if args.fuse in ("mean", "max") and (weighted or args.fuse_positions):
+        raise UsageError(f"--fuse {args.fuse} has no weights and no positions; --fuse attention has")
+    if not args.chat and not asked:
+        raise UsageError("nothing to complete: give --prompt, --prompts-file or --chat")
+    return asked
+
+
+def bad_row(args: argparse.Namespace) -> Callable[[UsageError], None]:
+    """Return what is done about a row of the prompts file that cannot be completed."""
+
+    def report(error: UsageError) -> None:
+        if args.strict:
+            raise error
+        print(f"skipped: {error}", file=sys.stderr)
+
+    return report

@@ -1,0 +1,136 @@
+"""A conversation in the terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..cache import Cache
+from ..engine.output import NonFiniteLogitsError, Step
+from ..sampling import Sampling
+from .output import refuse
+from .prompts_file import Messages, UsageError
+from .session import COMPILE_FROM, Session
+
+_HELP = "/clear forgets the conversation, /exit or the end of input ends it; anything else is a message"
+
+
+def _refuse_message(error: ValueError) -> None:
+    """Refuse a message of a chat, where prompts have no number."""
+    refuse(UsageError(re.sub(r"^prompt 0:? ", "", str(error))))
+
+
+@dataclass
+class _Memory:
+    """The keys and values of a conversation, and the ids of their tokens."""
+
+    cache: Cache | None = None
+    ids: list[int] = field(default_factory=list)
+    compiled: bool = False  # whether the cache is of a size for compiled steps
+
+
+class Chat:
+    """A conversation with a loaded model."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def run(self) -> None:
+        """Read messages, a line each, until the end of input; slots of what was already computed are kept."""
+        session, engine = self.session, self.session.engine
+        engine.compile = session.compiles(COMPILE_FROM)  # of a conversation, replies enough
+        messages: Messages = []
+        memory = _Memory()
+        for turn, message in enumerate(self._messages(messages)):
+            messages.append({"role": "user", "content": message})
+            try:
+                prompt = self._fitting(messages)
+            except ValueError as error:  # too long, say: the conversation goes on without this message
+                _refuse_message(error)
+                messages.pop()
+                continue
+            reply, tokens, shared, sampling = "", [], self._recall(memory, prompt), session.sampling_of(turn)
+
+            def start(prompt: list[int] = prompt, sampling: Sampling = sampling) -> Iterator[Step]:
+                new = [prompt[self._recall(memory, prompt) :]]
+                known = [memory.ids]
+                return engine.stream(new, cache=memory.cache, cached_ids=known, sampling=sampling, **session.options)
+
+            try:
+                for step in session.statistics.timed(session.steps(start), [prompt[shared:]]):
+                    tokens.append(step.token)
+                    reply += step.text or ""
+                    session.output.write(step.text or "")
+            except KeyboardInterrupt:  # ends the reply, not the conversation
+                pass
+            except NonFiniteLogitsError as error:
+                reply, memory.cache = "", None  # whose keys and values may hold NaN too
+                _refuse_message(error)
+            # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
+            memory.ids += [*prompt[len(memory.ids) :], *tokens[:-1]] if tokens else []
+            session.output.write("\n")
+            if reply.strip():
+                messages.append({"role": "assistant", "content": reply})
+            else:  # which many templates refuse, as they do two messages of the user in a row
+                messages.pop()
+                print("no reply: the message is left out of the conversation", file=sys.stderr)
+
+    @property
+    def _context(self) -> int:
+        """How many tokens a conversation may have."""
+        engine, args = self.session.engine, self.session.args
+        return int(min(engine.model.context, engine.limits.longest(args.max_new_tokens)))
+
+    def _recall(self, memory: _Memory, prompt: list[int]) -> int:
+        """Return how many tokens of a prompt need not be computed again; the memory is left with those alone."""
+        engine = self.session.engine
+        needed = min(len(prompt) + self.session.expected, self._context)
+        if memory.cache is None or needed > memory.cache.max_length or memory.compiled != engine.compile:
+            memory.cache, memory.ids, memory.compiled = engine.new_cache(1, needed), [], engine.compile
+        fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
+        differs = (i for i, (a, b) in enumerate(zip(memory.ids, fresh, strict=False)) if a != b)
+        shared = next(differs, min(len(memory.ids), len(fresh)))
+        if engine.model.looks_ahead_by_default():
+            shared = 0  # earlier tokens see the new ones
+        memory.cache.truncate(shared)
+        memory.ids = prompt[:shared]
+        return shared
+
+    def _messages(self, messages: Messages) -> Iterator[str]:
+        """Iterate over what the user says, line by line; commands are carried out here."""
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            match line.strip():
+                case "/exit" | "/quit":
+                    return
+                case "/help":
+                    print(_HELP, file=sys.stderr)
+                case "/clear":
+                    messages.clear()
+                case "" if not line:
+                    return
+                case "":
+                    pass
+                case message:
+                    yield message
+
+    def _fitting(self, messages: Messages) -> list[int]:
+        """Return the tokens of a conversation; its oldest exchanges are dropped if the context has no room for a reply
+        to it.
+
+        Raises ValueError, and leaves the conversation as it is, if there is none for a reply to the last message alone.
+        """
+        session, context, dropped = self.session, self._context, 0
+        room = session.args.max_new_tokens or min(session.expected, context // 4)
+        for dropped in range(0, len(messages), 2):  # the last one alone is the end
+            prompt = session.tokenizer.encode(session.chat_text(messages[dropped:]), add_special_tokens=False)
+            if len(prompt) + room <= context:
+                break
+        session.engine.check([prompt], session.args.max_new_tokens)
+        del messages[:dropped]
+        if dropped:
+            print(f"a conversation has {context} tokens: {dropped} messages are forgotten", file=sys.stderr)
+        return prompt

@@ -1,0 +1,71 @@
+"""Explain what ran: kernels and why, precision, graphs, blocks, and how near to memory's speed decoding came."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from ..kernels import flex_attention
+from ..masks.block_mask import BLOCK
+from .step_runner import StepRunner
+
+
+def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
+    """Explain the last run in lines of text; see `Engine.explain`."""
+    model, last = runner.model, runner.last
+    if last is None:
+        raise ValueError("nothing has run yet: explain after generating")
+    dims, device = model.dims, model.device
+    precision = torch.get_float32_matmul_precision()
+    lines = [f"{model.dtype} on {device}; float32 products at precision {precision!r}".replace("torch.", "")]
+    graphs = runner.graphs
+    if runner.compile:
+        again = graphs.count - len(graphs.parts)
+        lines.append(f"{len(runner.shapes)} steps compiled in {graphs.count} graphs, {again} of them again")
+        lines += sorted(f"  {b} x {t} tokens against {slots} slots" for b, t, slots, *_ in runner.shapes)
+    else:
+        lines.append("not compiled: every operation runs by itself, attention by FlexAttention's own eager definition")
+
+    q, kv = last.newest(), last.tokens()
+    (rows, _), group = kv.index.shape, dims.num_heads // dims.num_kv_heads
+    for i, (mask, score_mod) in enumerate(last.plan.variants):
+        full, some = mask.blocks(q, kv, dims.num_heads)
+        visited, total = int(some.sum()), some.numel()
+        count = last.plan.of_layer.count(i)
+        what = f"mask {mask}" + ("" if score_mod is None else f", scores {score_mod}")
+        lines.append(f"{count} layers, {what}")
+        if runner.compile:
+            lines.append(f"  decoding: {flex_attention.describe(device, 1, group, some.shape[1])}")
+            lines.append(f"  prompts: {flex_attention.describe(device, BLOCK, group, some.shape[1])}")
+        lines.append(
+            f"  the last query visits {visited} of {total} blocks of {BLOCK} slots, {int(full.sum())} unmasked"
+        )
+
+    contexts = (kv.index >= 0).sum(1).tolist()
+    size = model.bytes_per_step(contexts)
+    lines.append(f"a step of {rows} rows reads {size / 1e9:.3f} GB: weights, keys and values")
+    if bytes_per_second:
+        rates = f"{bytes_per_second / 1e9:.1f} GB/s reached of {(most := read_bandwidth(device)) / 1e9:.1f}"
+        lines.append(f"{rates} that memory gives to a reduction: {bytes_per_second / most:.0%}")
+    return "\n".join(lines)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Measure the bytes per second at which memory is read: the best of some reductions over far more than the caches
+    hold."""
+    cuda = device.type == "cuda"
+    # Beside a model and its cache there may be little left.
+    numbers = torch.ones(min(2**30, torch.cuda.mem_get_info(device)[0] // 8) if cuda else 2**28, device=device)
+    rates = []
+    for reduce in (numbers.sum, numbers.amax, numbers.view(torch.int32).amax, lambda: numbers.dot(numbers)):
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            reduce()
+            if cuda:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+        rates.append(numbers.nbytes / statistics.median(times[1:]))
+    return max(rates)

@@ -1,0 +1,145 @@
+"""Several prompts of one question: fused in attention, or as an ensemble of their next-token distributions.
+
+Fused: the prompts lie in one sequence, each sees only itself and a shared prefix, and generated text sees them all
+(`masks.fused`). Ensemble: each prompt is a row of its own, and every step takes one token from what they predict.
+Dimensions: R rows, Q requests, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from ..masks.library import GENERATED, SHARED
+from ..usercode.arguments import whole_numbers
+
+Positions: TypeAlias = Literal["continue", "parallel"]
+Combine: TypeAlias = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with their attributes, one each: positions (counted from the end of what the cache holds) and segments.
+
+    generated_segment, generated_position: of the text generated after them, and of its first token (None: on from the
+    last one). Raises ValueError for lists of different lengths.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    segments: Sequence[int]
+    generated_segment: int = 0
+    generated_position: int | None = None
+    log_weights: tuple[float, ...] = ()  # of segments 0, 1, ...; see `scores.segment_weights`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", token_ids(self.ids))
+        counts = [len(self.ids), len(self.positions), len(self.segments)]
+        if len(set(counts)) > 1:
+            raise ValueError("a prompt needs as many positions and segments as ids, not {1}, {2}, {0}".format(*counts))
+        if self.generated_position is None and len(self.positions):
+            object.__setattr__(self, "generated_position", self.positions[-1] + 1)
+
+    @classmethod
+    def plain(cls, ids: Sequence[int]) -> Prompt:
+        """Make a prompt of one text: positions in order, all of segment 0."""
+        ids = token_ids(ids)
+        return cls(ids, range(len(ids)), [0] * len(ids))
+
+
+def token_ids(ids: Sequence[int]) -> list[int]:
+    """Return ids as Python integers, whatever kind of integers they come as. Raises ValueError for anything else."""
+    return whole_numbers("prompts must be lists of token ids, such as [[1, 2, 3]]", ids)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Prompts whose next-token distributions are combined at every step: their mean, or their maximum, normalised."""
+
+    prompts: Sequence[Prompt]
+    combine: Combine
+
+    def __init__(self, prompts: Sequence[Sequence[int] | Prompt], combine: Combine = "mean") -> None:
+        prompts = list(prompts)
+        if not prompts:
+            raise ValueError("an ensemble needs at least one prompt")
+        if combine not in get_args(Combine):
+            raise ValueError(f"combine {combine!r} is not known; choose 'mean' or 'max'")
+        object.__setattr__(self, "prompts", [p if isinstance(p, Prompt) else Prompt.plain(p) for p in prompts])
+        object.__setattr__(self, "combine", combine)
+
+
+AnyPrompt: TypeAlias = Sequence[int] | Prompt | Ensemble  # what an Engine completes: ids alone, or more
+
+
+def as_ensemble(request: AnyPrompt) -> Ensemble:
+    """Return the request itself, or an ensemble of it alone."""
+    return request if isinstance(request, Ensemble) else Ensemble([request])
+
+
+def as_requests(prompts: Sequence[AnyPrompt]) -> list[Ensemble]:
+    """Return every request as an ensemble, most of one prompt. Raises ValueError for what is no list of prompts."""
+    try:
+        return [as_ensemble(request) for request in prompts]
+    except TypeError:
+        raise ValueError(f"prompts must be lists of token ids, such as [[1, 2, 3]], not {prompts!r}") from None
+
+
+def fuse(
+    prompts: Sequence[Sequence[int]],
+    *,
+    prefix: Sequence[int] = (),
+    suffix: Sequence[int] = (),
+    positions: Positions = "continue",
+    weights: Sequence[float] | None = None,
+) -> Prompt:
+    """Fuse prompts (token ids) into one sequence of segments, for an Engine, which then generates with `masks.fused()`.
+
+    prefix: seen by all, such as a system message or examples. suffix: sees all, as generated text does, such as
+    "Answer:"; without one the first new token is predicted by the last prompt's last token, which sees its own prompt.
+    positions: "continue", one after another; or "parallel", each prompt right after the prefix, and the suffix and the
+    generated text after the longest. weights: how much each prompt counts for what is generated, 1 being as it is.
+    Raises ValueError for no prompt, an empty one, and weights that are not positive, one each.
+    """
+    each = [token_ids(prompt) for prompt in prompts]
+    if not each or not all(each):
+        raise ValueError("fuse needs at least one prompt, and no empty one")
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions {positions!r} is not known; choose 'continue' or 'parallel'")
+    if weights is not None and (len(weights) != len(each) or not all(0 < w < math.inf for w in weights)):
+        raise ValueError(f"fuse needs a positive weight for each of the {len(each)} prompts, not {list(weights)}")
+    ids, end_ids = token_ids(prefix), token_ids(suffix)
+    shared = len(ids)
+    places, segments = list(range(shared)), [SHARED] * shared
+    for number, prompt in enumerate(each, start=1):
+        start = shared if positions == "parallel" else len(ids)
+        ids += prompt
+        places += range(start, start + len(prompt))
+        segments += [number] * len(prompt)
+    end = max(places) + 1
+    ids += end_ids
+    places += range(end, end + len(end_ids))
+    segments += [GENERATED] * len(end_ids)
+    log_weights = () if weights is None else (0.0, *map(math.log, weights))
+    return Prompt(ids, places, segments, GENERATED, end + len(end_ids), log_weights)
+
+
+def combined(logits: Tensor, request_of: Tensor, is_max: Tensor, rows_of: Tensor) -> Tensor:
+    """Return the logarithm of each request's combined distribution, `[Q, V]`, up to a constant, from logits `[R, V]`.
+
+    request_of `[R]`: the request of each row. is_max `[Q]`: take the maximum, else the mean. rows_of `[Q]`: how many
+    rows a request has; one that has a single row keeps its logits as they are.
+    """
+    logits = logits.float()
+    probability = logits.softmax(-1)
+    index = request_of[:, None].expand_as(probability)
+    empty = probability.new_zeros(len(is_max), logits.shape[-1])
+    mean = empty.scatter_add(0, index, probability)
+    most = empty.scatter_reduce(0, index, probability, "amax")
+    alone = empty.scatter_add(0, index, logits)
+    return torch.where((rows_of == 1)[:, None], alone, torch.where(is_max[:, None], most, mean).log())

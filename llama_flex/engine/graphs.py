@@ -1,0 +1,259 @@
+"""Compiled steps: their parts are compiled once for all layers, and the whole is replayed from then on.
+
+Compiling the parts instead of whole steps makes the start short. Recording which parts ran on which memory makes a step
+as fast as one graph: on CUDA as a CUDA graph, on the CPU as a list of calls, without torch's checks before each.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import time
+import types
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+from . import code_cache  # before torch's compiler
+
+# isort: split
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.exc import InductorError, OperatorIssue, SubgraphLoweringException
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from ..usercode.errors import CompileError, is_data_dependent, line_of_user
+
+T = TypeVar("T")
+# What Inductor raises for operations that it has no code for, here or in a mask.
+_BEYOND_IT = (OperatorIssue, SubgraphLoweringException, NotImplementedError)
+
+
+class _Call(NamedTuple):
+    """A call of compiled code while a step was recorded."""
+
+    function: Callable[..., Sequence[Tensor]]
+    inputs: tuple[Tensor, ...]
+    outputs: Sequence[Tensor]
+
+
+class _Recording(threading.local):
+    """The step that a thread records: the compiled code that it called, and how many parts it ran."""
+
+    calls: list[_Call] | None = None
+    parts = 0
+
+
+class Graphs:
+    """Compiles the parts of steps, each once for what it is named by, and replays steps.
+
+    count: how many graphs torch has compiled for it. seconds: the time until each had run for the first time.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        self.parts: dict[Hashable, Callable[..., Any]] = {}
+        self._recording = _Recording()
+
+    def of(self, *key: Hashable) -> Callable[..., Any]:
+        """Return what runs a part of a step compiled for `key`: the shapes, and all that the code depends on.
+
+        It raises CompileError, before anything has run, where torch can compile nothing or not this part.
+        """
+
+        def run(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
+            self._recording.parts += 1
+            part = self.parts.get((*key, name))
+            if part is not None:
+                return part(*args)
+            started = time.perf_counter()
+            try:
+                part = self._compiled(function)
+                result = part(*args)
+            except (BackendCompilerFailed, InductorError, Unsupported, UserError, OSError) as error:
+                raise CompileError(_why(error)) from error
+            except NameError as error:
+                if not is_data_dependent(str(error)):  # code that torch made of a value that it does not know
+                    raise
+                raise CompileError(_why(error)) from error
+            finally:
+                self.seconds += time.perf_counter() - started
+            self.parts[*key, name] = part
+            return result
+
+        return run
+
+    def record(self, step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
+        """Run an already compiled step while recording it; return its result and a replay function.
+
+        All of its tensor operations must be compiled parts that ran before. A replay works on the same memory: what a
+        step takes from outside and what it leaves are tensors that stay. What it returns, made by its parts, is new
+        each time.
+        """
+        recording, calls = self._recording, list[_Call]()
+        recording.calls, recording.parts = calls, 0
+        try:
+            if device.type == "cuda":
+                return _cuda_graph(step, device)
+            result = step()
+        finally:
+            recording.calls = None
+        if len(calls) != recording.parts:
+            return result, step  # torch.compile is switched off, as TORCHDYNAMO_DISABLE=1 does
+        made: dict[int, tuple[int, int]] = {}  # tensors by identity: which output of which call
+        plan = []
+        for n, call in enumerate(calls):
+            plan.append((call.function, [made.get(id(x), x) for x in call.inputs]))
+            made |= {id(x): (n, i) for i, x in enumerate(call.outputs)}
+
+        leaves, tree = tree_flatten(result)
+        returned = [made.get(id(x), x) for x in leaves]
+
+        def replay() -> T:
+            results: list[Sequence[Tensor]] = []
+
+            def now(sources: Sequence[Any]) -> list[Any]:
+                return [results[x[0]][x[1]] if isinstance(x, tuple) else x for x in sources]
+
+            for function, inputs in plan:
+                results.append(function(*now(inputs)))
+            return cast(T, tree_unflatten(now(returned), tree))
+
+        return result, replay
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """torch keeps compiled code per code object, shared by all callers of a function and limited in number, beyond
+        which it runs uncompiled. A code object of its own keeps each part apart; fullgraph makes the limit an error."""
+        assert isinstance(function, types.FunctionType)
+        own = types.FunctionType(
+            function.__code__.replace(),
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        return torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+
+    def _backend(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        code = inductor(graph, inputs)
+        self.count += 1
+
+        def call(*inputs: Tensor) -> Sequence[Tensor]:
+            outputs = code(*inputs)
+            if self._recording.calls is not None:
+                self._recording.calls.append(_Call(code, inputs, outputs))
+            return outputs
+
+        return call
+
+
+def compiles_for(device: torch.device) -> bool:
+    """Tell whether compiled steps are right: before torch 2.13, the reductions of booleans that it compiles for a CPU
+    write beyond their memory."""
+    return device.type != "cpu" or torch.__version__ >= "2.13"  # compares versions
+
+
+def _why(error: Exception) -> str:
+    """Explain in one line why a compiler failed, with the way out."""
+    inner = getattr(error, "inner_exception", None) or error
+    text = str(inner)
+    lines = [line for line in map(str.strip, text.splitlines()) if line] or ["no message"]
+    last = "or do not compile"
+    first = next((line for line in lines if " error: " in line), lines[0])
+    if "InvalidCxxCompiler" in text or type(inner).__name__ == "InvalidCxxCompiler":
+        first, way = "there is no C++ compiler", "install g++, or name one in CXX"
+    elif "not supported for CPU" in text:
+        first, way = "this processor is none that it knows", "if ATEN_CPU_CAPABILITY is set, unset it"
+    elif "Python.h" in text:
+        first, way = "Python's headers are missing", "install them (python3-dev)"
+    elif is_data_dependent(text):
+        first += "" if isinstance(inner, NameError) else line_of_user(inner)  # whose line is torch's own code
+        way = "a mask, score function or edit depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or "
+        way += "`nonzero`: use torch.where, or a table that is made before"
+        last = "or try it uncompiled"  # which serves shapes and edits; FlexAttention traces the others there, too
+    elif isinstance(inner, Unsupported | UserError):
+        first, way = f"{first}{line_of_user(inner)}", "a mask, score function or edit uses what it cannot trace"
+        last = "or try it uncompiled"
+    elif isinstance(inner, OSError):
+        first = f"{inner.strerror or first}, in {code_cache.folder()} or the folder for temporary files"
+        way = "make room and let it be written, or name another folder in TORCHINDUCTOR_CACHE_DIR"
+    elif "Failed to import" in text or isinstance(inner, ImportError):
+        way = f"a file in {code_cache.folder()} is damaged: delete that folder"
+    elif isinstance(inner, _BEYOND_IT):
+        first, way = first.partition(". ")[0], "a mask, score function or edit uses what it has no code for"
+    else:
+        way = "a mask or score function may use what it cannot, "
+        way += f"or a file in {code_cache.folder()} is damaged: delete that folder"
+    return f"torch cannot compile: {first[:300]}; {way}; {last}: compile=False, --compile off"
+
+
+def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may allocate meanwhile: requests come from them.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = step()
+
+    def replay() -> T:
+        with torch.cuda.device(device):
+            graph.replay()
+        return cast(T, tree_map_only(Tensor, torch.clone, result))
+
+    return replay(), replay  # capturing runs nothing
+
+
+def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Compile with Inductor, after a change to the masks and score functions that FlexAttention is given.
+
+    FlexAttention replaces the `[]` of a score function by one that has a backward, and that reads memory that is not
+    its own on CUDA (2.11: "illegal memory access"). Steps have no backward, so `[]` becomes the plain operator before
+    FlexAttention sees it. And one `[]` after another, `table[i][0]`, becomes a single one: torch 2.13's CPU kernel
+    loses the dimensions of what lies between ("index out of bounds").
+    """
+    modules = [module for module in graph.modules() if isinstance(module, GraphModule)]
+    calls = [
+        node
+        for module in modules
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention)
+    ]
+    names = {str(function) for call in calls for function in (call.args[3], cast(Any, call.args[4])[-1])}
+    for name, module in (pair for m in modules for pair in m.named_children()):
+        if name in names and isinstance(module, GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=operator.getitem):
+                _index_plainly(node)
+            for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.index):
+                _index_at_once(node)
+            module.graph.eliminate_dead_code()
+            module.recompile()
+    return cast(Callable[..., Any], compile_fx(graph, list(inputs)))
+
+
+def _index_plainly(node: Node) -> None:
+    table, at = node.args
+    if not isinstance(table, Node) or not isinstance(table.meta.get("example_value"), Tensor):
+        return  # not a tensor but what unbind() or max() returned
+    indices = list(at) if isinstance(at, tuple) else [at]
+    if all(isinstance(i, Node | int) for i in indices):
+        scalar, kind = torch.ops.aten.scalar_tensor, cast(dict[str, Any], {"dtype": torch.int64})
+        with node.graph.inserting_before(node):
+            indices = [i if isinstance(i, Node) else node.graph.call_function(scalar, (i,), kind) for i in indices]
+        node.target, node.args = torch.ops.aten.index, (table, indices)
+
+
+def _index_at_once(node: Node) -> None:
+    """Make `table[i][j]` of `table[i, j]`, where i and j are single numbers. Nodes come in their order, so what lies in
+    between is done already."""
+    between, indices = cast(tuple[Node, list[Node]], node.args)
+    if between.target is torch.ops.aten.index:
+        table, first = cast(tuple[Node, list[Node]], between.args)
+        if all(_is_scalar(i) for i in (*first, *indices)):
+            node.args = table, [*first, *indices]
+
+
+def _is_scalar(node: object) -> bool:
+    if not isinstance(node, Node):
+        return False
+    value = node.meta.get("example_value")
+    return node.target is torch.ops.aten.scalar_tensor or (isinstance(value, Tensor) and not value.dim())

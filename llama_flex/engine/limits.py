@@ -1,0 +1,91 @@
+"""How many tokens a request may have: the context, the cache, `generation_config.json`, and what the caller asks
+for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from ..cache import Cache
+from ..model import Llama
+from ..usercode.arguments import whole_number, whole_numbers
+from .fusion import Ensemble, Prompt
+
+DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json says how many
+
+
+class RequestLimits:
+    """The limits of a model's requests."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+
+    @property
+    def default_new_tokens(self) -> int:
+        """How many tokens to generate where the caller does not say."""
+        return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
+
+    def check(
+        self, requests: Sequence[Ensemble], max_new_tokens: int | None = None, cache: Cache | None = None
+    ) -> list[int]:
+        """Return how many new tokens each request gets at most; raises the ValueErrors of `Engine.stream`."""
+        if not requests:
+            raise ValueError("no prompts given")
+        if max_new_tokens is not None:
+            max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+        if cache is not None:
+            self.model.check_cache(cache, sum(len(request.prompts) for request in requests))
+        limits, longest = list[int](), self.longest(max_new_tokens)
+        for number, request in enumerate(requests):
+            limit = max_new_tokens or self.default_new_tokens
+            for prompt in request.prompts:
+                room, needed, what = self._room(number, prompt, cache)
+                if room < 1:
+                    raise ValueError(f"prompt {number}: {needed} tokens leave no room in the {what}; shorten it")
+                if max_new_tokens is not None and max_new_tokens > room:
+                    raise ValueError(
+                        f"prompt {number}: {needed} tokens and {max_new_tokens} new ones exceed the {what}; ask for at "
+                        f"most {int(room)} new tokens"
+                    )
+                if needed >= longest:
+                    raise ValueError(
+                        f"prompt {number}: {needed} tokens leave no room in the {longest} that generation_config.json "
+                        "has as max_length; give max_new_tokens (--max-new-tokens), or shorten the prompt"
+                    )
+                limit = int(min(limit, room, longest - needed))
+            limits.append(limit)
+        return limits
+
+    def longest(self, max_new_tokens: int | None = None) -> float:
+        """Return how many tokens a text may have by the max_length of generation_config.json, which counts where
+        neither the caller nor that file says how many new ones there are; infinite otherwise."""
+        config = self.model.generation_config
+        if config.max_length is None or max_new_tokens is not None or config.max_new_tokens is not None:
+            return math.inf
+        return config.max_length
+
+    def stop_ids(self, asked: Iterable[int] | None) -> frozenset[int]:
+        """Return the ids that end a text: those asked for, by default the model's."""
+        if asked is None:
+            return frozenset(self.model.eos_token_ids)
+        return frozenset(whole_numbers("stop_token_ids must be token ids, such as [2]", asked))
+
+    def check_ids(self, what: str, ids: Sequence[int]) -> None:
+        """Raise ValueError for no ids, and for one that the model does not have."""
+        if not len(ids):
+            raise ValueError(f"{what} is empty; give at least one token, such as the beginning-of-text id")
+        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
+            raise ValueError(f"{what} has a token id outside the vocabulary of {self.model.config.vocab_size}")
+
+    def _room(self, number: int, prompt: Prompt, cache: Cache | None) -> tuple[float, int, str]:
+        """Return how many tokens fit after a prompt, how many are there then, and in what."""
+        self.check_ids(f"prompt {number}", prompt.ids)
+        if cache is not None and cache.window is not None:
+            return math.inf, len(prompt.ids), "cache"
+        held, context = 0 if cache is None else int(cache.next_position.max()), self.model.context
+        needed = held + max(max(prompt.positions) + 1, prompt.generated_position or 0)
+        rooms = [(context - needed, needed, f"context of {context} tokens")]
+        if cache is not None:
+            needed = cache.reserved + len(prompt.ids)
+            rooms.append((cache.max_length - needed, needed, f"cache of {cache.max_length} tokens"))
+        return min(rooms)

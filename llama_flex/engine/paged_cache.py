@@ -1,0 +1,123 @@
+"""A paged cache: the keys and values of many sequences in one pool, a block of slots at a time.
+
+To masks and score functions a row's slots are numbered from 0, as in any cache; only where a block of them lies in
+memory is looked up. So whatever holds for a cache holds for a paged one.
+Dimensions: B rows, T new tokens, K key/value heads, S slots of a row, Sb blocks of them, P pages, D head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import Dimensions
+from ..masks.block_mask import BLOCK, PageTable, slot_mapping
+from ..tokens import Tokens
+from .block_manager import BlockManager
+from .transfer import to_device_async
+
+
+class PagedCache:
+    """Keys, values and attributes of all sequences: pages of 128 slots, and a last page that takes padding.
+
+    block_manager: which pages are taken. layers: keys and values `[1, K, P * 128, D]` of each layer, the last page
+    included.
+    """
+
+    def __init__(self, dims: Dimensions, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate. Memory: `page_bytes` for each page and one more. Raises ValueError for a pool whose keys are more
+        than 2**31 numbers in a layer, which FlexAttention cannot address."""
+        slots = (pages + 1) * BLOCK
+        shape = (1, dims.num_kv_heads, slots, dims.head_dim)
+        if pages > (most := self.most_pages(dims)):
+            raise ValueError(f"{pages * BLOCK} slots are more than attention can address; ask for {most * BLOCK}")
+        # Zeros, not empty: see `clear`.
+        self.layers = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(dims.num_layers)
+        ]
+        self.position = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.segment = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.block_manager = BlockManager(pages)
+
+    def copy(self, pages: Sequence[tuple[int, int, int]]) -> None:
+        """Copy some pages to others, `(from, to, tokens)` each, and clear the rest, without waiting."""
+        source, target, count = to_device_async(torch.tensor(pages), self.position.device).unbind(1)
+        rest = torch.arange(BLOCK, device=self.position.device) >= count[:, None]
+        for blocks in self._blocks():
+            blocks[:, target] = blocks[:, source].masked_fill_(rest[..., None], 0)
+        for attribute in (self.position, self.segment):
+            blocks = attribute.unflatten(0, (-1, BLOCK))
+            blocks[target] = blocks[source]
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Clear pages, without waiting: a masked slot still takes part in products, and 0 * NaN is NaN."""
+        at = to_device_async(torch.tensor(pages), self.position.device)
+        for blocks in self._blocks():
+            blocks.index_fill_(1, at, 0)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """Iterate over the keys and values of each layer by pages, `[K, P, 128, D]`."""
+        for held in itertools.chain.from_iterable(self.layers):
+            yield held[0].unflatten(1, (-1, BLOCK))
+
+    @staticmethod
+    def page_bytes(dims: Dimensions, dtype: torch.dtype) -> int:
+        """Return the bytes of a page in all layers."""
+        return BLOCK * (dims.kv_numbers_per_token * dtype.itemsize + 2 * torch.int32.itemsize)
+
+    @staticmethod
+    def most_pages(dims: Dimensions) -> int:
+        """Return the number of pages up to which offsets within a layer's keys are numbers of 32 bits."""
+        return (2**31 - 1) // (dims.num_kv_heads * dims.head_dim * BLOCK) - 1
+
+
+class PagedCacheView:
+    """A paged cache as a step sees it: a row each for some sequences, in the form of `cache.SlotCache`.
+
+    In a row, slots are in the order of arrival. Several rows may be of one sequence, and append to it one after the
+    other in a single step: keys are stored before anything attends to them.
+    """
+
+    def __init__(
+        self, cache: PagedCache, page_table: Tensor, start: Tensor, end: Tensor, token_indices: Tensor | None = None
+    ) -> None:
+        """page_table: see `PageTable`. start: int32 `[B]`, the index of a row's first new token. end: int32 `[B]`, how
+        many tokens its sequence has after the step. token_indices: which tokens are computed, see `PackedRows`; None:
+        all."""
+        self.layers, self.length, self.token_indices = cache.layers, start, token_indices
+        self.max_length = page_table.shape[1] * BLOCK
+        self._cache, self._page_table, self._end = cache, page_table, end
+
+    @property
+    def pages(self) -> PageTable:
+        """Where the slots lie."""
+        b, blocks = self._page_table.shape
+        count, device = len(self._cache.position) // BLOCK, self._page_table.device
+        number = torch.arange(blocks, dtype=torch.int32, device=device).expand(b, -1)
+        logical = torch.full((b, count), -1, dtype=torch.int32, device=device)
+        logical = logical.scatter(1, self._page_table.long(), number)
+        return PageTable(self._page_table, torch.where(torch.arange(count, device=device) < count - 1, logical, -1))
+
+    @property
+    def tokens(self) -> Tokens:
+        """The attributes of the tokens in the slots, `[B, S]`."""
+        slots = torch.arange(self.max_length, dtype=torch.int32, device=self._page_table.device)
+        slots = slots.expand(len(self._page_table), -1)
+        at = slot_mapping(self._page_table, slots)
+        index = torch.where(slots < self._end[:, None], slots, -1)
+        # What was there before, or in padding, is more than a table may have that a mask looks it up in.
+        return Tokens(index, *(torch.where(index < 0, 0, x[at]) for x in (self._cache.position, self._cache.segment)))
+
+    def append(self, tokens: Tokens) -> Tensor:
+        """Record new tokens' attributes and return where they lie in the pool, `[B, T]`; padding goes to the last
+        page."""
+        column = torch.arange(tokens.index.shape[1], device=tokens.index.device)
+        at = slot_mapping(self._page_table, tokens.index.clamp(min=0))
+        at = torch.where(tokens.index >= 0, at, len(self._cache.position) - BLOCK + column % BLOCK)
+        self._cache.position[at] = tokens.position
+        self._cache.segment[at] = tokens.segment
+        return at

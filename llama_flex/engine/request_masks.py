@@ -1,0 +1,191 @@
+"""Combine the masks and score functions of requests in one step: every row has those of its request.
+
+Dimensions: R rows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionPlan
+from ..masks import library, scores
+from ..masks.mask import Mask
+from ..masks.scores import ScoreMod
+from ..model import Llama
+from ..tokens import Token, take
+from .decoding import WEIGHTS
+from .transfer import StagingBuffer
+
+MAX_SPECS = 8  # that may run at a time: every one is evaluated for every row
+
+
+class AttentionSpec(NamedTuple):
+    """How a request attends. key: equal for requests that attend alike."""
+
+    key: Hashable
+    # The mask and score function of the request, if it has any: the key holds addresses of their tensors, so they must
+    # stay.
+    given: tuple[Any, Any] | None
+    plan: AttentionPlan
+    shares: bool  # pages with others: nothing but the tokens decides what they hold
+
+
+class RowSpec(NamedTuple):
+    """Of a row of a step: the number of its spec, its place among the rows of its request, and its log-weights."""
+
+    number: int
+    member: int
+    log_weights: tuple[float, ...]
+
+
+class MaskRegistry:
+    """The specs that may run now, each with a number, and plans in which every row has its own.
+
+    generation: changes when plans that were given out are not used any more.
+    """
+
+    def __init__(self, model: Llama, rows: int) -> None:
+        """rows: the most rows of a step."""
+        self.model, self.rows, self.generation = model, rows, 0
+        fused = library.fused() & model.default_mask
+        self._default = {
+            False: AttentionSpec(("default", False), None, model.attention_plan(), True),
+            True: AttentionSpec(("default", True), None, model.attention_plan(fused), True),
+        }
+        self.specs = [self._default[False]]
+        self._combined: dict[Hashable, AttentionPlan] = {}
+        self._of_row = self._tables(0)
+
+    def spec(
+        self,
+        mask: Mask | Sequence[Mask | None] | None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
+        fused: bool,
+    ) -> AttentionSpec:
+        """Return the spec of a request. Raises ValueError for what is no mask or score function."""
+        if mask is None and score_mod is None:
+            return self._default[fused]
+        default = library.fused() & self.model.default_mask if fused else None
+        given = [m or default for m in mask] if isinstance(mask, list | tuple) else mask or default
+        plan = self.model.attention_plan(given, score_mod)
+        return AttentionSpec((fused, _identity(mask), _identity(score_mod)), (mask, score_mod), plan, False)
+
+    def number_of(self, spec: AttentionSpec, running: set[int]) -> int | None:
+        """Return the number of a spec, which may take that of one that is not running; None if all are."""
+        for number, known in enumerate(self.specs):
+            if known.key == spec.key:
+                return number
+        unused = [number for number in range(1, len(self.specs)) if number not in running]
+        if len(self.specs) < MAX_SPECS:
+            self.specs.append(spec)
+        elif unused:
+            self.specs[unused[0]] = spec
+        else:
+            return None
+        self._forget()
+        return self.specs.index(spec)
+
+    def is_full(self) -> bool:
+        """Tell whether a new spec takes the number of another."""
+        return len(self.specs) == MAX_SPECS
+
+    def _forget(self) -> None:
+        self._combined = {}
+        self.generation += 1
+
+    def _tables(self, weights: int) -> StagingBuffer:
+        number = torch.int32, (self.rows,)
+        shapes = {"number": number, "member": number, "weights": (torch.float32, (self.rows, weights))}
+        return StagingBuffer(self.model.device, shapes)
+
+    def plan(self, rows: Mapping[int, RowSpec]) -> AttentionPlan:
+        """Plan how each layer attends in the next step, of these rows by where they are in it."""
+        numbers = sorted({row.number for row in rows.values()})
+        weights = max(len(row.log_weights) for row in rows.values())
+        if len(numbers) == 1 and self.specs[numbers[0]].shares and not weights:
+            return self.specs[numbers[0]].plan
+        if weights > self._of_row.on_device["weights"].shape[1]:
+            self._of_row = self._tables(-(-weights // WEIGHTS) * WEIGHTS)
+            self._forget()
+        filled = self._of_row.fill()
+        for table in filled.values():
+            table.fill(0)
+        for n, row in rows.items():
+            filled["number"][n], filled["member"][n] = row.number, row.member
+            filled["weights"][n, : len(row.log_weights)] = row.log_weights
+        self._of_row.send()
+        numbers = numbers if len(numbers) == 1 else list(range(len(self.specs)))  # few graphs: one, or all
+        key = *numbers, weights > 0
+        if key not in self._combined:
+            self._combined[key] = self._combine(numbers, weights > 0)
+        return self._combined[key]
+
+    def _combine(self, numbers: list[int], weighted: bool) -> AttentionPlan:
+        tables = self._of_row.on_device
+        own_masks: list[Mask] = []
+        own_scores: list[ScoreMod | None] = []
+        for layer in range(len(self.model.layers)):
+            plans = [self.specs[n].plan for n in numbers]
+            each = [plan.variants[plan.of_layer[layer]] for plan in plans]
+            own_masks.append(_mask_of_each(numbers, [a.mask for a in each], tables["number"], tables["member"]))
+            score = _score_of_each(numbers, [a.score_mod for a in each], tables["number"], tables["member"])
+            if weighted:
+                weights = scores.segment_weights(tables["weights"])
+                score = weights if score is None else score >> weights
+            own_scores.append(score)
+        return self.model.attention_plan(own_masks, own_scores)
+
+
+class _RequestToken:
+    """A token as a mask of one request sees it, whose `batch` counts the rows of that request alone.
+
+    In rows of other requests all attributes are 0: the mask's tables may have no more entries.
+    """
+
+    def __init__(self, token: Token, member: Tensor, mine: Tensor) -> None:
+        each = take(member, token.batch), token.index, token.position, token.segment
+        self.batch, self.index, self.position, self.segment = (torch.where(mine, x, 0) for x in each)
+        self.head = token.head
+
+
+def _mask_of_each(numbers: list[int], each: list[Mask], number_of: Tensor, member: Tensor) -> Mask:
+    """Make a mask that is, in each row, the one whose number the row has."""
+
+    def predicate(q: Token, kv: Token) -> Tensor:
+        number, allowed = take(number_of, q.batch), torch.zeros_like(kv.index, dtype=torch.bool)
+        for n, mask in zip(numbers, each, strict=True):
+            mine = number == n
+            own: Any = _RequestToken(q, member, mine), _RequestToken(kv, member, mine)
+            allowed = allowed | mine & mask.evaluate(*own)
+        return allowed
+
+    return Mask(predicate, " or ".join(map(str, each)))
+
+
+def _score_of_each(
+    numbers: list[int], each: list[ScoreMod | None], number_of: Tensor, member: Tensor
+) -> ScoreMod | None:
+    """Make a score function that is, in each row, the one whose number the row has; None if there is none."""
+    if not any(each):
+        return None
+
+    def function(score: Tensor, q: Token, kv: Token) -> Tensor:
+        number, new = take(number_of, q.batch), score
+        for n, mod in zip(numbers, each, strict=True):
+            if mod is not None:
+                mine = number == n
+                own: Any = _RequestToken(q, member, mine), _RequestToken(kv, member, mine)
+                new = torch.where(mine, mod.evaluate(score, *own), new)
+        return new
+
+    return ScoreMod(function, " or ".join(map(str, each)))
+
+
+def _identity(function: Any) -> Hashable:
+    if isinstance(function, list | tuple):
+        return tuple(map(_identity, function))
+    return function and function.identity()

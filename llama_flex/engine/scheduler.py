@@ -1,0 +1,509 @@
+"""Continuous batching: requests come and go while others run, over one pool of pages.
+
+Every step computes a chunk of prompts, which may be of different requests, with the first new token of each that ends
+there, and then one token for each request that was under way. Tokens are read while the next step runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..masks.block_mask import BLOCK
+from ..masks.library import GENERATED
+from ..masks.mask import Mask
+from ..masks.scores import ScoreMod
+from ..model import Llama
+from ..sampling import Sampling, with_seed
+from ..tokenizer import Tokenizer
+from ..usercode.arguments import whole_number
+from .block_manager import BlockManager
+from .fusion import AnyPrompt, Ensemble, as_ensemble
+from .limits import RequestLimits
+from .model_runner import WIDTH, ModelRunner, PendingOutput, PrefillChunk
+from .output import NonFiniteLogitsError, OutputProcessor, Step
+from .paged_cache import PagedCache
+from .request import Request, TokenSequence, longest_of, tokens_of
+from .request_masks import AttentionSpec
+from .step_runner import StepRunner
+
+BATCH_SIZE = {"cpu": 8, "cuda": 256}
+PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # of a step; a GPU needs many to be busy
+_WORTH_COPYING = 16  # tokens; computing fewer takes no longer than copying their page
+
+
+class Scheduler:
+    """Runs the requests of an engine, many at a time; see `Engine.submit`.
+
+    What a request gets does not depend on what else runs.
+    """
+
+    @torch.inference_mode(False)  # what is made here and for a request is used later, wherever that is
+    def __init__(
+        self,
+        step_runner: StepRunner,
+        tokenizer: Tokenizer | None,
+        limits: RequestLimits,
+        *,
+        max_batch_size: int | None,
+        max_slots: int | None,
+        max_length: int | None,
+        memory_fraction: float,
+        prefill_tokens: int | None,
+    ) -> None:
+        self.step_runner, self.model, self.tokenizer, self.limits = step_runner, step_runner.model, tokenizer, limits
+        self.model.check_device()
+        device = self.model.device
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_slots", max_slots),
+            ("max_length", max_length),
+            ("prefill_tokens", prefill_tokens),
+        ):
+            if value is not None:
+                whole_number(name, value, least=1)
+        self.max_batch_size = max_batch_size = max_batch_size or BATCH_SIZE[device.type]
+        blocks = -(-(max_length or self.model.context) // BLOCK)
+        if max_slots is None:
+            pages = min(max_batch_size * blocks, PagedCache.most_pages(self.model.dims))
+            pages = min(pages, _pages_that_fit(self.model, memory_fraction))
+        else:
+            pages = -(-max_slots // BLOCK)
+        self.blocks = blocks = min(blocks, pages)
+        self.max_length = blocks * BLOCK
+        self.prefill_tokens = -(-(prefill_tokens or PREFILL_TOKENS[device.type]) // WIDTH) * WIDTH
+        self._inbox: deque[Request] = deque()  # from any thread
+        self._waiting: list[Request] = []
+        self._new_pages: list[int] = []  # taken in this step
+        self._copies: list[tuple[int, int, int]] = []  # from page to page so many tokens, in this step
+        self._preempted: list[Request] = []  # in this step; they wait once it is done
+        self._running: list[Request] = []
+        self._ended: dict[Request, None] = {}  # and not returned yet; from any thread
+        self._pending: list[PendingOutput] = []
+        self.prompt_tokens = self.new_tokens = 0  # computed so far, and given so far
+        self._numbers = itertools.count()
+        self._advancing: asyncio.Task[object] | None = None
+        self._step_lock, self._stepping = threading.RLock(), threading.Lock()  # of a thread that steps; and its step
+        self._interrupted = False  # the step before
+
+        self._free_slots = list(range(max_batch_size))[::-1]
+        self._weights: list[tuple[int, int]] = []
+        self._version = 0  # of the weights: what was computed with others is not shared
+        self._allocate(pages)
+
+    def _allocate(self, pages: int) -> None:
+        """Allocate memory, for the model's dtype on its device."""
+        dtype, device = self.model.dtype, self.model.device
+        self.cache = PagedCache(self.model.dims, pages, dtype=dtype, device=device)
+        self.runner = ModelRunner(self.step_runner, self.cache, self.max_batch_size, self.prefill_tokens, self.blocks)
+        self.masks = self.runner.masks
+        self._ahead = device.type == "cuda"  # a step is read while the next one runs
+        self._made_for = dtype, device
+
+    def _follow_model(self) -> None:
+        """Begin anew what is under way, if the model was given another dtype or device."""
+        if self._made_for == (self.model.dtype, self.model.device):
+            return
+        with self._step_lock:
+            self.model.check_device()
+            self._allocate(self.block_manager.count)
+            self._recover()
+            for request in {*self._waiting, *self._inbox.copy()}:
+                request.spec = self._spec_of(request.ensemble, *(request.spec.given or (None, None)))
+
+    def _spec_of(self, ensemble: Ensemble, mask: Any, score_mod: Any) -> AttentionSpec:
+        """Return how a request attends; raises ValueError."""
+        fused = any(p.generated_segment == GENERATED for p in ensemble.prompts)
+        return self.masks.spec(mask, score_mod, fused)
+
+    @property
+    def block_manager(self) -> BlockManager:
+        """Who has which page."""
+        return self.cache.block_manager
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Requests that wait for their turn, the next one first."""
+        return sorted(r for r in (*self._inbox.copy(), *self._waiting) if not r.finished)
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests whose tokens are being computed, the oldest first."""
+        return sorted(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """About how many requests wait: cancelled ones leave when it is their turn."""
+        return len(self._inbox) + len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """How many requests run."""
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._inbox or self._waiting or self._running or self._pending or self._interrupted)
+
+    @torch.inference_mode(False)
+    def submit(
+        self,
+        prompt: AnyPrompt,
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Iterable[int] | None = None,
+        mask: Mask | Sequence[Mask | None] | None = None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
+        priority: int = 0,
+        callback: Callable[[Step], object] | None = None,
+    ) -> Request:
+        """See `Engine.submit`."""
+        model, limits = self.model, self.limits
+        whole_number("priority", priority)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback must be a function of a Step, not {callback!r}")
+        ensemble = as_ensemble(prompt)
+        (limit,) = limits.check([ensemble], max_new_tokens)
+        if len(ensemble.prompts) > self.max_batch_size:
+            raise ValueError(f"{len(ensemble.prompts)} prompts in one request; max_batch_size is {self.max_batch_size}")
+        lengths = [len(p.ids) for p in ensemble.prompts]
+        if max_new_tokens is None:  # as many as fit, if all have the same room
+            room = min(self.max_length, self.block_manager.count // len(lengths) * BLOCK)
+            limit = max(1, min(limit, room - max(lengths)))
+        pages = sum(-(-(length + limit) // BLOCK) for length in lengths)
+        if max(lengths) + limit > self.max_length or pages > self.block_manager.count:
+            raise ValueError(
+                f"{sum(lengths)} tokens and {limit} new ones exceed the slots: {self.max_length} of a text and "
+                f"{self.block_manager.count * BLOCK} in all; ask for fewer, or give the engine a larger max_length or "
+                "max_slots"
+            )
+        self._follow_model()
+        spec = self._spec_of(ensemble, mask, score_mod)
+        if not spec.shares:
+            longest = longest_of(ensemble.prompts, [limit] * len(ensemble.prompts))
+            spec.plan.check_last_token(longest, model.dims.num_heads)
+        if model.looks_ahead_by_default(mask):
+            raise ValueError(
+                "this model attends in both directions (is_causal is false), and requests are computed in chunks, of "
+                "which none sees a later one; complete one at a time (generate or stream; --prompt without --json), or "
+                "give a mask"
+            )
+        stop_ids = limits.stop_ids(stop_token_ids)
+        number = next(self._numbers)
+        request = Request(
+            number,
+            with_seed(sampling or Sampling.recommended(model.generation_config)),
+            priority,
+            ensemble=ensemble,
+            output_processor=OutputProcessor(number, self.tokenizer, ensemble.prompts[0].ids, stop, stop_ids, limit),
+            callback=callback,
+            spec=spec,
+            owner=self,
+        )
+        self._inbox.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request, at once or, from another thread, after the step that runs; what it has given stays."""
+        if request.owner is not self:
+            raise ValueError(f"request {request.number} is of another engine; cancel it there")
+        if not request.finished:
+            self._end(request, "cancelled")
+
+    def _end(self, request: Request, reason: str) -> None:
+        self._ended.setdefault(request)  # first: an interrupt between the two must not leave it unsaid
+        request.finish_reason = reason
+
+    async def advance(self) -> None:
+        """Wait for a step, which one of all that wait starts."""
+        task = self._advancing
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
+            task = self._advancing = asyncio.create_task(asyncio.to_thread(self.step))
+        await asyncio.shield(task)
+
+    def step(self) -> list[Request]:
+        """See `Engine.step`."""
+        with self._step_lock:
+            if self._stepping.locked():  # by this very thread
+                raise ValueError("the engine is amid a step, and a callback of that step asks for another")
+            with self._stepping:
+                self._compute()
+            ended = [request for request in tuple(self._ended) if request.finished]
+            for request in ended:
+                del self._ended[request]
+            return ended
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _compute(self) -> None:
+        self._follow_model()
+        if self._interrupted:  # by an error, or Ctrl-C
+            self._recover()
+        self._interrupted = True
+        while self._inbox:
+            if not self.masks.is_full():  # known early, so that steps are compiled for all of them at once
+                self.masks.number_of(self._inbox[0].spec, set())
+            heapq.heappush(self._waiting, self._inbox[0])
+            self._inbox.popleft()
+        self._check_weights()
+        self._release_finished()
+        self._make_room()
+        outputs = self._prefill()
+        first = {request for output in outputs for request, _ in output.rows}
+        if decoding := [r for r in self.running if self._decodes(r) and r not in first]:
+            outputs.append(self.runner.decode(decoding))
+        if self._ahead:
+            outputs, self._pending = self._pending, outputs
+        for output in outputs:
+            self._process_output(output)
+        self._release_finished()
+        while self._preempted:
+            heapq.heappush(self._waiting, self._preempted[-1])
+            self._preempted.pop()
+        self._interrupted = False
+
+    def _check_weights(self) -> None:
+        weights = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        if weights != self._weights:
+            if [id for id, _ in weights] != [id for id, _ in self._weights]:
+                self.runner.forget_recorded()  # they compute with the ones that were there
+            self._weights = weights
+            self.forget()
+
+    def forget(self) -> None:
+        """See `Engine.forget`."""
+        self._version += 1
+
+    # ---- who runs
+
+    def _make_room(self) -> None:
+        """Take a page for the next token of each request, if need be from one that came later, which waits again."""
+        for request in self.running:
+            for sequence in request.sequences if self._decodes(request) else ():
+                if sequence.num_computed_tokens < len(sequence.pages) * BLOCK:
+                    continue
+                while not self.block_manager.available and request.sequences:
+                    self._preempted.append(max(self._running))
+                    self._release(self._preempted[-1])
+                if not request.sequences:
+                    break
+                sequence.pages.append(self._take_page())
+
+    def _take_page(self) -> int:
+        self._new_pages.append(self.block_manager.take())
+        return self._new_pages[-1]
+
+    def _decodes(self, request: Request) -> bool:
+        unfinished = request.num_scheduled < request.output_processor.limit
+        return unfinished and all(sequence.is_prefilled for sequence in request.sequences)
+
+    def _admit(self) -> Request | None:
+        """Start the next request that waits, if there are batch slots and pages for it."""
+        while self._waiting and self._waiting[0].finished:
+            heapq.heappop(self._waiting)
+        request = min((*self._waiting[:1], *self._preempted), default=None)
+        if request is None or request in self._preempted:  # that one is next, once its tokens are read
+            return None
+        prompts = request.ensemble.prompts
+        spec_number = self.masks.number_of(request.spec, {r.spec_number for r in self._running})
+        if len(prompts) > len(self._free_slots) or spec_number is None:
+            return None
+        request.spec_number = spec_number
+        new = [step.token for step in request.steps]
+        for prompt in prompts:
+            # Weights are of a fused prompt, and change what comes after it.
+            shares = request.spec.shares and not request.isolated
+            key = (request.spec.key, prompt.log_weights, self._version) if shares else None
+            request.sequences.append(TokenSequence(prompt, tokens_of(prompt, new), key))
+        copies = []
+        for sequence in request.sequences:
+            sequence.pages = list(self._reuse_pages(sequence))
+            sequence.num_computed_tokens = len(sequence.pages) * BLOCK
+            needed = -(-sequence.num_tokens // BLOCK) - len(sequence.pages)
+            if needed > self.block_manager.available:
+                self._free_pages(request)
+                return None
+            page, count = self._find_partial_page(sequence)
+            sequence.pages += [self._take_page() for _ in range(needed)]
+            if count:
+                copies.append((page, sequence.pages[sequence.num_computed_tokens // BLOCK], count))
+                sequence.num_computed_tokens += count
+            # Rows that choose together do so in one decoding step; where all but the last token is known, one suffices.
+            if len(prompts) > 1 or sequence.num_computed_tokens == sequence.prefill_target - 1:
+                sequence.prefill_target -= 1
+        self._copies += copies
+        self._running.append(request)  # first: an interrupt between the two must find it somewhere
+        heapq.heappop(self._waiting)
+        request.num_scheduled = len(new)
+        request.shared = any(sequence.num_computed_tokens for sequence in request.sequences)
+        for sequence in request.sequences:
+            self.prompt_tokens += sequence.num_tokens - sequence.num_computed_tokens
+            sequence.batch_slot = self._free_slots.pop()
+            self.runner.assign_slot(request, sequence, len(new))
+        return request
+
+    def _reuse_pages(self, sequence: TokenSequence) -> Iterator[int]:
+        """Take the pages that already hold the beginning of a sequence."""
+        for number in range((sequence.prefill_target - 1) // BLOCK if sequence.key is not None else 0):
+            page = self.block_manager.find(sequence.prefix_hash(number + 1))
+            if page is None:
+                return
+            yield page
+
+    def _find_partial_page(self, sequence: TokenSequence) -> tuple[int, int]:
+        """Find a page that holds some of the tokens that come next; return it, and how many."""
+        number = sequence.num_computed_tokens // BLOCK
+        if sequence.key is None:
+            return -1, 0
+        next_tokens = sequence.block(number, sequence.prefill_target - 1)
+        page, count = self.block_manager.find_beginning(sequence.prefix_hash(number), next_tokens)
+        return (page, count) if count >= _WORTH_COPYING else (-1, 0)
+
+    def _publish_full_pages(self, sequence: TokenSequence, start: int, end: int) -> None:
+        """Let others use the pages that tokens `start` to `end` fill."""
+        for number in range(start // BLOCK, end // BLOCK if sequence.key is not None else 0):
+            self.block_manager.name(sequence.pages[number], sequence.prefix_hash(number + 1))
+
+    def _publish_partial_pages(self, sequence: TokenSequence, start: int, end: int) -> None:
+        """Let others copy, once they are computed, tokens `start` to `end` and what is before them in their pages."""
+        for number in range(start // BLOCK, -(-end // BLOCK) if sequence.key is not None else 0):
+            self.block_manager.begin(sequence.pages[number], sequence.prefix_hash(number), sequence.block(number, end))
+
+    def _release(self, request: Request) -> None:
+        """Free the pages and batch slots of a request."""
+        new = [step.token for step in request.steps]
+        for sequence in request.sequences:
+            sequence.tokens = tokens_of(sequence.prompt, new)
+            end = min(sequence.num_computed_tokens, sequence.num_tokens)
+            self._publish_full_pages(sequence, sequence.prefill_target, end)
+            self._publish_partial_pages(sequence, sequence.prefill_target, end)
+            self._free_slots.append(sequence.batch_slot)
+        self._free_pages(request)
+        self._running.remove(request)
+
+    def _free_pages(self, request: Request) -> None:
+        for sequence in request.sequences:
+            for page in reversed(sequence.pages):  # the end of a sequence is forgotten before its beginning
+                self.block_manager.give_back(page)
+        request.sequences = []
+
+    def _release_finished(self) -> None:
+        for request in [r for r in self._running if r.finished]:
+            self._release(request)
+
+    def _recover(self) -> None:
+        """Begin anew after a step that failed: what it wrote is unknown, and who holds what."""
+        under_way = {*self._running, *self._waiting, *self._preempted}
+        for request in {*self._running, *self._preempted}:
+            request.output_processor.rewind(request.steps)
+            self._deliver(request)
+        for request in under_way:
+            request.sequences = []
+        arriving = set(self._inbox.copy())  # one may be on its way from there
+        self._waiting = sorted(r for r in under_way - arriving if not r.finished)
+        self._running, self._preempted, self._new_pages, self._copies, self._pending = [], [], [], [], []
+        self._free_slots = list(range(self.max_batch_size))[::-1]
+        self.cache.block_manager = BlockManager(self.block_manager.count)
+
+    # ---- what runs
+
+    def _prefill(self) -> list[PendingOutput]:
+        """Enqueue a step of prompts: of those under way, then of those that can start; with the first tokens after
+        it."""
+        chunks: list[PrefillChunk] = []
+        left = self.prefill_tokens
+        begun = (r for r in self.running if not all(sequence.is_prefilled for sequence in r.sequences))
+        while left and len(chunks) < self.runner.max_chunks and (request := next(begun, None) or self._admit()):
+            for sequence in request.sequences:
+                first = sequence.num_computed_tokens
+                while not sequence.is_prefilled and left and len(chunks) < self.runner.max_chunks:
+                    start = sequence.num_computed_tokens
+                    length = min(WIDTH, sequence.prefill_target - start, left)
+                    chunks.append(PrefillChunk(request, sequence, start, length))
+                    sequence.num_computed_tokens += length
+                    left -= length
+                # Others may use them in this very step: see `PagedCacheView`.
+                self._publish_full_pages(sequence, first, sequence.num_computed_tokens)
+        if self._copies:  # first: a page may be taken that another is a copy of
+            self.cache.copy(self._copies)
+        if taken := set(self._new_pages).difference(page for _, page, _ in self._copies):
+            self.cache.clear(sorted(taken))
+        self._new_pages, self._copies = [], []
+        outputs = self.runner.prefill(chunks, self._running) if chunks else []
+        for _, sequence, start, length in chunks:
+            self._publish_partial_pages(sequence, start, start + length)
+        return outputs
+
+    def _process_output(self, output: PendingOutput) -> None:
+        """Append sampled tokens; drop those of finished requests."""
+        tokens, logprobs, finite = output.read()
+        for request, row in output.rows:
+            if not finite[row]:
+                self.forget()  # there may be some NaN in keys and values, too
+                if request.shared and not request.finished:
+                    self._restart_isolated(request)
+                    continue
+                if not request.finished:
+                    where = [(request.number, len(request.steps) + 1)]
+                    request.error = NonFiniteLogitsError(where, self.model.dtype)
+                    self._end(request, "error")
+            if not request.finished:
+                request.steps.append(request.output_processor.put(int(tokens[row]), logprobs[row]))
+                self.new_tokens += 1
+                self._deliver(request)
+
+    def _restart_isolated(self, request: Request) -> None:
+        """Begin a request anew, without shared pages: the NaN may be another's, whose pages it took."""
+        request.isolated = True
+        for output in self._pending:
+            output.rows[:] = [(other, row) for other, row in output.rows if other is not request]
+        if request.sequences:  # else it waits already
+            self._preempted.append(request)
+            self._release(request)
+
+    def _deliver(self, request: Request) -> None:
+        """Let the newest step have its effect: end the request if it says so, and call its callback."""
+        if request.num_delivered == len(request.steps):
+            return
+        reason = request.steps[-1].finish_reason
+        if reason is not None and not request.finished:
+            self._end(request, reason)
+        if request.callback is not None:
+            try:  # whatever it raises ends this request and no other
+                request.callback(request.steps[-1])
+            except Exception as error:  # noqa: BLE001  - runs the user's code
+                request.error = error
+                self._end(request, "error")
+        request.num_delivered += 1
+
+
+def _pages_that_fit(model: Llama, fraction: float) -> int:
+    if not 0 < fraction <= 1:
+        raise ValueError(f"memory_fraction must be above 0 and at most 1, not {fraction}")
+    if model.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = torch.cuda.mem_get_info(model.device)[0] + unused
+    else:
+        free = _free_memory()
+    pages = int(free * fraction) // PagedCache.page_bytes(model.dims, model.dtype) - 1
+    if pages < 1:
+        raise ValueError(f"{fraction} of {free / 1e9:.1f} GB free does not hold a page of {BLOCK} tokens")
+    return pages
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    except OSError:
+        raise ValueError("how much memory is free is known on Linux only; give the engine max_slots") from None

@@ -1,0 +1,83 @@
+"""Run one step of a model over a cache of any kind, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionPlan, Backend
+from ..cache import SlotCache
+from ..interp.hook_points import Captured, Probe
+from ..model import Llama, Run, run_eager
+from ..tokens import Tokens
+from .graphs import Graphs, compiles_for
+
+
+class LastRun(NamedTuple):
+    """What to know of the steps that ran last, without their keys and values."""
+
+    plan: AttentionPlan
+    tokens: Callable[[], Tokens]  # those held now, [B, S]
+
+    def newest(self) -> Tokens:
+        """Return each row's newest token, `[B, 1]`."""
+        held = self.tokens()
+        at = held.index.argmax(1, keepdim=True)
+        return held.map(lambda x: x.gather(1, at))
+
+
+class StepRunner:
+    """Runs the steps of a model, and holds those that are compiled.
+
+    backend: of attention. graphs: what is compiled. shapes: of the compiled steps, as (rows, tokens, slots, ...). last:
+    what ran last.
+    """
+
+    def __init__(self, model: Llama, *, compile: bool = False, backend: Backend = "flex") -> None:
+        self.model, self.backend = model, backend
+        self.compile = compile
+        self.graphs = Graphs()
+        self.shapes: set[tuple[Any, ...]] = set()
+        self.last: LastRun | None = None
+
+    @property
+    def compile(self) -> bool:
+        """Whether steps are compiled; may be set between calls. Raises ValueError on a CPU before torch 2.13, whose
+        compiled reductions of booleans write beyond their memory."""
+        return self._compile
+
+    @compile.setter
+    def compile(self, on: bool) -> None:
+        if on and not compiles_for(self.model.device):
+            raise ValueError(
+                f"what torch {torch.__version__} compiles for a CPU damages memory; use torch 2.13 or newer, or do not "
+                "compile: compile=False, --compile off"
+            )
+        self._compile = on
+
+    def run_for(self, *key: Any) -> Run:
+        """Return what runs the parts of a step: compiled for `key`, if steps are compiled."""
+        return self.graphs.of(*key) if self.compile else run_eager
+
+    def step(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        plan: AttentionPlan,
+        cache: SlotCache,
+        probes: Mapping[int, Probe] | None = None,
+    ) -> tuple[Tensor, Captured | None]:
+        """Append ids `[R, T]`, of which `lengths` in each row are real; return the last layer's output, `[R, T, E]` or
+        packed, and what probes read."""
+        key: tuple[Any, ...] = ()
+        if self.compile:
+            shape = ids.shape if cache.token_indices is None else (1, len(cache.token_indices))
+            key = (*shape, cache.max_length, type(cache), cache.layers[0][0].shape, plan.structure)
+            self.shapes.add(key)
+        run = self.run_for(*key)
+        return self.model.step(ids, lengths, positions, segments, cache, plan, self.backend, run, probes)

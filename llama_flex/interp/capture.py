@@ -1,0 +1,157 @@
+"""Capture what flows inside the layers as plain tensors: of a forward, or of all that an engine generates.
+
+Dimensions: B batch, N tokens captured, T tokens of a step, H heads, D head dim, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..attention import AttentionPlan, LayerAttention, attention_weights, build_attention_metadata
+from ..cache import Cache
+from ..tokens import Tokens, Where, selection
+from ..usercode.arguments import named_device
+from .hook_points import ATTENTION, HOOK_POINTS, Captured, numbers_of
+
+_QUERIES = 128  # whose rows of attention are computed at once
+_NOTHING = "nothing was captured: there was no run yet, or `where` chose none of its tokens"
+
+
+class Capture:
+    """What to keep of a run, and what was kept.
+
+    Give it to `Llama.forward` or `Engine.generate`, then take `capture[site, layer]`, `[B, N, ...]`: the tokens in
+    their order, rows that have fewer filled up with zeros.
+
+    Runs add to what is there: a forward with a cache after another, an engine's chunks and decoded tokens. The last
+    token generated was never fed, so it is not there. Edits of a site come first. In a run that records gradients,
+    without padding, what is captured of all tokens is part of it, but for attention, which is computed beside it.
+    """
+
+    def __init__(
+        self,
+        *sites: str,
+        layers: int | Sequence[int] | None = None,
+        heads: int | Sequence[int] | None = None,
+        where: Where = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """sites: see `hook_points.HOOK_POINTS`; and "attention", the weights that queries give to keys, `[B, N, heads,
+        S]`, keys by their index, computed densely as `attention.attention_weights` defines them. layers: default all.
+        heads: of "attention", default all. where: of which tokens; their indices, `[N]` for all rows or `[B, N]`, or a
+        function from their attributes to booleans `[B, T]`; default all, but for "attention", where it must be said.
+        device: where to keep it, default the model's.
+        """
+        known = (*HOOK_POINTS, ATTENTION)
+        if not sites or not all(site in known for site in sites):
+            raise ValueError(f"capture needs some of {', '.join(known)}, found {', '.join(map(repr, sites)) or 'none'}")
+        if ATTENTION in sites and where is None:
+            raise ValueError("attention takes N x S numbers a head: say of which queries, such as where=range(10)")
+        if heads is not None and ATTENTION not in sites:
+            raise ValueError(f"heads are of {ATTENTION!r}, which is not captured here; other sites have them all")
+        self.device = None if device is None else named_device(device)
+        self.sites, self.layers = frozenset(sites), numbers_of("layers", layers)
+        self.heads = numbers_of("heads", heads)
+        self.where = None if where is None else selection(where)
+        self._parts: list[tuple[Tokens, dict[tuple[str, int], Tensor]]] = []
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self._parts.clear()
+
+    @property
+    def tokens(self) -> Tokens:
+        """The attributes of the tokens captured, `[B, N]`, index -1 where a row has fewer."""
+        index, position, segment = (self._join(list(each)) for each in zip(*self._tokens(), strict=True))
+        valid = torch.arange(index.shape[1], device=index.device) < self.count[:, None]
+        return Tokens(torch.where(valid, index, -1), position, segment)
+
+    @property
+    def count(self) -> Tensor:
+        """How many tokens of each row were captured, `[B]`."""
+        return torch.cat([tokens.index >= 0 for tokens in self._tokens()], 1).sum(1)
+
+    def __getitem__(self, key: tuple[str, int]) -> Tensor:
+        """Return what was captured at a hook point of a layer, `[B, N, ...]`. Raises KeyError for what was not."""
+        parts = [found[key] for _, found in self._parts if key in found]
+        if not parts:
+            held = sorted({k for _, found in self._parts for k in found})
+            raise KeyError(f"{key}: nothing captured there, but at {held}" if held else f"{key}: {_NOTHING}")
+        if key[0] == ATTENTION:  # each step saw as many keys as there were
+            most = max(x.shape[-1] for x in parts)
+            parts = [torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in parts]
+        return self._join(parts)
+
+    def check(self, rows: int, device: torch.device) -> None:
+        """Raise ValueError for what cannot be captured of a run of so many rows."""
+        if self._parts and len(self._parts[0][0].index) != rows:
+            held = len(self._parts[0][0].index)
+            raise ValueError(f"the capture holds {held} rows, the run has {rows}; clear() it or make another")
+        if self.where is not None:
+            self.where(Tokens.arriving(1, batch=rows).map(lambda x: x.to(device)))
+
+    def add(self, found: Captured, plan: AttentionPlan, cache: Cache | None) -> None:
+        """Keep what was asked for of a step."""
+        index = found.tokens.index
+        chosen = index >= 0 if self.where is None else (index >= 0) & self.where(found.tokens)
+        columns = chosen.any(0).nonzero()[:, 0]
+        if not len(columns):
+            return
+        every = len(columns) == index.shape[1]
+
+        def some(x: Tensor) -> Tensor:
+            if not every:
+                return x[:, columns]
+            # A part of a larger product would hold all of it in memory.
+            return x if x.requires_grad or x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+        tokens = found.tokens.map(some)
+        tokens = tokens._replace(index=torch.where(some(chosen), tokens.index, -1))
+        kept = {}
+        for (site, layer), x in found.at.items():
+            if self.layers is not None and layer not in self.layers:
+                continue
+            if site in self.sites:
+                kept[site, layer] = some(x)
+            if site == "q" and ATTENTION in self.sites:
+                attention = plan.variants[plan.of_layer[layer]]
+                k = found.at["k", layer].transpose(1, 2) if cache is None else cache.layers[layer][0]
+                kv = found.tokens if cache is None else cache.tokens
+                kept[ATTENTION, layer] = self._rows(some(x).transpose(1, 2), k, tokens, kv, attention)
+        device = index.device if self.device is None else self.device
+        self._parts.append(
+            (tokens.map(lambda x: x.to(device)), {key: x.to(device) for key, x in kept.items()}),
+        )
+
+    def _rows(self, q: Tensor, k: Tensor, tokens: Tokens, kv: Tokens, attention: LayerAttention) -> Tensor:
+        """Return the weights `[B, N, heads, S]` of queries q `[B, H, N, D]`, keys in their order of arrival."""
+        heads = None if self.heads is None else torch.tensor(self.heads, device=q.device)
+        count = int(kv.index.max()) + 1
+        place = torch.where(kv.index < 0, count, kv.index).long()[:, None, None]
+        parts = []
+        for n in range(0, q.shape[2], _QUERIES):
+            here = Tokens(*(x[:, n : n + _QUERIES] for x in tokens))
+            metadata = build_attention_metadata(attention, here, kv, q.shape[1], "dense")
+            rows = attention_weights(q[:, :, n : n + _QUERIES], k, metadata, heads)
+            ordered = rows.new_zeros(*rows.shape[:3], count + 1).scatter(3, place.expand_as(rows), rows)
+            parts.append(ordered[..., :count].transpose(1, 2))
+        return torch.cat(parts, 1)
+
+    def _tokens(self) -> list[Tokens]:
+        if not self._parts:
+            raise ValueError(_NOTHING)
+        return [tokens for tokens, _ in self._parts]
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        """Join the tensors of several steps to one, `[B, N, ...]`, without padding between tokens."""
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        there = torch.cat([tokens.index >= 0 for tokens in self._tokens()], 1)
+        if bool(there.all()):
+            return x
+        order = (~there).long().sort(dim=1, stable=True).indices[:, : int(there.sum(1).max())]
+        row = torch.arange(len(x), device=x.device)[:, None]
+        gone = ~there[row, order]
+        return x[row, order].masked_fill(gone.reshape(*gone.shape, *[1] * (x.dim() - 2)), 0)

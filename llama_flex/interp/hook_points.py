@@ -1,0 +1,131 @@
+"""Hook points: places inside a layer that can be read (`capture.Capture`) and changed (`edits.Edit`), by name.
+
+Tokens are always the second dimension: B batch, T query tokens, E hidden size, H query heads, K key/value heads, D head
+dim, F MLP size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..config import Dimensions
+from ..kernels.linear import ops
+from ..tokens import TokenFunction, Tokens
+from ..usercode.arguments import whole_numbers
+
+HOOK_POINTS = {
+    "resid_pre": "[B, T, E], the residual stream as it enters the layer; in layer 0 the embeddings",
+    "q": "[B, T, H, D], queries, rotated to their positions",
+    "k": "[B, T, K, D], keys, rotated to their positions",
+    "v": "[B, T, K, D], values",
+    "z": "[B, T, H, D], what each head gives, before the product with o",
+    "resid_mid": "[B, T, E], the residual stream between attention and MLP",
+    "mlp_post": "[B, T, F], the MLP's activations, silu(gate) * up, before the product with down",
+    "resid_post": "[B, T, E], the residual stream as it leaves the layer",
+}
+ATTENTION = "attention"  # [B, T, heads, S], the weights of the keys: can be read, not changed
+
+# torch 2.13's compiled attention on a CPU fails if Inductor takes what follows it into the same loop ("Unsupported for
+# `epilogue_nodes`"); a copy that Inductor does not know keeps it apart.
+ops.define("apart(Tensor x) -> Tensor")
+ops.impl("apart", torch.clone, "CPU")
+torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
+
+Hook: TypeAlias = Callable[[str, Tensor], Tensor]  # from a hook point's name and its tensor to the one to go on with
+
+
+def shape_of(point: str, dims: Dimensions) -> tuple[int, ...]:
+    """Return the shape that a hook point's tensor has for each token."""
+    if point in ("q", "z"):
+        return dims.num_heads, dims.head_dim
+    if point in ("k", "v"):
+        return dims.num_kv_heads, dims.head_dim
+    return (dims.mlp_size if point == "mlp_post" else dims.hidden_size,)
+
+
+def identity(name: str, x: Tensor) -> Tensor:
+    """Return x: the hook of layers without captures and edits."""
+    return x
+
+
+class Change(TokenFunction):
+    """The function of an edit."""
+
+    kind = "edit"
+
+
+class Probe(NamedTuple):
+    """The captures and edits of one layer: which hook points are read, and the edits that come first, in order."""
+
+    read: frozenset[str]
+    edits: tuple[tuple[str, TokenFunction], ...]
+
+    @property
+    def structure(self) -> Hashable:
+        """What a compiled graph depends on; see `CapturingFunction.structure`."""
+        return self.read, tuple((point, change.structure()) for point, change in self.edits)
+
+
+class Captured(NamedTuple):
+    """The tensors that the probes of a step read, by hook point and layer, and their tokens `[B, T]`."""
+
+    tokens: Tokens
+    at: dict[tuple[str, int], Tensor]
+
+
+def copy_tokens(tokens: Tokens) -> Tokens:
+    """Copy the attributes: the next step may change the ones that it was given in place."""
+    return Tokens(*(x.clone() for x in tokens))
+
+
+def run_probed(
+    probe: Probe, tokens: Tokens, block: Callable[..., Tensor], *args: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a layer under a probe; return its output, and the tensors that were read."""
+    captured: dict[str, Tensor] = {}
+
+    def hook(name: str, x: Tensor) -> Tensor:
+        changes = [change for point, change in probe.edits if point == name]
+        if changes and name == "z" and torch.compiler.is_compiling() and not (x.is_cuda or x.requires_grad):
+            x = torch.ops.llama_flex.apart(x)
+        for change in changes:
+            x = apply_edit(x, change, tokens)
+        if name in probe.read:
+            captured[name] = x
+        return x
+
+    return block(*args, hook), captured
+
+
+def apply_edit(x: Tensor, change: TokenFunction, tokens: Tokens) -> Tensor:
+    """Apply an edit to x, in x's dtype. Raises ValueError if it fails, or returns no tensor of the same shape.
+
+    Padding stays as it is: an edit may make it infinite, dividing by its index of -1, say, and a masked token still
+    takes part in products. x is copied: an edit may work in place, and tensors read elsewhere stay.
+    """
+    new = change.call(x.clone(), tokens)
+    if not isinstance(new, Tensor) or new.shape != x.shape:
+        kind = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        raise ValueError(f"edit {change} returned {kind} of {list(x.shape)}; it returns what it got, changed")
+    return torch.where(wide(tokens.index >= 0, x), new.to(x.dtype), x)
+
+
+def wide(chosen: Tensor, x: Tensor) -> Tensor:
+    """Reshape booleans `[B, T]` so that they broadcast with x `[B, T, ...]`."""
+    return chosen.reshape(*chosen.shape, *[1] * (x.dim() - 2))
+
+
+def numbers_of(what: str, numbers: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the numbers of one layer or head, or of several, as a tuple; None stays, for all of them. Raises
+    ValueError for anything else."""
+    if numbers is None:
+        return None
+    rule = f"{what} are numbers from 0, such as 3 or [3, 4]"
+    each = tuple(whole_numbers(rule, numbers if isinstance(numbers, Iterable) else [numbers]))
+    if not each or min(each) < 0:
+        raise ValueError(f"{rule}, not {numbers!r}")
+    return each

@@ -1,0 +1,94 @@
+"""Tiles and kernels of FlexAttention: measured choices for CUDA, and what a plain eager run needs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..usercode.errors import FunctionError, diagnose
+
+
+def padded_group(group: int) -> int:
+    """Return the size to which a group of query heads is padded: CUDA's decoding kernel takes 1, 2, 4, 8, ... heads;
+    others would go to a kernel that is twice as slow."""
+    return 1 << (group - 1).bit_length()
+
+
+def describe(device: torch.device, queries: int, group: int, mask_heads: int) -> str:
+    """Say which kernel compiled attention runs, and why. mask_heads: 1 if the mask is the same for all heads."""
+    if device.type == "cpu":
+        return "Inductor's C++ FlexAttention, the only one on a CPU"
+    if queries > 1:
+        return "Inductor's Triton FlexAttention: many queries"
+    if mask_heads > 1 and group > 1:
+        return "Inductor's Triton FlexAttention: a mask that differs between heads, and keys shared by several heads"
+    padded = "" if padded_group(group) == group else f", groups of {group} heads padded to {padded_group(group)}"
+    return f"Inductor's Triton flex decoding: one query{padded}"
+
+
+# Queries and slots of a tile of CUDA's kernels, and for how many tiles ahead they load. The first is the best on an
+# H200 with 16 bits, 32/8 heads of 128: decoding at a context of 4,096 takes 15 us instead of torch's 20, and 2,048
+# queries against themselves 124 instead of 141. In float32 the second is. The others are for what does not fit.
+_TILES = ((64, 64, 3), (32, 64, 3), (32, 32, 3), (32, 32, 2), (16, 16, 1))
+# A page a tile is better where one query decodes: 64 rows of 1,024 slots take 77 us instead of 87.
+_TILE_OF_PAGES = 64, 128, 2
+_PROGRAMS = 1024  # that keep an H200 busy: parts of the slots, of all rows and key heads together
+
+
+def kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
+    """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and which kernel it is.
+
+    For 2 to 127 queries torch 2.11 would take its decoding kernel, and cannot compile it or gets wrong results.
+
+    That kernel makes a number of parts of the slots, here one for about 256 and fewer in a batch. Torch makes as many
+    whatever the number of slots, and gives each its share of the list of blocks: in a long cache one part then gets
+    all the blocks of a window, and works through them alone. Where the blocks are in one list, as they are for pages,
+    it is the list that torch divides, so there are as many parts as keep a GPU busy.
+    """
+    row = (1 << (q.shape[3] - 1).bit_length()) * q.itemsize  # bytes; the kernels pad the head dim
+    device: Any = torch.cuda.get_device_properties(q.device)
+    most = device.shared_memory_per_block_optin
+    tiles = _TILES if q.itemsize == 2 else _TILES[1:]
+    if paged and q.itemsize == 2 and q.shape[2] == 1:
+        tiles = (_TILE_OF_PAGES, *tiles)
+    fitting = [tile for tile in tiles if (tile[0] + 2 * tile[1] * tile[2]) * row <= most]
+    rows, slots, stages = (*fitting, _TILES[-1])[0]
+    options = {"fwd_BLOCK_N": slots, "fwd_num_warps": 4, "fwd_num_stages": stages}
+    if q.shape[2] > 1:
+        return options | {"fwd_BLOCK_M": rows, "FORCE_USE_FLEX_ATTENTION": True}
+    parts = _PROGRAMS // (len(q) * k.shape[1]) if paged else max(k.shape[2] // 256, 16) // len(k)
+    return options | {"SPLIT_KV": 1 << max(parts.bit_length() - 1, 0)}
+
+
+@contextmanager
+def run_eager(functions: str) -> Iterator[None]:
+    """Run flex_attention eagerly without its warning that this is slow: whoever runs eagerly chose to.
+
+    It traces mask and score function all the same. Raises FunctionError, in one line instead of the many that torch
+    logs, for what it cannot trace; functions: their description.
+    """
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(_is_no_failed_trace)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+            yield
+    except (IndexError, RuntimeError) as error:
+        from torch._dynamo.exc import Unsupported, UserError  # slow to import, and imported by flex_attention here
+
+        what, fault = diagnose(error)
+        if isinstance(error, Unsupported | UserError) or what == "index-out-of-range":
+            raise FunctionError(functions, what, fault) from error
+        raise
+    finally:
+        log.removeFilter(_is_no_failed_trace)
+
+
+def _is_no_failed_trace(record: logging.LogRecord) -> bool:
+    return "failed while attempting to run meta" not in record.getMessage()

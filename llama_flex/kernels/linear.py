@@ -1,0 +1,67 @@
+"""Products with the weights at the speed of memory: which kernel computes one, for how many rows, on which device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ops = torch.library.Library("llama_flex", "FRAGMENT")
+# torch.mv by a name that Inductor does not know: it makes a sum of products of it, and that loop is slower.
+ops.define("mv(Tensor weight, Tensor x) -> Tensor")
+ops.impl("mv", torch.ops.aten.mv.default, "CPU")
+torch.library.register_fake("llama_flex::mv", lambda weight, x: x.new_empty(len(weight)), lib=ops)
+
+
+def _gemv(*args: Any) -> Tensor:
+    from .gemv import gemv  # Triton comes with torch's CUDA builds only
+
+    return gemv(*args)
+
+
+ops.define(
+    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, bool gated)"
+    " -> Tensor"
+)
+ops.impl("gemv", _gemv, "CUDA")
+torch.library.register_fake(
+    "llama_flex::gemv", lambda x, weight, *rest: x.new_empty(len(weight) // (1 + rest[-1])), lib=ops
+)
+
+
+def is_fused(x: Tensor) -> bool:
+    """Tell whether x `[B, T, in]` is one row of a compiled step on CUDA, whose products `fused` computes whole."""
+    return _reads_once(x) and x.is_cuda and x.dtype != torch.float64
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """Compute `layers.Linear.forward` in one kernel, where `is_fused`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
+    y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm_weight, eps, residual, gated)
+    return y.view(*x.shape[:-1], -1)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
+    if x.is_cuda or not _reads_once(x, rows=64 if x.dtype.itemsize == 2 else 1):
+        return nn.functional.linear(x, weight, bias)
+    # On the CPU torch reads 16-bit weights 1.5 times as fast where they come first: as matrix times vector, or times
+    # the rows as columns.
+    if _reads_once(x):
+        y = torch.ops.llama_flex.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+    else:
+        y = torch.mm(weight, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+def _reads_once(x: Tensor, rows: int = 1) -> bool:
+    """Tell whether a product has so few rows and is compiled: then it takes as long as reading the weights."""
+    return x.shape[:-1].numel() <= rows and torch.compiler.is_compiling() and not torch.is_grad_enabled()

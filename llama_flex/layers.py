@@ -1,0 +1,124 @@
+"""The layers of LLaMA (Touvron et al., arXiv:2302.13971): norm, product, grouped-query attention, SwiGLU, block.
+
+Dimension letters, here and in the whole package:
+B batch, T query tokens, S slots (keys), H query heads, K key/value heads, D head dim, E hidden size, F MLP size,
+V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionMetadata, attend
+from .cache import write_kv
+from .config import LlamaConfig
+from .interp.hook_points import Hook, identity
+from .kernels import linear
+from .rope import Rotary, apply_rotary_emb
+
+KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (arXiv:1910.07467), computed in float32 or wider and rounded once."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A product with a weight `[out, in]`, the only place where weights are multiplied.
+
+    parts: the sizes of the matrices that the weight holds one below the other, such as those of q, k and v.
+    """
+
+    def __init__(
+        self, in_features: int, parts: Sequence[int], bias: bool = False, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(in_features, sum(parts), bias=bias, device=device)
+        self.parts = tuple(parts)
+
+    def forward(
+        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
+    ) -> Tensor:
+        """Return residual + weight @ norm(x) + bias, `[B, T, in]` -> `[B, T, out]`.
+
+        gated: SwiGLU (arXiv:2002.05202), silu(gate) * up of the product's halves, `[B, T, out / 2]`. What comes before
+        and after the product is given here because one kernel may compute it all.
+        """
+        if linear.is_fused(x):
+            norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            return linear.fused(x, self.weight, self.bias, norm_weight, eps, residual, gated)
+        y = linear.product(x if norm is None else norm(x), self.weight, self.bias)
+        if gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = nn.functional.silu(gate) * up
+        return y if residual is None else residual + y
+
+
+class Attention(nn.Module):
+    """Pre-norm grouped-query attention (arXiv:2305.13245) with residual: x + o(attend(qkv(norm(x))))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        parts = [heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        self.qkv = Linear(config.hidden_size, parts, config.attention_bias)
+        self.o = Linear(parts[0], [config.hidden_size], config.attention_bias)
+
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries `[B, H, T, D]`, keys and values `[B, K, T, D]`, queries and keys rotated."""
+        heads = self.qkv(x, norm=self.norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return apply_rotary_emb(q, *rotary), apply_rotary_emb(k, *rotary), v
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
+        """Attend from x `[B, T, E]` to the slots of kv, or to its own tokens, and add the result to x."""
+        assert metadata.rotary is not None
+        projected = zip("qkv", self.project(x, metadata.rotary), strict=True)
+        q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in projected)
+        if kv is not None and metadata.slots is not None:
+            k, v = write_kv(kv, metadata.slots, k, v)  # [B, K, S, D]
+        z = hook("z", attend(q, k, v, metadata).transpose(1, 2))  # [B, T, H, D]
+        return self.o(z.flatten(2), residual=x)
+
+
+class MLP(nn.Module):
+    """Pre-norm SwiGLU with residual: x + down(silu(gate(norm(x))) * up(norm(x)))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate_up = Linear(config.hidden_size, [config.intermediate_size] * 2, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, [config.hidden_size], config.mlp_bias)
+
+    def forward(self, x: Tensor, hook: Hook = identity) -> Tensor:
+        """Add to x `[B, T, E]`."""
+        hidden = hook("mlp_post", self.gate_up(x, norm=self.norm, gated=True))  # [B, T, F]
+        return self.down(hidden, residual=x)
+
+
+class Block(nn.Module):
+    """One layer: attention, then MLP. hook: reads and changes the tensors at `hook_points.HOOK_POINTS`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
+        x = hook("resid_pre", x)
+        x = hook("resid_mid", self.attention(x, metadata, kv, hook))
+        return hook("resid_post", self.mlp(x, hook))

@@ -1,0 +1,180 @@
+"""From a predicate over tokens to the block lists that FlexAttention needs.
+
+Dimensions: B batch, H heads, T query tokens, S slots; Tb, Sb blocks of them; P pages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from ..tokens import Token, Tokens, arange, each_cell, take
+
+BLOCK = 128  # slots and query rows per block of a BlockMask
+# Cells of the mask evaluated at once when its blocks are classified; bounds the memory of a long forward.
+_CELLS_AT_ONCE = 2**24
+
+Predicate: TypeAlias = Callable[[Token, Token], Tensor]  # of one query and one key: a boolean without dimensions
+
+
+class Sparsity(NamedTuple):
+    """How many blocks of a mask are full, partial and empty. Empty ones cost nothing; full ones skip the predicate."""
+
+    full: int
+    partial: int
+    empty: int
+
+    @property
+    def computed(self) -> float:
+        """The fraction of blocks that attention computes."""
+        return (self.full + self.partial) / sum(self)
+
+    def __str__(self) -> str:
+        return f"{self.full} full, {self.partial} partial, {self.empty} empty blocks: {self.computed:.1%} computed"
+
+
+class BlockLists(NamedTuple):
+    """The blocks that FlexAttention computes, by the names of its BlockMask.
+
+    kv_num_blocks int32 `[B, 1 or H, Tb]`, kv_indices int32 `[B, 1 or H, Tb, Sb]`: of each row of blocks how many need
+    the predicate, and which; full_...: those allowed as a whole, None if they are listed with the others. ...q...: the
+    same by blocks of slots, for a backward pass.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor | None
+    full_kv_indices: Tensor | None
+    q_num_blocks: Tensor | None = None
+    q_indices: Tensor | None = None
+    full_q_num_blocks: Tensor | None = None
+    full_q_indices: Tensor | None = None
+
+
+class PageTable(NamedTuple):
+    """Where the blocks of slots of each row lie in a pool of pages, and back.
+
+    page_table: int32 `[B, Sb]`, the page of each block; blocks without one have the last page, which takes padding.
+    physical_to_logical: int32 `[B, P]`, the block of a row's slots that a page holds, -1 if it holds none.
+    """
+
+    page_table: Tensor
+    physical_to_logical: Tensor
+
+    def slot_of(self, row: Tensor, place: Tensor) -> Tensor:
+        """Return the slot of a row that lies at a place of the pool, negative if none does."""
+        return take(self.physical_to_logical, row, place // BLOCK) * BLOCK + place % BLOCK
+
+    def translate(self, lists: BlockLists) -> BlockLists:
+        """Turn lists of blocks of slots into lists of pages, with room for all pages, as FlexAttention requires."""
+        room = self.physical_to_logical.shape[1] - self.page_table.shape[1]
+
+        def pages(blocks: Tensor) -> Tensor:
+            table = self.page_table[:, None, None].expand(*blocks.shape[:3], -1)
+            return torch.nn.functional.pad(table.gather(-1, blocks.long()), (0, max(room, 0)))
+
+        full = None if lists.full_kv_indices is None else pages(lists.full_kv_indices)
+        return BlockLists(lists.kv_num_blocks, pages(lists.kv_indices), lists.full_kv_num_blocks, full)
+
+    def gather(self, pool: Tensor) -> Tensor:
+        """Copy the slots of every row, `[B, K, S, D]`, out of a pool `[1, K, P * 128, D]`; zeros where no page is."""
+        b, blocks = self.page_table.shape
+        slots = torch.arange(blocks * BLOCK, device=pool.device).expand(b, -1)
+        found = pool[0][:, slot_mapping(self.page_table, slots)].transpose(0, 1)
+        missing = (self.page_table == self.physical_to_logical.shape[1] - 1).repeat_interleave(BLOCK, dim=1)
+        return found.masked_fill_(missing[:, None, :, None], 0)  # padding may be NaN
+
+
+def slot_mapping(page_table: Tensor, slots: Tensor) -> Tensor:
+    """Return where slots `[B, T]` lie in the pool, int64 `[B, T]`; page_table: see `PageTable`."""
+    return page_table.gather(1, slots.long() // BLOCK).long() * BLOCK + slots % BLOCK
+
+
+def evaluate_cells(
+    allows: Predicate, q: Tokens, kv: Tokens, num_heads: int, rows: Tensor | None = None, slots: Tensor | None = None
+) -> Tensor:
+    """Evaluate a predicate for queries q and slots kv: booleans `[B, 1 or H, T, S]`, H only if it looks at heads."""
+    cells = each_cell(allows, q, kv, arange(num_heads, q), rows, slots)
+    return cells if cells.stride(1) else cells[:, :1]
+
+
+def classify_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Tell which blocks of query rows and slots are full, and which allow anything: `[B, 1 or H, Tb, Sb]` both.
+
+    Padding among the queries keeps no block from being full: nobody reads what it sees.
+    """
+    (b, t), s = q.index.shape, kv.index.shape[1]
+    rows_per_block = min(t, BLOCK)  # a decoding step has one row, and evaluates one
+    # Rows and slots that only fill up the last block repeat the last real one, which changes no `any` or `all`.
+    rows = arange(-(-t // rows_per_block) * rows_per_block, q).clamp(max=t - 1)
+    slots = arange(-(-s // BLOCK) * BLOCK, q).clamp(max=s - 1)
+    whole = arange(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: it needs its bounds
+    kinds = []
+    at_once = max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block
+    # Compiled, cells are never in memory.
+    for part in [rows] if torch.compiler.is_compiling() else rows.split(at_once):
+        cells = evaluate_cells(allows, q, kv, num_heads, part, slots)
+        blocks = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
+        padding = (q.index[:, part] < 0).reshape(len(q.index), 1, -1, rows_per_block, 1)
+        some = blocks.any(5).any(3)
+        kinds.append(((blocks.all(5) | padding).all(3) & whole & some, some))
+    full, some = (torch.cat(kind, dim=2) for kind in zip(*kinds, strict=True))
+    return full, some
+
+
+def list_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int, together: bool = False) -> BlockLists:
+    """List the blocks of queries q against slots kv, exactly. together: list full blocks as partial ones.
+
+    Only tensor operations, so it can be part of a compiled step: no host synchronisation, no Python branch on a value,
+    static shapes.
+    """
+    full, some = classify_blocks(allows, q, kv, num_heads)
+    kv_num_blocks, kv_indices = _indices(some if together else some & ~full)
+    # A row of blocks with none listed is NaN in the compiled CPU kernel, so it lists one, for mask_mod to mask
+    # (`attention.build_attention_metadata` knows rows that nobody reads). Not a row with full blocks: a block in both
+    # lists would count twice.
+    kv_num_blocks = kv_num_blocks.masked_fill(~some.any(-1), 1)
+    if together:
+        return BlockLists(kv_num_blocks, kv_indices, None, None)
+    lists = BlockLists(kv_num_blocks, kv_indices, *_indices(full))
+    if not (torch.is_grad_enabled() and full.is_cuda):
+        return lists
+    by_slots = (_indices(x.transpose(-1, -2)) for x in (some & ~full, full))
+    return BlockLists(*lists[:4], *itertools.chain(*by_slots))
+
+
+def make_block_mask(
+    allows: Predicate, q: Tokens, kv: Tokens, lists: BlockLists, pages: PageTable | None = None
+) -> BlockMask:
+    """Make the FlexAttention BlockMask of queries q against slots kv of their block lists. pages: where the slots lie,
+    if not in their order; the lists are of pages then."""
+    length = kv.index.shape[1] if pages is None else pages.physical_to_logical.shape[1] * BLOCK
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        if pages is None:
+            return allows(Token(q, b, h, q_idx), Token(kv, b, h, kv_idx))
+        slot = pages.slot_of(b, kv_idx)
+        return (slot >= 0) & allows(Token(q, b, h, q_idx), Token(kv, b, h, slot.clamp(min=0)))
+
+    return BlockMask((q.index.shape[1], length), *lists, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
+
+
+def _indices(listed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of listed blocks in each row and their indices: int32 `[B, H, Tb]` and `[B, H, Tb, Sb]`."""
+    return listed.sum(-1, dtype=torch.int32), first_true(listed, listed.shape[-1]).to(torch.int32)
+
+
+def first_true(flags: Tensor, count: int) -> Tensor:
+    """Return the indices of the first `count` true flags along the last dimension, then zeros: `[..., count]`."""
+    size = flags.shape[-1]
+    index = torch.arange(size, device=flags.device).expand(flags.shape)
+    if count == 1:  # decoding: a reduction is 10 us faster on a GPU
+        first = torch.where(flags, index, size).amin(-1, keepdim=True)
+        return first.masked_fill(first == size, 0)
+    rank = torch.where(flags, flags.cumsum(-1) - 1, count).clamp(max=count)  # count: not wanted
+    return index.new_zeros(*flags.shape[:-1], count + 1).scatter(-1, rank, index)[..., :count]

@@ -1,0 +1,71 @@
+"""Check the tensors that callers give to `Llama.forward`, and warn of texts beyond the model's context."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .arguments import whole_number
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_inputs(
+    input_ids: Tensor,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+    segments: Tensor | None,
+    logits_to_keep: int,
+    vocab_size: int,
+) -> None:
+    """Raise ValueError unless the arguments of `Llama.forward` fit each other and the vocabulary."""
+    if not _holds(input_ids, torch.int32, torch.int64) or input_ids.dim() != 2 or not input_ids.numel():
+        rule = "input_ids must be a tensor of integers [batch, tokens] with at least one token"
+        raise ValueError(f"{rule}, such as torch.tensor([[1, 2, 3]]), found {_described(input_ids)}")
+    b, t = input_ids.shape
+    # On a GPU ids are not looked at: that would have to wait.
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = int(input_ids.min()), int(input_ids.max())
+        if least < 0 or most >= vocab_size:
+            raise ValueError(f"token id {least if least < 0 else most} is outside the vocabulary of {vocab_size} ids")
+    for argument, value, shape in (
+        ("lengths", lengths, (b,)),
+        ("positions", positions, (b, t)),
+        ("segments", segments, (b, t)),
+    ):
+        if value is not None and not (_holds(value, *_INTEGERS) and value.shape == shape):
+            rule = f"{argument} must be a tensor of integers {list(shape)} to fit input_ids"
+            raise ValueError(f"{rule}, found {_described(value)}")
+    if lengths is not None and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
+        raise ValueError(f"lengths must be from 0 to the {t} tokens given, found {lengths.tolist()}")
+    if not 0 <= whole_number("logits_to_keep", logits_to_keep) <= t:
+        raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
+
+
+def warn_beyond_context(total: int, context: int) -> None:
+    """Warn, at the caller's line, of a sequence of `total` tokens, which is longer than the model's context."""
+    stack = enumerate(traceback.walk_stack(sys._getframe()), 1)  # torch's modules, more of them with hooks
+    level = next((n for n, (frame, _) in stack if not _is_ours_or_torchs(frame.f_globals)), 1)
+    warnings.warn(
+        f"{total} tokens are more than the {context} that the model was made for (max_position_embeddings); "
+        "what it predicts there may be of no use",
+        stacklevel=level,
+    )
+
+
+def _is_ours_or_torchs(module: Mapping[str, Any]) -> bool:
+    return str(module.get("__name__")).partition(".")[0] in ("llama_flex", "torch")
+
+
+def _holds(value: object, *kinds: torch.dtype) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dtype in kinds
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
