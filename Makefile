@@ -1,11 +1,11 @@
-# make generate [PROMPT=...] [MODEL=...]: streamed text from a real model.   make test: the test suite.
+# make generate [PROMPT=...] [MODEL=...]: streamed text from a real model.   make test: the tests, in minutes.   make test-all: all of them.
 PYTHON ?= python3
 PROMPT ?= Explain in two sentences why the sky is blue.
 MODEL ?= weights/SmolLM2-135M-Instruct
 DEMO := weights/SmolLM2-135M-Instruct
 BIN := .venv/bin
 
-.PHONY: generate test lint weights clean
+.PHONY: generate test test-all lint weights clean
 
 generate: .venv/.tools
 	@if [ "$(MODEL)" = "$(DEMO)" ]; then $(BIN)/python -m tools.fetch_smollm2; fi
@@ -14,7 +14,10 @@ generate: .venv/.tools
 export PROMPT
 
 test: .venv/.test weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+test-all: test
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "exhaustive and not slow"
 
 weights: .venv/.tools
 	@$(BIN)/python -m tools.fetch_smollm2
@@ -24,6 +27,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -6,132 +6,23 @@ multiple of K; N packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from .kernels.flex_attention import kernel_options, padded_group, run_eager
-from .masks.block_mask import BlockLists, PageTable
-from .masks.mask import Mask
+from .masks.block_mask import BlockLists, list_pages
+from .masks.layout import PackedRows, PageTable
+from .masks.plan import LayerAttention
 from .masks.scores import ScoreMod
 from .rope import Rotary
 from .tokens import Token, Tokens
 
 Backend: TypeAlias = Literal["flex", "dense"]
-
-
-class LayerAttention(NamedTuple):
-    """How one layer attends: its mask, and its score function, if it has one."""
-
-    mask: Mask
-    score_mod: ScoreMod | None = None
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """The distinct ways in which a model's layers attend, and which of them each layer has, `[L]`."""
-
-    variants: tuple[LayerAttention, ...]
-    of_layer: tuple[int, ...]
-
-    @classmethod
-    def make(
-        cls,
-        mask: Mask | Sequence[Mask | None] | None,
-        score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
-        *,
-        default: Mask,
-        cache_mask: Mask | None,
-        num_layers: int,
-        device: torch.device,
-    ) -> AttentionPlan:
-        """Plan from one mask and score function for all layers, or one each; equal ones are computed once for all.
-
-        default: instead of no mask. cache_mask: added to every mask. Tensors they capture are moved to `device`.
-        Raises ValueError for what is no mask or score function, and for another number of them than of layers.
-        """
-        each_mask = _of_each_layer(mask, Mask, "mask", num_layers)
-        each_score_mod = _of_each_layer(score_mod, ScoreMod, "score_mod", num_layers)
-        # Tried on one token, so that a function's fault is not reported by a compiler.
-        token = Tokens.arriving(1).map(lambda x: x.to(device))
-        score = torch.zeros(1, 1, 1, 1, device=device)
-        variants: dict[Hashable, LayerAttention] = {}
-        of_layer = []
-        for m, s in zip(each_mask, each_score_mod, strict=True):
-            m = m or default
-            key = m.identity(), s and s.identity()
-            if key not in variants:
-                m = m if cache_mask is None else m & cache_mask
-                variants[key] = variant = LayerAttention(m.to(device), s and s.to(device))
-                variant.mask.dense(token, token, 1)
-                if variant.score_mod is not None:
-                    variant.score_mod.dense(score, token, token)
-            of_layer.append(list(variants).index(key))
-        return cls(tuple(variants.values()), tuple(of_layer))
-
-    @cached_property
-    def structure(self) -> Hashable:
-        """What a compiled graph depends on; see `CapturingFunction.structure`."""
-        functions = (function for variant in self.variants for function in variant)
-        return self.of_layer, tuple(function and function.structure() for function in functions)
-
-    def check_last_token(self, tokens: Tokens, num_heads: int) -> None:
-        """Raise FunctionError for a mask or score function that fails where the last of tokens `[B, T]` is the query,
-        such as by a table that is too short.
-
-        Runs on the CPU: on a GPU, an index out of bounds would be the end of the process.
-        """
-        tokens = tokens.map(lambda x: x.cpu())
-        at = tokens.index.argmax(1, keepdim=True)
-        last = tokens.map(lambda x: x.gather(1, at))
-        for mask, score_mod in self.variants:
-            mask.to("cpu").dense(last, tokens, num_heads)
-            if score_mod is not None:
-                scores = torch.zeros(len(at), num_heads, 1, tokens.index.shape[1])
-                score_mod.to("cpu").dense(scores, last, tokens)
-
-
-def _of_each_layer(value: Any, kind: type, name: str, num_layers: int) -> list[Any]:
-    each = list(value) if isinstance(value, list | tuple) else [value] * num_layers
-    if len(each) != num_layers:
-        raise ValueError(f"{len(each)} {name}s for {num_layers} layers; give one, or one each")
-    for function in each:
-        if function is not None and not isinstance(function, kind):
-            found = type(function).__name__
-            raise ValueError(f"{name} must be a {kind.__name__}, found {found}; {kind.__name__}(function) is one")
-    return each
-
-
-class PackedRows(NamedTuple):
-    """Tokens of rows in one row, without most of the padding, as all but attention takes them; N of B * T.
-
-    token_indices: int64 `[N]`, which tokens of the rows: the real ones, and padding if there are fewer than N.
-    inverse_indices: int64 `[B, T]`, where each is among the N; arbitrary for padding.
-    """
-
-    token_indices: Tensor
-    inverse_indices: Tensor
-
-    @staticmethod
-    def of(token_indices: Tensor, shape: tuple[int, int]) -> PackedRows:
-        """Make one of `token_indices` and the shape `(B, T)` of the rows."""
-        number = torch.arange(len(token_indices), device=token_indices.device)
-        inverse = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=token_indices.device)
-        return PackedRows(token_indices, inverse.scatter(0, token_indices, number).view(shape))
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Pack `[B, T, ...]` into `[1, N, ...]`."""
-        return x.flatten(0, 1)[self.token_indices][None]
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """Lay `[1, N, ...]` out as `[B, T, ...]`. Padding positions hold arbitrary values."""
-        return x[0, self.inverse_indices]
 
 
 class AttentionMetadata(NamedTuple):
@@ -177,7 +68,7 @@ def build_attention_metadata(
     # Rows of padding visit nothing. On a CPU they are NaN then, in padding and in the last page, which nobody reads.
     padding = (q.index < 0).all(1)[:, None, None]
     lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
-    return AttentionMetadata(attention, q, kv, pages.translate(lists), pages, packed)
+    return AttentionMetadata(attention, q, kv, list_pages(lists, pages), pages, packed)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -209,7 +100,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     if decoding and padded != group and visible.kv_num_blocks.shape[1] == 1:
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
         score_mod = _score_mod(metadata, pages, lambda h: h // padded * group + (h % padded).clamp(max=group - 1))
-    with nullcontext() if torch.compiler.is_compiling() else run_eager(_described(attention)):
+    with nullcontext() if torch.compiler.is_compiling() else run_eager(attention.described):
         out = flex_attention(
             q,
             k,
@@ -262,7 +153,3 @@ def _score_mod(
         return function.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, slot))
 
     return score_mod
-
-
-def _described(attention: LayerAttention) -> str:
-    return " or ".join(function.described for function in attention if function is not None)

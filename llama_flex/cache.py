@@ -11,37 +11,18 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .config import Dimensions
-from .masks.block_mask import BLOCK, PageTable, first_true
+from .masks.block_mask import first_true
+from .masks.layout import BLOCK, PageTable
 from .masks.library import sink, sliding_window
 from .masks.mask import Mask
-from .tokens import Tokens, selection
+from .masks.selection import selection
+from .tokens import Tokens
 from .usercode.arguments import whole_number, whole_numbers
-
-
-class SlotCache(Protocol):
-    """What a step needs of a cache, contiguous or paged.
-
-    layers: each layer's keys and values. tokens: the attributes of what the slots of a row hold. pages: where the slots
-    lie, if not in their order. token_indices: of packed tokens, see `attention.PackedRows`.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    max_length: int
-    token_indices: Tensor | None
-
-    @property
-    def length(self) -> Tensor: ...
-    @property
-    def tokens(self) -> Tokens: ...
-    @property
-    def pages(self) -> PageTable | None: ...
-    def append(self, tokens: Tokens) -> Tensor: ...
 
 
 class Cache:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import config_rules, files
-from .checkpoint.config_rules import ConfigError, is_number, read_json, require_size, token_ids
-from .checkpoint.rope_parameters import RopeParameters
-
-MAX_LAYERS = 512  # making the modules of so many takes a second
-MAX_WEIGHTS = 2**48  # numbers in one matrix; with more, counting bytes would overflow
+from .checkpoint import config_rules
+from .checkpoint.config_rules import ConfigError, token_ids
+from .checkpoint.rope_scaling import RopeParameters
 
 
 class Architecture(NamedTuple):
@@ -79,48 +74,12 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.model_type not in ARCHITECTURES:
             raise ConfigError(f"model_type {self.model_type!r} is not supported; known: {', '.join(ARCHITECTURES)}")
-        heads = self.num_attention_heads
         if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", heads)
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            require_size(name, getattr(self, name))
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
-            if self.hidden_size % heads:
-                raise ConfigError(
-                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; give head_dim "
-                    "explicitly"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // heads)
-        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-            require_size(name, getattr(self, name))
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "is_causal"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, found {getattr(self, name)!r}")
-        if heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+            object.__setattr__(self, "head_dim", config_rules.derived_head_dim(self))
+        config_rules.check_values(self, self._unread)
         self.rope_parameters.check(self.head_dim)
-        if self.sliding_window is not None:
-            require_size("sliding_window", self.sliding_window)
-        for name in self._unread:
-            if getattr(self, name):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not supported for model_type {self.model_type!r}")
-        if not is_number(self.rms_norm_eps) or not 0 <= self.rms_norm_eps < math.inf:
-            raise ConfigError(f"rms_norm_eps must be a number of at least 0, found {self.rms_norm_eps!r}")
-        token_ids("eos_token_id", self.eos_token_id)
-        for name in ("bos_token_id", "pad_token_id"):
-            if type(getattr(self, name)) not in (int, type(None)):
-                raise ConfigError(f"{name} must be a token id, found {getattr(self, name)!r}")
-        if self.num_hidden_layers > MAX_LAYERS:
-            raise ConfigError(f"num_hidden_layers={self.num_hidden_layers} is more than {MAX_LAYERS}")
-        if not isinstance(self.dtype, str | None):
-            raise ConfigError(f"dtype must be a name, found {self.dtype!r}")
-        rows = max(self.vocab_size, 2 * self.intermediate_size, (heads + 2 * self.num_key_value_heads) * self.head_dim)
-        if rows * self.hidden_size > MAX_WEIGHTS:
-            raise ConfigError(f"a weight of {rows} x {self.hidden_size} numbers is more than any memory holds")
 
     @property
     def _unread(self) -> tuple[str, ...]:
@@ -135,17 +94,8 @@ class LlamaConfig:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LlamaConfig:
         """Read `folder/config.json`. Raises ConfigError naming what is malformed or not supported."""
-        folder = Path(folder)
-        path = folder / "config.json"
-        if not folder.is_dir():
-            raise ConfigError(
-                f"{folder}: is a file; give the folder that holds config.json"
-                if folder.exists()
-                else f"{path}: no such file, nor its folder; give one that holds config.json"
-            )
-        if not os.path.lexists(path):
-            raise ConfigError(f"{path}: no such file{files.what_it_is(files.names_in(folder))}")
-        raw = read_json(path)
+        path = Path(folder) / "config.json"
+        raw = config_rules.read_config(path)
         try:
             return cls.from_dict(raw)
         except (ValueError, RecursionError) as error:

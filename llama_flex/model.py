@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import masks, weights
-from .attention import AttentionMetadata, AttentionPlan, Backend, LayerAttention, PackedRows, build_attention_metadata
-from .cache import Cache, SlotCache
+from .attention import AttentionMetadata, Backend, build_attention_metadata
+from .cache import Cache
 from .checkpoint import hub, saving
 from .checkpoint.generation_config import GenerationConfig
 from .config import Dimensions, LlamaConfig
@@ -22,12 +22,14 @@ from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
 from .layers import Block, Linear, RMSNorm
+from .masks.layout import PackedRows, SlotCache
 from .masks.mask import Mask
+from .masks.plan import AttentionPlan, LayerAttention
 from .masks.scores import ScoreMod
 from .rope import RotaryEmbedding
 from .tokens import Tokens
 from .usercode.arguments import model_device, whole_number
-from .usercode.inputs import check_inputs, warn_beyond_context
+from .usercode.inputs import check_cache, check_inputs, warn_beyond_context
 
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step, as `run_eager` does: its name, a function, its arguments
 
@@ -180,15 +182,6 @@ class Llama(nn.Module):
         slots = sinks + window - 1 + largest_append
         return Cache(self.dims, batch_size, slots, window=window, sinks=sinks, dtype=self.dtype, device=self.device)
 
-    def bytes_per_step(self, contexts: Sequence[int]) -> int:
-        """Count the bytes that a decoding step must read: all weights once (of an untied embedding next to nothing),
-        and the keys and values of every sequence, whose lengths are given."""
-        read = sum(p.nbytes for p in self.parameters())
-        read -= 0 if self.config.tie_word_embeddings else self.embed.weight.nbytes
-        window = self.config.sliding_window
-        seen = sum(n if window is None else min(n, window) for n in contexts)
-        return read + self.dims.kv_numbers_per_token * self.dtype.itemsize * seen
-
     def forward(
         self,
         input_ids: Tensor,
@@ -230,12 +223,13 @@ class Llama(nn.Module):
             self.check_cache(cache, b)
         plan = self.attention_plan(mask, score_mod, cache)
         if score_mod is not None and not torch.compiler.is_compiling():
-            self._check_last_token(plan, t, positions, segments, cache)
+            start = 0 if cache is None else int(cache.length.max())
+            plan.check_new_tokens(t, positions, segments, start, self.dims.num_heads)
         captures = as_tuple(capture, Capture, "capture")
         probes = self.probes(captures, edit, b)
         input_ids = input_ids.to(self.device)
         if (cache is None or cache.window is None) and not torch.compiler.is_compiling():
-            self._warn_beyond_context(t, lengths, cache)
+            warn_beyond_context(t, lengths, cache, self.config.max_position_embeddings, self.device)
         if cache is not None:
             end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
             if self.rotary.limit is not None and int(end.max()) > self.rotary.limit:
@@ -353,31 +347,7 @@ class Llama(nn.Module):
         """Raise ValueError for what is no cache, and for one of another batch size or another model."""
         if not isinstance(cache, Cache):
             raise ValueError(f"cache must be made with model.new_cache, found {type(cache).__name__}")
-        if cache.batch_size != batch_size:
-            raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}; give one row each")
-        dims, (keys, _) = self.dims, cache.layers[0]
-        mine = (dims.num_layers, dims.num_kv_heads, dims.head_dim, self.dtype, self.device)
-        other = (len(cache.layers), keys.shape[1], keys.shape[3], keys.dtype, keys.device)
-        if mine != other:
-            raise ValueError(f"the cache is of another model ({other}, not {mine}); make it with model.new_cache")
-
-    def _check_last_token(
-        self, plan: AttentionPlan, count: int, positions: Tensor | None, segments: Tensor | None, cache: Cache | None
-    ) -> None:
-        column = torch.arange(count, dtype=torch.int32)[None]
-        index = column + (0 if cache is None else int(cache.length.max()))
-        tokens = Tokens(index, index if positions is None else positions, 0 * index if segments is None else segments)
-        rows = max(len(x) for x in tokens)
-        plan.check_last_token(tokens.map(lambda x: x.expand(rows, -1)), self.dims.num_heads)
-
-    def _warn_beyond_context(self, count: int, lengths: Tensor | None, cache: Cache | None) -> None:
-        context = self.config.max_position_embeddings
-        total = count if cache is None else cache.reserved + count
-        if total > context and (lengths is not None or self.device.type == "cpu"):  # padding may be among them
-            held = 0 if cache is None else (cache.tokens.index >= 0).sum(1)
-            total = int((held + (torch.tensor(count) if lengths is None else lengths)).max())
-        if total > context:
-            warn_beyond_context(total, context)
+        check_cache(cache, self.dims, batch_size, self.dtype, self.device)
 
 
 def last_tokens(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:

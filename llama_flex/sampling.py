@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint.generation_config import GenerationConfig
+from .kernels.noise import gumbel, signed
 
 _MOST = torch.finfo(torch.float32).max
 
@@ -67,10 +68,7 @@ class Sampling:
         temperature, top_k, top_p and min_p mean nothing. Raises ValueError, saying whose it is, for a value outside its
         range.
         """
-        names = ("top_k", "top_p", "min_p", "temperature") if config.do_sample else ()
-        values = {n: getattr(config, n) for n in (*names, "repetition_penalty") if getattr(config, n) is not None}
-        if config.do_sample:
-            values = {"temperature": 1.0, "top_k": 50, **values}
+        values = config.sampling_values()
         given = {n: v for n, v in overrides.items() if v is not None}
         for name in values.keys() - given.keys():
             try:
@@ -118,7 +116,7 @@ def with_seed(sampling: Sampling, plus: int = 0) -> Sampling:
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a Sampling, such as Sampling(temperature=0.8), not {sampling!r}")
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-    return replace(sampling, seed=_signed((seed + plus) % 2**64))
+    return replace(sampling, seed=signed((seed + plus) % 2**64))
 
 
 def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -132,7 +130,7 @@ def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None
     token = _argmax(filtered)
     if p.temperature is not None and p.seed is not None:
         # Gumbel-max: argmax(logit + Gumbel) is distributed as softmax(logit).
-        token = torch.where(p.temperature == 0, token, _argmax(filtered + _gumbel(p.seed, step, logits.shape[-1])))
+        token = torch.where(p.temperature == 0, token, _argmax(filtered + gumbel(p.seed, step, logits.shape[-1])))
     return token, logprob_of(logits, token)
 
 
@@ -186,24 +184,3 @@ def _argmax(x: Tensor) -> Tensor:
     shared by many programs, where argmax of a single row is left to one: 24 us of a decoded token."""
     index = torch.arange(x.shape[-1], device=x.device)
     return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1] - 1).amin(-1)
-
-
-def _gumbel(seed: Tensor, step: Tensor, size: int) -> Tensor:
-    """Return standard Gumbel noise `[B, size]`, float32, from counters."""
-    stream = _mix(_mix(seed) + step)[:, None]
-    bits = _mix(stream + torch.arange(size, device=seed.device)) & 0xFFFFFFFF
-    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)  # float32 would round up to 1: noise -inf
-    # -log1p(-u) is exponential, and exact where it is small, which is where the largest noise comes from.
-    return -(-torch.log1p(-uniform)).log()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Mix int64 by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); they wrap around as uint64 does."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value

@@ -6,13 +6,13 @@ batches, eager and compiled. Dimensions: B batch, H heads, T tokens (queries), S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .usercode.captured import CapturingFunction
+from .usercode.captured import CapturingFunction, name_of
 from .usercode.errors import FunctionError, diagnose
 
 
@@ -106,82 +106,6 @@ class TokenFunction(CapturingFunction):
         return answer.reshape(())
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """Return a function's name."""
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
 def take(table: Tensor, *at: Tensor) -> Tensor:
     """Return `table[at]`, by the operator that a compiled step makes of `[]`; see `graphs.inductor`."""
     return torch.ops.aten.index(table, at)
-
-
-def arange(n: int, like: Tokens) -> Tensor:
-    """Return `0 .. n-1` on the device of `like`."""
-    return torch.arange(n, device=like.index.device)
-
-
-def each_cell(
-    function: Callable[..., Tensor],
-    q: Tokens,
-    kv: Tokens,
-    heads: Tensor,
-    rows: Tensor | None = None,
-    slots: Tensor | None = None,
-    scores: Tensor | None = None,
-) -> Tensor:
-    """Evaluate a function of a query and a key token for every cell, `[B, heads, rows, slots]`.
-
-    The function is called for one cell, as FlexAttention calls it, and torch.vmap makes one computation of that; a
-    dimension that the result does not depend on has stride 0. heads: which ones. rows, slots: which queries and keys
-    (default all). scores: of those cells; the function takes its cell's score first.
-    """
-
-    def cell(*at: Tensor) -> Tensor:
-        *score, batch, head, row, slot = at
-        return function(*score, Token(q, batch, head, row), Token(kv, batch, head, slot))
-
-    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
-        cell = torch.vmap(cell, in_dims=dims if scores is None else (0, *dims))
-    rows = arange(q.index.shape[1], q) if rows is None else rows
-    slots = arange(kv.index.shape[1], kv) if slots is None else slots
-    return cell(*([] if scores is None else [scores]), arange(len(q.index), q), heads, rows, slots)
-
-
-# A choice of tokens: indices, [N] for all rows or [B, N], or a function from all tokens to booleans [B, T]; None: all.
-Where: TypeAlias = Callable[[Tokens], Tensor] | Sequence[int] | Tensor | None
-
-
-def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Callable[[Tokens], Tensor]:
-    """Return a function from tokens to booleans `[B, T]`; it and this raise ValueError for what does not fit."""
-    if callable(where):
-
-        def by_attributes(tokens: Tokens) -> Tensor:
-            chosen, shape = where(tokens), tokens.index.shape
-            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != shape:
-                found = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
-                raise ValueError(f"the function that chooses tokens returned {found}, not booleans {list(shape)}")
-            return chosen
-
-        return by_attributes
-
-    what = "tokens are chosen by indices from 0, integers [N] or [B, N], or by a function"
-    try:
-        which = torch.as_tensor(where if isinstance(where, Tensor) else list(where))
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{what}, not {where!r}") from None
-    which = which if which.numel() else which.long()  # an empty list comes as floats
-    if which.dim() not in (1, 2) or which.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{what}, not {which.dtype} {list(which.shape)}")
-    if which.numel() and int(which.min()) < 0:
-        raise ValueError(f"{what}, not {int(which.min())}")
-
-    def by_index(tokens: Tokens) -> Tensor:
-        index, those = tokens.index, which.to(tokens.index.device)
-        if those.dim() == 1:
-            return torch.isin(index, those)
-        if len(those) not in (1, len(index)):
-            raise ValueError(f"tokens are chosen by indices [N] or [{len(index)}, N], not {list(those.shape)}")
-        return (index[:, :, None] == those[:, None]).any(-1)
-
-    return by_index

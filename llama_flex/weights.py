@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import shards
-from .checkpoint.config_rules import ConfigError
 from .checkpoint.shards import CheckpointError
 from .config import LlamaConfig
 
@@ -58,7 +55,7 @@ def load(
     """
     expected = {name: list(view.shape) for name, view in named_weights(model, config).items()}
     checkpoint = shards.find(folder, expected, tied=config.tie_word_embeddings)
-    model.to(dtype or _config_dtype(config, folder) or checkpoint.dtype).to_empty(device=device)
+    model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype).to_empty(device=device)
     places, sources = named_weights(model, config), checkpoint.sources
     for path in sorted({source.path for source in sources.values()}):
         with shards.opened(path) as file:
@@ -74,22 +71,4 @@ def load(
                 f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "
                 "set it to false there, or remove lm_head.weight"
             )
-    _warn_if_not_finite(places)
-
-
-def _config_dtype(config: LlamaConfig, folder: Path) -> torch.dtype | None:
-    if config.dtype is None:
-        return None
-    dtype = {str(d).removeprefix("torch."): d for d in DTYPES}.get(config.dtype)
-    if dtype is None:
-        raise ConfigError(f"{folder / 'config.json'}: dtype {config.dtype!r} is not supported; pass another")
-    return dtype
-
-
-def _warn_if_not_finite(tensors: Mapping[str, Tensor]) -> None:
-    # aminmax carries NaN through, needs no temporary, and the answers cross to the host together.
-    extremes = [torch.stack(t.aminmax()).isfinite().all() for t in tensors.values()]
-    finite: Iterable[bool] = torch.stack(extremes).tolist()
-    if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
-        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        warnings.warn(f"weights with NaN or infinity: {shown}", stacklevel=3)
+    shards.warn_if_not_finite(places)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEMO
+from helpers import DEMO
 
 from llama_flex import Llama, LlamaConfig
 from tools import bench, serving, training

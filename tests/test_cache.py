@@ -15,16 +15,16 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import compiled_forward
+from helpers import compiled_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, ScoreMod, masks
 from llama_flex.cache import Cache
-from llama_flex.faults import FunctionError
-from llama_flex.paging import PagedCache
-from llama_flex.rules import Token, Tokens
+from llama_flex.engine.paged_cache import PagedCache
+from llama_flex.tokens import Token, Tokens
+from llama_flex.usercode.errors import FunctionError
 
 VOCAB = 64
 CONTEXT = 192

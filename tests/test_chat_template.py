@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 
 from llama_flex import chat
-from llama_flex.chat import render_chat
+from llama_flex.text.chat import render_chat
 from llama_flex.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

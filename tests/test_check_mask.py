@@ -12,7 +12,7 @@ import torch
 
 from llama_flex import Mask, check, masks, scores
 from llama_flex.cache import Cache
-from llama_flex.check import Finding, check_mask
+from llama_flex.eval.check_mask import Finding, check_mask
 from tools import check_mask as tool
 
 short = functools.partial(check_mask, lengths=(1, 9), compile=False)

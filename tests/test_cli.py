@@ -25,9 +25,8 @@ from torch.torch_version import TorchVersion
 
 import llama_flex
 from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Sampling, Tokenizer, fuse, generate
-from llama_flex.compiling import Graphs
-from llama_flex.fusion import AnyPrompt
-from llama_flex.streaming import Steps
+from llama_flex.engine.fusion import AnyPrompt
+from llama_flex.engine.graphs import Graphs
 
 ROOT = Path(__file__).parent.parent
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]

@@ -6,14 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 from torch._inductor.exc import InductorError, LoweringException
 from torch.torch_version import TorchVersion
 
 from llama_flex import Engine, masks, scores
-from llama_flex.compiling import Graphs
-from llama_flex.faults import CompileError
-from llama_flex.linear import RMSNorm, gated, linear
+from llama_flex.engine.graphs import Graphs
+from llama_flex.layers import RMSNorm, gated, linear
+from llama_flex.usercode.errors import CompileError
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -219,7 +219,7 @@ def test_explain_says_what_ran(tiny_pair):
         "  the last query visits 1 of 9 blocks of 128 slots, 0 unmasked",
         "  the last query visits 2 of 9 blocks of 128 slots, 1 unmasked",
     ]
-    assert lines[-1].startswith(f"a step of 1 rows reads {model.bytes_per_step([204]) / 1e9:.3f} GB")
+    assert lines[-1].startswith(f"a step of 1 rows reads {bytes_per_step(model, [204]) / 1e9:.3f} GB")
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_flex import GenerationConfig, LlamaConfig
-from llama_flex.config import ConfigError
+from llama_flex.checkpoint.config_rules import ConfigError
 
 LLAMA3_SCALING = {
     "factor": 8.0,

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import TINY, VIEW_OF, attend_densely
+from helpers import TINY, VIEW_OF, attend_densely
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,9 +27,9 @@ from llama_flex import (
     masks,
     score,
 )
-from llama_flex.faults import CompileError
-from llama_flex.fusion import Prompt
-from llama_flex.streaming import NonFiniteLogitsError
+from llama_flex.engine.fusion import Prompt
+from llama_flex.engine.output import NonFiniteLogitsError
+from llama_flex.usercode.errors import CompileError
 
 BORDERS = (1, 127, 128, 129, 300, 511, 512, 513, 640, 900)  # around the chunks of 128 and 512 rows
 

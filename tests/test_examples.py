@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import DEMO
+from helpers import DEMO
 
 from llama_flex import Engine, Llama, Sampling, Tokenizer, masks
 

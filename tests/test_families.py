@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import compiled_forward
+from helpers import compiled_forward
 from families import CONTEXT, FAMILIES, SHAPES, TRAINED, WINDOW, tiny
 
 from llama_flex import Engine, Llama, LlamaConfig, fuse, masks
@@ -198,7 +198,7 @@ def test_fused_prompts_keep_the_window(twins):
 
 def test_a_step_reads_no_more_than_the_window(twins):
     _, model = twins("Mistral 7B v0.1")
-    assert model.bytes_per_step([WINDOW - 1]) < model.bytes_per_step([WINDOW]) == model.bytes_per_step([400])
+    assert bytes_per_step(model, [WINDOW - 1]) < bytes_per_step(model, [WINDOW]) == bytes_per_step(model, [400])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine, Ensemble, Prompt, Sampling, ScoreMod, Tokenizer, fuse, masks, scores
-from llama_flex.fusion import combined
+from llama_flex.engine.fusion import combined
 
 NEW = 40  # tokens generated where the reference is asked for the same
 PARAPHRASES = [

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_flex import GenerationConfig, Llama, LlamaConfig, Tokenizer, chat, weights
-from llama_flex.files import FolderError
+from llama_flex.checkpoint.files import FolderError
 
 CASES = int(os.environ.get("FUZZ_CASES", "250"))  # of each kind
 SECONDS = 1.0

@@ -5,12 +5,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TINY, compiled_forward
+from helpers import TINY, compiled_forward
 from test_training import compare_in_bfloat16, gradients, loss_of, random_ids, reference_gradients, relative
 
 from llama_flex import Capture, Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, edits, fuse, masks, score, scores
-from llama_flex.compiling import Graphs
-from llama_flex.linear import RMSNorm, gated, linear
+from llama_flex.engine.graphs import Graphs
+from llama_flex.layers import RMSNorm, gated, linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -287,7 +287,7 @@ def test_requests_of_many_kinds_get_what_they_get_alone_on_the_cpu(tiny_pair, na
             for request, expected in zip(submitted, alone, strict=True):
                 assert request.completion.tokens == expected.tokens
                 assert request.completion.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
-            assert engine.scheduler.pool.available == engine.scheduler.pool.count
+            assert engine.scheduler.block_manager.available == engine.scheduler.block_manager.count
 
 
 def test_requests_in_bfloat16_are_no_further_from_float64_than_dense_ones(tiny_pair):

@@ -19,7 +19,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 MODULES = [".".join(("llama_flex", *Path(name).with_suffix("").parts)).removesuffix(".__init__") for name in TREES]
 FORBIDDEN = ("transformers", "accelerate", "triton", "flash_attn", "xformers")
 CUDA_ONLY = "gemv.py"  # Triton comes with torch's CUDA builds; imported when a tensor on CUDA is there
-OF_EXTRAS = {"llama_flex.gemv", "llama_flex.lm_eval"}  # which import what the package alone does not have
+OF_EXTRAS = {"llama_flex.gemv", "llama_flex.eval.lm_eval"}  # which import what the package alone does not have
 
 
 def run(code: str) -> str:

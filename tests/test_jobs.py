@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llama_flex import jobs
-from llama_flex.engine import Completion
-from llama_flex.jobs import Job, Question, UsageError
+from llama_flex.cli.prompts_file import Job, Question, UsageError
+from llama_flex.engine.output import Completion
 
 DONE = Completion([5, 6], [-0.5, -1.5], "some text", "length")
 CUT = replace(DONE, finish_reason=None)

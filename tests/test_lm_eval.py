@@ -14,12 +14,12 @@ import lm_eval
 import pytest
 import torch
 import transformers
-from conftest import DEMO
+from helpers import DEMO
 from lm_eval.api.task import ConfigurableTask
 from test_scoring import reference_logprobs
 
 from llama_flex import Engine, GenerationConfig, Sampling, Tokenizer, masks
-from llama_flex.lm_eval import LlamaFlex
+from llama_flex.eval.lm_eval import LlamaFlex
 
 DOCUMENTS = [
     {"question": "The capital of France is", "choices": ["Paris", "London", "Rome"], "answer": 0},
@@ -282,15 +282,15 @@ def test_without_lm_eval_the_way_out_is_one_line(tmp_path):
     (tmp_path / "lm_eval").mkdir()
     (tmp_path / "lm_eval" / "__init__.py").write_text("")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "llama_flex.lm_eval", "--tasks", "x"]
+    command = [sys.executable, "-m", "llama_flex.eval.lm_eval", "--tasks", "x"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert re.fullmatch(
-        r"error: llama_flex.lm_eval needs lm-eval \(.*\): pip install 'llama_flex\[eval\]'\n", done.stderr
+        r"error: llama_flex.eval.lm_eval needs lm-eval \(.*\): pip install 'llama_flex\[eval\]'\n", done.stderr
     )
-    code = "import llama_flex.lm_eval"
+    code = "import llama_flex.eval.lm_eval"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "ImportError: llama_flex.lm_eval needs lm-eval" in done.stderr.splitlines()[-1]
+    assert "ImportError: llama_flex.eval.lm_eval needs lm-eval" in done.stderr.splitlines()[-1]
 
 
 def test_wrong_arguments_are_named(engine):
@@ -328,7 +328,7 @@ def command_line(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"q": "The capital of France is", "c": ["Paris", "London"]}\n')
 
     def run(model_args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "llama_flex.lm_eval", "--model", "llama_flex", "--tasks", "local"]
+        command = [sys.executable, "-m", "llama_flex.eval.lm_eval", "--model", "llama_flex", "--tasks", "local"]
         command += ["--device", "cpu", "--model_args", model_args, "--include_path", str(tmp_path)]
         environment = os.environ | {"HF_HOME": str(tmp_path)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from attn_gym import masks as gym
 from attn_gym.masks.document_mask import length_to_offsets
-from conftest import compiled_forward
+from helpers import compiled_forward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask, noop_mask
 
 from llama_flex import Mask, masks, scores
-from llama_flex.rules import Tokens
+from llama_flex.tokens import Tokens
 
 
 def tokens(index: torch.Tensor, segment: torch.Tensor | None = None) -> Tokens:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TINY, compiled_forward
+from helpers import TINY, compiled_forward
 
 from llama_flex import Llama, Mask, Tokenizer
-from llama_flex.rope import RopeParameters
+from llama_flex.checkpoint.rope_scaling import RopeParameters
 
 LENGTHS = (1, 127, 128, 129, 700)
 

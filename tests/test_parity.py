@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llama_flex import Engine, Llama, Tokenizer
-from llama_flex.weights import tensors_by_name
+from llama_flex.weights import named_weights
 from tools import parity
 
 TINY = ("random:tiny", "--device", "cpu", "--length", "40")
@@ -105,7 +105,7 @@ def test_weights_that_differ_are_named(folder, change, words):
     model = Llama.from_pretrained(folder, device="cpu")
     ids = torch.arange(40)[None]
     expected, *others = parity.Reference(folder, torch.float32, model.device).runs(ids)
-    change(tensors_by_name(model))
+    change(named_weights(model, model.config))
     assert re.match(words, parity.verdict(parity.compare(parity.walk(model, ids), expected, others)))
 
 
@@ -120,7 +120,7 @@ def test_what_is_not_finite_never_agrees(folder):
 
 def test_another_checkpoint_diverges(capsys, folder, tmp_path):
     model = Llama.from_pretrained(folder, device="cpu")
-    tensors_by_name(model)["model.layers.1.self_attn.o_proj.weight"].neg_()
+    named_weights(model, model.config)["model.layers.1.self_attn.o_proj.weight"].neg_()
     model.save_pretrained(tmp_path)
     arguments = (str(folder), *TINY[1:], "--against", str(tmp_path), "--no-compile")
     lines = printed(capsys, 1, *arguments).splitlines()

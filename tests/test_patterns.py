@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import TINY, compiled_forward, tiny_reference
+from helpers import TINY, compiled_forward, tiny_reference
 from torch._dynamo.utils import counters
 
 from llama_flex import Engine, Llama, Mask, ScoreMod, masks, scores
-from llama_flex.attention import Pattern, View, attend, view_of
-from llama_flex.masks import BlockLists
-from llama_flex.rules import Tokens
+from llama_flex.attention import LayerAttention, attend, build_attention_metadata
+from llama_flex.masks.block_mask import BlockLists
+from llama_flex.tokens import Tokens
 
 HEADS = TINY["gqa"]["num_attention_heads"]
 # Twice what the reference (eager, float32) differs by between a whole text of 140 tokens and its tokens one by one:
@@ -373,9 +373,9 @@ def test_each_layer_has_its_own_pattern(model):
     tokens = Tokens(torch.arange(60).int().expand(2, -1), text.positions.int(), text.segments.int())
     rotary = model.rotary(tokens)
     x = model.embed(text.input_ids)
-    for block, pattern in zip(model.blocks(), (Pattern(local), Pattern(far, cap)), strict=True):
-        x = block(x, rotary, pattern, view_of(pattern, tokens, tokens, HEADS, "dense"), None, None)
-    expected = torch.nn.functional.linear(model.norm(x), model.output_weight)
+    for block, pattern in zip(model.blocks(), (LayerAttention(local), LayerAttention(far, cap)), strict=True):
+        x = block(x, rotary, pattern, build_attention_metadata(pattern, tokens, tokens, HEADS, "dense"), None, None)
+    expected = torch.nn.functional.linear(model.norm(x), model.lm_head.weight)
     found = model(**text._asdict(), mask=[local, far], score_mod=[None, cap])
     close(found, expected)
     for mask, score_mod in (([far, local], [None, cap]), ([local, far], [cap, None]), ([local, far], None)):
@@ -450,13 +450,13 @@ def test_a_wrong_block_list_would_be_noticed():
     draws = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 300, 32, generator=draws) for heads in (8, 2, 2))
     everyone, mask = Tokens.arriving(300), masks.sliding_window(torch.tensor([150]))
-    pattern, lists = Pattern(mask), mask.block_lists(everyone, everyone, 8)
+    pattern, lists = LayerAttention(mask), mask.block_lists(everyone, everyone, 8)
 
     @torch.compile(fullgraph=True, dynamic=False)
     def compiled(q, k, v, *lists):
         return attend(q, k, v, pattern, View(everyone, everyone, BlockLists(*lists)))
 
-    expected = attend(q, k, v, pattern, view_of(pattern, everyone, everyone, 8, "dense"))
+    expected = attend(q, k, v, pattern, build_attention_metadata(pattern, everyone, everyone, 8, "dense"))
     assert lists[0].tolist() == [[[1, 2, 3]]]
     assert lists[2].tolist() == [[[0, 0, 0]]]
     torch.testing.assert_close(compiled(q, k, v, *lists), expected, rtol=0, atol=2e-6)

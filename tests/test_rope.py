@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from helpers import TINY
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from llama_flex import Engine, Llama, LlamaConfig, Tokens, rope
-from llama_flex.rope import RopeParameters, RotaryEmbedding
+from llama_flex.checkpoint.rope_scaling import RopeParameters
+from llama_flex.rope import RotaryEmbedding
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -137,7 +138,7 @@ def rotate_by_hand(x: torch.Tensor, positions: list[int], frequencies: list[floa
 
 
 def rotated(x: torch.Tensor, positions: list[int], inv_freq: torch.Tensor) -> torch.Tensor:
-    return rope.rotate(x, *rope.cos_sin(torch.tensor([positions]).expand(x.shape[0], -1), inv_freq))
+    return rope.apply_rotary_emb(x, *rope.cos_sin(torch.tensor([positions]).expand(x.shape[0], -1), inv_freq))
 
 
 def random_heads(head_dim: int, dtype: torch.dtype = torch.float32, tokens: int = len(POSITIONS)) -> torch.Tensor:
@@ -168,7 +169,7 @@ def interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return rope.rotate(x, cos, -sin)
+    return rope.apply_rotary_emb(x, cos, -sin)
 
 
 # ---- the checks, over the thing tested
@@ -227,12 +228,12 @@ def test_frequencies_are_the_definition_in_python_arithmetic(name, head_dim):
 
 @pytest.mark.parametrize(("name", "head_dim"), CASES)
 def test_cos_sin_and_rotation_have_the_references_bits_in_float32(name, head_dim):
-    check_rotation_has_the_references_bits(rope.rotate, parameters_of(name, head_dim), head_dim)
+    check_rotation_has_the_references_bits(rope.apply_rotary_emb, parameters_of(name, head_dim), head_dim)
 
 
 @pytest.mark.parametrize(("name", "head_dim"), [(name, d) for name in PARAMETERS for d in (4, 16, 64)])
 def test_rotation_turns_complex_numbers_in_float64(name, head_dim):
-    check_rotation_turns_complex_numbers(rope.rotate, parameters_of(name, head_dim), head_dim)
+    check_rotation_turns_complex_numbers(rope.apply_rotary_emb, parameters_of(name, head_dim), head_dim)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -376,9 +377,9 @@ def test_rows_of_a_batch_have_their_own_positions():
     inv_freq = RopeParameters().inverse_frequencies(32)
     position = torch.tensor([[5, 6, 7], [0, 100, 7]])
     x = random_heads(32, tokens=3).expand(2, -1, -1, -1)
-    both = rope.rotate(x, *rope.cos_sin(position, inv_freq))
+    both = rope.apply_rotary_emb(x, *rope.cos_sin(position, inv_freq))
     for row in range(2):
-        alone = rope.rotate(x[row : row + 1], *rope.cos_sin(position[row : row + 1], inv_freq))
+        alone = rope.apply_rotary_emb(x[row : row + 1], *rope.cos_sin(position[row : row + 1], inv_freq))
         assert torch.equal(both[row : row + 1], alone)
     assert torch.equal(both[0, :, 2], both[1, :, 2])
     assert not torch.equal(both[0, :, 1], both[1, :, 1])

@@ -13,18 +13,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import attend_densely
+from helpers import attend_densely
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine, Ensemble, Llama, LlamaConfig, Mask, Sampling, batching, fuse, masks, scores
-from llama_flex.batching import Batches
-from llama_flex.fusion import AnyPrompt, as_ensemble
-from llama_flex.paging import PagedCache, Pages, Pool
-from llama_flex.request import Request
-from llama_flex.scheduler import Scheduler
-from llama_flex.streaming import _BYTE_LEVEL, Decoding, StreamDecoder
-from llama_flex.together import PATTERNS
+from llama_flex.engine.fusion import AnyPrompt, as_ensemble
+from llama_flex.engine.paged_cache import PagedCache
+from llama_flex.engine.request import Request
+from llama_flex.engine.scheduler import Scheduler
+from llama_flex.text.detokenizer import _BYTE_LEVEL, Decoding, StreamDecoder
 
 
 @dataclass
@@ -187,7 +185,7 @@ def run(plain: Engine, asked: list[Asked], plan: dict) -> list[tuple[Asked, Requ
     scheduler = tested.scheduler
     scheduler._ahead = plan["ahead"]
     rng = random.Random(plan["seed"])
-    rng.shuffle(scheduler.pool._free)
+    rng.shuffle(scheduler.block_manager._free)
     waiting = [
         (asked[number], *rest)
         for number, *rest in zip(plan["order"], plan["arrivals"], plan["priorities"], plan["ends"], strict=False)
@@ -222,11 +220,11 @@ def run(plain: Engine, asked: list[Asked], plan: dict) -> list[tuple[Asked, Requ
         if not waiting and scheduler.idle:
             break
         ended += tested.step()
-        users = scheduler.pool.users
+        users = scheduler.block_manager.users
         held = [page for r in scheduler.running for sequence in r.texts for page in sequence.pages]
         assert [held.count(page) for page in range(len(users))] == users
     assert scheduler.idle
-    assert scheduler.pool.available == plan["pages"]
+    assert scheduler.block_manager.available == plan["pages"]
     assert sorted(scheduler._seats) == list(range(plan["rows"]))
     assert sorted(r.number for r in ended) == [request.number for _, request, _ in going]  # each once
     for _, request, _ in going:
@@ -324,8 +322,8 @@ def prefilled(monkeypatch) -> list[tuple[int, int]]:
 def check_empty(engine: Engine) -> None:
     scheduler = engine.scheduler
     assert scheduler.idle
-    assert scheduler.pool.available == scheduler.pool.count
-    assert not any(scheduler.pool.users)
+    assert scheduler.block_manager.available == scheduler.block_manager.count
+    assert not any(scheduler.block_manager.users)
     assert sorted(scheduler._seats) == list(range(scheduler.max_batch_size))
 
 
@@ -371,7 +369,7 @@ def compiled_schedule(engine: Engine, seed: int) -> list[tuple[AnyPrompt, dict, 
 
 def test_compiled_steps_give_the_tokens_of_eager_ones_and_are_compiled_once_whatever_is_asked(plain):
     engine = Engine(plain.model, compile=True, max_batch_size=2, max_slots=6 * 128, prefill_tokens=128)
-    random.Random(0).shuffle(engine.scheduler.pool._free)
+    random.Random(0).shuffle(engine.scheduler.block_manager._free)
     # The second finds the window among the rules from its beginning, which is one more combination.
     requests = compiled_schedule(engine, 1) + compiled_schedule(engine, 2)
     count = engine.graphs.count
@@ -419,8 +417,8 @@ def test_compiled_attention_computes_the_blocks_that_are_listed_and_no_others(pl
 
     def one_less(self, lists):
         found = listed(self, lists)
-        none = None if found.full_num is None else torch.zeros_like(found.full_num)
-        return masks.BlockLists(found.partial_num, found.partial_idx, none, found.full_idx)
+        none = None if found.full_kv_num_blocks is None else torch.zeros_like(found.full_kv_num_blocks)
+        return masks.BlockLists(found.kv_num_blocks, found.kv_indices, none, found.full_kv_indices)
 
     monkeypatch.setattr(Pages, "listed", one_less)
     engine = Engine(plain.model, compile=True, max_batch_size=1, max_slots=512, prefill_tokens=128)
@@ -767,7 +765,7 @@ def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(plain
     engine.step()
     pages = [r.texts[0].pages for r in requests]
     assert len({tuple(p[:2]) for p in pages}) == 1
-    assert [engine.scheduler.pool.users[page] for page in pages[0]] == [4, 4, 1]
+    assert [engine.scheduler.block_manager.users[page] for page in pages[0]] == [4, 4, 1]
     assert len({p[2] for p in pages}) == 4
     engine.run()
     assert [tokens_of(r) for r in requests] == expected
@@ -1010,7 +1008,7 @@ def test_who_shares_pages_with_a_request_whose_numbers_are_none_gets_its_tokens(
             assert (tokens_of(done), done.finish_reason) == ([], "error")
         else:
             assert tokens_of(done) == alone(Engine(model), prompt, **NEW).alone
-    assert engine.scheduler.pool.available == engine.scheduler.pool.count
+    assert engine.scheduler.block_manager.available == engine.scheduler.block_manager.count
     assert len(engine.scheduler._seats) == 3
 
 

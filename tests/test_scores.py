@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from attn_gym import mods as gym
-from conftest import TINY, compiled_forward
+from helpers import TINY, compiled_forward
 from torch.nn.attention.flex_attention import flex_attention
 
 from llama_flex import ScoreMod, masks, scores
-from llama_flex.rules import Token, Tokens, take
+from llama_flex.tokens import Token, Tokens, take
 
 H, T = 4, 40
 HEADS = TINY["gqa"]["num_attention_heads"]

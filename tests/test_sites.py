@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Capture, Edit, Engine, ScoreMod, edits, fuse, masks
-from llama_flex.sites import ATTENTION, SITES
+from llama_flex.interp.hook_points import ATTENTION, HOOK_POINTS
 
 PROMPTS = [[5, 9, 3, 77, 20], [8] * 130, [4, 100]]
 NEW = 6
@@ -101,7 +101,7 @@ def assert_equal(capture, expected, spread, tokens=slice(None)) -> None:
 
 
 def everything(**options) -> Capture:
-    return Capture(*SITES, ATTENTION, where=range(10**6), **options)
+    return Capture(*HOOK_POINTS, ATTENTION, where=range(10**6), **options)
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def test_captures_of_fused_prompts_and_ensembles_have_their_rows(pair):
     assert capture.tokens.segment[0].tolist() == [1, 1, 1, 2, 2, 2, 2, -1, -1, -1]
 
 
-NULLS = [edits.scale(site, 1.0) for site in SITES]
+NULLS = [edits.scale(site, 1.0) for site in HOOK_POINTS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -266,7 +266,7 @@ def test_an_edit_that_changes_nothing_changes_no_bit(pair, dtype):
     capture = everything()
     model(ids, capture=capture)
     for layer in range(2):
-        for site in SITES:
+        for site in HOOK_POINTS:
             patch = edits.patch(capture, site, layer)
             assert model(ids, edit=patch).equal(model(ids)), site
 
@@ -278,7 +278,7 @@ def test_nor_does_it_in_compiled_generation_nor_does_a_capture(pair):
         engine.generate(PROMPTS, max_new_tokens=NEW, stop_token_ids=[], **options)
         for options in (
             {},
-            {"edit": [Edit(site, lambda x, tokens: x) for site in SITES]},
+            {"edit": [Edit(site, lambda x, tokens: x) for site in HOOK_POINTS]},
             {"capture": everything()},
             {"edit": NULLS},
         )
@@ -446,8 +446,8 @@ def test_patching_a_run_with_itself_under_any_mask_and_cut_changes_nothing(pair,
     ids, capture = random_ids(model, length), everything()
     with torch.no_grad():
         logits = model(ids, mask=mask, capture=capture)
-        site, layer = data.draw(st.sampled_from(sorted(SITES))), data.draw(st.integers(0, 1))
-        cache, parts, again = model.new_cache(2, length), [], Capture(*SITES)
+        site, layer = data.draw(st.sampled_from(sorted(HOOK_POINTS))), data.draw(st.integers(0, 1))
+        cache, parts, again = model.new_cache(2, length), [], Capture(*HOOK_POINTS)
         for part in ids.tensor_split([c for c in cuts if c < length], 1):
             edit = edits.patch(capture, site, layer)
             parts.append(model(part, mask=mask, cache=cache, edit=edit, capture=again))
@@ -523,9 +523,9 @@ def test_wrong_questions_are_answered_in_words(pair):
 @torch.no_grad()
 def test_a_capture_keeps_no_more_memory_than_it_shows_and_where_it_is_told(pair):
     _, model, _ = pair
-    capture, elsewhere = Capture(*SITES), Capture("q", "resid_post", device="meta")
+    capture, elsewhere = Capture(*HOOK_POINTS), Capture("q", "resid_post", device="meta")
     model(random_ids(model, 9), capture=[capture, elsewhere])
-    for site in SITES:
+    for site in HOOK_POINTS:
         kept = capture[site, 0]
         assert kept.untyped_storage().nbytes() == kept.nbytes, site
     assert [part.device.type for _, found in elsewhere._parts for part in found.values()] == ["meta"] * 4

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llama_flex.files import FolderError
-from llama_flex.streaming import Steps, StopStrings
+from llama_flex.checkpoint.files import FolderError
+from llama_flex.text.detokenizer import StopStrings
 from llama_flex.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from llama_flex import Capture, Engine, Llama, ScoreMod, edits, masks, scores
-from llama_flex.weights import tensors_by_name
+from llama_flex.weights import named_weights
 
 LENGTHS = (5, 130)
 OPTIONS = {"backend": "dense"}
@@ -37,7 +37,7 @@ def gradients(model: Llama, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     twin = copy.deepcopy(model).requires_grad_(False)
     for name, parameter in twin.named_parameters():
         parameter.copy_(of[name])
-    return {name: tensor.clone() for name, tensor in tensors_by_name(twin).items()}
+    return {name: tensor.clone() for name, tensor in named_weights(twin, twin.config).items()}
 
 
 def reference_gradients(reference, ids, kind: str) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TINY, tiny_reference
+from helpers import TINY, tiny_reference
 from safetensors.torch import load_file, save_file
 
 from llama_flex import GenerationConfig, Llama, Tokenizer, weights
@@ -124,7 +124,7 @@ def write_index(folder: Path, weight_map) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_every_tensor_is_loaded_bit_by_bit(name, tiny_pair):
     reference, model = tiny_pair(name)
-    assert_same_tensors(weights.tensors_by_name(model), state_of(reference))
+    assert_same_tensors(weights.named_weights(model, model.config), state_of(reference))
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in state_of(reference).values())
     assert not model.training
 
@@ -132,7 +132,7 @@ def test_every_tensor_is_loaded_bit_by_bit(name, tiny_pair):
 @pytest.mark.parametrize("name", TINY)
 def test_shapes_are_known_without_a_model(name, tiny_pair):
     _, model = tiny_pair(name)
-    held = {name: list(view.shape) for name, view in weights.tensors_by_name(model).items()}
+    held = {name: list(view.shape) for name, view in weights.named_weights(model, model.config).items()}
     assert weights.shapes_by_name(model.config) == held
 
 
@@ -173,7 +173,7 @@ def test_comparison_of_tensors_catches(name, tiny_pair):
         else:
             MUTATIONS[name](mutant)
     with pytest.raises(AssertionError):
-        assert_same_tensors(weights.tensors_by_name(mutant), state_of(reference))
+        assert_same_tensors(weights.named_weights(mutant, mutant.config), state_of(reference))
     if "ulp" not in name:
         with pytest.raises(AssertionError):
             torch.testing.assert_close(logits(mutant, 512), logits(reference, 512), rtol=1e-3, atol=1e-3)
@@ -184,7 +184,7 @@ def test_conversion_rounds_every_tensor_as_torch_does(dtype, saved):
     expected = {name: t.to(dtype) for name, t in load_file(saved / "model.safetensors").items()}
     model = load_quietly(saved, dtype=dtype)
     assert model.dtype == dtype
-    assert_same_tensors(weights.tensors_by_name(model), expected)
+    assert_same_tensors(weights.named_weights(model, model.config), expected)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_tied_checkpoint_may_repeat_the_embedding(folder):
     rewrite(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}, tie_word_embeddings=True)
     model = load_quietly(folder)
     assert model.lm_head is None
-    assert model.output_weight is model.embed.weight
+    assert model.lm_head.weight is model.embed.weight
 
 
 def test_a_tied_checkpoint_without_a_head_needs_none(folder):
@@ -322,7 +322,7 @@ def test_saving_gives_the_same_bits_here_and_in_transformers(name, dtype, tiny_p
     assert again.dtype == dtype
     assert again.eos_token_ids == model.eos_token_ids
     assert again.config.to_dict() == model.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-    assert_same_tensors(weights.tensors_by_name(again), weights.tensors_by_name(model))
+    assert_same_tensors(weights.named_weights(again, again.config), weights.named_weights(model, model.config))
     assert_same_tensors(load_file(tmp_path / "model.safetensors"), state_of(reference, dtype))
     theirs = load_in_transformers(tmp_path, dtype)
     assert_same_tensors(state_of(theirs, dtype), state_of(reference, dtype))
@@ -370,14 +370,14 @@ def test_saving_over_an_older_checkpoint_of_another_layout_leaves_nothing_of_it(
     for size, one in zip(sizes, (model, new), strict=True):
         monkeypatch.setattr(weights, "MAX_SHARD_BYTES", size)
         one.save_pretrained(tmp_path)
-    assert_same_tensors(weights.tensors_by_name(load_quietly(tmp_path)), weights.tensors_by_name(new))
+    assert_same_tensors(weights.tensors_by_name(load_quietly(tmp_path)), weights.named_weights(new, new.config))
     load_in_transformers(tmp_path)
 
 
 def test_saving_over_the_folder_it_was_loaded_from(folder):
     model = changed(load_quietly(folder))
     model.save_pretrained(folder)
-    assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.tensors_by_name(model))
+    assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.named_weights(model, model.config))
 
 
 def test_without_a_generation_config_none_is_written_and_transformers_stops_at_the_configs_eos(folder, tmp_path):
@@ -508,14 +508,14 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint_or_none_that_loads(size
             assert found.config.rms_norm_eps == whole.config.rms_norm_eps
             assert found.generation_config.temperature == whole.generation_config.temperature
             assert found.eos_token_ids == whole.eos_token_ids
-            assert_same_tensors(weights.tensors_by_name(found), weights.tensors_by_name(whole))
+            assert_same_tensors(weights.named_weights(found, found.config), weights.named_weights(whole, whole.config))
             ends.append("old" if whole is old else "new")
         shutil.rmtree(folder)
         folder.mkdir()
         for name, content in before.items():
             (folder / name).write_bytes(content)
     assert not list(folder.glob(".*"))
-    assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.tensors_by_name(new))
+    assert_same_tensors(weights.tensors_by_name(load_quietly(folder)), weights.named_weights(new, new.config))
     assert sorted(ends, key=["old", "refused", "new"].index) == ends
     assert ends.count("old") > 4
     assert ("refused" in ends) == (bool(configured) or sizes[1] < 10**9)
@@ -565,7 +565,7 @@ def test_a_save_that_fails_between_two_shards_leaves_the_old_checkpoint_whole(ti
     with pytest.raises(OSError, match="disk full"):
         changed(model).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
-    assert_same_tensors(weights.tensors_by_name(load_quietly(tmp_path)), weights.tensors_by_name(model))
+    assert_same_tensors(weights.tensors_by_name(load_quietly(tmp_path)), weights.named_weights(model, model.config))
 
 
 # ---- what is refused
@@ -648,7 +648,7 @@ def test_a_flipped_bit_in_the_header_never_loads_other_weights(folder):
             assert "\n" not in message, place
             assert str(folder) in message, place
         else:  # in the spaces that pad it, or in its metadata
-            assert_same_tensors(weights.tensors_by_name(loaded), source)
+            assert_same_tensors(weights.named_weights(loaded, loaded.config), source)
             harmless += 1
     assert harmless < 40
 

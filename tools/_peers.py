@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 
 from llama_flex import Llama
-from llama_flex.masks import BLOCK
-from llama_flex.weights import tensors_by_name
+from llama_flex.masks.block_mask import BLOCK
+from llama_flex.weights import named_weights
 
 ATTENTION = {"dynamic": "sdpa", "static": "sdpa", "flex": "flex_attention"}
 
@@ -34,7 +34,7 @@ def load(model: Llama, folder: Path | None, attention: str = "sdpa") -> Any:
     with torch.device("meta"):
         peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
     # The very memory of ours, of which these are views: the same tokens, and no second copy.
-    peer.load_state_dict({"lm_head.weight": model.output_weight, **tensors_by_name(model)}, assign=True)
+    peer.load_state_dict({"lm_head.weight": model.lm_head.weight, **named_weights(model, model.config)}, assign=True)
     peer.tie_weights()
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # no weights: they stayed on meta
     return peer.eval().requires_grad_(False)

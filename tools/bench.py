@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from llama_flex import Engine, Llama, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, masks
-from llama_flex.compiling import Graphs
-from llama_flex.explain import read_bandwidth
-from llama_flex.files import FolderError
+from llama_flex.checkpoint.files import FolderError
+from llama_flex.engine.explain import read_bandwidth
+from llama_flex.engine.graphs import Graphs
 from tools._measuring import (
     CONFIGS,
     DEMO,
@@ -298,7 +298,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         args,
         args.context,
         args.new,
-        lambda model, context: model.bytes_per_step([context + args.new // 2]),
+        lambda model, context: bytes_per_step(model, [context + args.new // 2]),
         functools.partial(_stream, new=args.new, warm_up=args.warm_up),
         lambda peer, ids: peer.decode(ids, args.new, args.warm_up),
     )
@@ -520,7 +520,7 @@ def _decoding(model: Llama, context: int, mask: Mask, new: int) -> Callable[[], 
     cache = model.new_cache(1, context + new)
     with cache.appending(context):
         cache.append(Tokens(*(x.to(model.device) for x in Tokens.arriving(context))))
-    layers, run = model.attention_layers(mask), Graphs().of("decoding")
+    layers, run = model.attention_plan(mask), Graphs().of("decoding")
     ids = torch.full((1, 1), 3, device=model.device)
 
     def decode() -> None:

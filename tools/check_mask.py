@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def load(target: str) -> Any:
     """The object of FILE.py:NAME. Raises ValueError for no such file or name, and for a file that cannot be run."""
-    from llama_flex.check import attempt
+    from llama_flex.eval.check_mask import attempt
 
     file, _, name = target.rpartition(":")
     if not file or not name:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="do not compile, which takes most of the time")
     options = parser.parse_args(arguments)
 
-    from llama_flex.check import check_mask
+    from llama_flex.eval.check_mask import check_mask
 
     try:
         findings = check_mask(

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from llama_flex import Completion, Engine, Ensemble, Llama, Prompt, Sampling, Tokenizer, fuse, masks
-from llama_flex.fusion import AnyPrompt
+from llama_flex.engine.fusion import AnyPrompt
 
 PREFIX = (
     "Question: What is the largest planet in the Solar System?\n"

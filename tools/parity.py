@@ -42,8 +42,8 @@ except ModuleNotFoundError as error:
 
 from llama_flex import Capture, Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, hub, masks
 from llama_flex.cache import Cache
-from llama_flex.compiling import Graphs
-from llama_flex.linear import RMSNorm
+from llama_flex.engine.graphs import Graphs
+from llama_flex.layers import RMSNorm
 from tools._measuring import CONFIGS, whole_number
 from tools.bench import PARAPHRASES
 from tools.check_mask import Parser
@@ -276,7 +276,7 @@ def windows(count: int, model: Llama) -> tuple[Mask, Tensor]:
 
 def logits_checks(model: Llama, reference: Reference, ids: Tensor, limit: float, compile: bool) -> Iterator[Check]:
     """What must give the same logits, each as soon as it is known."""
-    count, full, graphs, layers = ids.shape[1], model(ids), Graphs(), model.attention_layers()
+    count, full, graphs, layers = ids.shape[1], model(ids), Graphs(), model.attention_plan()
     steps, third = min(STEPS, count - 1), -(-count // 3)
 
     def eager(part: Tensor, cache: Cache) -> Tensor:

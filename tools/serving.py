@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from llama_flex import Engine, Llama, Sampling
-from llama_flex.explain import read_bandwidth
-from llama_flex.files import FolderError
-from llama_flex.masks import BLOCK
-from llama_flex.request import Request
-from llama_flex.streaming import Step
+from llama_flex.checkpoint.files import FolderError
+from llama_flex.engine.explain import read_bandwidth
+from llama_flex.engine.output import Step
+from llama_flex.engine.request import Request
+from llama_flex.masks.block_mask import BLOCK
 from tools._measuring import (
     CONFIGS,
     DEMO,
@@ -92,10 +92,10 @@ class Machine(NamedTuple):
 
     def step(self, model: Llama, contexts: Sequence[int]) -> float:
         """The least seconds of a decoding step of rows with such contexts."""
-        weights = model.bytes_per_step([])
-        numbers = matrices(model) + model.output_weight.numel()
+        weights = bytes_per_step(model, [])
+        numbers = matrices(model) + model.lm_head.weight.numel()
         multiplying = 2 * numbers * len(contexts) / self.operations
-        return max(weights / self.bytes, multiplying) + (model.bytes_per_step(contexts) - weights) / self.bytes
+        return max(weights / self.bytes, multiplying) + (bytes_per_step(model, contexts) - weights) / self.bytes
 
     def all(self, model: Llama, asked: Sequence[Asked]) -> float:
         """The least seconds of requests that all run from the beginning."""

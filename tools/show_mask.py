@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from llama_flex import Capture, Llama, Mask, Prompt, Tokenizer, Tokens, fuse, masks
-from llama_flex.check import attempt
-from llama_flex.fusion import Positions
-from llama_flex.masks import BLOCK, GENERATED, Sparsity
-from llama_flex.sites import probes
+from llama_flex.engine.fusion import Positions
+from llama_flex.eval.check_mask import attempt
+from llama_flex.masks.block_mask import BLOCK, Sparsity
+from llama_flex.masks.library import GENERATED
 from tools.check_mask import Parser, load
 
 if TYPE_CHECKING:  # matplotlib is an optional extra

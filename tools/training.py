@@ -42,7 +42,7 @@ PEERS = {"sdpa": ("sdpa", False), "sdpa-compiled": ("sdpa", True), "flex": ("fle
 
 def operations(model: Llama, lengths: list[int]) -> int:
     """Floating-point operations of a step: forward, and twice as many backward."""
-    logits = 2 * model.output_weight.numel()  # of one token
+    logits = 2 * model.lm_head.weight.numel()  # of one token
     return 3 * sum(of_prompt(model, n) + (n - 1) * logits for n in lengths)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import FolderError, one_line, read
+from .files import FolderError, names_in, one_line, read, what_it_is
 
 # config.json is a few kilobytes; anything much larger is not one, and takes 25 times its size when parsed.
 MAX_JSON_BYTES = 4 * 2**20
 MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 512  # making the modules of so many takes a second
+MAX_WEIGHTS = 2**48  # numbers in one matrix; with more, counting bytes would overflow
 
 # Keys that change nothing at inference: bookkeeping, training, or the way in which transformers runs it.
 INERT_KEYS = frozenset(
@@ -84,6 +88,67 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json. Raises ConfigError, saying what the folder holds instead, if it is not there."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: is a file; give the folder that holds config.json"
+            if folder.exists()
+            else f"{path}: no such file, nor its folder; give one that holds config.json"
+        )
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: no such file{what_it_is(names_in(folder))}")
+    return read_json(path)
+
+
+def derived_head_dim(config: Any) -> int:
+    """Return the head dim of a LlamaConfig that names none. Raises ConfigError if heads do not divide the hidden
+    size."""
+    for name in ("hidden_size", "num_attention_heads"):
+        require_size(name, getattr(config, name))
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={config.num_attention_heads}; "
+            "give head_dim explicitly"
+        )
+    return int(config.hidden_size // config.num_attention_heads)
+
+
+def check_values(config: Any, unread: Iterable[str]) -> None:
+    """Raise ConfigError for malformed values of a LlamaConfig. unread: keys that its architecture does not read."""
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        require_size(name, getattr(config, name))
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        require_size(name, getattr(config, name))
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "is_causal"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} must be true or false, found {getattr(config, name)!r}")
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ConfigError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    if config.head_dim % 2:
+        raise ConfigError(f"head_dim={config.head_dim} is odd; rotary embedding needs pairs")
+    if config.sliding_window is not None:
+        require_size("sliding_window", config.sliding_window)
+    for name in unread:
+        if getattr(config, name):
+            raise ConfigError(f"{name}={getattr(config, name)!r} is not supported for model_type {config.model_type!r}")
+    if not is_number(config.rms_norm_eps) or not 0 <= config.rms_norm_eps < math.inf:
+        raise ConfigError(f"rms_norm_eps must be a number of at least 0, found {config.rms_norm_eps!r}")
+    token_ids("eos_token_id", config.eos_token_id)
+    for name in ("bos_token_id", "pad_token_id"):
+        if type(getattr(config, name)) not in (int, type(None)):
+            raise ConfigError(f"{name} must be a token id, found {getattr(config, name)!r}")
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers={config.num_hidden_layers} is more than {MAX_LAYERS}")
+    if not isinstance(config.dtype, str | None):
+        raise ConfigError(f"dtype must be a name, found {config.dtype!r}")
+    rows = max(config.vocab_size, 2 * config.intermediate_size, (heads + 2 * kv_heads) * config.head_dim)
+    if rows * config.hidden_size > MAX_WEIGHTS:
+        raise ConfigError(f"a weight of {rows} x {config.hidden_size} numbers is more than any memory holds")
 
 
 def check_supported(raw: Mapping[str, Any]) -> None:

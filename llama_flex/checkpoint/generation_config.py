@@ -108,6 +108,12 @@ class GenerationConfig:
         """The token ids that end a text; () if the file names none."""
         return token_ids("eos_token_id", self.eos_token_id)
 
+    def sampling_values(self) -> dict[str, Any]:
+        """Return the parameters of sampling that transformers would use, by name, where they are not its defaults."""
+        names = ("top_k", "top_p", "min_p", "temperature") if self.do_sample else ()
+        values = {n: getattr(self, n) for n in (*names, "repetition_penalty") if getattr(self, n) is not None}
+        return {"temperature": 1.0, "top_k": 50, **values} if self.do_sample else values
+
     def to_dict(self) -> dict[str, Any]:
         """Return the object to write as `generation_config.json`: what is set, and what was read but is not used
         here."""

@@ -6,8 +6,9 @@ import itertools
 import json
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..usercode.arguments import whole_number
-from .config_rules import DRAFT, MAX_JSON_BYTES, OTHER_HEAD, read_json
+from .config_rules import DRAFT, MAX_JSON_BYTES, OTHER_HEAD, ConfigError, read_json
 from .files import FolderError, check_not_in_place, names_in, regular, what_it_is
 
 MAX_SHARDS = 4096  # to read; opening so many takes a fifth of a second
@@ -194,3 +195,23 @@ def _announced(file: str) -> tuple[int, str | None]:
         return 8 + header_bytes + end, next((name for name in names if names[name] > 1), None)
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return 0, None
+
+
+def dtype_named(name: str | None, folder: Path) -> torch.dtype | None:
+    """Return the dtype that a config.json names, None if it names none. Raises ConfigError for one not supported."""
+    if name is None:
+        return None
+    dtype = {str(d).removeprefix("torch."): d for d in DTYPES.values()}.get(name)
+    if dtype is None:
+        raise ConfigError(f"{folder / 'config.json'}: dtype {name!r} is not supported; pass another")
+    return dtype
+
+
+def warn_if_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Warn of tensors with NaN or infinity, naming them."""
+    # aminmax carries NaN through, needs no temporary, and the answers cross to the host together.
+    extremes = [torch.stack(t.aminmax()).isfinite().all() for t in tensors.values()]
+    finite: Iterable[bool] = torch.stack(extremes).tolist()
+    if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        warnings.warn(f"weights with NaN or infinity: {shown}", stacklevel=3)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from ..engine.engine import Engine
+from ..engine.explain import bytes_per_step
 from ..engine.fusion import AnyPrompt, as_ensemble
 from ..engine.output import Step
 from ..engine.request import Request
@@ -44,7 +45,7 @@ class Statistics:
                 self.decoded_tokens += 1
                 if counts[step.row] == max(counts):  # the first row to go ahead: the weights were read once more
                     contexts = [n + c for ns, c in zip(lengths, counts, strict=True) for n in ns]
-                    self.bytes_read += self.engine.model.bytes_per_step(contexts)
+                    self.bytes_read += bytes_per_step(self.engine.model, contexts)
             counts[step.row] += 1
             yield step
             started, compiled = time.perf_counter(), self.engine.compile_seconds

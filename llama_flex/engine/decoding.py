@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import AttentionPlan
 from ..cache import Cache
 from ..interp.hook_points import Captured, Probe
 from ..masks import library, scores
 from ..masks.mask import Mask
+from ..masks.plan import AttentionPlan
 from ..masks.scores import ScoreMod
 from ..model import Llama
 from ..sampling import SamplingTensors, all_finite, sample

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionPlan, Backend
+from ..attention import Backend
 from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..interp.hook_points import Captured, Probe
 from ..interp.probes import as_tuple
-from ..masks.block_mask import BLOCK
+from ..masks.layout import BLOCK
 from ..masks.mask import Mask
+from ..masks.plan import AttentionPlan
 from ..masks.scores import ScoreMod
 from ..model import Llama, last_tokens
 from ..sampling import Sampling, stack, with_seed
@@ -324,7 +325,7 @@ class Engine:
 
     def explain(self, bytes_per_second: float | None = None) -> str:
         """Explain the last run in lines of text: kernels and why, precision, graphs, and the blocks that the last
-        query visits. bytes_per_second: what decoding read (see `Llama.bytes_per_step`); if given, measures how fast
+        query visits. bytes_per_second: what decoding read (see `explain.bytes_per_step`); if given, measures how fast
         memory can be read, and says what share that is.
 
         Raises ValueError if nothing has run.

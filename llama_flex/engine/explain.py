@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 
 from ..kernels import flex_attention
-from ..masks.block_mask import BLOCK
+from ..masks.layout import BLOCK
+from ..model import Llama
 from .step_runner import StepRunner
 
 
@@ -44,12 +46,22 @@ def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
         )
 
     contexts = (kv.index >= 0).sum(1).tolist()
-    size = model.bytes_per_step(contexts)
+    size = bytes_per_step(model, contexts)
     lines.append(f"a step of {rows} rows reads {size / 1e9:.3f} GB: weights, keys and values")
     if bytes_per_second:
         rates = f"{bytes_per_second / 1e9:.1f} GB/s reached of {(most := read_bandwidth(device)) / 1e9:.1f}"
         lines.append(f"{rates} that memory gives to a reduction: {bytes_per_second / most:.0%}")
     return "\n".join(lines)
+
+
+def bytes_per_step(model: Llama, contexts: Sequence[int]) -> int:
+    """Count the bytes that a decoding step must read: all weights once (of an untied embedding next to nothing),
+    and the keys and values of every sequence, whose lengths are given."""
+    read = sum(p.nbytes for p in model.parameters())
+    read -= 0 if model.config.tie_word_embeddings else model.embed.weight.nbytes
+    window = model.config.sliding_window
+    seen = sum(n if window is None else min(n, window) for n in contexts)
+    return read + model.dims.kv_numbers_per_token * model.dtype.itemsize * seen
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import AttentionPlan
+from ..masks.plan import AttentionPlan
 from ..model import Llama
 from ..sampling import SamplingTensors, all_finite, sample
 from .fusion import combined

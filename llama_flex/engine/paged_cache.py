@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Dimensions
-from ..masks.block_mask import BLOCK, PageTable, slot_mapping
+from ..masks.layout import BLOCK, PageTable, slot_mapping
 from ..tokens import Tokens
 from .block_manager import BlockManager
 from .transfer import to_device_async

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..masks.block_mask import BLOCK
+from ..masks.layout import BLOCK
 from ..sampling import Sampling
 from ..tokens import Tokens
 from .fusion import Ensemble, Prompt

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import AttentionPlan
 from ..masks import library, scores
 from ..masks.mask import Mask
+from ..masks.plan import AttentionPlan
 from ..masks.scores import ScoreMod
 from ..model import Llama
 from ..tokens import Token, take

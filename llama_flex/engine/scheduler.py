@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..masks.block_mask import BLOCK
+from ..masks.layout import BLOCK
 from ..masks.library import GENERATED
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import AttentionPlan, Backend
-from ..cache import SlotCache
+from ..attention import Backend
 from ..interp.hook_points import Captured, Probe
+from ..masks.layout import SlotCache
+from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
 from ..tokens import Tokens
 from .graphs import Graphs, compiles_for

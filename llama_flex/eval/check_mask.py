@@ -19,10 +19,12 @@ from torch import Tensor
 from ..attention import Backend
 from ..config import LlamaConfig
 from ..engine.graphs import Graphs
+from ..masks.cells import arange, each_cell
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
 from ..model import Llama, run_eager
-from ..tokens import Token, Tokens, arange, each_cell, name_of
+from ..tokens import Token, Tokens
+from ..usercode.captured import name_of
 from ..usercode.errors import FunctionError, diagnose
 
 Level: TypeAlias = Literal["error", "note"]

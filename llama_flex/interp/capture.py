@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention import AttentionPlan, LayerAttention, attention_weights, build_attention_metadata
+from ..attention import attention_weights, build_attention_metadata
 from ..cache import Cache
-from ..tokens import Tokens, Where, selection
+from ..masks.plan import AttentionPlan, LayerAttention
+from ..masks.selection import Where, selection
+from ..tokens import Tokens
 from ..usercode.arguments import named_device
 from .hook_points import ATTENTION, HOOK_POINTS, Captured, numbers_of
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..tokens import Tokens, Where, name_of, selection
+from ..masks.selection import Where, selection
+from ..tokens import Tokens
 from ..usercode.arguments import whole_number
+from ..usercode.captured import name_of
 from .capture import Capture
 from .hook_points import HOOK_POINTS, Change, numbers_of, wide
 

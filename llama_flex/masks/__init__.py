@@ -1,9 +1,8 @@
 """Who may attend to whom: masks, their named ones, and how they become the block lists of FlexAttention."""
 
-from .block_mask import BLOCK as BLOCK
 from .block_mask import BlockLists as BlockLists
-from .block_mask import PageTable as PageTable
-from .block_mask import Sparsity as Sparsity
+from .cells import Sparsity as Sparsity
+from .layout import BLOCK as BLOCK
 from .library import GENERATED as GENERATED
 from .library import SHARED as SHARED
 from .library import bidirectional as bidirectional

@@ -1,6 +1,6 @@
 """From a predicate over tokens to the block lists that FlexAttention needs.
 
-Dimensions: B batch, H heads, T query tokens, S slots; Tb, Sb blocks of them; P pages.
+Dimensions: B batch, H heads, T query tokens, S slots; Tb, Sb blocks of them.
 """
 
 from __future__ import annotations
@@ -13,29 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..tokens import Token, Tokens, arange, each_cell, take
+from ..tokens import Token, Tokens
+from .cells import arange, each_cell
+from .layout import BLOCK, PageTable
 
-BLOCK = 128  # slots and query rows per block of a BlockMask
 # Cells of the mask evaluated at once when its blocks are classified; bounds the memory of a long forward.
 _CELLS_AT_ONCE = 2**24
 
 Predicate: TypeAlias = Callable[[Token, Token], Tensor]  # of one query and one key: a boolean without dimensions
-
-
-class Sparsity(NamedTuple):
-    """How many blocks of a mask are full, partial and empty. Empty ones cost nothing; full ones skip the predicate."""
-
-    full: int
-    partial: int
-    empty: int
-
-    @property
-    def computed(self) -> float:
-        """The fraction of blocks that attention computes."""
-        return (self.full + self.partial) / sum(self)
-
-    def __str__(self) -> str:
-        return f"{self.full} full, {self.partial} partial, {self.empty} empty blocks: {self.computed:.1%} computed"
 
 
 class BlockLists(NamedTuple):
@@ -54,45 +39,6 @@ class BlockLists(NamedTuple):
     q_indices: Tensor | None = None
     full_q_num_blocks: Tensor | None = None
     full_q_indices: Tensor | None = None
-
-
-class PageTable(NamedTuple):
-    """Where the blocks of slots of each row lie in a pool of pages, and back.
-
-    page_table: int32 `[B, Sb]`, the page of each block; blocks without one have the last page, which takes padding.
-    physical_to_logical: int32 `[B, P]`, the block of a row's slots that a page holds, -1 if it holds none.
-    """
-
-    page_table: Tensor
-    physical_to_logical: Tensor
-
-    def slot_of(self, row: Tensor, place: Tensor) -> Tensor:
-        """Return the slot of a row that lies at a place of the pool, negative if none does."""
-        return take(self.physical_to_logical, row, place // BLOCK) * BLOCK + place % BLOCK
-
-    def translate(self, lists: BlockLists) -> BlockLists:
-        """Turn lists of blocks of slots into lists of pages, with room for all pages, as FlexAttention requires."""
-        room = self.physical_to_logical.shape[1] - self.page_table.shape[1]
-
-        def pages(blocks: Tensor) -> Tensor:
-            table = self.page_table[:, None, None].expand(*blocks.shape[:3], -1)
-            return torch.nn.functional.pad(table.gather(-1, blocks.long()), (0, max(room, 0)))
-
-        full = None if lists.full_kv_indices is None else pages(lists.full_kv_indices)
-        return BlockLists(lists.kv_num_blocks, pages(lists.kv_indices), lists.full_kv_num_blocks, full)
-
-    def gather(self, pool: Tensor) -> Tensor:
-        """Copy the slots of every row, `[B, K, S, D]`, out of a pool `[1, K, P * 128, D]`; zeros where no page is."""
-        b, blocks = self.page_table.shape
-        slots = torch.arange(blocks * BLOCK, device=pool.device).expand(b, -1)
-        found = pool[0][:, slot_mapping(self.page_table, slots)].transpose(0, 1)
-        missing = (self.page_table == self.physical_to_logical.shape[1] - 1).repeat_interleave(BLOCK, dim=1)
-        return found.masked_fill_(missing[:, None, :, None], 0)  # padding may be NaN
-
-
-def slot_mapping(page_table: Tensor, slots: Tensor) -> Tensor:
-    """Return where slots `[B, T]` lie in the pool, int64 `[B, T]`; page_table: see `PageTable`."""
-    return page_table.gather(1, slots.long() // BLOCK).long() * BLOCK + slots % BLOCK
 
 
 def evaluate_cells(
@@ -146,6 +92,18 @@ def list_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int, togeth
         return lists
     by_slots = (_indices(x.transpose(-1, -2)) for x in (some & ~full, full))
     return BlockLists(*lists[:4], *itertools.chain(*by_slots))
+
+
+def list_pages(lists: BlockLists, pages: PageTable) -> BlockLists:
+    """Turn lists of blocks of slots into lists of pages, with room for all pages, as FlexAttention requires."""
+    room = pages.physical_to_logical.shape[1] - pages.page_table.shape[1]
+
+    def of_blocks(blocks: Tensor) -> Tensor:
+        table = pages.page_table[:, None, None].expand(*blocks.shape[:3], -1)
+        return torch.nn.functional.pad(table.gather(-1, blocks.long()), (0, max(room, 0)))
+
+    full = None if lists.full_kv_indices is None else of_blocks(lists.full_kv_indices)
+    return BlockLists(lists.kv_num_blocks, of_blocks(lists.kv_indices), lists.full_kv_num_blocks, full)
 
 
 def make_block_mask(

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from ..tokens import Token, TokenFunction, Tokens, name_of
+from ..tokens import Token, TokenFunction, Tokens
+from ..usercode.captured import name_of
 from ..usercode.errors import FunctionError
 from . import block_mask
-from .block_mask import BlockLists, PageTable, Sparsity
+from .block_mask import BlockLists
+from .cells import Sparsity
+from .layout import PageTable
 
 
 class Mask(TokenFunction):

@@ -12,8 +12,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..tokens import Token, TokenFunction, Tokens, arange, each_cell, name_of, take
+from ..tokens import Token, TokenFunction, Tokens, take
+from ..usercode.captured import name_of
 from ..usercode.errors import FunctionError
+from .cells import arange, each_cell
 from .library import GENERATED, lookup, named
 from .mask import logical
 

@@ -50,6 +50,11 @@ class CapturingFunction:
         return any(found)
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """Return a function's name."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 class _Parts(NamedTuple):
     """A value taken apart: its kind, the values that it holds, and a function that builds one holding others."""
 

@@ -48,8 +48,28 @@ def check_inputs(
         raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
 
 
-def warn_beyond_context(total: int, context: int) -> None:
-    """Warn, at the caller's line, of a sequence of `total` tokens, which is longer than the model's context."""
+def check_cache(cache: Any, dims: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError for a `Cache` of another batch size, or of another model than one of `Dimensions` dims."""
+    if cache.batch_size != batch_size:
+        raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}; give one row each")
+    keys, _ = cache.layers[0]
+    mine = (dims.num_layers, dims.num_kv_heads, dims.head_dim, dtype, device)
+    other = (len(cache.layers), keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+    if mine != other:
+        raise ValueError(f"the cache is of another model ({other}, not {mine}); make it with model.new_cache")
+
+
+def warn_beyond_context(count: int, lengths: Tensor | None, cache: Any, context: int, device: torch.device) -> None:
+    """Warn, at the caller's line, if `count` new tokens a row, of which `lengths` are real, exceed the context.
+
+    cache: the `Cache` that they are appended to, or None.
+    """
+    total = count if cache is None else cache.reserved + count
+    if total > context and (lengths is not None or device.type == "cpu"):  # padding may be among them
+        held = 0 if cache is None else (cache.tokens.index >= 0).sum(1)
+        total = int((held + (torch.tensor(count) if lengths is None else lengths)).max())
+    if total <= context:
+        return
     stack = enumerate(traceback.walk_stack(sys._getframe()), 1)  # torch's modules, more of them with hooks
     level = next((n for n, (frame, _) in stack if not _is_ours_or_torchs(frame.f_globals)), 1)
     warnings.warn(

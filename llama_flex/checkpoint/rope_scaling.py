@@ -1,52 +1,19 @@
-"""The rotary keys of a `config.json`, read with transformers' precedence and checked by type."""
+"""The rotary keys of a `config.json`, read with transformers' precedence, and the frequencies of every scaling type."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+from torch import Tensor
+
 from .files import one_line
 
-_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-
-
-class _Keys(NamedTuple):
-    """The keys that a type needs and may have besides rope_theta.
-
-    Numbers are positive unless named: any_number, or zero_is_unset, where 0 means what a missing key means.
-    """
-
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    any_number: tuple[str, ...] = ()
-    zero_is_unset: tuple[str, ...] = ()
-
-    @property
-    def factor_is_ratio(self) -> bool:
-        """Whether a missing factor is the ratio of the context to the trained one."""
-        return "attention_factor" in self.optional
-
-
-# Their frequencies: `rope._FREQUENCIES`.
-_TYPES: dict[str, _Keys] = {
-    "default": _Keys(),
-    "linear": _Keys(("factor",)),
-    "dynamic": _Keys(("factor",), zero_is_unset=("factor",)),
-    "yarn": _Keys(
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-        any_number=("attention_factor", "mscale", "mscale_all_dim"),
-        zero_is_unset=("beta_fast", "beta_slow"),
-    ),
-    "longrope": _Keys(
-        ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
-        ("attention_factor",),
-        any_number=("factor", "attention_factor"),
-    ),
-    "llama3": _Keys(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-}
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +142,38 @@ class RopeParameters:
         """
         return {"dynamic": context, "longrope": self.original_max_position_embeddings}.get(self.rope_type)
 
+    def inverse_frequencies(
+        self,
+        head_dim: int,
+        *,
+        context: int | None = None,
+        length: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return the angle per position of each pair of dimensions, `[D/2]`, radians.
+
+        context: the model's `max_position_embeddings`, which "dynamic" needs. length `[B]`: of sequences beyond the
+        `limit`, for each of which there is a row of the result, `[B, D/2]`.
+        """
+        device = "cpu" if length is None else length.device
+        exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+        return _TYPES[self.rope_type].frequencies(self, exponent, context, length)
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of cosine and sine, which makes attention sharper: 1, but for "yarn" and "longrope"."""
+        if self.attention_factor is not None:
+            return float(self.attention_factor)
+        if self.rope_type == "yarn":
+            if self.mscale and self.mscale_all_dim:
+                return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+            return _mscale(self.factor, 1.0)
+        if self.rope_type == "longrope":
+            assert self.factor is not None and self.original_max_position_embeddings is not None  # noqa: PT018
+            if self.factor > 1:
+                return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+        return 1.0
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_FLOAT32
@@ -182,3 +181,105 @@ def _is_number(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
+
+
+def _default(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    return 1.0 / p.rope_theta**exponent
+
+
+def _linear(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """Position interpolation (arXiv:2306.15595)."""
+    assert p.factor is not None
+    return 1.0 / p.rope_theta**exponent / p.factor
+
+
+def _dynamic(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """Dynamic NTK scaling (described in arXiv:2309.00071): a base that grows with sequences beyond the context."""
+    assert p.factor is not None and context is not None  # noqa: PT018
+    longest: Any = context if length is None else length.to(exponent.dtype).clamp(min=context)[:, None]
+    growth = (p.factor * longest / context - (p.factor - 1)) ** (2 * len(exponent) / (2 * len(exponent) - 2))
+    return 1.0 / (p.rope_theta * growth) ** exponent
+
+
+def _yarn(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """YaRN (arXiv:2309.00071): stretch slow pairs by `factor`, keep fast ones, a ramp over the dimensions between."""
+    assert p.factor is not None and p.original_max_position_embeddings is not None  # noqa: PT018
+    pairs, trained = len(exponent), p.original_max_position_embeddings
+
+    def pair(turns: float) -> float:
+        """Return the pair that turns so often within the trained context."""
+        return pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(p.rope_theta)
+
+    low, high = pair(p.beta_fast or 32), pair(p.beta_slow or 1)
+    if p.truncate in (None, True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    high += 0.001 if low == high else 0  # as the reference avoids dividing by zero
+    slow = ((torch.arange(pairs, dtype=exponent.dtype, device=exponent.device) - low) / (high - low)).clamp(0, 1)
+    fast = 1 - slow
+    wavelength = p.rope_theta**exponent
+    return 1.0 / (p.factor * wavelength) * (1 - fast) + 1.0 / wavelength * fast
+
+
+def _longrope(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """LongRoPE (arXiv:2402.13753): a factor for each pair, one list for the trained context, one for longer texts."""
+    factors = p.short_factor if length is None else p.long_factor
+    return 1.0 / (torch.tensor(factors, dtype=exponent.dtype, device=exponent.device) * p.rope_theta**exponent)
+
+
+def _llama3(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
+    """Llama 3.1: stretch wavelengths beyond the trained context by `factor`, keep short ones, a ramp in between."""
+    assert p.factor is not None and p.low_freq_factor is not None and p.high_freq_factor is not None  # noqa: PT018
+    assert p.original_max_position_embeddings is not None
+    inv_freq = 1.0 / p.rope_theta**exponent
+    wavelength = 2 * math.pi / inv_freq
+    turns = p.original_max_position_embeddings / wavelength  # turns of the pair within the trained context
+    ramp = (turns - p.low_freq_factor) / (p.high_freq_factor - p.low_freq_factor)
+    blended = (1 - ramp) * inv_freq / p.factor + ramp * inv_freq
+    slow = wavelength > p.original_max_position_embeddings / p.low_freq_factor
+    fast = wavelength < p.original_max_position_embeddings / p.high_freq_factor
+    return torch.where(slow, inv_freq / p.factor, torch.where(fast, inv_freq, blended))
+
+
+def _mscale(factor: float | None, weight: float) -> float:
+    assert factor is not None
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+class _Type(NamedTuple):
+    """The keys that a type needs and may have besides rope_theta, and its frequencies of exponents 2d/D `[D/2]`.
+
+    Numbers are positive unless named: any_number, or zero_is_unset, where 0 means what a missing key means.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    frequencies: Callable[[RopeParameters, Tensor, int | None, Tensor | None], Tensor]
+    any_number: tuple[str, ...] = ()
+    zero_is_unset: tuple[str, ...] = ()
+
+    @property
+    def factor_is_ratio(self) -> bool:
+        """Whether a missing factor is the ratio of the context to the trained one."""
+        return "attention_factor" in self.optional
+
+
+_TYPES: dict[str, _Type] = {
+    "default": _Type((), (), _default),
+    "linear": _Type(("factor",), (), _linear),
+    "dynamic": _Type(("factor",), (), _dynamic, zero_is_unset=("factor",)),
+    "yarn": _Type(
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        _yarn,
+        any_number=("attention_factor", "mscale", "mscale_all_dim"),
+        zero_is_unset=("beta_fast", "beta_slow"),
+    ),
+    "longrope": _Type(
+        ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+        ("attention_factor",),
+        _longrope,
+        any_number=("factor", "attention_factor"),
+    ),
+    "llama3": _Type(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), (), _llama3),
+}

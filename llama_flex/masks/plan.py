@@ -1,0 +1,112 @@
+"""Which mask and score function each layer has. Dimensions: B batch, T tokens, L layers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tokens import Tokens
+from .mask import Mask
+from .scores import ScoreMod
+
+
+class LayerAttention(NamedTuple):
+    """How one layer attends: its mask, and its score function, if it has one."""
+
+    mask: Mask
+    score_mod: ScoreMod | None = None
+
+    @property
+    def described(self) -> str:
+        """The mask and the score function, for messages."""
+        return " or ".join(function.described for function in self if function is not None)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The distinct ways in which a model's layers attend, and which of them each layer has, `[L]`."""
+
+    variants: tuple[LayerAttention, ...]
+    of_layer: tuple[int, ...]
+
+    @classmethod
+    def make(
+        cls,
+        mask: Mask | Sequence[Mask | None] | None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
+        *,
+        default: Mask,
+        cache_mask: Mask | None,
+        num_layers: int,
+        device: torch.device,
+    ) -> AttentionPlan:
+        """Plan from one mask and score function for all layers, or one each; equal ones are computed once for all.
+
+        default: instead of no mask. cache_mask: added to every mask. Tensors they capture are moved to `device`.
+        Raises ValueError for what is no mask or score function, and for another number of them than of layers.
+        """
+        each_mask = _of_each_layer(mask, Mask, "mask", num_layers)
+        each_score_mod = _of_each_layer(score_mod, ScoreMod, "score_mod", num_layers)
+        # Tried on one token, so that a function's fault is not reported by a compiler.
+        token = Tokens.arriving(1).map(lambda x: x.to(device))
+        score = torch.zeros(1, 1, 1, 1, device=device)
+        variants: dict[Hashable, LayerAttention] = {}
+        of_layer = []
+        for m, s in zip(each_mask, each_score_mod, strict=True):
+            m = m or default
+            key = m.identity(), s and s.identity()
+            if key not in variants:
+                m = m if cache_mask is None else m & cache_mask
+                variants[key] = variant = LayerAttention(m.to(device), s and s.to(device))
+                variant.mask.dense(token, token, 1)
+                if variant.score_mod is not None:
+                    variant.score_mod.dense(score, token, token)
+            of_layer.append(list(variants).index(key))
+        return cls(tuple(variants.values()), tuple(of_layer))
+
+    @cached_property
+    def structure(self) -> Hashable:
+        """What a compiled graph depends on; see `CapturingFunction.structure`."""
+        functions = (function for variant in self.variants for function in variant)
+        return self.of_layer, tuple(function and function.structure() for function in functions)
+
+    def check_new_tokens(
+        self, count: int, positions: Tensor | None, segments: Tensor | None, start: int, num_heads: int
+    ) -> None:
+        """Raise FunctionError for a mask or score function that fails for the last of `count` tokens from `start`
+        on."""
+        index = start + torch.arange(count, dtype=torch.int32)[None]
+        tokens = Tokens(index, index if positions is None else positions, 0 * index if segments is None else segments)
+        rows = max(len(x) for x in tokens)
+        self.check_last_token(tokens.map(lambda x: x.expand(rows, -1)), num_heads)
+
+    def check_last_token(self, tokens: Tokens, num_heads: int) -> None:
+        """Raise FunctionError for a mask or score function that fails where the last of tokens `[B, T]` is the query,
+        such as by a table that is too short.
+
+        Runs on the CPU: on a GPU, an index out of bounds would be the end of the process.
+        """
+        tokens = tokens.map(lambda x: x.cpu())
+        at = tokens.index.argmax(1, keepdim=True)
+        last = tokens.map(lambda x: x.gather(1, at))
+        for mask, score_mod in self.variants:
+            mask.to("cpu").dense(last, tokens, num_heads)
+            if score_mod is not None:
+                scores = torch.zeros(len(at), num_heads, 1, tokens.index.shape[1])
+                score_mod.to("cpu").dense(scores, last, tokens)
+
+
+def _of_each_layer(value: Any, kind: type, name: str, num_layers: int) -> list[Any]:
+    each = list(value) if isinstance(value, list | tuple) else [value] * num_layers
+    if len(each) != num_layers:
+        raise ValueError(f"{len(each)} {name}s for {num_layers} layers; give one, or one each")
+    for function in each:
+        if function is not None and not isinstance(function, kind):
+            found = type(function).__name__
+            raise ValueError(f"{name} must be a {kind.__name__}, found {found}; {kind.__name__}(function) is one")
+    return each

@@ -1,0 +1,69 @@
+"""What the tests share besides fixtures: paths, shapes of tiny models, transformers' tiny models, compiled forwards."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import transformers
+
+from llama_flex import Llama
+from llama_flex.engine.graphs import Graphs
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "weights" / "SmolLM2-135M-Instruct"
+TEST_INPUTS = ROOT / "weights" / "test-inputs"
+
+# The shapes that differ in kind: (heads, key/value heads, head_dim or None), and switches.
+TINY = {
+    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gqa": {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "mqa": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "group3": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "head_dim": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
+    "tied": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "biases": {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "odd_vocab": {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 509},
+}
+
+
+def tiny_reference(**overrides) -> transformers.LlamaForCausalLM:
+    """A two-layer random LLaMA of transformers, float32, eager attention; weights large enough to matter."""
+    values = {
+        "vocab_size": 512,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | overrides
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**values)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:  # initialised to ones and zeros, which would hide a mistake
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    return model
+
+
+def compiled_forward(model: Llama):
+    """The model's forward, compiled: a graph for each shape and for each structure of masks and score functions."""
+    graphs = Graphs()
+
+    def forward(ids, *, cache=None, lengths=None, positions=None, segments=None, mask=None, score_mod=None):
+        ids, lengths, positions, segments = (
+            None if x is None else x.to(model.device, copy=True, memory_format=torch.contiguous_format)
+            for x in (ids, lengths, positions, segments)
+        )
+        plan = model.attention_plan(mask, score_mod, cache)
+        given = tuple(x is None for x in (cache, lengths, positions, segments))
+        forward.steps.add(key := (ids.shape, given, plan.structure))
+        with nullcontext() if cache is None else cache.appending(ids.shape[1]):
+            x, _ = model.step(ids, lengths, positions, segments, cache, plan, "flex", graphs.of(*key))
+            return model.head(x)
+
+    forward.steps = set()
+    forward.graphs = graphs
+    return forward
