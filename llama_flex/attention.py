@@ -52,6 +52,8 @@ def build_attention_metadata(
     backend: Backend,
     pages: PageTable | None = None,
     packed: PackedRows | None = None,
+    rotary: Rotary | None = None,
+    slots: Tensor | None = None,
 ) -> AttentionMetadata:
     """Find what each query sees: block lists (backend "flex") or booleans ("dense")."""
     mask = attention.mask
@@ -59,16 +61,19 @@ def build_attention_metadata(
         # Eager FlexAttention keeps graphs of its own. Torch 2.13 fails with a TypeError where it would explain why one
         # of them does not fit, if the reason is that two tensors became one, as index and position may be too.
         q, kv = (tokens.map(torch.clone) for tokens in (q, kv))
+    visible: BlockLists | Tensor
     if backend == "dense":
-        return AttentionMetadata(attention, q, kv, mask.dense(q, kv, num_heads), pages, packed)
-    if pages is None or not torch.compiler.is_compiling():
-        return AttentionMetadata(attention, q, kv, mask.block_lists(q, kv, num_heads), pages, packed)
-    decoding = q.index.is_cuda and q.index.shape[1] == 1
-    lists = mask.block_lists(q, kv, num_heads, together=decoding)
-    # Rows of padding visit nothing. On a CPU they are NaN then, in padding and in the last page, which nobody reads.
-    padding = (q.index < 0).all(1)[:, None, None]
-    lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
-    return AttentionMetadata(attention, q, kv, list_pages(lists, pages), pages, packed)
+        visible = mask.dense(q, kv, num_heads)
+    elif pages is None or not torch.compiler.is_compiling():
+        visible = mask.block_lists(q, kv, num_heads)
+    else:
+        decoding = q.index.is_cuda and q.index.shape[1] == 1
+        lists = mask.block_lists(q, kv, num_heads, together=decoding)
+        # Rows of padding visit nothing. On a CPU they are NaN then, in padding and in the last page, which nobody reads.
+        padding = (q.index < 0).all(1)[:, None, None]
+        lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
+        visible = list_pages(lists, pages)
+    return AttentionMetadata(attention, q, kv, visible, pages, packed, rotary, slots)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -304,11 +304,12 @@ class Llama(nn.Module):
         slots = None if cache is None else cache.append(tokens)
         kv, pages, chosen = (tokens, None, None) if cache is None else (cache.tokens, cache.pages, cache.token_indices)
         packed = None if chosen is None else PackedRows.of(chosen, (b, t))
-        metadata = [build_attention_metadata(v, tokens, kv, num_heads, backend, pages, packed) for v in variants]
+        queries = tokens
         if packed is not None and slots is not None:
-            input_ids, slots, tokens = packed.pack(input_ids), packed.pack(slots), Tokens(*map(packed.pack, tokens))
-        rotary = self.rotary(tokens)
-        return self.embed(input_ids), [m._replace(rotary=rotary, slots=slots) for m in metadata]
+            input_ids, slots, queries = packed.pack(input_ids), packed.pack(slots), Tokens(*map(packed.pack, tokens))
+        layout = pages, packed, self.rotary(queries), slots
+        metadata = [build_attention_metadata(v, tokens, kv, num_heads, backend, *layout) for v in variants]
+        return self.embed(input_ids), metadata
 
     def head(self, x: Tensor) -> Tensor:
         """Return logits `[B, T, V]` of the last layer's output `[B, T, E]`."""

@@ -1,8 +1,10 @@
 """What the tests share besides fixtures: paths, shapes of tiny models, transformers' tiny models, compiled forwards."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
@@ -26,6 +28,11 @@ TINY = {
 }
 
 
+def few(first: Iterable, others: Iterable) -> list:
+    """Return the values of a parameter: the first for every run of the tests, the others for exhaustive ones."""
+    return [*first, *(pytest.param(value, marks=pytest.mark.exhaustive) for value in others)]
+
+
 def tiny_reference(**overrides) -> transformers.LlamaForCausalLM:
     """A two-layer random LLaMA of transformers, float32, eager attention; weights large enough to matter."""
     values = {
@@ -46,6 +53,12 @@ def tiny_reference(**overrides) -> transformers.LlamaForCausalLM:
         if "norm" in name or "bias" in name:  # initialised to ones and zeros, which would hide a mistake
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return model
+
+
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    """Return ids of no special token, others for every length and seed."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(3, 500, (length,), generator=generator).tolist()
 
 
 def compiled_forward(model: Llama):

@@ -1,4 +1,4 @@
-"""What the measurements of `tools.bench` and `tools.serving` share: models, times, what the machine can do."""
+"""Share code between the benchmarks: models, arguments, timing, tables, and the speed of the machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA_3 = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
-CONFIGS: dict[str, dict[str, Any]] = {  # as published, but for the rotary scaling of 3.1 and 3.2
+CONFIGS: dict[str, dict[str, Any]] = {  # as published, but without the RoPE scaling of 3.1 and 3.2
     "llama-3.1-8b": LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-3.2-1b": LLAMA_3
@@ -54,6 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as published, but for the rotary scali
 
 
 def whole_number(text: str) -> int:
+    """Parse an argument that is a whole number from 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
@@ -61,7 +62,7 @@ def whole_number(text: str) -> int:
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Make the device asked for the current one, or exit with why it cannot be."""
+    """Make --device the current device, or exit with the reason why it cannot be."""
     try:
         device = torch.device(args.device)
     except RuntimeError:
@@ -75,7 +76,7 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Settle where the model is, or exit with why it cannot be; returns its context."""
+    """Resolve the model's folder, or exit with the reason why that fails; return the model's context."""
     try:
         if args.model is not None:
             args.model = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES).resolve()
@@ -85,12 +86,14 @@ def check_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> in
 
 
 def hardware(device: str) -> dict[str, Any]:
+    """Describe the machine and the versions of the software."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu()
     versions = {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")}
     return {"hardware": name, "threads": torch.get_num_threads(), **versions, "python": platform.python_version()}
 
 
 def cpu() -> str:
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -98,13 +101,14 @@ def cpu() -> str:
 
 
 def config_of(args: argparse.Namespace) -> LlamaConfig:
+    """Return the config that --config or --model names."""
     if args.config is None:
         return LlamaConfig.from_pretrained(args.model)
     return LlamaConfig.from_dict(CONFIGS[args.config])
 
 
 def model_of(args: argparse.Namespace, dtype: str) -> Llama:
-    """The model asked for; a shape gets random weights, and ones for its norms."""
+    """Return the model that --config or --model names; a shape gets random weights, and ones for its norms."""
     wanted = getattr(torch, dtype)
     if args.config is None:
         return Llama.from_pretrained(args.model, device=args.device, dtype=wanted)
@@ -118,11 +122,12 @@ def model_of(args: argparse.Namespace, dtype: str) -> Llama:
 
 
 def random_ids(count: int, config: LlamaConfig) -> list[int]:
+    """Return random token ids, always the same."""
     return torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def timed(device: str, work: Callable[[], object]) -> float:
-    """Seconds that some work takes, on the device too."""
+    """Return the seconds that some work takes, including its work on the device."""
     wait(device)
     started = time.perf_counter()
     work()
@@ -131,12 +136,13 @@ def timed(device: str, work: Callable[[], object]) -> float:
 
 
 def wait(device: str) -> None:
+    """Wait until the device has done all its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def clear(device: str) -> None:
-    """Forget what compiled, and give back the memory of what nobody holds any more."""
+    """Drop all compiled code, and give unused memory back to the device."""
     torch.compiler.reset()
     gc.collect()
     if device.startswith("cuda"):
@@ -144,12 +150,13 @@ def clear(device: str) -> None:
 
 
 def print_json(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    """The last line of a measurement: what was asked, on what, and what came of it."""
+    """Print the last line of a measurement: its arguments, the hardware, and the results."""
     given = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
     print(json.dumps({**given, **hardware(args.device), **results}))
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table in Markdown."""
     print()
     for row in (head, ["---"] * len(head), *rows):
         print(f"| {' | '.join(row)} |")
@@ -157,33 +164,33 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def attempt(work: Callable[[], Result]) -> Result | str:
-    """What some work of a peer returns, or in words what it raised, which is not to cost the other results."""
+    """Run some work of a peer; return its result, or a description of what it raised: other results must not be lost."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001
-        # Of a compiler's message, which can go on for thousands of lines, the beginning.
+        # A compiler's message can have thousands of lines: keep the beginning.
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 def several(device: str, work: Callable[[], object], count: int = 5) -> list[float]:
-    """Seconds of some work, several times after one that does not count."""
+    """Return the seconds of each of `count` runs, after a first one that does not count."""
     return [timed(device, work) for _ in range(count + 1)][1:]
 
 
 def matrices(model: Llama) -> int:
-    """How many numbers the matrices of the layers have."""
+    """Count the numbers in the matrices of the layers."""
     return sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
 
 
 def operations(model: Llama, length: int) -> int:
-    """Floating-point operations of a prompt: the layers' matrices, causal attention, one token's logits."""
+    """Count the floating-point operations of a prompt: the layers' matrices, causal attention, one token's logits."""
     c = model.config
     attention = 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
     return 2 * matrices(model) * length + attention + 2 * model.lm_head.weight.numel()
 
 
 def products(device: str, dtype: str) -> dict[str, Any]:
-    """How long a large product of square matrices takes, 5 times; on a GPU each time is that of 10 in a row."""
+    """Time a large product of square matrices, 5 times; on a GPU, each time is the mean of 10 products in a row."""
     size, count = (8192, 10) if device.startswith("cuda") else (2048, 1)
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)

@@ -1,4 +1,4 @@
-"""transformers on the weights of our models: what `tools.bench` and `tools.serving` measure against."""
+"""Run transformers on the weights of our models: the peer that the benchmarks measure against."""
 
 from __future__ import annotations
 
@@ -19,37 +19,39 @@ ATTENTION = {"dynamic": "sdpa", "static": "sdpa", "flex": "flex_attention"}
 
 
 def register() -> None:
-    """Make a model without memory. To be called before anything compiles: the first model of transformers changes what
-    graphs are guarded on, and those that were there would be compiled again."""
+    """Make a model of transformers on the meta device, before anything is compiled.
+
+    The first such model changes what compiled graphs are guarded on; graphs made earlier would be compiled again.
+    """
     with torch.device("meta"):
         transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))
 
 
 def load(model: Llama, folder: Path | None, attention: str = "sdpa") -> Any:
-    """transformers' model in the dtype and on the device of ours: from the same folder, or from our random weights."""
+    """Load transformers' model, with the dtype and device of ours, from the same folder or from our random weights."""
     if folder is not None:
         peer = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation=attention)
         return peer.to(model.device).eval().requires_grad_(False)
     config = transformers.LlamaConfig.from_dict(model.config.to_dict())
     with torch.device("meta"):
         peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
-    # The very memory of ours, of which these are views: the same tokens, and no second copy.
+    # Views of our own weights: the same tokens come out, and no second copy is needed.
     peer.load_state_dict({"lm_head.weight": model.lm_head.weight, **named_weights(model, model.config)}, assign=True)
     peer.tie_weights()
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # no weights: they stayed on meta
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # not loaded: still on the meta device
     return peer.eval().requires_grad_(False)
 
 
 class Peer:
-    """Greedy generation for one prompt in one of the ways of transformers.
+    """Greedy generation from one prompt, in one of the ways that transformers offers.
 
-    dynamic: a growing cache, sdpa, uncompiled. static, flex: a cache of fixed size, sdpa or flex_attention, and each
+    dynamic: a growing cache, sdpa, uncompiled. static, flex: a cache of fixed size with sdpa or flex_attention, each
     step compiled (on CUDA into CUDA graphs), but not the prompt, as in transformers' own generate. Tokens stay on the
-    device until they are asked for, so that no step waits for the host to read one.
+    device until the end, so that no step waits for the host to read one.
     """
 
     def __init__(self, model: Any, kind: str, slots: int) -> None:
-        """slots: how many tokens a cache of fixed size is to hold at least."""
+        """slots: how many tokens a cache of fixed size must hold at least."""
         self.model, self.kind = model, kind
         self.slots = -(-slots // BLOCK) * BLOCK
         self.cache: Any = None
@@ -59,10 +61,10 @@ class Peer:
 
     @torch.no_grad()
     def decode(self, ids: Sequence[int], new: int, warm_up: int) -> tuple[float, list[int]]:
-        """Seconds from the arrival of token number `warm_up` to that of number `new`, and all tokens."""
+        """Generate; return the seconds from token number `warm_up` to token number `new`, and all tokens."""
         cache = self._new_cache() if self.cache is None else self.cache
         if self.kind != "dynamic":
-            self.cache = cache  # graphs are recorded on its memory
+            self.cache = cache  # kept: the CUDA graphs work on its memory
         cache.reset()
         self.model.set_attn_implementation("sdpa")
         tokens, started = [self._first(self._on_device(ids), cache)], 0.0
@@ -79,7 +81,7 @@ class Peer:
 
     @torch.no_grad()
     def prefill(self, ids: Sequence[int]) -> tuple[float, list[int]]:
-        """Seconds from the call to the first token, with a fresh cache, and that token."""
+        """Return the seconds from the call to the first token, with a fresh cache, and that token."""
         self.model.set_attn_implementation(ATTENTION[self.kind])
         given = self._on_device(ids)
         if given.is_cuda:
@@ -101,8 +103,10 @@ class Peer:
 
 
 def batches(model: Any, asked: Sequence[tuple[list[int], int]]) -> float:
-    """Seconds of requests (ids, and how many new tokens) in transformers' continuous batching, greedy; without the time
-    it takes to get ready, its first request included."""
+    """Time requests (ids, and how many new tokens) in transformers' continuous batching, greedy.
+
+    Returns the seconds without the start of the manager, which ends with a first request that does not count.
+    """
     most = max(new for _, new in asked)
     config = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=most)
 
@@ -120,5 +124,5 @@ def batches(model: Any, asked: Sequence[tuple[list[int], int]]) -> float:
 
 
 def _greedy(logits: Tensor) -> Tensor:
-    """The most likely next token `[B, 1]` after the last of `[B, T, V]`."""
+    """Return the most likely next tokens `[B, 1]` after the last of logits `[B, T, V]`."""
     return logits[:, -1].argmax(-1, keepdim=True)

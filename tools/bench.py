@@ -1,16 +1,15 @@
-"""Measurements: `python -m tools.bench NAME`. Beside each number of ours stands a peer's, or what the machine can do,
-measured in the same run.
+"""Benchmark one stream: `python -m tools.bench NAME`.
 
-    decode    tokens a second of one greedy stream at a context, against transformers and the read bandwidth of memory
+    decode    tokens per second of one greedy stream at a given context, against transformers and memory bandwidth
     prefill   time to the first token of a prompt, against transformers and the speed of matrix products
-    startup   from starting a process to its first tokens, with nothing compiled before and with everything
-    fusion    five prompts fused, cached and compiled, against recomputing the whole sequence for every token, as
-              transformers with a 4-D mask does it and as this package can
+    startup   time from starting a process to its first tokens, with an empty and with a full compile cache
+    fusion    five fused prompts, cached and compiled, against recomputing the whole sequence for every token: in
+              transformers with a 4-D mask, and in this package
     window    decoding at a long context with a sliding window, against decoding at a context of the window's length
 
-Prints a line for each measurement, a table in Markdown, and last a line of JSON with all of it, every single time
-included. The machine's noise is part of every single time, so times are medians over several rounds, in which ours and
-the peers take turns.
+Each result is shown beside that of a peer, or beside what the machine can do, measured in the same run. Prints a line
+per measurement, then a table in Markdown, and last a line of JSON with everything, every single time included. Times
+are medians over several rounds, in which ours and the peers take turns, because single times are noisy.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from llama_flex import Engine, Llama, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, masks
 from llama_flex.checkpoint.files import FolderError
-from llama_flex.engine.explain import read_bandwidth
+from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.graphs import Graphs
 from tools._measuring import (
     CONFIGS,
@@ -55,13 +54,13 @@ from tools._measuring import (
     whole_number,
 )
 
-# What imports transformers, tools._peers, is imported where it is used: starts are measured without it.
+# tools._peers imports transformers, which `startup` must not pay for: it is imported where it is used.
 
-Run = Callable[[], tuple[float, list[int]]]  # does some work once: the seconds that count, and the tokens that came
+Run = Callable[[], tuple[float, list[int]]]  # does the work once; returns the seconds that count, and the tokens
 
 OURS = "llama_flex"
 PEERS = ("dynamic", "static", "flex")
-START_LENGTH, START_NEW = 30, 10  # of the prompt, and of what is generated, in a start that is measured
+START_LENGTH, START_NEW = 30, 10  # `startup`: tokens in the prompt, and tokens generated
 PARAPHRASES = (
     "A farmer has twelve apples in a basket. He gives three of them to his neighbour and two to his daughter, and "
     "then finds one more under the tree. In the afternoon a traveller comes to the farm and buys half of what is "
@@ -92,7 +91,7 @@ PARAPHRASES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one measurement; returns 0."""
+    """Run one measurement; return 0."""
     parser = _parser()
     args = parser.parse_args(argv)
     _check(parser, args)
@@ -114,16 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     decode = commands.add_parser("decode", help="tokens a second of one greedy stream")
     decode.add_argument("--context", type=whole_number, nargs="+", default=[1024], help="tokens in the prompt")
     decode.add_argument("--new", type=whole_number, default=128, help="tokens to generate")
-    decode.add_argument("--warm-up", type=whole_number, default=8, help="time starts when so many of them have come")
+    decode.add_argument("--warm-up", type=whole_number, default=8, help="the clock starts after this many of them")
     prefill = commands.add_parser("prefill", help="time to the first token of a prompt")
     prefill.add_argument("--length", type=whole_number, nargs="+", default=[1024], help="tokens in the prompt")
-    startup = commands.add_parser("startup", help="from starting a process to its first tokens")
-    fusion = commands.add_parser("fusion", help="five fused prompts against uncached recomputing")
+    startup = commands.add_parser("startup", help="time from starting a process to its first tokens")
+    fusion = commands.add_parser("fusion", help="five fused prompts against recomputing without a cache")
     fusion.add_argument("--new", type=whole_number, default=40, help="tokens to generate")
-    window = commands.add_parser("window", help="a window at a long context against a short context")
+    window = commands.add_parser("window", help="a sliding window at a long context against a short context")
     window.add_argument("--context", type=whole_number, nargs="+", default=[32768], help="tokens in the cache")
-    window.add_argument("--window", type=whole_number, default=1024, help="tokens that are seen")
-    child = commands.add_parser("first-token")  # what `startup` starts; without help it is not listed
+    window.add_argument("--window", type=whole_number, default=1024, help="tokens that each query sees")
+    child = commands.add_parser("first-token")  # run by `startup`; without a help text it is not listed
     for command in (decode, prefill, startup, fusion, window, child):
         models = command.add_mutually_exclusive_group()
         models.add_argument("--model", type=Path, metavar="DIR", help="a folder of real weights")
@@ -134,13 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--rounds", type=whole_number, default=3 if command is startup else 5)
     for command in (decode, prefill):
-        what = "transformers with a growing cache; with a static one, compiled; with that and flex_attention"
+        what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention"
         command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
     return parser
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Settle which model and which device, or exit with what cannot be."""
+    """Fill in the default model and check the arguments; exit with the reason if they do not fit."""
     check_device(parser, args)
     args.config = getattr(args, "config", None)
     if args.model is None and args.config is None:
@@ -153,14 +152,14 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"{needed[args.name]()} tokens exceed the model's context of {context}")
 
 
-# Ours and peers, in turns
+# Ours and the peers, taking turns
 
 
 @dataclass
 class Way:
-    """One way to do some work, what it took, and what came of it."""
+    """One way to do the work, the time it took, and its tokens."""
 
-    run: Run | None  # None once it has failed, or has run often enough
+    run: Run | None  # None once it has failed, or after the last round
     is_peer: bool = True
     seconds: list[float] = field(default_factory=list)  # of each round
     tokens: list[int] = field(default_factory=list)
@@ -169,11 +168,11 @@ class Way:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median time in seconds."""
         return statistics.median(self.seconds)
 
     def once(self) -> list[float]:
-        """The seconds of one run, or nothing if a peer fails now or did before."""
+        """Run once; return a list of the seconds it took, empty for a peer that fails now or failed before."""
         if self.run is None:
             return []
         found = attempt(self.run) if self.is_peer else self.run()
@@ -186,24 +185,24 @@ class Way:
 
 @dataclass
 class Case:
-    """Ours and the peers at one dtype and one size."""
+    """Ours and the peers, at one dtype and one size."""
 
     dtype: str
     size: int
-    work: int  # bytes to read for a token, or floating-point operations for a prompt
+    work: int  # bytes to read per token (decode), or floating-point operations per prompt (prefill)
     ways: dict[str, Way]
 
     def faster(self, way: Way) -> float:
-        """How many times as fast as this way ours is."""
+        """Return how many times as fast as `way` ours is."""
         return way.median / self.ways[OURS].median
 
     def agreeing(self, way: Way) -> int:
-        """How many of its first tokens are ours."""
+        """Count the leading tokens of `way` that equal ours."""
         pairs = enumerate(zip(self.ways[OURS].tokens, way.tokens, strict=True))
         return next((n for n, (a, b) in pairs if a != b), len(way.tokens))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: every time, and what the table has."""
+        """Return every single time, and what the table shows, for JSON."""
         ways: dict[str, Any] = {}
         for name, way in self.ways.items():
             ways[name] = {"seconds": way.seconds, "peak_bytes": way.peak, "error": way.error}
@@ -220,10 +219,10 @@ def _cases(
     ours: Callable[[Engine, list[int]], tuple[float, list[int]]],
     theirs: Callable[[Any, list[int]], tuple[float, list[int]]],
 ) -> list[Case]:
-    """Measure every dtype and size: prompts of random ids, and `new` tokens after them.
+    """Measure every dtype and size, with prompts of random ids and `new` tokens after them.
 
-    work: see Case. ours, theirs: what an Engine, and what a Peer, does with a prompt. Each way runs once before the
-    rounds begin: ours before peers have weights, so that its peak memory is its own.
+    work: see Case. ours, theirs: what an Engine and a Peer do with a prompt. Each way runs once before the rounds
+    begin; ours runs before the peers load their weights, so that its peak memory is its own.
     """
     from tools._peers import Peer, load, register
 
@@ -253,7 +252,7 @@ def _cases(
 
 
 def _warm_up(way: Way, model: torch.nn.Module, device: str) -> None:
-    """The run that compiles, and whose memory is measured: on the CPU the most that the process has had, if ours."""
+    """Run once, which compiles, and note the peak memory: on a CPU the peak of the whole process, for ours only."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -268,7 +267,7 @@ def _warm_up(way: Way, model: torch.nn.Module, device: str) -> None:
 
 
 def _rounds(ways: dict[str, Way], rounds: int, case: str) -> None:
-    """Run every way once a round. Afterwards none can be run, so that nothing holds its memory."""
+    """Run every way once per round, then drop what runs it, so that its memory is free."""
     for _ in range(rounds):
         for way in ways.values():
             way.seconds += way.once()
@@ -278,7 +277,7 @@ def _rounds(ways: dict[str, Way], rounds: int, case: str) -> None:
 
 
 def _print_cases(head: Sequence[str], cases: Iterable[Case], cells: Callable[[Case, Way], Sequence[str]]) -> None:
-    """A table of a row for every way; `cells` are its own, and those that all measurements have come after."""
+    """Print a table, a row per way: the columns `head`, filled by `cells`, then those that all measurements share."""
     rows = []
     for case in cases:
         for name, way in case.ways.items():
@@ -315,7 +314,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stream(engine: Engine, ids: list[int], new: int, warm_up: int) -> tuple[float, list[int]]:
-    """Seconds from the arrival of token number `warm_up` (0: from the call) to the last, and all tokens."""
+    """Generate; return the seconds from token number `warm_up` (0: from the call) to the last, and all tokens."""
     wait(engine.model.device.type)
     arrived, tokens = [time.perf_counter()], []
     for step in engine.stream([ids], max_new_tokens=new, sampling=Sampling(), stop_token_ids=()):
@@ -347,7 +346,7 @@ def _prefill(args: argparse.Namespace) -> dict[str, Any]:
     return {"flop_per_s": ceiling, "products": found, "cases": [case.to_dict() for case in cases]}
 
 
-# Starts
+# Starting
 
 
 def _startup(args: argparse.Namespace) -> dict[str, Any]:
@@ -355,7 +354,7 @@ def _startup(args: argparse.Namespace) -> dict[str, Any]:
     for dtype in args.dtype:
         for _ in range(args.rounds):
             with tempfile.TemporaryDirectory() as folder:
-                for kind in ("cold", "warm"):  # with what compiled in the same folder before
+                for kind in ("cold", "warm"):  # the warm start finds what the cold one compiled
                     starts.append({"dtype": dtype, "kind": kind, "seconds": _start(args, dtype, Path(folder))})
                     print(f"{dtype}, {kind}: first token after {starts[-1]['seconds']['token 1']:.2f} s", flush=True)
     events = ("imported", "model", "token 1", f"token {START_NEW}")
@@ -370,7 +369,7 @@ def _startup(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _start(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, float]:
-    """Seconds from starting a process to each line that it prints, what it compiles being kept in a folder."""
+    """Start a process that compiles into `folder`; return the seconds from its start to each line that it prints."""
     model = ["--model", str(args.model)] if args.config is None else ["--config", args.config]
     command = [sys.executable, "-m", "tools.bench", "first-token", *model, "--dtype", dtype, "--device", args.device]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
@@ -384,7 +383,7 @@ def _start(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, floa
 
 
 def _first_token(args: argparse.Namespace) -> int:
-    """What `startup` starts: says when it has imported, when it has a model, and when each token comes."""
+    """Print a line after the imports, a line when the model is loaded, and one per token: the child of `startup`."""
     print("imported", flush=True)
     model = model_of(args, args.dtype[0])
     print("model", flush=True)
@@ -422,7 +421,7 @@ def _fusion(args: argparse.Namespace) -> dict[str, Any]:
 def _fused(
     model: Llama, peer: Any, tokenizer: Tokenizer, question: Prompt, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, bool]]:
-    """Seconds of each way in each round, and whether its tokens are always those of the first."""
+    """Return the seconds of each way in each round, and whether its tokens always equal those of the first way."""
     engine = Engine(model, tokenizer, compile=True)
     options: dict[str, Any] = {"max_new_tokens": args.new, "stop_token_ids": ()}
     ways = {
@@ -454,7 +453,7 @@ def _peer_logits(peer: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _own_logits(model: Llama) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Dense, and only the last logits: the fastest without a cache on a CPU."""
+    """Compute densely, and only the last logits: on a CPU the fastest way without a cache."""
 
     def logits(ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
         given = {"positions": positions, "segments": segments, "mask": masks.fused()}
@@ -464,7 +463,7 @@ def _own_logits(model: Llama) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _recomputed(logits_of: Callable[[Tensor, Tensor, Tensor], Tensor], prompt: Prompt, new: int) -> list[int]:
-    """The same generation by a forward of the whole sequence for every token."""
+    """Generate the same text, running the whole sequence through the model for every token."""
     ids, positions, segments = list(prompt.ids), list(prompt.positions), list(prompt.segments)
     for _ in range(new):
         logits = logits_of(*(torch.tensor([x]) for x in (ids, positions, segments)))
@@ -474,7 +473,7 @@ def _recomputed(logits_of: Callable[[Tensor, Tensor, Tensor], Tensor], prompt: P
     return ids[len(prompt.ids) :]
 
 
-# Windows
+# Sliding windows
 
 
 @torch.no_grad()
@@ -506,7 +505,7 @@ def _window(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _busy(device: str, step: Callable[[], object], count: int) -> float:
-    """Seconds a step keeps the device busy: on a GPU the sum of its kernels, so that launches do not hide them."""
+    """Return the seconds per step that the device is busy: on a GPU the sum of its kernels, without launch overhead."""
     if not device.startswith("cuda"):
         return timed(device, lambda: [step() for _ in range(count)]) / count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -515,17 +514,17 @@ def _busy(device: str, step: Callable[[], object], count: int) -> float:
 
 
 def _decoding(model: Llama, context: int, mask: Mask, new: int) -> Callable[[], object]:
-    """A function that decodes one more token, up to `new`, after `context` others, whose keys and values are zeros: it
-    takes no less time for that."""
+    """Return a function that decodes one more token, up to `new` of them, after `context` tokens whose keys and values
+    are zeros, which takes as long as any others."""
     cache = model.new_cache(1, context + new)
     with cache.appending(context):
         cache.append(Tokens(*(x.to(model.device) for x in Tokens.arriving(context))))
-    layers, run = model.attention_plan(mask), Graphs().of("decoding")
+    plan, run = model.attention_plan(mask), Graphs().of("decoding")
     ids = torch.full((1, 1), 3, device=model.device)
 
     def decode() -> None:
         with cache.appending(1):
-            x, _ = model.step(ids, None, None, None, cache, layers, "flex", run)
+            x, _ = model.step(ids, None, None, None, cache, plan, "flex", run)
             run("head", Llama.head, model, x)
 
     return decode

@@ -1,8 +1,8 @@
-"""Says what is wrong with a mask or a score function: `python -m tools.check_mask FILE.py:NAME`.
+"""Check a mask or a score function for mistakes: `python -m tools.check_mask FILE.py:NAME`.
 
 NAME is a `Mask`, a predicate `(q, kv)`, a `ScoreMod`, a score function `(score, q, kv)`, or FlexAttention's
-`mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`. FILE.py is run. See `llama_flex.check`.
-Exit code 0 without errors, 1 with errors, 2 for an argument that cannot be used.
+`mask_mod(b, h, q_idx, kv_idx)` or `score_mod(score, b, h, q_idx, kv_idx)`. FILE.py is run. See
+`llama_flex.eval.check_mask`. Exit code: 0 without errors, 1 with errors, 2 for an argument that cannot be used.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-if not __package__:  # run as a file: let `llama_flex` be found
+if not __package__:  # run as a file: put `llama_flex` on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MODULE = "_checked"  # what FILE.py is imported as
+MODULE = "_checked"  # the name under which FILE.py is imported
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the arguments."""
+    """Report wrong arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Print the message and exit with code 2."""
         self.exit(2, f"error: {message}\n")
 
 
 def load(target: str) -> Any:
-    """The object of FILE.py:NAME. Raises ValueError for no such file or name, and for a file that cannot be run."""
+    """Return the object FILE.py:NAME. Raises ValueError for a missing file or name, and for a file that fails to run."""
     from llama_flex.eval.check_mask import attempt
 
     file, _, name = target.rpartition(":")
@@ -52,11 +52,13 @@ def load(target: str) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = Parser(description="Say what is wrong with a mask or a score function.", prog="python -m tools.check_mask")
+    """Run the command line; return the exit code."""
+    parser = Parser(description="Check a mask or a score function for mistakes.", prog="python -m tools.check_mask")
     parser.add_argument("target", metavar="FILE.py:NAME", help="a mask, a predicate, a score function; FILE.py is run")
     parser.add_argument("--heads", type=int, default=4, help="number of query heads (default: 4)")
-    parser.add_argument("--no-compile", action="store_true", help="do not compile, which takes most of the time")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="skip the checks of compiled code, which take most of the time"
+    )
     options = parser.parse_args(arguments)
 
     from llama_flex.eval.check_mask import check_mask

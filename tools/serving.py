@@ -1,16 +1,16 @@
-"""Many requests at a time: `python -m tools.serving NAME`. Beside each number stands a peer's, or what the machine can
-do, measured in the same run.
+"""Benchmark many requests at a time: `python -m tools.serving NAME`.
 
-    throughput  output tokens a second of requests of random lengths, against transformers' continuous batching or
+    throughput  output tokens per second for requests of random lengths, against transformers' continuous batching or
                 against one request after the other
     sweep       the time of a decoding step by batch size
-    prefix      time to first token of requests that begin alike
-    latency     time between tokens while long prompts arrive, these in chunks and in one piece
-    requests    write the requests of `throughput` as JSON lines: tokens, max_new_tokens
+    prefix      the time to the first token for requests that share a prefix
+    latency     the time between tokens while long prompts arrive, prefilled in chunks and in one piece
+    requests    print the requests of `throughput` as JSON lines with tokens and max_new_tokens
 
-The bound is what the machine needs at the speeds measured: for each step, to read the weights or to multiply with them,
-whichever takes longer, and to read keys and values; for prompts, to multiply. Requests are of random ids and greedy.
-Prints a table in Markdown and last a line of JSON.
+Each result is shown beside that of a peer, or beside a bound measured in the same run. The bound is the least time that
+the machine needs at its measured speeds: for each decoding step, to read the weights or to multiply with them,
+whichever takes longer, and to read keys and values; for prompts, to multiply. Requests have random ids and decode
+greedily. Prints a table in Markdown, and last a line of JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.checkpoint.files import FolderError
-from llama_flex.engine.explain import read_bandwidth
+from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.output import Step
 from llama_flex.engine.request import Request
 from llama_flex.masks.block_mask import BLOCK
@@ -53,8 +53,8 @@ from tools._measuring import (
     whole_number,
 )
 
-STEPS = 10  # of `sweep`, in a round
-OWN = "the rest, prefix in caches of their own"  # of `prefix`
+STEPS = 10  # `sweep`: decoding steps per round
+OWN = "the rest, prefix in caches of their own"  # a row of `prefix`
 
 
 class Asked(NamedTuple):
@@ -65,9 +65,9 @@ class Asked(NamedTuple):
 
 
 def requests(args: argparse.Namespace, vocabulary: int, round: int = 0) -> list[Asked]:
-    """Requests of random ids, with `low` to `high` tokens in and as many out; the same for the same arguments.
+    """Make requests of random ids, with `low` to `high` tokens in and as many out; the same for the same arguments.
 
-    Those of another round are as long, but of other ids: nothing of theirs is known already.
+    Another round has requests of the same lengths with other ids, so that none of their pages can be reused.
     """
     lengths = np.random.default_rng(args.seed).integers(args.low, args.high + 1, (args.count, 2))
     rng = np.random.default_rng((args.seed, round))
@@ -79,32 +79,34 @@ def _ids(rng: np.random.Generator, count: int, vocabulary: int) -> list[int]:
 
 
 class Machine(NamedTuple):
-    """What was measured of it, per second: bytes of memory read, operations of large matrix products."""
+    """Measured speeds: bytes of memory read, and operations of large matrix products, per second."""
 
     bytes: float
     operations: float
 
     @classmethod
     def measured(cls, args: argparse.Namespace) -> Machine:
+        """Measure the device."""
         found = products(args.device, args.dtype)
         rate = found["operations"] / statistics.median(found["seconds"])
         return cls(read_bandwidth(torch.device(args.device)), rate)
 
     def step(self, model: Llama, contexts: Sequence[int]) -> float:
-        """The least seconds of a decoding step of rows with such contexts."""
+        """Return the least seconds that a decoding step of sequences of these lengths can take."""
         weights = bytes_per_step(model, [])
         numbers = matrices(model) + model.lm_head.weight.numel()
         multiplying = 2 * numbers * len(contexts) / self.operations
         return max(weights / self.bytes, multiplying) + (bytes_per_step(model, contexts) - weights) / self.bytes
 
     def all(self, model: Llama, asked: Sequence[Asked]) -> float:
-        """The least seconds of requests that all run from the beginning."""
+        """Return the least seconds that requests can take if all of them run from the beginning."""
         prompts = sum(operations(model, len(a.ids)) for a in asked) / self.operations
         steps = range(max(a.new for a in asked))
         return prompts + sum(self.step(model, [len(a.ids) + n for a in asked if n < a.new]) for n in steps)
 
 
 def throughput(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
+    """Measure output tokens per second, ours and a peer's."""
     machine = Machine.measured(args)
     each = [requests(args, model.config.vocab_size, round) for round in range(args.rounds + 1)]
     engine = Engine(model, compile=True, max_batch_size=args.batch_size, max_length=2 * args.high)
@@ -133,7 +135,7 @@ def throughput(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
 
 
 def _of(machine: Machine, model: Llama, name: str, asked: Sequence[Asked], seconds: list[float]) -> dict[str, Any]:
-    """What one way took, and the bound."""
+    """Return one way's requests, tokens and seconds, and the bound for them."""
     tokens, bound = sum(a.new for a in asked), machine.all(model, asked)
     print(f"{name}: {statistics.median(seconds):.2f} s", flush=True)
     return {"name": name, "requests": len(asked), "tokens": tokens, "bound": bound, "seconds": seconds}
@@ -149,7 +151,7 @@ def _together(engine: Engine, asked: list[Asked]) -> float:
         _submit(engine, ids, new)
     engine.run()
     seconds = time.perf_counter() - started
-    # Nothing was known before; what had to make room was computed again.
+    # No prompt was cached before; those of preempted requests were computed again.
     assert engine.scheduler.prompt_tokens - before >= sum(len(ids) for ids, _ in asked)
     return seconds
 
@@ -162,6 +164,7 @@ def _one_by_one(engine: Engine, asked: list[Asked]) -> float:
 
 
 def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
+    """Measure the time of a decoding step at each batch size."""
     machine, rows, found = Machine.measured(args), [], []
     rng, new = np.random.default_rng(args.seed), _new_of_sweep(args)
     engine = Engine(model, compile=True, max_batch_size=max(args.sizes), max_length=args.context + new)
@@ -192,13 +195,16 @@ def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
 
 
 def _new_of_sweep(args: argparse.Namespace) -> int:
-    """Long enough for the first request to go on while the prompts of the last are computed."""
+    """Return how many tokens keep the first request decoding until the prompts of the last are computed."""
     return 16 + STEPS * args.rounds + max(args.sizes) * args.context // 512
 
 
 def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
-    """Requests that share a prefix: the first, which computes it, and the rest; these without it; and what their own
-    tokens cost after it: in one batch, each with the prefix in a cache of its own."""
+    """Measure the time to the first token of requests that share a prefix.
+
+    The first request computes the prefix, the rest reuse it. Beside them stand the rest without a prefix, and the rest
+    in one batch of caches that hold the prefix already, where only their own tokens are left to compute.
+    """
     vocabulary, rng = model.config.vocab_size, np.random.default_rng(args.seed)
     longest, blocks = args.prefix + args.own + 2, -(-(args.own + 2) // BLOCK) + 1
     slots = (-(-longest // BLOCK) + args.count * blocks) * BLOCK
@@ -208,7 +214,7 @@ def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
     computed: dict[str, int] = {}
     options: dict[str, Any] = {"max_new_tokens": 1, "sampling": Sampling(), "stop_token_ids": ()}
     for round in range(args.rounds + 1):  # the first compiles
-        shared = _ids(rng, args.prefix, vocabulary)  # nothing of the round before
+        shared = _ids(rng, args.prefix, vocabulary)  # a new one, which is not cached yet
         one = engine.new_cache(1, longest)
         engine.generate([shared], cache=one, **options)
         caches = one.expand(args.count - 1)
@@ -241,7 +247,7 @@ def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
 
 
 def latency(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
-    """Streams under way, and a long prompt with every 20th of their tokens."""
+    """Measure the time between tokens of running streams, while a long prompt arrives every 20 steps."""
     vocabulary, rows, found = model.config.vocab_size, [], {}
     for name, tokens in (("in chunks", args.chunk), ("in one piece", args.long)):
         engine = Engine(
@@ -281,7 +287,7 @@ NAMES: dict[str, Callable[[argparse.Namespace, Llama], dict[str, Any]]] = {
     "prefix": prefix,
     "latency": latency,
 }
-NEEDED: dict[str, Callable[[argparse.Namespace], int]] = {  # tokens of the longest text
+NEEDED: dict[str, Callable[[argparse.Namespace], int]] = {  # tokens in the longest sequence
     "throughput": lambda args: 2 * args.high,
     "sweep": lambda args: args.context + _new_of_sweep(args),
     "prefix": lambda args: args.prefix + args.own + 1,
@@ -302,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         models.add_argument("--config", choices=CONFIGS, help="a shape, with random weights")
         command.add_argument("--seed", type=int, default=0)
         if name in counts:
-            command.add_argument("--count", type=whole_number, default=counts[name], help="requests")
+            command.add_argument("--count", type=whole_number, default=counts[name], help="number of requests")
         if name in NAMES:
             command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
             command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -312,20 +318,22 @@ def _parser() -> argparse.ArgumentParser:
         each[name].add_argument("--high", type=whole_number, default=1024, help="most tokens, in and out")
     each["throughput"].add_argument("--batch-size", type=whole_number, default=256)
     each["throughput"].add_argument("--peer", help="'one by one', or an attention of transformers, such as sdpa")
-    each["throughput"].add_argument("--peer-count", type=whole_number, default=64, help="transformers gets the first")
+    each["throughput"].add_argument(
+        "--peer-count", type=whole_number, default=64, help="transformers serves only the first of them"
+    )
     each["sweep"].add_argument("--context", type=whole_number, default=1024)
     each["sweep"].add_argument("--sizes", type=whole_number, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
-    each["prefix"].add_argument("--prefix", type=whole_number, default=4000, help="tokens shared")
-    each["prefix"].add_argument("--own", type=whole_number, default=100, help="tokens of each request's own")
-    each["latency"].add_argument("--long", type=whole_number, default=8000, help="tokens of a long prompt")
-    each["latency"].add_argument("--own", type=whole_number, default=500, help="tokens of the prompt of each stream")
+    each["prefix"].add_argument("--prefix", type=whole_number, default=4000, help="tokens in the shared prefix")
+    each["prefix"].add_argument("--own", type=whole_number, default=100, help="tokens after the prefix in each request")
+    each["latency"].add_argument("--long", type=whole_number, default=8000, help="tokens in a long prompt")
+    each["latency"].add_argument("--own", type=whole_number, default=500, help="tokens in the prompt of each stream")
     each["latency"].add_argument("--new", type=whole_number, default=200, help="tokens that each stream generates")
-    each["latency"].add_argument("--chunk", type=whole_number, default=512, help="tokens of a chunk")
+    each["latency"].add_argument("--chunk", type=whole_number, default=512, help="tokens in a prefill chunk")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one measurement; returns 0."""
+    """Run one measurement; return 0."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.model is None and args.config is None:

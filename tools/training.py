@@ -1,9 +1,9 @@
-"""Measures a training step on documents packed into one row: `python -m tools.training --config llama-3.2-1b`.
+"""Benchmark a training step on documents packed into one row: `python -m tools.training --config llama-3.2-1b`.
 
-A step is forward, backward and AdamW, in one dtype throughout. Its share of the matrix products' rate counts what a
-model needs: forward and twice that backward, attention within documents, nothing that is recomputed. Peers are
-transformers, told of the documents by positions that begin anew; both have the same compiled loss. The last line of
-output is JSON.
+A step is forward, backward and AdamW, in one dtype throughout. Its share of the speed of matrix products counts only
+the operations that the model needs: the forward, twice as many for the backward, attention within documents, nothing
+that is recomputed. Peers are transformers, which see the documents by positions that start again at 0; both sides have
+the same compiled loss. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ PEERS = {"sdpa": ("sdpa", False), "sdpa-compiled": ("sdpa", True), "flex": ("fle
 
 
 def operations(model: Llama, lengths: list[int]) -> int:
-    """Floating-point operations of a step: forward, and twice as many backward."""
-    logits = 2 * model.lm_head.weight.numel()  # of one token
+    """Count the floating-point operations of a step: forward, and twice as many backward."""
+    logits = 2 * model.lm_head.weight.numel()  # per token
     return 3 * sum(of_prompt(model, n) + (n - 1) * logits for n in lengths)
 
 
 def stepping(parameters: list[Any], forward: Callable[[], Tensor], targets: Tensor) -> Callable[[], None]:
-    """A function that does a step; forward gives logits `[1, T, V]`."""
+    """Return a function that does a training step; `forward` returns logits `[1, T, V]`."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     loss_of = torch.compile(lambda logits: cross_entropy(logits[0].float(), targets), dynamic=False)
 
@@ -60,7 +60,7 @@ def stepping(parameters: list[Any], forward: Callable[[], Tensor], targets: Tens
 
 
 def measure(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
-    """Seconds and peak memory of a step, in each way."""
+    """Measure the seconds and the peak memory of a step in each way; print a table."""
     length = args.tokens // args.documents
     lengths = [length] * args.documents
     ids = torch.tensor([random_ids(sum(lengths), model.config)], device=args.device)
@@ -119,15 +119,17 @@ def measure(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; returns 0."""
+    """Run the measurement; return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", type=Path, help="a folder or hub name")
+    which.add_argument("--model", type=Path, help="a folder, or a name on the hub")
     which.add_argument("--config", choices=CONFIGS, help="a shape, with random weights")
-    parser.add_argument("--tokens", type=whole_number, default=8192, help="in a step (default %(default)s)")
-    parser.add_argument("--documents", type=whole_number, default=8, help="of equal length (default %(default)s)")
-    parser.add_argument("--recompute", action="store_true", help="keep less for the backward pass, compute it again")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa"], help="ways of transformers")
+    parser.add_argument("--tokens", type=whole_number, default=8192, help="tokens in a step (default %(default)s)")
+    parser.add_argument(
+        "--documents", type=whole_number, default=8, help="documents in a row, of equal length (default %(default)s)"
+    )
+    parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["sdpa"], help="ways of running transformers")
     parser.add_argument("--rounds", type=whole_number, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
