@@ -69,7 +69,7 @@ def build_attention_metadata(
     else:
         decoding = q.index.is_cuda and q.index.shape[1] == 1
         lists = mask.block_lists(q, kv, num_heads, together=decoding)
-        # Rows of padding visit nothing. On a CPU they are NaN then, in padding and in the last page, which nobody reads.
+        # Rows of padding visit nothing. On a CPU they are NaN then, like the last page: nobody reads either.
         padding = (q.index < 0).all(1)[:, None, None]
         lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
         visible = list_pages(lists, pages)

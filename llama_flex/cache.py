@@ -91,12 +91,12 @@ class Cache:
 
     @property
     def room(self) -> int | None:
-        """How many more tokens every row can take; None for any number, because old ones make room."""
+        """The number of tokens that every row still has room for; None if rolling makes room for any number."""
         return self.max_length - self.reserved if self.window is None else None
 
     @property
     def largest_append(self) -> int:
-        """How many tokens one step can append at most."""
+        """The most tokens that one step can append."""
         return self.max_length - (self.reserved if self.window is None else self.sinks + self.window - 1)
 
     @contextmanager

@@ -14,7 +14,7 @@ from .checkpoint.rope_scaling import RopeParameters
 
 
 class Architecture(NamedTuple):
-    """What an architecture's config.json says otherwise than LlamaConfig.
+    """The differences between an architecture's config.json and LlamaConfig.
 
     defaults: of keys, where they differ. refused, ignored: keys that it does not read, as the reference does not; the
     refused ones would be expected to count.
@@ -151,5 +151,5 @@ class Dimensions(NamedTuple):
 
     @property
     def kv_numbers_per_token(self) -> int:
-        """How many numbers a token's keys and values are, in all layers."""
+        """The count of a token's keys and values, in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -127,7 +127,7 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.embed.weight.device
 
     @property
@@ -142,7 +142,7 @@ class Llama(nn.Module):
 
     @property
     def context(self) -> int:
-        """How long a sequence may become: `max_position_embeddings`, or where its keys, already cached, would turn."""
+        """The longest sequence: `max_position_embeddings`, or the length at which cached keys would have to turn."""
         limit, longest = self.rotary.limit, self.config.max_position_embeddings
         return longest if limit is None else min(limit, longest)
 

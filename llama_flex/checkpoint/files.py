@@ -99,7 +99,7 @@ def check_not_in_place(path: Path, start: bytes) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What is in a folder, sorted; nothing where it is none, or cannot be listed."""
+    """List a folder, sorted; return nothing for what is no folder or cannot be listed."""
     try:
         return sorted(os.listdir(folder))
     except OSError:
@@ -107,8 +107,8 @@ def names_in(folder: Path) -> list[str]:
 
 
 def what_it_is(names: Iterable[str]) -> str:
-    """What a folder or repository of these files, without config.json, holds instead, with the way out; "" if that
-    cannot be told."""
+    """Say what a folder or repository of these files, without config.json, is instead, and the way out; "" if
+    unknown."""
     names = sorted(names)
     if "adapter_config.json" in names:
         return (

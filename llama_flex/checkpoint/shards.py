@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Where the tensors of a model are, by their names in the model.
+    """The places of a model's tensors, by their names in the model.
 
     dtype: that of the embedding as stored. tied_copy: a copy of a tied embedding under the output matrix's name.
     """

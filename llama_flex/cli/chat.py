@@ -79,7 +79,7 @@ class Chat:
 
     @property
     def _context(self) -> int:
-        """How many tokens a conversation may have."""
+        """The most tokens that a conversation may have."""
         engine, args = self.session.engine, self.session.args
         return int(min(engine.model.context, engine.limits.longest(args.max_new_tokens)))
 

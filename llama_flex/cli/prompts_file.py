@@ -43,7 +43,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """The name that errors use."""
         return f"prompt {self.id}" if self.where == "--prompt" else self.where
 
     @property
@@ -134,7 +134,7 @@ def question(row: dict[str, Any], default: Question, where: str) -> Question:
 
 
 def result(job: Job, completion: Completion, as_json: bool) -> str:
-    """What is written of a completed job: a titled text, or one line of JSON."""
+    """Format a completed job: a titled text, or one line of JSON."""
     if not as_json:
         return f"### {job.title}\n{completion.text}\n\n"
     row = {"id": job.id, **job.given, "text": completion.text, "tokens": completion.tokens}

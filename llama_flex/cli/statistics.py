@@ -77,7 +77,7 @@ class Statistics:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """How fast decoding read weights, keys and values; None if no step has been timed."""
+        """The speed at which decoding read weights, keys and values; None if no step has been timed."""
         return self.bytes_read / self.decode_seconds if self.decode_seconds else None
 
     def print(self) -> None:

@@ -28,7 +28,7 @@ class BlockManager:
 
     @property
     def available(self) -> int:
-        """How many pages can be taken."""
+        """The number of pages that can be taken."""
         return len(self._free) + len(self._unused)
 
     def take(self) -> int:

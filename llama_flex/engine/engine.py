@@ -334,7 +334,7 @@ class Engine:
 
     @property
     def compile_seconds(self) -> float:
-        """How long compiling took so far, the first run of what was compiled included."""
+        """The seconds that compiling took so far, each first run of compiled code included."""
         return self.graphs.seconds
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:

@@ -22,7 +22,7 @@ class RequestLimits:
 
     @property
     def default_new_tokens(self) -> int:
-        """How many tokens to generate where the caller does not say."""
+        """The number of new tokens where the caller does not say."""
         return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
 
     def check(

@@ -94,7 +94,7 @@ class PagedCacheView:
 
     @property
     def pages(self) -> PageTable:
-        """Where the slots lie."""
+        """The page table of the rows."""
         b, blocks = self._page_table.shape
         count, device = len(self._cache.position) // BLOCK, self._page_table.device
         number = torch.arange(blocks, dtype=torch.int32, device=device).expand(b, -1)

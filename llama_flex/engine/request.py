@@ -35,7 +35,7 @@ class TokenSequence:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens there are so far."""
+        """The number of tokens so far."""
         return self.tokens.shape[1]
 
     @property
@@ -59,7 +59,7 @@ class TokenSequence:
 
 
 class RequestOwner(Protocol):
-    """Who computes requests."""
+    """The object that computes requests, as a request sees it."""
 
     def cancel(self, request: Request) -> None: ...
     async def advance(self) -> None: ...

@@ -24,7 +24,7 @@ MAX_SPECS = 8  # that may run at a time: every one is evaluated for every row
 
 
 class AttentionSpec(NamedTuple):
-    """How a request attends. key: equal for requests that attend alike."""
+    """The masks and score functions of a request. key: equal for requests that attend alike."""
 
     key: Hashable
     # The mask and score function of the request, if it has any: the key holds addresses of their tensors, so they must

@@ -125,7 +125,7 @@ class Scheduler:
 
     @property
     def block_manager(self) -> BlockManager:
-        """Who has which page."""
+        """The users and the content of each page."""
         return self.cache.block_manager
 
     @property
@@ -140,12 +140,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """About how many requests wait: cancelled ones leave when it is their turn."""
+        """The number of waiting requests; cancelled ones leave when it is their turn."""
         return len(self._inbox) + len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """How many requests run."""
+        """The number of running requests."""
         return len(self._running)
 
     @property

@@ -18,7 +18,7 @@ from .graphs import Graphs, compiles_for
 
 
 class LastRun(NamedTuple):
-    """What to know of the steps that ran last, without their keys and values."""
+    """The plan and the tokens of the steps that ran last, for `explain`."""
 
     plan: AttentionPlan
     tokens: Callable[[], Tokens]  # those held now, [B, S]

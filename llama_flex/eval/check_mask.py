@@ -1,4 +1,4 @@
-"""What is wrong with a mask or a score function, in words.
+"""Check masks and score functions, and say in words what is wrong with them.
 
 `check_mask` evaluates one on random tokens: by its dense definition, for single cells, in eager and in compiled
 FlexAttention, in the full forward and in cached decoding. Dimensions: B batch, H query heads, T query tokens, S slots.
@@ -62,7 +62,7 @@ def check_mask(
     compile: bool = True,
     passed: Callable[[str], None] = lambda line: None,
 ) -> list[Finding]:
-    """What is wrong with a mask or a score function, see `as_token_function`; on CPU, with two rows.
+    """Check a mask or a score function, see `as_token_function`, on the CPU, with two rows.
 
     segments: integers `[max(lengths)]`; default: documents of 50 tokens, numbered from 0.
     compile: also compile a model's step at the longest length: three graphs of some ten seconds each.
@@ -117,7 +117,7 @@ def as_token_function(function: Callable[..., Any]) -> Mask | ScoreMod:
 
 
 def attempt(function: Callable[..., Any], *args: Any) -> tuple[Any, Finding | None]:
-    """What the function returns; or what it raised, as a finding with the line of the user's code."""
+    """Call a function; return its result, or its exception as a finding with the line of the user's code."""
     try:
         return function(*args), None
     except Exception as error:  # noqa: BLE001  - runs the user's code, which may raise anything, to report it
@@ -207,7 +207,7 @@ def _answers_agree(rule: Mask | ScoreMod, tokens: Tokens, model: Llama) -> Itera
 
 
 def _meanings(rule: Mask | ScoreMod, full: Tensor) -> list[tuple[Level, str, Tensor, str]]:
-    """What the answers for all cells may mean: a level, what, the cells that do, and a message for the first one."""
+    """Interpret the answers for all cells: a level, a kind, the cells in question, and a message for the first one."""
     later = torch.ones_like(full[0, 0]).triu(1) > 0
     if isinstance(rule, ScoreMod):
         hidden, fine = full == -torch.inf, full.isfinite() | later

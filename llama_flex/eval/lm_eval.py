@@ -91,13 +91,13 @@ class LlamaFlex(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What comes before a text that has no context: the beginning-of-text id, else the end-of-text id."""
+        """The id before a text that has no context: beginning of text, else end of text."""
         bos = self.text.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """What stands for the tokenizer where lm-eval keeps requests: other tokens, another name."""
+        """A name for lm-eval's cache of requests, different for different vocabularies."""
         pieces = "\n".join(str(self.text.token(id)) for id in range(self.text.vocab_size))
         return f"llama_flex {hashlib.sha256(pieces.encode()).hexdigest()[:16]}"
 

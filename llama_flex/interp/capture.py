@@ -23,7 +23,7 @@ _NOTHING = "nothing was captured: there was no run yet, or `where` chose none of
 
 
 class Capture:
-    """What to keep of a run, and what was kept.
+    """The tensors to keep of a run, and those that were kept.
 
     Give it to `Llama.forward` or `Engine.generate`, then take `capture[site, layer]`, `[B, N, ...]`: the tokens in
     their order, rows that have fewer filled up with zeros.
@@ -73,7 +73,7 @@ class Capture:
 
     @property
     def count(self) -> Tensor:
-        """How many tokens of each row were captured, `[B]`."""
+        """The number of tokens captured in each row, `[B]`."""
         return torch.cat([tokens.index >= 0 for tokens in self._tokens()], 1).sum(1)
 
     def __getitem__(self, key: tuple[str, int]) -> Tensor:

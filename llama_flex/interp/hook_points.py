@@ -66,7 +66,7 @@ class Probe(NamedTuple):
 
     @property
     def structure(self) -> Hashable:
-        """What a compiled graph depends on; see `CapturingFunction.structure`."""
+        """A key for compiled graphs; see `CapturingFunction.structure`."""
         return self.read, tuple((point, change.structure()) for point, change in self.edits)
 
 

@@ -47,7 +47,7 @@ def each_cell(
 
 
 class Sparsity(NamedTuple):
-    """How many blocks of a mask are full, partial and empty. Empty ones cost nothing; full ones skip the predicate."""
+    """The numbers of a mask's full, partial and empty blocks. Empty ones cost nothing; full ones skip the predicate."""
 
     full: int
     partial: int

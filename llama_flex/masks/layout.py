@@ -17,7 +17,7 @@ BLOCK = 128  # slots and query rows per block of a BlockMask, and slots per page
 
 
 class PageTable(NamedTuple):
-    """Where the blocks of slots of each row lie in a pool of pages, and back.
+    """The map from each row's blocks of slots to pages of a pool, and back.
 
     page_table: int32 `[B, Sb]`, the page of each block; blocks without one have the last page, which takes padding.
     physical_to_logical: int32 `[B, P]`, the block of a row's slots that a page holds, -1 if it holds none.
@@ -71,7 +71,7 @@ class PackedRows(NamedTuple):
 
 
 class SlotCache(Protocol):
-    """What a step needs of a cache, contiguous or paged.
+    """The interface of a cache, contiguous or paged, to a step.
 
     layers: each layer's keys and values. tokens: the attributes of what the slots of a row hold. pages: where the slots
     lie, if not in their order. token_indices: of packed tokens, see `PackedRows`.

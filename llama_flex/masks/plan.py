@@ -16,7 +16,7 @@ from .scores import ScoreMod
 
 
 class LayerAttention(NamedTuple):
-    """How one layer attends: its mask, and its score function, if it has one."""
+    """The mask of one layer, and its score function, if it has one."""
 
     mask: Mask
     score_mod: ScoreMod | None = None
@@ -71,7 +71,7 @@ class AttentionPlan:
 
     @cached_property
     def structure(self) -> Hashable:
-        """What a compiled graph depends on; see `CapturingFunction.structure`."""
+        """A key for compiled graphs; see `CapturingFunction.structure`."""
         functions = (function for variant in self.variants for function in variant)
         return self.of_layer, tuple(function and function.structure() for function in functions)
 

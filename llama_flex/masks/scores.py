@@ -115,7 +115,7 @@ def temperature(scale: Tensor) -> ScoreMod:
 
 
 def segment_weights(log_weights: Tensor) -> ScoreMod:
-    """What generated tokens (segment -1) think of each segment: log_weights `[N]` or `[B, N]` of segments 0 to N - 1,
+    """Weigh each segment for generated tokens (segment -1): log_weights `[N]` or `[B, N]` of segments 0 to N - 1,
     added to their scores, so that a weight of 2 counts as a segment given twice; 0 for other segments."""
     if log_weights.dim() not in (1, 2) or not log_weights.is_floating_point():
         raise ValueError(

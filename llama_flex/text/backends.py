@@ -119,7 +119,7 @@ class JsonBackend:
 
     @contextmanager
     def _native(self) -> Iterator[None]:
-        """What `tokenizers` raises within, panics included, becomes a TokenizerError that names the file."""
+        """Turn what `tokenizers` raises, panics included, into a TokenizerError that names the file."""
         try:
             yield
         except BaseException as error:  # tokenizers raises nothing more precise, and a panic is no Exception
@@ -143,7 +143,7 @@ class JsonBackend:
         return text
 
     def decoding(self) -> Decoding | None:
-        """How pieces become text; None if that is not known piece by piece."""
+        """Return how pieces become text, None if that is not known piece by piece."""
         if self._clean_up:
             return None
         decoder = self._tokenizer.decoder

@@ -22,7 +22,7 @@ _BYTE_LEVEL = _byte_level_alphabet()
 
 
 class Decoding(NamedTuple):
-    """How pieces become text, as far as LLaMA's tokenizers go; see `StreamDecoder`."""
+    """The steps from pieces to text, as far as LLaMA's tokenizers go; see `StreamDecoder`."""
 
     byte_level: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
@@ -191,7 +191,7 @@ class StopStrings:
         return text[: len(text) - held], False
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """Return the text that was held back, once no more comes."""
         held, self._held = self._held, ""
         return held
 

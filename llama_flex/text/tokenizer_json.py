@@ -58,7 +58,7 @@ def check(serialized: bytes, added: list[str]) -> None:
 
 
 def _prefixes(pieces: Iterable[str]) -> int:
-    """How many different beginnings they have, as many as nodes of a trie."""
+    """Count the different beginnings of pieces, the nodes of a trie."""
     count, before = 0, ""
     for piece in sorted(pieces):
         differs = (i for i, (a, b) in enumerate(zip(before, piece, strict=False)) if a != b)
