@@ -95,16 +95,6 @@ class TokenFunction(CapturingFunction):
         except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError) as error:
             raise FunctionError(self.described, *diagnose(error)) from error
 
-    def check_scalar(self, answer: Tensor) -> Tensor:
-        """Return an answer for one query and one key without dimensions; raise FunctionError for several numbers."""
-        if answer.numel() != 1:
-            fault = (
-                f"it returned {list(answer.shape)} for one query and one key, not one value: use operations of single "
-                "elements, and tables at an index, `table[kv.index]`"
-            )
-            raise FunctionError(self.described, "wrong-shape", fault)
-        return answer.reshape(())
-
 
 def take(table: Tensor, *at: Tensor) -> Tensor:
     """Return `table[at]`, by the operator that a compiled step makes of `[]`; see `graphs.inductor`."""

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..tokens import Token, TokenFunction, Tokens
 from ..usercode.captured import name_of
-from ..usercode.errors import FunctionError
+from ..usercode.errors import FunctionError, check_scalar
 from . import block_mask
 from .block_mask import BlockLists
 from .cells import Sparsity
@@ -88,7 +88,7 @@ class Mask(TokenFunction):
             missing = "; is a `return` missing?" if answer is None else ""
             fault = f"it returned {kind}; a predicate returns booleans, such as kv.index <= q.index{missing}"
             raise FunctionError(self.described, "wrong-type", fault)
-        return self.check_scalar(answer)
+        return check_scalar(self.described, answer)
 
     def allows(self, q: Token, kv: Token) -> Tensor:
         """Evaluate the predicate, but for free slots and padding, which nothing attends to."""

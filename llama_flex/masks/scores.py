@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..tokens import Token, TokenFunction, Tokens, take
 from ..usercode.captured import name_of
-from ..usercode.errors import FunctionError
+from ..usercode.errors import FunctionError, check_scalar
 from .cells import arange, each_cell
 from .library import GENERATED, lookup, named
 from .mask import logical
@@ -58,7 +58,7 @@ class ScoreMod(TokenFunction):
             missing = "; is a `return` missing?" if changed is None else ""
             fault = f"it returned {kind}; it returns the score, such as score * 2{missing}"
             raise FunctionError(self.described, "wrong-type", fault)
-        return self.check_scalar(changed).to(score.dtype)
+        return check_scalar(self.described, changed).to(score.dtype)
 
     def dense(self, scores: Tensor, q: Tokens, kv: Tokens, heads: Tensor | None = None) -> Tensor:
         """Change scores `[B, H, T, S]`. heads: the model's numbers of their heads, default 0 to H - 1."""

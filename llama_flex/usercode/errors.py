@@ -7,6 +7,7 @@ import re
 import sysconfig
 import traceback
 from pathlib import Path
+from typing import Any
 
 _LIBRARIES = (str(Path(__file__).parents[1]) + os.sep, sysconfig.get_paths()["stdlib"], "<frozen", "<string>", "<eval")
 _DATA_DEPENDENT = re.compile(
@@ -33,6 +34,17 @@ class FunctionError(ValueError):
 
 class CompileError(ValueError):
     """torch cannot compile here: no compiler, a processor it does not know, a damaged cache; the message says which."""
+
+
+def check_scalar(name: str, answer: Any) -> Any:
+    """Return a tensor for one query and one key without dimensions; raise FunctionError for several numbers."""
+    if answer.numel() != 1:
+        fault = (
+            f"it returned {list(answer.shape)} for one query and one key, not one value: use operations of single "
+            "elements, and tables at an index, `table[kv.index]`"
+        )
+        raise FunctionError(name, "wrong-shape", fault)
+    return answer.reshape(())
 
 
 def is_data_dependent(text: str) -> bool:
