@@ -48,6 +48,10 @@ class Linear(nn.Linear):
         super().__init__(in_features, sum(parts), bias=bias, device=device)
         self.parts = tuple(parts)
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # drawing nothing takes half of the time to make a model there
+            super().reset_parameters()
+
     def forward(
         self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
     ) -> Tensor:
