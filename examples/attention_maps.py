@@ -1,7 +1,7 @@
-"""Attention maps: which heads look where, found in the weights that every query gives to every key.
+"""Attention maps: find which heads look where, from the weights that every query gives to every key.
 
-Tokens at random, given twice, show induction heads (arXiv:2209.11895): at a token's second time they look at what came
-after its first. Then one head's map of a sentence.
+Random tokens, repeated once, reveal induction heads (arXiv:2209.11895): at a token's second occurrence they look at
+what followed the first. Then the map of one head over a sentence is printed.
 
 python -m examples.attention_maps
 """
@@ -18,7 +18,7 @@ SENTENCE = "The cat sat on the mat. The cat sat on the"
 
 @torch.no_grad()
 def main(sentence: str = SENTENCE, length: int = 40, best: int = 5) -> list[tuple[float, int, int]]:
-    """Prints and returns the heads that look most at what came after the same token before: share, layer, head."""
+    """Print and return the heads that look most at what followed the same token before: share, layer, head."""
     model, tokenizer = Llama.from_pretrained(folder, dtype=torch.float32), Tokenizer.from_pretrained(folder)
     half = torch.randint(1000, 20000, (length,), generator=torch.Generator().manual_seed(0))
     capture = Capture("attention", where=range(2 * length))

@@ -1,8 +1,8 @@
-"""A file of prompts, many at a time: each row of results is written by a callback as soon as its text is done.
+"""A file of prompts, many at a time: a callback writes each result as soon as its text is done.
 
 Reads JSON lines such as {"id": "sky", "prompt": "The sky is", "max_new_tokens": 8} and writes {"id", "prompt", "text",
-"finish_reason"} in the order in which they are done. `python -m llama_flex.generate --prompts-file in.jsonl --json`
-reports bad rows and goes on after an interrupt; its --max-new-tokens is for all rows.
+"finish_reason"} in the order of completion. `python -m llama_flex.generate --prompts-file in.jsonl --json` also reports
+bad rows and resumes after an interrupt; but its --max-new-tokens is the same for all rows.
 
 python -m examples.batch_file [IN.jsonl OUT.jsonl]
 """
@@ -26,7 +26,7 @@ ROWS = (
 
 
 def writer(row: dict, output: TextIO) -> Callable:
-    """A callback that gathers the steps of a row, and writes it after the last."""
+    """Return a callback that collects the steps of a row, and writes the result after the last."""
     completion = Completion()
 
     def came(step) -> None:
@@ -40,6 +40,7 @@ def writer(row: dict, output: TextIO) -> Callable:
 
 
 def main(lines: Iterable[str] = ROWS, output: TextIO = sys.stdout, batch_size: int = 3) -> None:
+    """Complete the prompts of all lines, `batch_size` at a time."""
     tokenizer = Tokenizer.from_pretrained(folder)
     engine = Engine(Llama.from_pretrained(folder), tokenizer, max_batch_size=batch_size, max_length=512)
     requests = []
@@ -48,7 +49,7 @@ def main(lines: Iterable[str] = ROWS, output: TextIO = sys.stdout, batch_size: i
         requests.append(engine.submit(ids, max_new_tokens=limit, callback=writer(row, output)))
     engine.run()
     for request in requests:
-        if request.error is not None:  # what a callback raises ends its own request only
+        if request.error is not None:  # an error in a callback ends only its own request
             raise request.error
 
 

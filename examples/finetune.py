@@ -1,7 +1,7 @@
-"""Finetuning: texts packed into one row, each seeing only itself, until the model knows them by heart.
+"""Finetuning: train on texts packed into one row, each seeing only itself, until the model knows them by heart.
 
 python -m examples.finetune --text one.txt --text two.txt --output weights/mine
-transformers loads what it writes. On a GPU attention's backward is FlexAttention's own; on a CPU it is the dense one.
+transformers can load the result. The backward of attention is FlexAttention's on a GPU, and the dense one on a CPU.
 """
 
 import argparse
@@ -22,7 +22,7 @@ RHYMES = (
 
 
 def packed(texts: list[list[int]], end: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids, targets (-100 where there is none), positions and segments `[1, T]` of the texts, one after the other."""
+    """Pack texts into one row: ids, targets (-100 where there is none), positions and segments, each `[1, T]`."""
     ids = [[*text, end] for text in texts]
     targets = [[*text[1:], -100] for text in ids]
     positions = [range(len(text)) for text in ids]
@@ -31,7 +31,7 @@ def packed(texts: list[list[int]], end: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def train(model: Llama, texts: list[list[int]], steps: int, lr: float, recompute: bool = False) -> list[float]:
-    """Overfit the texts; the loss of every step."""
+    """Overfit the texts; return the loss of every step."""
     model.train().requires_grad_(True)
     cuda = model.device.type == "cuda"
     for block in model.layers if cuda else ():
@@ -58,14 +58,17 @@ def train(model: Llama, texts: list[list[int]], steps: int, lr: float, recompute
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Finetune, save, and let the model continue the first words of each text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("weights/SmolLM2-135M-Instruct"))
-    parser.add_argument("--text", type=Path, action="append", help="a text file, or several; default two rhymes")
-    parser.add_argument("--output", type=Path, help="folder for the finetuned checkpoint; must not exist")
+    parser.add_argument(
+        "--text", type=Path, action="append", help="a text file; repeat it for several (default: two rhymes)"
+    )
+    parser.add_argument("--output", type=Path, help="a new folder for the finetuned checkpoint")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--recompute", action="store_true", help="keep less for the backward pass, compute it again")
+    parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass")
     args = parser.parse_args(arguments)
     if args.output is not None:
         args.output.mkdir(parents=True)  # before any work

@@ -1,7 +1,7 @@
-"""Three wordings of one question, each alone, fused into one sequence, and as an ensemble; see docs/fusion.md.
+"""Ask one question in three wordings: each alone, fused into one sequence, and as an ensemble; see docs/fusion.md.
 
-The wordings were chosen because the demo model answers them differently. One question shows no way to be better than
-another: of the forty in docs/fusion.md none came out reliably ahead.
+The wordings were chosen because the demo model answers them differently. One question does not show that a way is
+better: over the forty questions of docs/fusion.md, no way was reliably ahead.
 
 python -m examples.fusion
 """
@@ -19,7 +19,7 @@ WORDINGS = (
 
 
 def main(wordings: tuple[str, ...] = WORDINGS, new_tokens: int = 12) -> dict[str, str]:
-    """Prints and returns the answer of each way."""
+    """Print and return the answer of each way."""
     tokenizer = Tokenizer.from_pretrained(folder)
     engine = Engine(Llama.from_pretrained(folder), tokenizer)
     prefix = tokenizer.encode("Question: What is the largest planet?\nAnswer: The largest planet is Jupiter.\n")
@@ -35,7 +35,7 @@ def main(wordings: tuple[str, ...] = WORDINGS, new_tokens: int = 12) -> dict[str
         "ensemble, mean": Ensemble(alone, "mean"),
         "ensemble, max": Ensemble(alone, "max"),
     }
-    # All in one batch: an ensemble has a row for each wording, every other way has one.
+    # All in one batch, in which an ensemble takes a row per wording, and every other way one row.
     completions = engine.generate(list(ways.values()), max_new_tokens=new_tokens, stop=["\n"], sampling=Sampling())
     answers = {way: done.text.strip() for way, done in zip(ways, completions, strict=True)}
     for way, answer in answers.items():

@@ -1,9 +1,9 @@
-"""Several texts in one row, none of which sees another: each has a segment, and positions that begin at 0.
+"""Pack several texts into one row, none of which sees another: each has its segment, and positions from 0.
 
-Compares the logits of each text with those that it has in a row of its own, in float32: with `masks.document()` they
-are the same up to rounding; with a plain causal mask every text but the first reads those before it.
-RoPE is relative, so positions that went on from text to text would change logits by rounding alone; those that begin
-anew stay small, however many texts a row has.
+Compares the logits of each text with those in a row of its own, in float32: with `masks.document()` they are the same
+up to rounding; with a plain causal mask, every text but the first also reads those before it. RoPE is relative, so
+positions that continue from text to text would change logits only by rounding; positions that start again at 0 stay
+small, however many texts a row has.
 
 python -m examples.packing
 """
@@ -25,7 +25,7 @@ TEXTS = (
 
 @torch.no_grad()
 def main(texts: tuple[str, ...] = TEXTS) -> dict[str, list[float]]:
-    """Prints what each text predicts; returns for each mask how far off each text's logits are at most."""
+    """Print what each text predicts; return for each mask the largest error in the logits of each text."""
     model, tokenizer = Llama.from_pretrained(folder, dtype=torch.float32), Tokenizer.from_pretrained(folder)
     documents = [torch.tensor(tokenizer.encode(text)) for text in texts]
     lengths = [len(document) for document in documents]

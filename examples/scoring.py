@@ -1,4 +1,4 @@
-"""Scoring: continuations of one prefix, multiple choice, and the perplexity of a long text.
+"""Score continuations of one prefix, answer multiple-choice questions, and compute the perplexity of a long text.
 
 python -m examples.scoring
 """
@@ -21,7 +21,7 @@ TEXT = (Path(__file__).parent.parent / "LICENSE").read_text()
 
 
 def main(text: str = TEXT, window: int = 512) -> tuple[int, float]:
-    """Prints what each choice is worth; returns how many are right, and the perplexity."""
+    """Print the score of each choice; return how many answers are right, and the perplexity."""
     tokenizer = Tokenizer.from_pretrained(folder)
     engine, right = Engine(Llama.from_pretrained(folder, dtype=torch.float32)), 0
     for question, choices, answer in QUESTIONS:

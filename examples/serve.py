@@ -1,4 +1,4 @@
-"""OpenAI-compatible completions over HTTP, in one batch however many ask at a time.
+"""Serve OpenAI-compatible completions over HTTP; all concurrent requests run in one batch.
 
 pip install starlette uvicorn
 MODEL=weights/SmolLM2-135M-Instruct uvicorn examples.serve:app
@@ -19,12 +19,13 @@ folder = os.environ.get("MODEL", "weights/SmolLM2-135M-Instruct")
 engine = Engine(Llama.from_pretrained(folder), Tokenizer.from_pretrained(folder), compile="EAGER" not in os.environ)
 
 
-# Not served with any other value.
+# Parameters that are accepted only with these values.
 NEUTRAL = {"n": 1, "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}, "logprobs": None}
 NEUTRAL |= {"presence_penalty": 0, "frequency_penalty": 0}
 
 
 async def completions(http: Request) -> Response:
+    """Answer one request, whole or as a stream of events."""
     if not isinstance(body := await http.json(), dict) or not isinstance(body.get("prompt"), str | list):
         raise ValueError("the body is a JSON object with a 'prompt', a text or a list of token ids")
     body = {name: value for name, value in body.items() if value is not None}
@@ -50,6 +51,7 @@ async def completions(http: Request) -> Response:
 
 
 async def refuse(http: Request, error: Exception) -> Response:
+    """Answer a bad request with the message of its ValueError."""
     return JSONResponse({"error": {"message": str(error)}}, 400)
 
 

@@ -1,6 +1,6 @@
-"""Steering: a direction in the residual stream, added while the model writes (arXiv:2308.10248).
+"""Steer a model by a direction in the residual stream, added while it writes (arXiv:2308.10248).
 
-The direction is what texts about the sea leave in the stream of one layer, less what texts about a town do.
+The direction is the mean of one layer's stream over texts about the sea, minus the mean over texts about a town.
 
 python -m examples.steering
 """
@@ -19,11 +19,13 @@ PROMPT = "My favourite thing in the world is"
 
 @torch.no_grad()
 def main(layer: int = 15, strengths: tuple[float, ...] = (0.0, 1.0, 1.5), new_tokens: int = 24) -> dict[float, str]:
-    """Prints and returns the text at each strength."""
+    """Print and return the text at each strength."""
     model, tokenizer = Llama.from_pretrained(folder, dtype=torch.float32), Tokenizer.from_pretrained(folder)
     prompt, means = tokenizer.encode(PROMPT), []
     for texts in (SEA, TOWN):
-        capture = Capture("resid_post", layers=layer, where=lambda t: t.index > 0)  # the first token is like no other
+        capture = Capture(
+            "resid_post", layers=layer, where=lambda t: t.index > 0
+        )  # without the first token, an outlier
         ids = [tokenizer.encode(text) for text in texts]
         Engine(model).generate(ids, max_new_tokens=1, capture=capture)
         means.append(capture["resid_post", layer].sum((0, 1)) / capture.count.sum())  # [E]

@@ -1,10 +1,10 @@
-"""Text without end in memory that does not grow: a rolling cache with attention sinks (arXiv:2309.17453).
+"""Generate without end in memory that does not grow: a rolling cache with attention sinks (arXiv:2309.17453).
 
-The cache keeps the last `window` tokens and the first few, the sinks. Generates beyond the window, and shows how many
-slots are taken and how large the cache is; then reads a licence, and shows the mean loss of its tokens in nats. Both
-with sinks and without: without them the demo model reads worse once the first token has left the window, here by more
-than a nat. In generated text that need not show: with a window of 32 it falls into repeating a word, with one of 64 the
-first hundred tokens after this prompt show nothing.
+The cache keeps the last `window` tokens and the first few, the sinks. This generates beyond the window, showing how
+many slots are taken and how large the cache is; then it reads a licence, showing the mean loss of its tokens in nats.
+Both are done with and without sinks: without them, the loss of the demo model rises by more than a nat once the first
+token has left the window. In generated text the difference may not show: with a window of 32 the model falls into
+repeating a word, with one of 64 the first hundred tokens after this prompt look fine.
 
 python -m examples.streaming_forever
 """
@@ -18,12 +18,12 @@ from llama_flex import Cache, Engine, Llama, Sampling, Tokenizer
 
 folder = os.environ.get("MODEL", "weights/SmolLM2-135M-Instruct")
 PROMPT = "Once upon a time, there was a lighthouse keeper who"
-CHUNK = 128  # tokens appended at a time, at most
+CHUNK = 128  # the most tokens appended at a time
 TEXT = (Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")
 
 
 def generate(engine: Engine, cache: Cache, new_tokens: int) -> list[tuple[int, int, int]]:
-    """Prints the text as it comes; returns (tokens that arrived, slots taken, bytes of keys and values) by step."""
+    """Print the text as it comes; return (tokens so far, slots taken, bytes of keys and values) of each step."""
     sizes = []
     prompt = engine.tokenizer.encode(PROMPT)
     for step in engine.stream([prompt], cache=cache, max_new_tokens=new_tokens, sampling=Sampling(), stop_token_ids=()):
@@ -35,7 +35,7 @@ def generate(engine: Engine, cache: Cache, new_tokens: int) -> list[tuple[int, i
 
 @torch.no_grad()
 def losses(model: Llama, cache: Cache, ids: list[int]) -> list[float]:
-    """The mean loss in each chunk of a text that is read once, from beginning to end."""
+    """Return the mean loss in each chunk of a text, read from beginning to end."""
     text = torch.tensor([ids])
     logits = torch.cat([model(chunk, cache=cache)[0] for chunk in text[:, :-1].split(CHUNK, dim=1)])
     each = torch.nn.functional.cross_entropy(logits.float(), text[0, 1:], reduction="none")
@@ -43,7 +43,7 @@ def losses(model: Llama, cache: Cache, ids: list[int]) -> list[float]:
 
 
 def main(window: int = 32, sinks: int = 4, new_tokens: int = 48, text_tokens: int = 257) -> dict[int, tuple]:
-    """For each number of sinks: sizes by step, and losses by chunk."""
+    """Generate and read with and without sinks; return sizes by step and losses by chunk, by number of sinks."""
     engine = Engine(Llama.from_pretrained(folder), Tokenizer.from_pretrained(folder))
     found = {}
     for count in (sinks, 0):

@@ -1,6 +1,6 @@
-"""The only call of flex_attention, and beside it the dense definition of what it computes.
+"""Attention: the only call of flex_attention, and the dense definition of what it computes.
 
-Dimensions: B batch, H query heads, T query tokens, S slots, D head dim, L layers; K heads of keys and values, H a
+Dimensions: B batch, H query heads, T query tokens, S slots, D head dim, L layers; K key/value heads, where H is a
 multiple of K; N packed tokens.
 """
 
@@ -26,12 +26,12 @@ Backend: TypeAlias = Literal["flex", "dense"]
 
 
 class AttentionMetadata(NamedTuple):
-    """Everything about the tokens of a step that a layer needs; made once a step for each variant of a plan.
+    """Everything that a layer needs to know about a step's tokens; built once per step for each variant of a plan.
 
-    q, kv: the attributes of queries and of slots. visible: block lists for FlexAttention, or booleans
-    `[B, 1 or H, T, S]`. pages: where the slots lie, if not in their order; the lists of a compiled step are of pages
-    then. packed: how queries come, if not in rows. rotary: of the queries. slots: where their keys go in a cache,
-    `[B, T]` or packed.
+    q, kv: attributes of the queries and of the slots. visible: block lists for FlexAttention, or booleans
+    `[B, 1 or H, T, S]`. pages: the page table, None if slots are contiguous; the lists of a compiled step are then of
+    pages. packed: the packing of the queries, None if they come in rows. rotary: cosine and sine of the queries.
+    slots: the cache slots for the queries' keys and values, `[B, T]` or packed.
     """
 
     attention: LayerAttention
@@ -55,11 +55,11 @@ def build_attention_metadata(
     rotary: Rotary | None = None,
     slots: Tensor | None = None,
 ) -> AttentionMetadata:
-    """Find what each query sees: block lists (backend "flex") or booleans ("dense")."""
+    """Build the metadata of one variant: block lists for backend "flex", booleans for "dense"."""
     mask = attention.mask
     if kv is q and not torch.compiler.is_compiling():
-        # Eager FlexAttention keeps graphs of its own. Torch 2.13 fails with a TypeError where it would explain why one
-        # of them does not fit, if the reason is that two tensors became one, as index and position may be too.
+        # Eager FlexAttention caches graphs of its own. If one no longer fits because two tensors are now the same
+        # (index and position may be, too), torch 2.13 fails with a TypeError while it explains why it recompiles.
         q, kv = (tokens.map(torch.clone) for tokens in (q, kv))
     visible: BlockLists | Tensor
     if backend == "dense":
@@ -69,7 +69,7 @@ def build_attention_metadata(
     else:
         decoding = q.index.is_cuda and q.index.shape[1] == 1
         lists = mask.block_lists(q, kv, num_heads, together=decoding)
-        # Rows of padding visit nothing. On a CPU they are NaN then, like the last page: nobody reads either.
+        # Rows of padding visit no block. On a CPU they, like the last page, then hold NaN; neither is ever read.
         padding = (q.index < 0).all(1)[:, None, None]
         lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
         visible = list_pages(lists, pages)
@@ -77,11 +77,11 @@ def build_attention_metadata(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-    """Scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]` in q's dtype. Of
-    packed tokens q and the result are `[1, H, N, D]`.
+    """Compute scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]`, in q's dtype.
 
-    Keys and values are shared by groups of H/K query heads without being repeated in memory. A query that may attend to
-    nothing gets 0. Raises ValueError for gradients through FlexAttention on the CPU, which has none.
+    For packed tokens, q and the result are `[1, H, N, D]`. FlexAttention shares keys and values among groups of H/K
+    query heads without repeating them in memory. A query that may attend to nothing gets 0. Raises ValueError for
+    gradients through FlexAttention on the CPU, which has no backward there.
     """
     attention, visible, pages, packed = metadata.attention, metadata.visible, metadata.pages, metadata.packed
     if packed is not None:
@@ -90,7 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         return packed.pack(out.transpose(1, 2)).transpose(1, 2)
     group = q.shape[1] // k.shape[1]
     if pages is not None and not (isinstance(visible, BlockLists) and torch.compiler.is_compiling()):
-        # Dense, or eager and then computed densely: over the slots of the rows, not over all that the pool has.
+        # Dense, or eager FlexAttention, which is dense too: gather the rows' slots, do not attend to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
         wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(group, dim=1)
@@ -119,8 +119,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
 
 
 def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:
-    """The definition, for dense metadata: softmax(score(q k^T / sqrt(D))) over the visible slots, `[B, H, T, S]`, in
-    float32 or wider; differentiable. heads: only of these, in their order."""
+    """Return the attention weights by definition: softmax(score(q k^T / sqrt(D))) over the visible slots,
+    `[B, H, T, S]`, float32 or wider; differentiable. Needs dense metadata. heads: only these heads, in this order."""
     visible, score_mod = metadata.visible, metadata.attention.score_mod
     assert isinstance(visible, Tensor)
     _, h, _, d = q.shape
@@ -132,7 +132,7 @@ def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: 
     if score_mod is not None:
         scores = score_mod.dense(scores, metadata.q, metadata.kv, head)
     scores = scores.masked_fill(~visible, -torch.inf)
-    # A row with nothing visible has softmax NaN; it attends to nothing.
+    # The softmax of a row with nothing visible is NaN; such a row attends to nothing.
     return torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
@@ -147,7 +147,7 @@ def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None
 def _score_mod(
     metadata: AttentionMetadata, pages: PageTable | None, head_of: Callable[[Tensor], Tensor] = lambda h: h
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """Return FlexAttention's score_mod. head_of: from the kernel's head to the model's."""
+    """Return FlexAttention's score_mod, if any. head_of: maps the kernel's head to the model's."""
     function, q, kv = metadata.attention.score_mod, metadata.q, metadata.kv
     if function is None:
         return None

@@ -1,7 +1,7 @@
 """The KV cache: a set of slots, each holding one token's keys and values for every layer, and its attributes.
 
-A new token takes the first free slot of its row; a mask reads attributes and never knows which slot that was. So
-whatever frees slots (`truncate`, `evict`, a rolling window) or moves rows (`fork`, `expand`, `reorder`) is a few lines.
+A new token takes the first free slot of its row; a mask reads attributes and never knows which slot that was. So each
+operation that frees slots (`truncate`, `evict`, a rolling window) or moves rows (`fork`, `expand`, `reorder`) is short.
 Dimensions: B batch, K key/value heads, S slots, T new tokens, D head dim.
 """
 
@@ -26,12 +26,12 @@ from .usercode.arguments import whole_number, whole_numbers
 
 
 class Cache:
-    """`max_length` slots a row, and a last block of slots that takes the padding of ragged batches and chunks.
+    """A KV cache of `max_length` slots per row, plus a spare block for the padding of ragged batches and chunks.
 
-    That block always reads as free, so padding is written without a branch and never attended to.
+    The spare block always reads as free, so padding is written without a branch and never attended to.
     """
 
-    pages: PageTable | None = None  # slots are in memory in their order
+    pages: PageTable | None = None  # slots are contiguous in memory
     token_indices: Tensor | None = None  # all tokens of a step are computed
 
     def __init__(
@@ -45,9 +45,9 @@ class Cache:
         window: int | None = None,
         sinks: int = 0,
     ) -> None:
-        """Allocate for `batch_size` rows of up to `max_length` tokens (rounded up to whole blocks of 128).
+        """Allocate `batch_size` rows of up to `max_length` tokens (rounded up to whole blocks of 128).
 
-        window, sinks: make it rolling, see `Llama.new_rolling_cache`.
+        window, sinks: make the cache rolling; see `Llama.new_rolling_cache`.
         Memory: 2 * L * B * K * (S + 128) * D elements of `dtype`. Raises ValueError for sizes below 1.
         """
         batch_size, max_length = whole_number("batch_size", batch_size), whole_number("max_length", max_length)
@@ -67,8 +67,8 @@ class Cache:
         self.window, self.sinks = window, sinks
         self.mask: Mask | None = None if window is None else sliding_window(window) | sink(sinks)
         self.rolled_out = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens before this index are gone
-        self.reserved = 0  # slots taken in the fullest row at most; kept on the host
-        self._rows: Tensor | None = None  # which rows of `layers` are this cache's rows; None: they are its rows
+        self.reserved = 0  # upper bound of the slots taken in any row; kept on the host
+        self._rows: Tensor | None = None  # the row of `layers` behind each row of this cache; None: the same row
         self._sharers = weakref.WeakSet([self])  # the caches whose `layers` are the same tensors
 
     @property
@@ -78,33 +78,32 @@ class Cache:
 
     @property
     def length(self) -> Tensor:
-        """The index of the next token in each row: how many have arrived, those included that a rolling window has
-        passed; int32 `[B]`."""
+        """The index of the next token in each row, int32 `[B]`; tokens that a rolling window has passed count too."""
         return torch.maximum(self.tokens.index.amax(1) + 1, self.rolled_out)
 
     @property
     def next_position(self) -> Tensor:
-        """One more than the highest position in each row, and one more for each token after it that a rolling window
-        has passed; int32 `[B]`."""
+        """The position of the next token in each row, int32 `[B]`: one past the highest position held, plus one for
+        each later token that a rolling window has passed."""
         highest = torch.where(self.tokens.index < 0, -1, self.tokens.position).amax(1)
         return highest + self.length - self.tokens.index.amax(1)
 
     @property
     def room(self) -> int | None:
-        """The number of tokens that every row still has room for; None if rolling makes room for any number."""
+        """The number of tokens that every row still has room for; None for a rolling cache, which has no end."""
         return self.max_length - self.reserved if self.window is None else None
 
     @property
     def largest_append(self) -> int:
-        """The most tokens that one step can append."""
+        """The maximum number of tokens that one step can append."""
         return self.max_length - (self.reserved if self.window is None else self.sinks + self.window - 1)
 
     @contextmanager
     def appending(self, count: int) -> Iterator[None]:
-        """Take room for up to `count` more tokens in every row, to be computed in this context.
+        """Reserve room for up to `count` more tokens in every row, to be computed in this context.
 
-        If that fails, the cache is as it was, but for what a rolling window has passed. Counted on the host, without
-        synchronisation. Raises ValueError if the slots do not suffice.
+        If the context fails, restore the cache, except for tokens that a rolling window has passed. Counts on the host,
+        without synchronisation. Raises ValueError if there are too few slots.
         """
         if count > self.largest_append:
             held = self.max_length - self.largest_append
@@ -119,12 +118,12 @@ class Cache:
             yield
             done = True
         finally:
-            if not done:  # an error, or Ctrl-C: attributes may stand for keys that were never written
+            if not done:  # an error, or Ctrl-C: attributes may describe keys that were never written
                 self._free(self.tokens.index >= before[:, None])
                 self.reserved -= count if self.window is None else 0
 
     def append(self, tokens: Tokens) -> Tensor:
-        """Give slots `[B, T]` to new tokens and record their attributes; tensor operations only.
+        """Assign slots to new tokens, record their attributes and return the slots `[B, T]`; tensor operations only.
 
         Padding (index -1, at the end of a row) goes to the spare block.
         """
@@ -145,7 +144,7 @@ class Cache:
     def truncate(self, length: int) -> None:
         """Forget all tokens of every row from index `length` on.
 
-        Raises ValueError for a negative length, and if a rolling cache has already forgotten what comes before it.
+        Raises ValueError for a negative length, and if a rolling cache has passed tokens that the next query would see.
         """
         length = min(whole_number("length", length), torch.iinfo(torch.int32).max)
         if length < 0:
@@ -158,28 +157,27 @@ class Cache:
         self._forget(self.tokens.index >= length, self.rolled_out.clamp(max=length))
 
     def evict(self, tokens: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> None:
-        """Forget some tokens: no later query attends to them, and their slots are free; the others stay as they are.
+        """Evict some tokens: free their slots, so that no later query attends to them; leave the others as they are.
 
         tokens: their indices, `[N]` for all rows or `[B, N]`; or a function from all tokens held to booleans `[B, S]`,
-        such as `lambda t: t.segment == 2`. What the survivors' keys and values took from the evicted stays in them.
-        The next token gets the index after the highest one that is left, and the position after the highest: a row
-        that has lost all of its tokens begins anew, at 0. A rolling cache that loses its newest tokens does not get
-        back what its window has passed.
+        such as `lambda t: t.segment == 2`. The remaining keys and values keep what they took from evicted tokens.
+        The next token gets the index after the highest remaining index, and the position after the highest remaining
+        position; a row that has lost all of its tokens starts again at 0. A rolling cache that loses its newest tokens
+        does not recover those that its window has passed.
         """
         chosen, index = selection(tokens)(self.tokens), self.tokens.index
         before, left = index.amax(1), index.masked_fill(chosen, -1).amax(1)
         self._forget(chosen, torch.where(left < before, self.rolled_out.minimum(left + 1), self.rolled_out))
 
     def fork(self) -> Cache:
-        """Return a cache with the same tokens that goes its own way; keys and values are copied once either is
-        written."""
+        """Return an independent cache with the same tokens; keys and values are copied when either is next written."""
         new = copy.copy(self)
         new.tokens, new.rolled_out = self.tokens.map(torch.clone), self.rolled_out.clone()
         self._sharers.add(new)
         return new
 
     def expand(self, n: int) -> Cache:
-        """Return a cache with every row n times, one after the other: many continuations of one prefix; see `fork`."""
+        """Return a fork with each row repeated n times in succession, for many continuations of one prefix."""
         if (n := whole_number("n", n)) < 1:
             raise ValueError(f"cannot make {n} of a row; give 1 or more")
         new = self.fork()
@@ -188,9 +186,9 @@ class Cache:
         return new
 
     def reorder(self, rows: Sequence[int] | Tensor) -> None:
-        """Make row i what row `rows[i]` was, as beam search does; a row may be taken more than once, or dropped.
+        """Replace each row i by row `rows[i]`, as in beam search; a row may be taken more than once, or dropped.
 
-        Raises ValueError for another number of rows than the cache has, and for rows that it does not have.
+        Raises ValueError unless `rows` has one number per row of the cache, each in range.
         """
         b = self.batch_size
         rows = rows if isinstance(rows, Tensor) else whole_numbers(f"reorder needs {b} row numbers", rows)
@@ -217,7 +215,7 @@ class Cache:
             self.reserved = int((self.tokens.index >= 0).sum(1).max())
 
     def _own_layers(self) -> None:
-        """Copy `layers` before they are written, if other caches share them or rows were moved."""
+        """Copy `layers` before a write, if other caches share them or rows were moved."""
         rows, shared = self._rows, len(self._sharers) > 1
         if rows is None and not shared:
             return
@@ -233,9 +231,9 @@ class Cache:
 
 
 def write_kv(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Write k and v `[B, K, T, D]` of new tokens into slots `[B, T]` of one layer's kv, in place; returns kv.
+    """Write k and v `[B, K, T, D]` of new tokens into slots `[B, T]` of one layer's kv, in place; return kv.
 
-    Raises ValueError for keys that record gradients: they would be lost.
+    Raises ValueError for keys or values that require gradients, which would be lost.
     """
     if k.requires_grad or v.requires_grad:
         raise ValueError("a cache keeps no gradients: use torch.no_grad(), or go without a cache")

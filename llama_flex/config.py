@@ -16,8 +16,8 @@ from .checkpoint.rope_scaling import RopeParameters
 class Architecture(NamedTuple):
     """The differences between an architecture's config.json and LlamaConfig.
 
-    defaults: of keys, where they differ. refused, ignored: keys that it does not read, as the reference does not; the
-    refused ones would be expected to count.
+    defaults: by key, where they differ. refused, ignored: keys that neither it nor the reference reads. A config.json
+    that sets a refused key raises ConfigError, since its author would expect an effect; an ignored key has none.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Architecture(NamedTuple):
     ignored: tuple[str, ...] = ()
 
 
-# By model_type. The names of their weights: `weights.NAMES`.
+# By model_type. The names of their weights are in `weights.NAMES`.
 _MISTRAL = {
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
@@ -41,12 +41,12 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The numbers that define a LLaMA or Mistral, under Hugging Face's key names and with LLaMA's defaults.
+    """The hyperparameters of a LLaMA or Mistral, under Hugging Face's key names and with LLaMA's defaults.
 
-    `num_key_value_heads` and `head_dim` may be None and are then derived as the reference derives them
-    (`num_attention_heads`, `hidden_size // num_attention_heads`). `is_causal`: false lets every token attend to all
-    others. `dtype` is the checkpoint's own, as a string. `other` holds the keys of a config.json that change nothing
-    here, for `save_pretrained` to write back. Raises ConfigError for values that are malformed or not supported.
+    If None, `num_key_value_heads` and `head_dim` are derived as in the reference (`num_attention_heads`,
+    `hidden_size // num_attention_heads`). `is_causal=False` lets every token attend to every other. `dtype` is the
+    checkpoint's own, as a string. `other` holds the keys of a config.json that have no effect here, so that
+    `save_pretrained` can write them back. Raises ConfigError for malformed or unsupported values.
     """
 
     model_type: str = "llama"
@@ -83,7 +83,7 @@ class LlamaConfig:
 
     @property
     def _unread(self) -> tuple[str, ...]:
-        """Keys that the architecture does not read."""
+        """The keys that the architecture does not read."""
         return ARCHITECTURES[self.model_type].refused + ARCHITECTURES[self.model_type].ignored
 
     @property
@@ -93,7 +93,7 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LlamaConfig:
-        """Read `folder/config.json`. Raises ConfigError naming what is malformed or not supported."""
+        """Read `folder/config.json`. Raises ConfigError naming what is malformed or unsupported."""
         path = Path(folder) / "config.json"
         raw = config_rules.read_config(path)
         try:
@@ -103,10 +103,10 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
-        """Build from the object in a `config.json`, in either spelling of the rotary keys.
+        """Build a config from the object in a `config.json`, with the rotary keys in either spelling.
 
-        Raises ConfigError for another architecture and for every known key whose value would change the
-        mathematics. Keys that transformers' class does not know either are named in a warning.
+        Raises ConfigError for an unsupported architecture, and for a known key whose value would change the
+        computation. Warns of keys that transformers' config class does not know either.
         """
         name = config_rules.architecture_of(raw, {kind: known.name for kind, known in ARCHITECTURES.items()})
         architecture = ARCHITECTURES[raw.get("model_type", "llama")]
@@ -118,7 +118,7 @@ class LlamaConfig:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "num_key_value_heads"):
             if key in raw:  # an explicit null means none, not the default
                 fields[key] = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
-        fields["is_causal"] = raw.get("is_causal", True)  # null is neither, and the reference's kernels part over it
+        fields["is_causal"] = raw.get("is_causal", True)  # null is refused: the reference's kernels disagree on it
         context = fields.get("max_position_embeddings", cls.max_position_embeddings)
         fields["rope_parameters"] = RopeParameters.from_config({**raw, "max_position_embeddings": context})
 
@@ -131,7 +131,7 @@ class LlamaConfig:
         """Return the object to write as `config.json`; transformers and this package read it back."""
         architecture = ARCHITECTURES[self.model_type].name
         out: dict[str, Any] = {**self.other, "architectures": [architecture], "hidden_act": "silu"}
-        unwritten = {"other", *self._unread, *(["is_causal"] if self.is_causal else [])}  # true is what all others are
+        unwritten = {"other", *self._unread, *(["is_causal"] if self.is_causal else [])}  # true is the default
         out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in unwritten}
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
@@ -139,7 +139,7 @@ class LlamaConfig:
 
 
 class Dimensions(NamedTuple):
-    """The sizes of a model's parts as its modules hold them, which may be a share of what its config says."""
+    """The sizes of a model's parts, read from its modules, which may hold only a share of what its config says."""
 
     num_layers: int
     num_heads: int
@@ -151,5 +151,5 @@ class Dimensions(NamedTuple):
 
     @property
     def kv_numbers_per_token(self) -> int:
-        """The count of a token's keys and values, in all layers."""
+        """The number of key and value elements per token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

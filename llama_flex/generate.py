@@ -1,5 +1,4 @@
-"""The command line: `python -m llama_flex.generate --model FOLDER --prompt TEXT`; and the loop that it comes down
-to."""
+"""The command line, `python -m llama_flex.generate --model FOLDER --prompt TEXT`, and generation as a plain loop."""
 
 from __future__ import annotations
 
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def plain_loop(model: Llama, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
-    """Prefill, sample, step: yield the tokens that follow a prompt, up to an end-of-text id.
+    """Yield the tokens that follow a prompt, up to an end-of-text id: prefill, sample, decode step by step.
 
-    This is generation in plain words. `Engine` gives the same tokens for many prompts at a time, in compiled steps,
-    with whatever mask, score function and stop rules a request has.
+    This is generation at its plainest. `Engine` gives the same tokens for many prompts at a time, in compiled steps,
+    with each request's own mask, score function and stop rules.
     """
     import torch
 
@@ -43,21 +42,21 @@ def plain_loop(model: Llama, prompt: Sequence[int], max_new_tokens: int, samplin
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 2 for what the user can put right, 130 on Ctrl-C."""
+    """Run the command line; return its exit code: 0, 2 for an error that the user can fix, 130 on Ctrl-C."""
     if sys.stderr is None:  # closed: print() would write to stdout instead
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         args = arguments.parser().parse_args(argv)
         asked = arguments.read_jobs(args)
-        live = len(asked) == 1 and not args.prompts_file and not args.json  # one prompt: its text as it comes
+        live = len(asked) == 1 and not args.prompts_file and not args.json  # one prompt: print its text as it comes
         if args.resume:
             asked = prompts_file.resume(args.output, asked)
             if not asked:
                 print(f"--output {args.output} has all results", file=sys.stderr)
                 return 0
         with Output(args.output, append=args.resume) as output:
-            from .cli.chat import Chat  # imports torch, once the arguments are known to be good
+            from .cli.chat import Chat  # imports torch, so only after the arguments are checked
             from .cli.session import Session
 
             session = Session(args, output)
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             session.report()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has what it wanted
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         return refuse(error)

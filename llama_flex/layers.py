@@ -1,4 +1,4 @@
-"""The layers of LLaMA (Touvron et al., arXiv:2302.13971): norm, product, grouped-query attention, SwiGLU, block.
+"""The layers of LLaMA (Touvron et al., arXiv:2302.13971): norm, linear, grouped-query attention, SwiGLU, block.
 
 Dimension letters, here and in the whole package:
 B batch, T query tokens, S slots (keys), H query heads, K key/value heads, D head dim, E hidden size, F MLP size,
@@ -37,9 +37,9 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A product with a weight `[out, in]`, the only place where weights are multiplied.
+    """A linear layer with weight `[out, in]`, the only place that multiplies by a weight matrix.
 
-    parts: the sizes of the matrices that the weight holds one below the other, such as those of q, k and v.
+    parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Linear(nn.Linear):
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # drawing nothing takes half of the time to make a model there
+        if not self.weight.is_meta:  # there it draws nothing, yet takes half of the time to build a model
             super().reset_parameters()
 
     def forward(
@@ -57,8 +57,8 @@ class Linear(nn.Linear):
     ) -> Tensor:
         """Return residual + weight @ norm(x) + bias, `[B, T, in]` -> `[B, T, out]`.
 
-        gated: SwiGLU (arXiv:2002.05202), silu(gate) * up of the product's halves, `[B, T, out / 2]`. What comes before
-        and after the product is given here because one kernel may compute it all.
+        gated: apply SwiGLU (arXiv:2002.05202) to the product's halves, silu(gate) * up, `[B, T, out / 2]`. Norm, SwiGLU
+        and residual are part of the call because one kernel may compute it all.
         """
         if linear.is_fused(x):
             norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
@@ -83,13 +83,13 @@ class Attention(nn.Module):
         self.o = Linear(parts[0], [config.hidden_size], config.attention_bias)
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries `[B, H, T, D]`, keys and values `[B, K, T, D]`, queries and keys rotated."""
+        """Return rotated queries `[B, H, T, D]`, rotated keys and values, both `[B, K, T, D]`."""
         heads = self.qkv(x, norm=self.norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return apply_rotary_emb(q, *rotary), apply_rotary_emb(k, *rotary), v
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
-        """Attend from x `[B, T, E]` to the slots of kv, or to its own tokens, and add the result to x."""
+        """Attend from x `[B, T, E]` to the slots of kv, or without kv to its own tokens; add the result to x."""
         assert metadata.rotary is not None
         projected = zip("qkv", self.project(x, metadata.rotary), strict=True)
         q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in projected)
@@ -109,13 +109,13 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate_size, [config.hidden_size], config.mlp_bias)
 
     def forward(self, x: Tensor, hook: Hook = identity) -> Tensor:
-        """Add to x `[B, T, E]`."""
+        """Return x `[B, T, E]` plus the MLP's output."""
         hidden = hook("mlp_post", self.gate_up(x, norm=self.norm, gated=True))  # [B, T, F]
         return self.down(hidden, residual=x)
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP. hook: reads and changes the tensors at `hook_points.HOOK_POINTS`."""
+    """One layer: attention, then MLP. hook: may read and change the tensors at `hook_points.HOOK_POINTS`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

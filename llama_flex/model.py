@@ -31,26 +31,26 @@ from .tokens import Tokens
 from .usercode.arguments import model_device, whole_number
 from .usercode.inputs import check_cache, check_inputs, warn_beyond_context
 
-Run: TypeAlias = Callable[..., Any]  # runs a part of a step, as `run_eager` does: its name, a function, its arguments
+Run: TypeAlias = Callable[..., Any]  # runs a part of a step: takes its name, a function and the arguments
 
 
 def run_eager(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a part of a step as it is."""
+    """Run a part of a step eagerly."""
     return function(*args)
 
 
 def run_checkpointed(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a part of a step, keeping nothing of it for the backward pass, which runs it again (arXiv:1604.06174)."""
+    """Run a part of a step and keep only its inputs; the backward pass recomputes the rest (arXiv:1604.06174)."""
     return checkpoint(function, *args, use_reentrant=False)
 
 
 def run_block(block: Block, *args: Any) -> Any:
-    """Run one layer, a function of it, so that its compiled code serves them all."""
+    """Run one layer, passed as an argument, so that all layers share the compiled code."""
     return block(*args)
 
 
 class Llama(nn.Module):
-    """A model. Parameters are fused (q, k, v; gate, up), and the output matrix is the embedding if so configured."""
+    """A LLaMA or Mistral. Parameters are fused (q, k, v; gate, up); the output matrix is the embedding if tied."""
 
     def __init__(self, config: LlamaConfig, generation_config: GenerationConfig | None = None) -> None:
         super().__init__()
@@ -83,10 +83,10 @@ class Llama(nn.Module):
         revision: str | None = None,
         token: str | None = None,
     ) -> Self:
-        """Load a Hugging Face folder or hub repository of safetensors.
+        """Load a model from a Hugging Face folder or hub repository of safetensors.
 
-        device: default the GPU if there is one. dtype: default the checkpoint's own. Raises ValueError, with the file
-        and the way out, for anything missing, malformed or not supported; see `weights.load` and `LlamaConfig`.
+        device: default the GPU if there is one. dtype: default the checkpoint's own. Raises ValueError, naming the file
+        and what to do, for anything missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
         if dtype is not None and dtype not in weights.DTYPES:
@@ -99,7 +99,7 @@ class Llama(nn.Module):
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and safetensors under Hugging Face's names; loading them back gives the same bits.
+        """Write config and safetensors under Hugging Face's names; loading them back is bit-exact.
 
         Raises ValueError for a model without weights, on the meta device.
         """
@@ -108,14 +108,14 @@ class Llama(nn.Module):
         saving.save(tensors, self.config.to_dict(), self.generation_config, Path(folder))
 
     def blocks(self) -> Iterator[Block]:
-        """Iterate over the layers in order, typed."""
+        """Yield the layers in order, typed as Block."""
         for block in self.layers:
             assert isinstance(block, Block)
             yield block
 
     @property
     def dims(self) -> Dimensions:
-        """The sizes that the modules have."""
+        """The sizes of the modules."""
         block = next(self.blocks())
         attention, mlp_size, (vocab_size, hidden_size) = (
             block.attention,
@@ -142,21 +142,21 @@ class Llama(nn.Module):
 
     @property
     def context(self) -> int:
-        """The longest sequence: `max_position_embeddings`, or the length at which cached keys would have to turn."""
+        """The longest sequence: `max_position_embeddings`, or a lower limit beyond which cached keys would change."""
         limit, longest = self.rotary.limit, self.config.max_position_embeddings
         return longest if limit is None else min(limit, longest)
 
     @property
     def default_mask(self) -> Mask:
-        """The mask if none is given: causal, or the window that the model was trained with; in both directions where
-        its config says `is_causal: false`."""
+        """The mask if none is given: causal, or the window that the model was trained with; bidirectional if its config
+        says `is_causal: false`."""
         window = self.config.sliding_window
         if self.config.is_causal:
             return masks.causal() if window is None else masks.sliding_window(window)
         return masks.bidirectional() if window is None else masks.bidirectional_window(window)
 
     def looks_ahead_by_default(self, mask: Mask | Sequence[Mask | None] | None = None) -> bool:
-        """Tell whether a layer to which a mask, as `forward` takes it, leaves the default one sees later tokens."""
+        """Return whether any layer that `mask` (as in `forward`) leaves at the default mask sees later tokens."""
         given = mask if isinstance(mask, Sequence) else [mask]
         return None in given and not self.default_mask.never_looks_ahead
 
@@ -166,14 +166,15 @@ class Llama(nn.Module):
         return f"beyond {self.rotary.limit} tokens rope_type {kind!r} rotates all keys anew, those in the cache too"
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """Make slots for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
+        """Make a cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
         return Cache(self.dims, batch_size, max_length, dtype=self.dtype, device=self.device)
 
     def new_rolling_cache(self, batch_size: int, window: int, sinks: int = 0, *, largest_append: int = 512) -> Cache:
-        """Make slots for sequences of any length that see their last `window` tokens and first `sinks` ones, no others.
+        """Make a cache for sequences of any length that see only their last `window` and first `sinks` tokens.
 
-        It holds the mask `sliding_window(window) | sink(sinks)`, added to any other mask, in memory that does not grow.
-        largest_append: how many tokens one step may append. Raises ValueError for sizes below 1.
+        Its mask, `sliding_window(window) | sink(sinks)`, is combined (`&`) with every other; its memory does not grow.
+        largest_append: the most tokens that one step may append. Raises ValueError for sizes that are too small, and
+        for rope types that rotate long sequences anew.
         """
         window, sinks = whole_number("window", window, least=1), whole_number("sinks", sinks, least=0)
         largest_append = whole_number("largest_append", largest_append, least=1)
@@ -198,19 +199,19 @@ class Llama(nn.Module):
         edit: Edit | Sequence[Edit] | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Return logits `[B, T, V]` of token ids `[B, T]`; with a cache the tokens are appended to what it holds.
+        """Return logits `[B, T, V]` for token ids `[B, T]`; with a cache, append the tokens to those it holds.
 
-        lengths `[B]`: how many tokens of each row are real, the rest being padding on the right (default: all).
-        positions `[B, T]`: rotary positions (default: on from the highest that the row holds, or 0). segments `[B, T]`:
+        lengths `[B]`: the number of real tokens in each row; the rest is padding on the right (default: all are real).
+        positions `[B, T]`: rotary positions (default: continue after the row's highest, or from 0). segments `[B, T]`:
         default 0.
-        mask: default causal, or the model's sliding window. score_mod: default none. One for all layers or one each;
-        tensors they capture are moved to the model. logits_to_keep: compute only the last so many logits of each row's
-        real tokens (0: all), `[B, logits_to_keep, V]`.
-        capture: what to keep of what flows inside the layers; edit: how to change it; one or several. recompute: keep
-        only what enters each layer for the backward pass, which computes the rest again.
+        mask: default causal, or the model's sliding window. score_mod: default none. Either: one for all layers, or one
+        per layer; captured tensors are moved to the model's device. logits_to_keep: compute logits for that many of
+        each row's last real tokens only, `[B, logits_to_keep, V]` (0: all).
+        capture, edit: one or several of each, to record and to change the tensors at hook points. recompute: keep only
+        the input of each layer for the backward pass, which recomputes the rest.
         Raises ValueError for shapes that do not fit, for a cache that is full, for sequences in a cache beyond the
-        length at which "dynamic" and "longrope" embeddings change (without a cache they are the reference's), and for
-        gradients on the CPU, where FlexAttention has none and only backend "dense" does, or with a cache.
+        length at which "dynamic" and "longrope" frequencies change (without a cache they follow the reference), and for
+        gradients with a cache, or on the CPU, where FlexAttention has no backward and only backend "dense" has one.
         """
         check_inputs(input_ids, lengths, positions, segments, logits_to_keep, self.config.vocab_size)
         if backend not in get_args(Backend):
@@ -256,11 +257,10 @@ class Llama(nn.Module):
         run: Run = run_eager,
         probes: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Captured | None]:
-        """`forward` without its checks and logits: return the last layer's output, `[B, T, E]` or packed, and what
-        probes read.
+        """Run `forward` without checks and logits; return the last layer's output `[B, T, E]`, or packed, and captures.
 
-        Its parts, `prepare_inputs` and each layer, are tensor operations only; `run` may compile them. probes: of
-        layers, see `probes.build_probes`.
+        Its parts, `prepare_inputs` and each layer, are tensor operations only; `run` may compile them. probes: by
+        layer, see `probes.build_probes`.
         """
         probes = probes or {}
         given = input_ids, lengths, positions, segments, cache, plan.variants, backend, self.dims.num_heads
@@ -286,9 +286,9 @@ class Llama(nn.Module):
         backend: Backend,
         num_heads: int,
     ) -> tuple[Tensor, list[AttentionMetadata]]:
-        """Embed the tokens, `[B, T, E]`, give them slots in the cache, and find for each variant who sees whom.
+        """Embed the tokens, `[B, T, E]`, assign their cache slots, and build the attention metadata of each variant.
 
-        Where the cache has chosen `token_indices`, all but who sees whom is packed: `[1, N]` instead of `[B, T]`.
+        If the cache has `token_indices`, all but the metadata's q and visible is packed: `[1, N]` instead of `[B, T]`.
         """
         b, t = input_ids.shape
         column = torch.arange(t, dtype=torch.int32, device=input_ids.device).expand(b, t)
@@ -321,7 +321,7 @@ class Llama(nn.Module):
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         cache: Cache | None = None,
     ) -> AttentionPlan:
-        """Plan how each layer attends; see `AttentionPlan.make`. Raises ValueError."""
+        """Plan the attention of each layer; see `AttentionPlan.make`. Raises ValueError."""
         self.check_device()
         return AttentionPlan.make(
             mask,
@@ -335,7 +335,7 @@ class Llama(nn.Module):
     def probes(
         self, captures: Sequence[Capture], edit: Edit | Sequence[Edit] | None, rows: int, stepwise: bool = False
     ) -> dict[int, Probe]:
-        """Build the probes of layers for a run of so many rows; see `probes.build_probes`. Raises ValueError."""
+        """Build the probes by layer for a run of `rows` rows; see `probes.build_probes`. Raises ValueError."""
         edits = as_tuple(edit, Edit, "edit")
         return build_probes(captures, edits, rows, self.dims, self.device, self.dtype, stepwise)
 
@@ -345,14 +345,14 @@ class Llama(nn.Module):
             raise ValueError("the model is on the meta device, without weights; load it with Llama.from_pretrained")
 
     def check_cache(self, cache: Cache, batch_size: int) -> None:
-        """Raise ValueError for what is no cache, and for one of another batch size or another model."""
+        """Raise ValueError for anything but a Cache, and for one of another batch size or another model."""
         if not isinstance(cache, Cache):
             raise ValueError(f"cache must be made with model.new_cache, found {type(cache).__name__}")
         check_cache(cache, self.dims, batch_size, self.dtype, self.device)
 
 
 def last_tokens(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-    """Return the last `count` tokens of each row's real ones, `[B, count, E]` of `[B, T, E]`."""
+    """Return the last `count` real tokens of each row, `[B, T, E]` -> `[B, count, E]`."""
     b, t, e = x.shape
     end = torch.full((b,), t, device=x.device) if lengths is None else lengths
     kept = end[:, None] - count + torch.arange(count, device=x.device)

@@ -1,4 +1,4 @@
-"""Rotary position embedding. The frequencies of every scaling type: `checkpoint.rope_scaling`.
+"""Rotary position embedding; the frequencies of each scaling type are in `checkpoint.rope_scaling`.
 
 Su et al., "RoFormer" (arXiv:2104.09864), in the half-split layout of Hugging Face checkpoints: dimension d is paired
 with d + D/2, not with its neighbour. Dimensions: B batch, H heads, T tokens, D head dim.
@@ -18,7 +18,7 @@ Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosine and sine, each [B, 1, T, D/2
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotations of tokens by their positions. Frequencies stay float32 or wider whatever the model's dtype."""
+    """Cosines and sines of token positions. Frequencies stay float32 or wider, whatever the model's dtype."""
 
     inv_freq: Tensor  # [D/2]
 
@@ -32,7 +32,7 @@ class RotaryEmbedding(nn.Module):
     def forward(self, tokens: Tokens) -> Rotary:
         """Return cosine and sine `[B, 1, T, D/2]` for the positions of tokens `[B, T]`.
 
-        Where the length of a sequence matters it is that of the tokens given.
+        Frequencies that depend on a sequence's length take it from the given tokens.
         """
         inv_freq = self.inv_freq
         if self.limit is not None:
@@ -45,8 +45,8 @@ class RotaryEmbedding(nn.Module):
         return cos * self.rope.attention_scale, sin * self.rope.attention_scale
 
     def _make_inv_freq(self) -> None:
-        # Computed on the CPU, where the reference computes it: one unit in the last place of a frequency is a visible
-        # angle at position 100,000.
+        # Computed on the CPU, as in the reference: one unit in the last place of a frequency is a visible angle at
+        # position 100,000.
         dtype = torch.promote_types(torch.float32, self.inv_freq.dtype)
         inv_freq = self.rope.inverse_frequencies(self.head_dim, context=self.context, dtype=dtype)
         self.inv_freq = inv_freq.to(self.inv_freq.device)
@@ -59,17 +59,16 @@ class RotaryEmbedding(nn.Module):
 
 
 def cos_sin(position: Tensor, inv_freq: Tensor) -> Rotary:
-    """Return cosine and sine of every angle: position `[B, T]` and inv_freq `[D/2]` or `[B, 1, 1, D/2]` -> two of
-    `[B, 1, T, D/2]`.
+    """Return the cosine and sine of every angle, each `[B, 1, T, D/2]`.
 
-    Computed in inv_freq's dtype, float32 in the model whatever its weights are: bfloat16 cannot tell positions beyond
-    256 apart.
+    position: `[B, T]`. inv_freq: `[D/2]` or `[B, 1, 1, D/2]`; its dtype is used throughout, float32 in the model
+    whatever that of the weights: bfloat16 cannot tell positions beyond 256 apart.
     """
     angle = position[:, None, :, None].to(inv_freq.dtype) * inv_freq
     return angle.cos(), angle.sin()
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x `[B, H, T, D]` by `cos`, `sin` `[B, 1, T, D/2]`; the arithmetic is theirs, the result in x's dtype."""
+    """Rotate x `[B, H, T, D]` by cos and sin `[B, 1, T, D/2]`, in their dtype; return the result in x's dtype."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

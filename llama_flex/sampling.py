@@ -1,4 +1,4 @@
-"""Choose tokens by logits: pure functions over tensors, one row per request.
+"""Sample tokens from logits: pure functions of tensors, one row per request.
 
 Every random number is a function of (seed, step, token id) alone, so a request gives the same tokens whatever it is
 batched with, on any device. Dimensions: B batch, V vocabulary.
@@ -22,15 +22,14 @@ _MOST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """The parameters by which one request chooses its tokens; the filters apply in the order of the fields, as in
-    transformers.
+    """The sampling parameters of one request; the filters apply in the order of the fields, as in transformers.
 
     repetition_penalty: divides the positive and multiplies the negative logits of tokens already seen, prompt included
     (arXiv:1909.05858). temperature: 0 is greedy. top_k: keep the k most likely (0: all). top_p: keep the most likely
-    until their mass reaches p, at least one (arXiv:1904.09751). min_p: keep what is at least min_p times as likely as
-    the most likely (arXiv:2407.01082). seed: None draws a fresh one. The sets that are kept are transformers' own, bit
-    by bit where it runs on a CPU; elsewhere other ones of equally likely tokens may be kept.
-    Raises ValueError for values outside their range.
+    until their mass reaches p, at least one (arXiv:1904.09751). min_p: keep tokens at least min_p times as likely as
+    the most likely (arXiv:2407.01082). seed: None draws a fresh one. The tokens kept are those that transformers keeps
+    on a CPU, bit by bit; on other devices, different ones of equally likely tokens may be kept.
+    Raises ValueError for values out of range.
     """
 
     repetition_penalty: float = 1.0
@@ -56,17 +55,15 @@ class Sampling:
 
     @property
     def divisor(self) -> float:
-        """The temperature, 0 if greedy. Next to 0 is greedy too: dividing by it would overflow."""
+        """The temperature, 0 if greedy. A value next to 0 counts as greedy: dividing by it would overflow."""
         return self.temperature if self.temperature > 1e-30 else 0.0
 
     @classmethod
     def recommended(cls, config: GenerationConfig, **overrides: float | int | None) -> Sampling:
-        """Return what a checkpoint's generation_config.json recommends, with the given values (None: no opinion) in
-        place.
+        """Return the parameters that generation_config.json recommends, replaced by `overrides` (None: not given).
 
         As in transformers, `do_sample: true` alone means a temperature of 1 and a top_k of 50, and without it
-        temperature, top_k, top_p and min_p mean nothing. Raises ValueError, saying whose it is, for a value outside its
-        range.
+        temperature, top_k, top_p and min_p are ignored. Raises ValueError for a value out of range, naming its source.
         """
         values = config.sampling_values()
         given = {n: v for n, v in overrides.items() if v is not None}
@@ -79,7 +76,7 @@ class Sampling:
 
 
 class SamplingTensors(NamedTuple):
-    """The parameters of a batch of requests, each `[B]`, on the device; None for what no request uses."""
+    """The parameters of a batch of requests, each `[B]`, on the device; None for those that no request uses."""
 
     temperature: Tensor | None
     top_k: Tensor | None
@@ -90,7 +87,7 @@ class SamplingTensors(NamedTuple):
 
 
 def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors:
-    """Stack the parameters of `requests` into tensors. Seeds that are None are drawn here."""
+    """Stack the parameters of `requests` into tensors, drawing the seeds that are None."""
 
     def column(name: str, dtype: torch.dtype, neutral: float) -> Tensor | None:
         values = [1 - r.top_p if name == "tail" else getattr(r, name) for r in requests]
@@ -112,7 +109,7 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
 
 def with_seed(sampling: Sampling, plus: int = 0) -> Sampling:
     """Return `sampling` with a concrete seed (random if None) plus `plus`, wrapping at 64 bits. Raises ValueError for
-    what is no `Sampling`."""
+    anything but a `Sampling`."""
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a Sampling, such as Sampling(temperature=0.8), not {sampling!r}")
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
@@ -122,8 +119,8 @@ def with_seed(sampling: Sampling, plus: int = 0) -> Sampling:
 def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sample the next token of every row, with its log-probability: logits `[B, V]` -> int64 `[B]`, float32 `[B]`.
 
-    step `[B]`: how many tokens the request has generated. seen `[B, V]` bool: tokens of the prompt and of the text so
-    far; needed for the repetition penalty alone. The log-probability is the model's own, before any filter.
+    step `[B]`: the number of tokens generated so far. seen `[B, V]` bool: tokens of the prompt and of the text so far;
+    needed only for the repetition penalty. The log-probability is the model's own, before any filter.
     """
     logits = logits.float()
     filtered = filter_logits(logits, p, seen)
@@ -135,12 +132,12 @@ def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None
 
 
 def logprob_of(logits: Tensor, token: Tensor) -> Tensor:
-    """Return the log-probabilities `[B]` of tokens `[B]` by logits `[B, V]`."""
+    """Return the log-probabilities `[B]` of tokens `[B]` under logits `[B, V]`."""
     return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None) -> Tensor:
-    """Return logits `[B, V]` after penalty and temperature, -inf where the filters remove one; none of a greedy row."""
+    """Return logits `[B, V]` after penalty and temperature, -inf where a filter removes one (none in greedy rows)."""
     if p.repetition_penalty is not None:
         assert seen is not None
         penalty = p.repetition_penalty[:, None]
@@ -148,8 +145,8 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
     if p.temperature is not None:
         logits = logits / torch.where(p.temperature == 0, 1.0, p.temperature)[:, None]
     unfiltered = logits
-    # From here on the operations are those of transformers' warpers, in their order: another sum rounds otherwise, and
-    # keeps other tokens.
+    # From here on, the operations and their order are those of transformers' warpers: another sum would round
+    # differently and keep other tokens.
     if p.top_k is not None or p.tail is not None:
         size = logits.shape[-1]
         ordered, order = logits.sort(-1)
@@ -159,9 +156,8 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
             logits, ordered = (x.masked_fill(x < least, -torch.inf) for x in (logits, ordered))
         if p.tail is not None:
             if p.top_k is not None and not torch.compiler.is_compiling():
-                ordered, order = logits.sort(
-                    -1
-                )  # which may put ties in another order than before: as transformers does
+                # Sorted again as in transformers, which may put ties in another order.
+                ordered, order = logits.sort(-1)
             tail, last = p.tail[:, None], torch.arange(size, device=logits.device) == size - 1
             removed = (ordered.softmax(-1).cumsum(-1) <= tail) & (tail > 0) & ~last
             logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
@@ -171,16 +167,16 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
         logits = logits.masked_fill(probability < least, -torch.inf)
     if p.temperature is None:
         return logits
-    return torch.where((p.temperature == 0)[:, None], unfiltered, logits)  # greedy: of ties the first, not the one kept
+    return torch.where((p.temperature == 0)[:, None], unfiltered, logits)  # greedy: the first of ties, not the one kept
 
 
 def all_finite(logits: Tensor) -> Tensor:
-    """Tell whether the logits `[B, V]` of each row are finite, `[B]`."""
+    """Return whether the logits `[B, V]` of each row are finite, `[B]`."""
     return logits.abs().amax(-1).isfinite()
 
 
 def _argmax(x: Tensor) -> Tensor:
-    """Return the first index of the largest value, `[B]` of `[B, V]`. On CUDA, compiled, a maximum and a minimum are
-    shared by many programs, where argmax of a single row is left to one: 24 us of a decoded token."""
+    """Return the first index of the largest value, `[B, V]` -> `[B]`. Compiled for CUDA, a maximum and a minimum are
+    split across many programs, where argmax of a single row runs in one: 24 us per decoded token."""
     index = torch.arange(x.shape[-1], device=x.device)
     return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1] - 1).amin(-1)

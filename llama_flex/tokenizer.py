@@ -1,4 +1,4 @@
-"""Text to token ids and back: `tokenizer.json` or sentencepiece's `tokenizer.model`, and text streamed exactly."""
+"""Text to token ids and back, whole or streamed, with a `tokenizer.json` or sentencepiece's `tokenizer.model`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .text.tokenizer_files import copy_files, find_files
 
 class Tokenizer:
     """A model's tokenizer, with the ids that transformers 5.23 gives for the same folder (PreTrainedTokenizerFast for
-    a tokenizer.json; for a tokenizer.model, sentencepiece itself and the slow LlamaTokenizer's rules around it).
+    a tokenizer.json; sentencepiece itself and the slow LlamaTokenizer's rules around it for a tokenizer.model).
 
     Attributes:
         vocab_size: number of ids, added tokens included.
-        bos_token, eos_token, pad_token, unk_token, and their ids `bos_token_id` ...: None where the folder names none.
-        special_ids: what `decode` leaves out with `skip_special_tokens`.
+        bos_token, eos_token, pad_token, unk_token, and their ids `bos_token_id` ...: None if the folder names none.
+        special_ids: the ids that `decode` leaves out with `skip_special_tokens`.
         chat_template: Jinja source, or None.
     """
 
@@ -33,8 +33,8 @@ class Tokenizer:
         folder: Path,
         files: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """folder: where it was loaded from; files: the tokenizer's files there, each with its stamp, see
-        `find_files`."""
+        """Wrap a backend. folder: the folder it was loaded from; files: the tokenizer's files there, each with its
+        stamp, see `find_files`."""
         self._backend = backend
         self._folder, self._files = folder, dict(files)
         self._special_tokens = dict(special_tokens)
@@ -51,10 +51,9 @@ class Tokenizer:
     def from_pretrained(
         cls, path_or_repo: str | Path, *, revision: str | None = None, token: str | None = None
     ) -> Tokenizer:
-        """Load a local folder or hub repository: tokenizer.json, else tokenizer.model, and the JSON files with them.
+        """Load a local folder or hub repository: tokenizer.json, else tokenizer.model, and the JSON files beside it.
 
-        Raises:
-            ValueError: naming the file that is missing or cannot be read as what it should be.
+        Raises ValueError naming the file that is missing or malformed.
         """
         folder = hub.resolve(path_or_repo, hub.TOKENIZER_FILES, revision=revision, token=token)
         files = find_files(folder)
@@ -62,10 +61,11 @@ class Tokenizer:
         return cls(backend, special_tokens, templates, folder.absolute(), files)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy the files that this tokenizer was loaded from, unchanged, so that the folder loads as it here and in
-        transformers; those of another tokenizer there are removed. Beside `Llama.save_pretrained` it makes a folder
-        complete. Raises FolderError, and writes nothing, where one of the files is gone or cannot be read; OSError,
-        where a folder has the name of one."""
+        """Copy the files that this tokenizer was loaded from, unchanged, and remove those of another tokenizer there.
+
+        The folder then loads as this tokenizer, here and in transformers; `Llama.save_pretrained` adds the model.
+        Raises FolderError, and writes nothing, if a file is gone or cannot be read; OSError if a folder has its name.
+        """
         copy_files(self._files, self._folder, Path(folder))
 
     def _named(self, key: str) -> tuple[str | None, int | None]:
@@ -73,12 +73,10 @@ class Tokenizer:
         return token, None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a text; special tokens written in the text count as such. `add_special_tokens`: also
-        what the tokenizer puts around a text, usually BOS before it; not wanted after a chat template, which writes its
-        own.
+        """Return the token ids of a text; special tokens written in the text are recognised.
 
-        Raises:
-            ValueError: the text has a lone surrogate, which no encoding can hold.
+        add_special_tokens: add the ids that the tokenizer puts around a text, usually BOS before it; turn it off after
+        a chat template, which writes its own. Raises ValueError for a lone surrogate, which no encoding can hold.
         """
         try:
             text.encode("utf-8")
@@ -96,24 +94,23 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens)
 
     def token(self, id: int) -> str:
-        """Return the piece that the vocabulary lists, such as "▁Hello", "Ġworld" or "<0xE4>"; ValueError if there is
-        none."""
+        """Return the vocabulary's piece for an id, such as "▁Hello", "Ġworld" or "<0xE4>". Raises ValueError if there
+        is none."""
         piece = self._backend.id_to_token(id) if id in self else None
         if piece is None:
             raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size} tokens")
         return piece
 
     def __contains__(self, id: int) -> bool:
-        """Tell whether the vocabulary has a piece for an id."""
+        """Return whether the vocabulary has a piece for an id."""
         return 0 <= id < 2**32 and self._backend.id_to_token(id) is not None
 
     def stream(
         self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> StreamDecoder | WholeDecoder:
-        """Return a decoder for ids that arrive one by one, as the continuation of `prompt_ids`, whose text it leaves
-        out.
+        """Return a decoder for ids that arrive one by one and continue `prompt_ids`, whose text it leaves out.
 
-        Where a tokenizer.json decodes in a way whose text cannot be known piece by piece, all of it comes at the end.
+        If a tokenizer.json does not allow decoding piece by piece, all of the text comes at the end.
         """
         if (decoding := self._backend.decoding()) is None:
             return WholeDecoder(functools.partial(self.decode, skip_special_tokens=skip_special_tokens), prompt_ids)
@@ -137,7 +134,7 @@ class Tokenizer:
             add_generation_prompt: end where the assistant's answer begins.
             continue_final_message: end within the last message, which is to be continued; see `chat.render_chat`.
             chat_template: Jinja source, or the name of one of the folder's templates, instead of the folder's own.
-            variables: further variables of the template; they go before the special tokens of the same name.
+            variables: further variables of the template; they override special tokens of the same name.
             tools, documents, errors: see `chat.render_chat`.
         """
         name = chat_template

@@ -1,7 +1,7 @@
-"""The attributes of tokens, and the functions over them that masks, score functions and edits are.
+"""The attributes of tokens, and the functions of them: masks, score functions and edits.
 
-A token function knows nothing of caches, so it holds in the full forward, in chunks, in cached decoding, in ragged
-batches, eager and compiled. Dimensions: B batch, H heads, T tokens (queries), S slots (keys).
+A token function knows nothing of caches, so it means the same in a full forward, in chunks, in cached decoding and in
+ragged batches, eager or compiled. Dimensions: B batch, H heads, T tokens (queries), S slots (keys).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .usercode.errors import FunctionError, diagnose
 class Tokens(NamedTuple):
     """The attributes of a batch of tokens, or of the tokens in a set of slots; each `[B, T]`, int32.
 
-    index: place in the order of arrival in its sequence; -1 for padding and for a free slot.
+    index: order of arrival within the sequence, from 0; -1 for padding and free slots.
     position: rotary position; parallel segments may share positions.
-    segment: a small integer for documents, prompts, generated text; 0 unless set.
+    segment: a small integer that tells documents, prompts and generated text apart; 0 unless set.
     """
 
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which is not needed
     position: Tensor
     segment: Tensor
 
     @classmethod
     def arriving(cls, count: int, *, batch: int = 1, segments: Tensor | None = None) -> Tokens:
-        """Return `count` tokens in their order of arrival, as a forward without a cache sees them; on the CPU.
+        """Return `count` tokens in order of arrival, as in a forward without a cache; on the CPU.
 
         segments: `[count]` or `[B, count]`, default 0.
         """
@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
 
 
 class Token:
-    """The attributes of one token as a token function sees them, each a tensor without dimensions."""
+    """The attributes of one token as a token function sees them, each a scalar tensor."""
 
     __slots__ = ("_at", "_tokens", "batch", "head")
 
@@ -52,7 +52,7 @@ class Token:
 
     @property
     def index(self) -> Tensor:
-        """Place in the order of arrival in its sequence."""
+        """Order of arrival within the sequence."""
         return take(self._tokens.index, self.batch, self._at)
 
     @property
@@ -86,8 +86,8 @@ class TokenFunction(CapturingFunction):
         return f"{self.kind} {self.name}"
 
     def call(self, *args: Any) -> Any:
-        """Call the function. Raises FunctionError, naming the fault and the line of code, for errors of torch and
-        Python; the function's own exceptions pass through."""
+        """Call the function. Raises FunctionError, naming the fault and the line of code, for the exceptions that torch
+        and Python operations raise; all others pass through."""
         if torch.compiler.is_compiling():  # the compiler reports what it cannot trace
             return self.function(*args)
         try:
@@ -97,5 +97,5 @@ class TokenFunction(CapturingFunction):
 
 
 def take(table: Tensor, *at: Tensor) -> Tensor:
-    """Return `table[at]`, by the operator that a compiled step makes of `[]`; see `graphs.inductor`."""
+    """Return `table[at]` through the plain index operator, as compiled steps do for `[]`; see `graphs.inductor`."""
     return torch.ops.aten.index(table, at)

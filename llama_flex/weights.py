@@ -1,4 +1,4 @@
-"""Hugging Face's names of the weights, and loading them into their places without a second copy in memory."""
+"""Hugging Face's names of the weights, and loading them into the model without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .checkpoint import shards
 from .checkpoint.shards import CheckpointError
 from .config import LlamaConfig
 
-DTYPES = tuple(shards.DTYPES.values())  # that weights may have
+DTYPES = tuple(shards.DTYPES.values())  # supported for weights
 
-# By model_type: the names of the checkpoint's modules, by those of the model; of several, each holds rows of a fused
-# weight, in this order (`layers.Linear.parts`).
+# By model_type: the names of the checkpoint's modules for each module of the model. If there are several, each holds
+# rows of a fused weight, in this order (`layers.Linear.parts`).
 _LLAMA = {
     "embed": ("model.embed_tokens",),
     "norm": ("model.norm",),
@@ -30,13 +30,13 @@ NAMES = {"llama": _LLAMA, "mistral": _LLAMA}
 
 
 def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
-    """Return every tensor of the checkpoint by its name there, a view into the (fused) parameter that holds it."""
+    """Return every tensor of the checkpoint by its name there, as a view into the (fused) parameter that holds it."""
     table, views = NAMES[config.model_type], dict[str, Tensor]()
     in_layers = [(layer, path) for layer in range(config.num_hidden_layers) for path in table if "{}" in path]
     head = [] if config.tie_word_embeddings else [(0, "lm_head")]
     for layer, path in ((0, "embed"), (0, "norm"), *in_layers, *head):
         module = model.get_submodule(path.format(layer))
-        for kind, parameter in module.named_parameters(recurse=False):  # weight and, where there is one, bias
+        for kind, parameter in module.named_parameters(recurse=False):  # weight, and bias if there is one
             parts = getattr(module, "parts", (len(parameter),))
             for name, view in zip(table[path], parameter.detach().split(parts), strict=True):
                 views[f"{name.format(layer)}.{kind}"] = view
@@ -48,10 +48,10 @@ def load(
 ) -> None:
     """Fill a model that is on the meta device from the safetensors in `folder`.
 
-    The headers are compared with the model's shapes first; only then is memory taken. Each tensor is copied from its
-    file straight into its place, converted on the way, so peak memory is about one copy of the model.
-    dtype: default config.json's, else the file's. Raises CheckpointError listing by name what is missing, unexpected or
-    misshapen, and for damaged files, FolderError for links out of the folder; warns of weights that are not finite.
+    Headers are checked against the model's shapes before any memory is allocated. Each tensor is copied from its file
+    straight into its parameter, converted on the way, so peak memory is about one copy of the model.
+    dtype: default config.json's, else the file's. Raises CheckpointError listing missing, unexpected and misshapen
+    tensors, and for damaged files; FolderError for links out of the folder. Warns of weights that are not finite.
     """
     expected = {name: list(view.shape) for name, view in named_weights(model, config).items()}
     checkpoint = shards.find(folder, expected, tied=config.tie_word_embeddings)

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import transformers  # before anything compiles: it registers pytree nodes, and every graph would recompile once
 from families import SHAPES, tiny
 from helpers import DEMO, TINY, tiny_reference
+from tokenizer_helpers import make_tokenizer_folders
 
 from llama_flex import Llama
 
@@ -75,6 +77,12 @@ def twins(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tokenizer_folders(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tokenizers by name: small ones trained here, and real ones, which may be absent."""
+    return make_tokenizer_folders(tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The demo weights; the test is skipped if they are not there."""
     if not DEMO.is_dir():
@@ -94,3 +102,18 @@ def demo_reference(demo_folder) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM.from_pretrained(
         demo_folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    """A very small untied checkpoint that transformers wrote; not to be changed."""
+    folder = tmp_path_factory.mktemp("saved")
+    small = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    tiny_reference(**small, **TINY["gqa"], head_dim=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of `saved` to change."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))

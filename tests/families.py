@@ -1,6 +1,6 @@
-"""Checkpoints of the families that are covered: what their config.json says where it is special, and tiny twins.
+"""The families of checkpoints that are covered: config.json of one checkpoint each, and tiny models of the same kind.
 
-Each is as published; keys that all have alike, and those that say nothing about the mathematics, are left out.
+Each is as published, without the keys that say nothing about the mathematics.
 """
 
 import copy
@@ -20,6 +20,7 @@ LLAMA_31_ROPE = {
 def sizes(
     hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, context: int, eps: float = 1e-5
 ) -> dict[str, Any]:
+    """Return the keys of the sizes."""
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -158,7 +159,10 @@ TRAINED, WINDOW, CONTEXT = 128, 96, 512  # tokens, of the tiny twins
 
 
 def tiny(name: str) -> dict[str, Any]:
-    """The same with two small layers and short lengths: its group of heads, its parity of the vocabulary, its keys."""
+    """Return a family's config.json for two small layers and short lengths.
+
+    It keeps the family's keys, how many heads share a key, and whether the vocabulary is a multiple of 64.
+    """
     config = copy.deepcopy(FAMILIES[name][1])
     heads = config["num_attention_heads"]
     group = heads // config.get("num_key_value_heads", heads)
@@ -185,12 +189,12 @@ def tiny(name: str) -> dict[str, Any]:
 
 
 def shape(heads: int, kv_heads: int, head_dim: int, **others: Any) -> dict[str, Any]:
-    """A tiny config.json with these heads."""
+    """Return a tiny config.json with these heads."""
     config = LLAMA | sizes(16 * heads, 2, heads, kv_heads, 96, 200, CONTEXT) | {"head_dim": head_dim}
     return config | {"bos_token_id": 1, "eos_token_id": 2} | others
 
 
-# What the kernels have to divide and to pad.
+# Shapes that kernels have to divide and to pad.
 SHAPES: dict[str, dict[str, Any]] = {
     **{f"head_dim {d}": shape(4, 2, d) for d in (36, 48, 72, 80, 96, 112, 160, 192, 256)},
     **{f"groups of {g}": shape(g * k, k, 32) for g, k in ((1, 3), (3, 2), (4, 2), (7, 2), (8, 2), (32, 1))},

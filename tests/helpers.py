@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from llama_flex import Llama
 from llama_flex.engine.graphs import Graphs
+from llama_flex.layers import Linear, RMSNorm
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "weights" / "SmolLM2-135M-Instruct"
@@ -59,6 +61,35 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
     """Return ids of no special token, others for every length and seed."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
     return torch.randint(3, 500, (length,), generator=generator).tolist()
+
+
+def random_batch(model: Llama, length: int, batch: int = 2) -> torch.Tensor:
+    """Return ids `[batch, length]` of no special token, others for every length."""
+    return torch.randint(3, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+class Products(nn.Module):
+    """Every kind of product with a weight, of random weights `[n, k]` or, gated, `[2 * n, k]`."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(k, 1e-5)
+        self.plain, self.biased = Linear(k, [n]), Linear(k, [n], bias=True)
+        self.gated, self.gated_biased = Linear(k, [n, n]), Linear(k, [n, n], bias=True)
+        torch.manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Multiply x `[B, T, k]`; residual: `[B, T, n]`."""
+        return (
+            self.plain(x),
+            self.biased(x, norm=self.norm, residual=residual),
+            self.plain(x, residual=residual),
+            self.gated_biased(x, norm=self.norm, gated=True),
+            self.gated(x, norm=self.norm, gated=True),
+        )
 
 
 def compiled_forward(model: Llama):

@@ -1,22 +1,22 @@
-"""The same claims on a CUDA device: python -m pytest -m gpu"""
+"""What other tests check on a CPU, on a CUDA device: python -m pytest -m gpu"""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from helpers import TINY, compiled_forward
-from test_training import compare_in_bfloat16, gradients, loss_of, random_ids, reference_gradients, relative
+from helpers import TINY, Products, compiled_forward, random_batch, random_ids
+from training_helpers import compare_in_bfloat16, gradients, loss_of, reference_gradients, relative
 
 from llama_flex import Capture, Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, edits, fuse, masks, score, scores
 from llama_flex.engine.graphs import Graphs
-from llama_flex.layers import RMSNorm, gated, linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def no_further_from_float64(logits, reference_logits, truth):
-    """Mean and largest error no more than a quarter above the reference's own, on the same device and dtype."""
+    """Check that the mean error is at most 1.25 times, and the largest error at most twice, the error of the reference
+    on the same device and in the same dtype."""
     error, theirs = (logits.cpu() - truth).abs(), (reference_logits.cpu() - truth).abs()
     assert error.mean() <= 1.25 * theirs.mean()
     assert error.max() <= 2 * theirs.max()
@@ -24,7 +24,7 @@ def no_further_from_float64(logits, reference_logits, truth):
 
 @torch.no_grad()
 def on_cuda(model, ids, dtype=torch.float32, **options):
-    """A copy of a model there, its dense logits, and those of float64."""
+    """Return a copy of a model on the device, its dense logits there, and those of float64."""
     model = copy.deepcopy(model).to(dtype)
     truth = copy.deepcopy(model).double()(ids, backend="dense", **options)
     model = model.cuda()
@@ -107,7 +107,7 @@ def tabled(score, q, kv, table=TABLE):
     return score + table[q.head, (q.index - kv.index).clamp(0, 64)]
 
 
-PATTERNS = {
+MASKS_AND_SCORES = {
     "window and sinks": (masks.sliding_window(100) | masks.sink(3), None),
     "windows by row": (masks.sliding_window(torch.tensor([50, 200])), None),
     "per head": (masks.causal() & Mask(per_head), None),
@@ -120,11 +120,11 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", MASKS_AND_SCORES)
 @torch.no_grad()
 def test_masks_and_score_functions_hold_compiled_in_chunks_and_steps(tiny_pair, name):
     _, model = tiny_pair("gqa")
-    mask, score_mod = PATTERNS[name]
+    mask, score_mod = MASKS_AND_SCORES[name]
     ids = torch.randint(model.config.vocab_size, (2, 260), generator=torch.Generator().manual_seed(0))
     segments = (torch.arange(260) // 90).expand(2, -1).clone()
     segments[:, 255:] = masks.GENERATED
@@ -150,7 +150,7 @@ def test_a_rolling_cache_holds_its_window(tiny_pair):
 
 def test_fused_questions_and_ensembles_are_those_of_the_cpu(tiny_pair):
     _, model = tiny_pair("gqa")
-    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 130, 9)]
+    prompts = [random_ids(n) for n in (40, 130, 9)]
     requests = [
         fuse(prompts, prefix=[5, 6], suffix=[7, 8], positions="parallel"),
         fuse(prompts[:2], suffix=[7], weights=[2.0, 0.5]),
@@ -173,35 +173,18 @@ def test_compiled_generation_equals_each_prompt_alone_and_the_cpu(tiny_pair, nam
         alone = engine.generate([prompt], max_new_tokens=20, stop_token_ids=())[0]
         on_cpu = Engine(model).generate([prompt], max_new_tokens=20, stop_token_ids=())[0]
         assert completion.tokens == alone.tokens == on_cpu.tokens
-    assert len(engine.steps) == 4  # a chunk of 128 and a step, for batches of 5 and of 1
+    assert len(engine.runner.shapes) == 4  # a chunk of 128 and a step, for batches of 5 and of 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k"), [(509, 96), (96, 130), (1536, 576), (64, 3072), (4096, 4096), (256, 14336)])
 @torch.no_grad()
 def test_the_product_of_one_row_is_no_further_from_float64_than_torchs(n, k, dtype):
+    products = Products(n, k).to("cuda", dtype)
     draws = torch.Generator("cuda").manual_seed(0)
-    x, weight, bias, residual, scale = (
-        torch.randn(*shape, device="cuda", generator=draws).to(dtype)
-        for shape in ((1, 1, k), (2 * n, k), (2 * n,), (1, 1, n), (k,))
-    )
-    norm = RMSNorm(k, 1e-5).cuda().to(dtype)
-    norm.weight.copy_(scale)
-
-    def products(x, weight, bias, residual):
-        half, half_bias = weight[:n], bias[:n]
-        return (
-            linear(x, half),
-            linear(x, half, half_bias, norm=norm, residual=residual),
-            linear(x, half, residual=residual),
-            gated(x, weight, bias, norm=norm),
-            gated(x, weight, norm=norm),
-        )
-
-    run = Graphs().of()
-    found, plain = run("products", products, x, weight, bias, residual), products(x, weight, bias, residual)
-    norm = copy.deepcopy(norm).double()
-    truth = products(*(t.double() for t in (x, weight, bias, residual)))
+    x, residual = (torch.randn(1, 1, size, device="cuda", generator=draws).to(dtype) for size in (k, n))
+    found = Graphs().of()("products", Products.forward, products, x, residual)
+    plain, truth = products(x, residual), copy.deepcopy(products).double()(x.double(), residual.double())
     for ours, theirs, exact in zip(found, plain, truth, strict=True):
         error, their_error = (ours - exact).abs(), (theirs - exact).abs()
         unit = torch.finfo(dtype).eps * exact.abs().max()
@@ -218,21 +201,21 @@ def test_few_graphs_serve_prompts_of_every_length_and_long_texts(tiny_pair):
     ids = torch.randint(3, 500, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
     engine.generate([ids], max_new_tokens=3, **options)
     engine.generate([ids[:600]], max_new_tokens=3, **options)
-    steps, graphs = len(engine.steps), engine.graphs.count
+    steps, graphs = len(engine.runner.shapes), engine.graphs.count
     assert steps == 4
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (1, 7, 127, 128, 129, 512, 513, 2047, 2049):
             engine.generate([ids[:length]], max_new_tokens=3, **options)
         (text,) = engine.generate([ids], max_new_tokens=2000, **options)
-    assert (len(text.tokens), len(engine.steps), engine.graphs.count) == (2000, steps, graphs)
+    assert (len(text.tokens), len(engine.runner.shapes), engine.graphs.count) == (2000, steps, graphs)
     assert "0 of them again" in engine.explain()
 
 
 def test_a_stream_that_runs_ahead_is_the_stream_that_does_not(tiny_pair):
-    """With a cache of the caller's, the next step waits until the caller has seen the token."""
+    """Compare with a cache of the caller's, where the next step waits until the caller has seen the token."""
     _, model = tiny_pair("gqa")
     engine = Engine(copy.deepcopy(model).cuda(), compile=True)
-    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 140)]
+    prompts = [random_ids(n) for n in (5, 140)]
     first = engine.generate(prompts, max_new_tokens=30, stop_token_ids=())
     stop_ids = {first[0].tokens[7], first[1].tokens[12]}
     for options in ({"stop_token_ids": ()}, {"stop_token_ids": stop_ids}):
@@ -246,10 +229,10 @@ def test_a_stream_that_runs_ahead_is_the_stream_that_does_not(tiny_pair):
     assert engine.generate(prompts, max_new_tokens=30, stop_token_ids=()) == first
 
 
-def asked_of_many_kinds():
-    """Prompts and options of requests: lengths about a block, masks, scores, several prompts, sampled, penalised."""
+def requests_of_many_kinds():
+    """Return prompts with options: lengths around a block, masks, scores, fusion, ensembles, sampling, penalties."""
     lengths = (1, 2, 127, 128, 129, 255, 300, 384, 40, 130)
-    ids = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    ids = [random_ids(n) for n in lengths]
     sampled = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=3)
     return [
         *((prompt, {}) for prompt in ids),
@@ -268,18 +251,17 @@ def asked_of_many_kinds():
 @pytest.mark.parametrize("name", ["gqa", "group3"])
 def test_requests_of_many_kinds_get_what_they_get_alone_on_the_cpu(tiny_pair, name, compile):
     _, model = tiny_pair(name)
-    asked = [
-        (prompt, {"max_new_tokens": 20, "stop_token_ids": (), **options}) for prompt, options in asked_of_many_kinds()
-    ]
+    options = {"max_new_tokens": 20, "stop_token_ids": ()}
+    requests = [(prompt, options | own) for prompt, own in requests_of_many_kinds()]
     if name == "group3":
-        asked = [a for a in asked if not {"mask", "score_mod"} & set(a[1])]  # of 8 heads
-    alone = [Engine(model).generate([prompt], **options)[0] for prompt, options in asked]
+        requests = [r for r in requests if not {"mask", "score_mod"} & set(r[1])]  # of 8 heads
+    alone = [Engine(model).generate([prompt], **options)[0] for prompt, options in requests]
     tight = {"max_batch_size": 5, "max_slots": 1152}
     for sizes in ({"max_batch_size": 16, "max_slots": 8192}, tight) if compile else (tight,):
         engine = Engine(copy.deepcopy(model).cuda(), compile=compile, max_length=512, **sizes)
         for _ in range(2 if compile else 1):  # recorded, then replayed
-            submitted = [engine.submit(prompt, **options) for prompt, options in asked]
-            gone = engine.submit(asked[0][0], max_new_tokens=50)
+            submitted = [engine.submit(prompt, **options) for prompt, options in requests]
+            gone = engine.submit(requests[0][0], max_new_tokens=50)
             engine.step()
             engine.step()
             engine.cancel(gone)
@@ -294,7 +276,7 @@ def test_requests_in_bfloat16_are_no_further_from_float64_than_dense_ones(tiny_p
     _, model = tiny_pair("gqa")
     engine = Engine(copy.deepcopy(model).bfloat16().cuda(), compile=True, max_batch_size=8, max_slots=8192)
     lengths, found = range(1, 400, 57), []
-    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    prompts = [random_ids(n) for n in lengths]
     requests = [engine.submit(prompt, max_new_tokens=60, stop_token_ids=()) for prompt in prompts]
     engine.run()
     for prompt, request in zip(prompts, requests, strict=True):
@@ -322,7 +304,7 @@ def test_a_rule_that_reads_out_of_bounds_is_refused_and_the_device_stays_whole(t
 def test_steps_of_many_requests_wait_for_nothing(tiny_pair):
     _, model = tiny_pair("gqa")
     engine = Engine(copy.deepcopy(model).cuda(), compile=True, max_batch_size=8, max_slots=4096)
-    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 140, 300)]
+    prompts = [random_ids(n) for n in (9, 140, 300)]
     tokens = []
     for mode in ("default", "default", "error"):  # the first compiles, the second records
         submitted = [engine.submit(prompt, max_new_tokens=150, stop_token_ids=()) for prompt in prompts]
@@ -355,7 +337,7 @@ def test_who_shares_pages_with_a_request_whose_logits_are_nan_gets_its_tokens(ti
 @pytest.mark.parametrize("compile", [False, True])
 def test_on_a_device_that_is_not_the_current_one(tiny_pair, compile):
     _, model = tiny_pair("gqa")
-    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 140)]
+    prompts = [random_ids(n) for n in (5, 140)]
     options = {"max_new_tokens": 20, "stop_token_ids": ()}
     for device in ("cuda:1", "cuda:0"):
         engine = Engine(copy.deepcopy(model).to(device), compile=compile)
@@ -376,7 +358,7 @@ def test_gradients_through_flex_attention_are_the_references(tiny_pair, name, wa
     for block in model.layers if way != "eager" else ():
         block.compile(fullgraph=True, dynamic=False)
     for length in (130, 300):
-        ids = random_ids(model, length).cuda()
+        ids = random_batch(model, length).cuda()
         expected, other = (reference_gradients(reference, ids, kind) for kind in ("eager", "sdpa"))
         budget = 4 * max(relative(other[key], expected[key]) for key in expected)
         found = gradients(model, loss_of(model(ids, recompute=way == "recomputed"), ids))
@@ -387,7 +369,7 @@ def test_gradients_through_flex_attention_are_the_references(tiny_pair, name, wa
 @pytest.mark.parametrize("compile", [False, True])
 def test_packed_documents_train_on_cuda_as_alone_densely(tiny_pair, compile):
     model = copy.deepcopy(tiny_pair("gqa")[1]).cuda().requires_grad_()
-    texts = [random_ids(model, n, batch=1).cuda() for n in (60, 7, 130, 300)]
+    texts = [random_batch(model, n, batch=1).cuda() for n in (60, 7, 130, 300)]
     expected = gradients(model, sum(loss_of(model(text, backend="dense"), text) for text in texts))
     segments = torch.cat([torch.full_like(text, n) for n, text in enumerate(texts)], 1)
     positions = torch.cat([torch.arange(text.shape[1], device="cuda")[None] for text in texts], 1)
@@ -407,24 +389,24 @@ def test_bfloat16_gradients_are_no_further_from_float64_than_the_references(tiny
 
 def test_captures_and_edits_of_replayed_steps_are_those_of_the_cpu(tiny_pair):
     _, model = tiny_pair("gqa")
-    prompts = [torch.randint(3, 500, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 140)]
+    prompts = [random_ids(n) for n in (5, 140)]
     vector = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    sites = ("resid_pre", "q", "k", "v", "z", "resid_mid", "mlp_post", "resid_post", "attention")
+    points = ("resid_pre", "q", "k", "v", "z", "resid_mid", "mlp_post", "resid_post", "attention")
     for edit in (None, [edits.add("resid_post", 2 * vector, layers=0), edits.ablate([1], layers=1)]):
         found = []
         for where in ("cpu", "cuda"):
             engine = Engine(copy.deepcopy(model).to(where), compile=where == "cuda")
-            capture = Capture(*sites, where=range(1000), device="cpu")
+            capture = Capture(*points, where=range(1000), device="cpu")
             options = {"max_new_tokens": 12, "stop_token_ids": (), "edit": edit}
             done = engine.generate(prompts, capture=capture, **options)
             assert [d.tokens for d in done] == [d.tokens for d in engine.generate(prompts, **options)]
             found.append((capture, [d.tokens for d in done]))
         (expected, tokens), (capture, others) = found
         assert tokens == others
-        for site in sites:
+        for point in points:
             for layer in range(2):
-                scale = expected[site, layer].abs().max()
-                assert (capture[site, layer] - expected[site, layer]).abs().max() < 1e-4 * scale, (site, layer)
+                scale = expected[point, layer].abs().max()
+                assert (capture[point, layer] - expected[point, layer]).abs().max() < 1e-4 * scale, (point, layer)
         assert capture.tokens.position.equal(expected.tokens.position)
 
 

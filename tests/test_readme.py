@@ -1,17 +1,18 @@
-"""The README's code runs as it stands."""
+"""The README's Python runs as it stands, and its map has the rooms and the core files of the package."""
 
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.weights
+@pytest.mark.exhaustive  # takes half a minute
 def test_the_python_of_the_readme_runs(demo_folder, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec("\n".join(blocks), names)
     assert "Paris" in capsys.readouterr().out
@@ -22,7 +23,21 @@ def test_the_python_of_the_readme_runs(demo_folder, monkeypatch, capsys):
     assert "Paris" in names["answer"][0].text
 
 
-def test_every_file_of_the_package_is_on_the_map():
-    readme = (ROOT / "README.md").read_text()
-    for path in (ROOT / "llama_flex").glob("*.py"):
-        assert path.name == "__init__.py" or f"(llama_flex/{path.name})" in readme
+def absent_from_map(readme: str) -> list[str]:
+    """Return the rooms of the package that a README does not link to as `(llama_flex/masks)` or `(llama_flex/masks/)`,
+    and the core files, such as `(llama_flex/model.py)`."""
+    package = ROOT / "llama_flex"
+    rooms = [path.parent.name for path in package.glob("*/__init__.py")]
+    files = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
+    return [name for name in sorted([*rooms, *files]) if not re.search(rf"\(llama_flex/{re.escape(name)}/?\)", readme)]
+
+
+def test_every_room_and_core_file_of_the_package_is_on_the_map():
+    assert absent_from_map(README) == []
+
+
+def test_what_is_not_on_the_map_would_be_noticed():
+    assert {"masks", "engine", "model.py"} <= set(absent_from_map("[masks](llama_flex/masks.py), model.py, llama_flex"))
+    assert {"masks", "engine", "model.py"}.isdisjoint(
+        absent_from_map("[masks/](llama_flex/masks), [engine/](llama_flex/engine/), [model.py](llama_flex/model.py)")
+    )

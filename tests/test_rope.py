@@ -1,133 +1,39 @@
-"""Rotary embedding alone: against the reference's functions to the bit, and against plain complex numbers."""
+"""Rotary embedding: rotations against transformers' to the bit, and against plain complex numbers; narrow dtypes."""
 
 import cmath
-import dataclasses
-import math
 
 import pytest
 import torch
-import transformers
 from helpers import TINY
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from rope_helpers import (
+    CASES,
+    CONTEXT,
+    LLAMA3,
+    PARAMETERS,
+    frequencies_by_hand,
+    frequencies_of,
+    parameters_of,
+    reference_rope,
+    scale_by_hand,
+)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llama_flex import Engine, Llama, LlamaConfig, Tokens, rope
 from llama_flex.checkpoint.rope_scaling import RopeParameters
 from llama_flex.rope import RotaryEmbedding
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8192}
-PARAMETERS = {
-    "default": {"rope_type": "default", "rope_theta": 10000.0},
-    "default, integer base": {"rope_type": "default", "rope_theta": 100000},
-    "default, large base": {"rope_type": "default", "rope_theta": 1e6},
-    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    "linear, odd factor": {"rope_type": "linear", "rope_theta": 12345.6, "factor": 2.7},
-    "llama3": LLAMA3,
-    "llama3.2": LLAMA3 | {"factor": 32.0},
-    "llama3, other ramp": LLAMA3
-    | {"low_freq_factor": 1.5, "high_freq_factor": 9.0, "original_max_position_embeddings": 4096},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
-    "yarn": YARN,
-    "yarn, deepseek's": YARN | {"factor": 40.0, "mscale": 1.2, "mscale_all_dim": 0.7, "beta_fast": 20, "beta_slow": 2},
-    "yarn, own attention factor": YARN | {"attention_factor": 0.8, "truncate": False},
-    "longrope": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-    },
-}
-CONTEXT = 131072  # max_position_embeddings
-HEAD_DIMS = [2, 4, 64, 80, 96, 128, 256]
-CASES = [(name, d) for name in PARAMETERS for d in HEAD_DIMS if d > 2 or name != "dynamic"]  # there it is undefined
 # The start, the powers of two around which a narrow dtype loses its grip, and the longest context of Llama 3.
 POSITIONS = [0, 1, 2, 3, 127, 128, 129, 255, 256, 257, 258, 259, 1000, 2047, 8191, 8192, 32768, 65537, 131071, 131072]
 
 
-def parameters_of(name: str, head_dim: int) -> dict:
-    """What PARAMETERS has, and factors for each pair of such heads where the type needs them."""
-    parameters = PARAMETERS[name]
-    if parameters["rope_type"] != "longrope":
-        return parameters
-    pairs = range(head_dim // 2)
-    return parameters | {"short_factor": [1 + 0.01 * p for p in pairs], "long_factor": [1 + 0.7 * p for p in pairs]}
-
-
-def reference(parameters: dict, head_dim: int, context: int = CONTEXT) -> LlamaRotaryEmbedding:
-    return LlamaRotaryEmbedding(
-        transformers.LlamaConfig(
-            hidden_size=2 * head_dim,
-            num_attention_heads=2,
-            head_dim=head_dim,
-            rope_parameters=dict(parameters),
-            max_position_embeddings=context,
-        )
-    )
-
-
 def tokens_at(positions: torch.Tensor) -> Tokens:
-    """Tokens `[B, T]` at positions."""
+    """Return tokens `[B, T]` at these positions."""
     index = torch.arange(positions.shape[1], dtype=torch.int32).repeat(len(positions), 1)
     return Tokens(index, positions.to(torch.int32), torch.zeros_like(index))
 
 
-def frequencies_by_hand(parameters: dict, head_dim: int, length: int = 1, context: int = CONTEXT) -> list[float]:
-    """The definition, in Python's float64 arithmetic, for a sequence of some length."""
-    kind, theta = parameters["rope_type"], parameters["rope_theta"]
-    if kind == "dynamic" and length > context:
-        stretch = parameters["factor"] * length / context - parameters["factor"] + 1
-        theta *= stretch ** (head_dim / (head_dim - 2))
-    out = []
-    for pair in range(head_dim // 2):
-        f = math.exp(-2 * pair / head_dim * math.log(theta))
-        if kind == "linear":
-            f /= parameters["factor"]
-        if kind == "llama3":
-            turns = parameters["original_max_position_embeddings"] * f / (2 * math.pi)
-            low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-            # 1: turned often within the trained context, kept; 0: turned rarely, stretched; linear in between
-            keep = min(1.0, max(0.0, (turns - low) / (high - low)))
-            f *= keep + (1 - keep) / parameters["factor"]
-        if kind == "yarn":
-            # As llama3, but linear from the pair that turns beta_fast times to the one that turns beta_slow times.
-            ends = []
-            for beta in (parameters.get("beta_fast", 32), parameters.get("beta_slow", 1)):
-                wavelength = parameters["original_max_position_embeddings"] / beta
-                ends.append(head_dim / 2 * math.log(wavelength / (2 * math.pi)) / math.log(theta))
-            if parameters.get("truncate", True):
-                ends = [math.floor(ends[0]), math.ceil(ends[1])]
-            first, end = max(ends[0], 0), min(ends[1], head_dim - 1)
-            end += 0.001 * (first == end)
-            keep = 1 - min(1.0, max(0.0, (pair - first) / (end - first)))
-            f *= keep + (1 - keep) / parameters["factor"]
-        if kind == "longrope":
-            longer = length > parameters["original_max_position_embeddings"]
-            f /= parameters["long_factor" if longer else "short_factor"][pair]
-        out.append(f)
-    return out
-
-
-def scale_by_hand(parameters: dict) -> float:
-    """What cosine and sine are multiplied by."""
-    if "attention_factor" in parameters:
-        return parameters["attention_factor"]
-    if parameters["rope_type"] == "yarn":
-        grown = 0.1 * math.log(parameters["factor"])
-        return (parameters.get("mscale", 1) * grown + 1) / (parameters.get("mscale_all_dim", 0) * grown + 1)
-    if parameters["rope_type"] == "longrope":
-        return math.sqrt(1 + math.log(parameters["factor"], parameters["original_max_position_embeddings"]))
-    return 1.0
-
-
 def rotate_by_hand(x: torch.Tensor, positions: list[int], frequencies: list[float]) -> torch.Tensor:
-    """x `[B, H, T, D]`: each pair (d, d + D/2) is a complex number, turned by position * frequency."""
+    """Rotate x `[B, H, T, D]`: each pair (d, d + D/2) is a complex number, turned by position * frequency."""
     half = x.shape[-1] // 2
     out = torch.empty_like(x, dtype=torch.float64)
     for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in x.shape[:3])).tolist():
@@ -138,64 +44,32 @@ def rotate_by_hand(x: torch.Tensor, positions: list[int], frequencies: list[floa
 
 
 def rotated(x: torch.Tensor, positions: list[int], inv_freq: torch.Tensor) -> torch.Tensor:
+    """Rotate x, whose rows all have these positions."""
     return rope.apply_rotary_emb(x, *rope.cos_sin(torch.tensor([positions]).expand(x.shape[0], -1), inv_freq))
 
 
 def random_heads(head_dim: int, dtype: torch.dtype = torch.float32, tokens: int = len(POSITIONS)) -> torch.Tensor:
+    """Return queries or keys `[1, 2, T, D]`."""
     return torch.randn(1, 2, tokens, head_dim, generator=torch.Generator().manual_seed(head_dim), dtype=dtype)
 
 
-# ---- mutants: each is a mistake somebody could make, and must be caught by the checks below
-
-
-def wrong_theta(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    theta = parameters.rope_theta * (1 + 1e-6)
-    return own(dataclasses.replace(parameters, rope_theta=theta), head_dim, dtype)
-
-
-def ignored_scaling(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return RopeParameters(rope_theta=parameters.rope_theta).inverse_frequencies(head_dim, dtype=dtype)
-
-
-def inverted_ramp(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    plain, right = ignored_scaling(parameters, head_dim, dtype), own(parameters, head_dim, dtype)
-    between = (right != plain) & (right != plain / parameters.factor)
-    return torch.where(between, plain + plain / parameters.factor - right, right)
+# ---- rotation, and mistakes in it that the checks must notice
 
 
 def interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of neighbours (d, d + 1)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
 def backwards(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the wrong way."""
     return rope.apply_rotary_emb(x, cos, -sin)
 
 
-# ---- the checks, over the thing tested
-
-
-def own(parameters: RopeParameters, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return parameters.inverse_frequencies(head_dim, context=CONTEXT, dtype=dtype)
-
-
-def check_frequencies_have_the_references_bits(make, parameters: dict, head_dim: int) -> None:
-    ours = make(RopeParameters(**parameters), head_dim)
-    assert ours.dtype == torch.float32
-    assert torch.equal(ours, reference(parameters, head_dim).inv_freq)
-
-
-def check_frequencies_are_the_definition(make, parameters: dict, head_dim: int) -> None:
-    by_hand = torch.tensor(frequencies_by_hand(parameters, head_dim), dtype=torch.float64)
-    # In float32 the blend of llama3 cancels some digits, in the reference as here.
-    for dtype, rtol in ((torch.float64, 1e-14), (torch.float32, 4e-6)):
-        ours = make(RopeParameters(**parameters), head_dim, dtype)
-        assert ours.dtype == dtype
-        torch.testing.assert_close(ours.double(), by_hand, rtol=rtol, atol=0)
-
-
 def check_rotation_has_the_references_bits(rotate, parameters: dict, head_dim: int) -> None:
-    module = reference(parameters, head_dim)
+    """Check cosine, sine and rotated queries and keys in float32 against transformers'."""
+    module = reference_rope(parameters, head_dim)
     q, k = random_heads(head_dim), random_heads(head_dim).flip(0, 1)
     position = torch.tensor([POSITIONS])
     ref_cos, ref_sin = module(q, position)
@@ -208,22 +82,13 @@ def check_rotation_has_the_references_bits(rotate, parameters: dict, head_dim: i
 
 
 def check_rotation_turns_complex_numbers(rotate, parameters: dict, head_dim: int) -> None:
+    """Check a rotation in float64 against its definition with complex numbers."""
     x = random_heads(head_dim, torch.float64)
     by_hand = rotate_by_hand(x, POSITIONS, frequencies_by_hand(parameters, head_dim))
-    inv_freq = own(RopeParameters(**parameters), head_dim, torch.float64)
+    inv_freq = frequencies_of(RopeParameters(**parameters), head_dim, torch.float64)
     ours = rotate(x, *rope.cos_sin(torch.tensor([POSITIONS]), inv_freq))
-    # A frequency's relative error of a few ulp becomes an angle's absolute error: 131072 * 4 * 2.2e-16.
+    # A frequency's relative error of a few ulps becomes an absolute error of the angle: 131072 * 4 * 2.2e-16.
     torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("name", "head_dim"), CASES)
-def test_frequencies_have_the_references_bits_in_float32(name, head_dim):
-    check_frequencies_have_the_references_bits(own, parameters_of(name, head_dim), head_dim)
-
-
-@pytest.mark.parametrize(("name", "head_dim"), CASES)
-def test_frequencies_are_the_definition_in_python_arithmetic(name, head_dim):
-    check_frequencies_are_the_definition(own, parameters_of(name, head_dim), head_dim)
 
 
 @pytest.mark.parametrize(("name", "head_dim"), CASES)
@@ -241,22 +106,10 @@ def test_rotation_in_float32_strays_no_further_than_rounded_frequencies_allow(na
     x = random_heads(64, torch.float64)
     frequencies = frequencies_by_hand(parameters_of(name, 64), 64)
     by_hand = rotate_by_hand(x, POSITIONS, frequencies)
-    ours = rotated(x.float(), POSITIONS, own(RopeParameters(**parameters_of(name, 64)), 64)).double()
+    ours = rotated(x.float(), POSITIONS, frequencies_of(RopeParameters(**parameters_of(name, 64)), 64)).double()
     angle = torch.tensor(POSITIONS)[:, None] * torch.tensor(frequencies)  # [T, D/2]
     bound = (angle * 8 + 8).repeat(1, 2) * 2.0**-24 * x.abs().max()
     assert ((ours - by_hand).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-@pytest.mark.parametrize("mutant", [wrong_theta, ignored_scaling, inverted_ramp])
-def test_checks_of_frequencies_catch(mutant, name):
-    kind = PARAMETERS[name]["rope_type"]
-    scaled = kind not in ("default", "dynamic")
-    if (mutant is ignored_scaling and not scaled) or (mutant is inverted_ramp and kind not in ("llama3", "yarn")):
-        pytest.skip("no mutation of this type")
-    for check in (check_frequencies_have_the_references_bits, check_frequencies_are_the_definition):
-        with pytest.raises(AssertionError):
-            check(mutant, parameters_of(name, 128), 128)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -267,19 +120,54 @@ def test_checks_of_rotation_catch(mutant, name):
             check(mutant, parameters_of(name, 16), 16)
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_scores_depend_on_the_distance_alone(name):
+    inv_freq = frequencies_of(RopeParameters(**parameters_of(name, 64)), 64, torch.float64)
+    q, k = random_heads(64, torch.float64, 1), random_heads(64, torch.float64, 2)[:, :, 1:]
+    scores = [
+        (rotated(q, [start + 17], inv_freq) * rotated(k, [start], inv_freq)).sum(-1) for start in (0, 5, 900, 131000)
+    ]
+    for score in scores[1:]:
+        torch.testing.assert_close(score, scores[0], rtol=0, atol=1e-8)
+    further = (rotated(q, [18], inv_freq) * rotated(k, [0], inv_freq)).sum(-1)
+    assert (further - scores[0]).abs().min() > 1e-4
+
+
+def test_rows_of_a_batch_have_their_own_positions():
+    inv_freq = RopeParameters().inverse_frequencies(32)
+    position = torch.tensor([[5, 6, 7], [0, 100, 7]])
+    x = random_heads(32, tokens=3).expand(2, -1, -1, -1)
+    both = rope.apply_rotary_emb(x, *rope.cos_sin(position, inv_freq))
+    for row in range(2):
+        alone = rope.apply_rotary_emb(x[row : row + 1], *rope.cos_sin(position[row : row + 1], inv_freq))
+        assert torch.equal(both[row : row + 1], alone)
+    assert torch.equal(both[0, :, 2], both[1, :, 2])
+    assert not torch.equal(both[0, :, 1], both[1, :, 1])
+
+
+def test_positions_may_be_of_any_integer_dtype():
+    inv_freq = RopeParameters().inverse_frequencies(32)
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        cos, _ = rope.cos_sin(torch.tensor([[0, 1, 32767]], dtype=dtype), inv_freq)
+        assert torch.equal(cos, rope.cos_sin(torch.tensor([[0, 1, 32767]]), inv_freq)[0])
+
+
+# ---- lengths at which frequencies change
+
+
 @pytest.mark.parametrize("length", [1, 2047, 2048, 2049, 6000, 40000])
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_a_long_sequence_is_rotated_by_its_own_length(name, length):
-    """Before, at and beyond the context that a model was trained with, in one batch with a short sequence."""
+    """Check lengths before, at and beyond the trained context, in one batch with a short sequence."""
     parameters = parameters_of(name, 64) | ({"original_max_position_embeddings": 2048} if name == "longrope" else {})
     rotary = RotaryEmbedding(RopeParameters(**parameters), 64, 2048)
     positions = torch.arange(length - 1, length + 2).clamp(min=0)
     tokens = tokens_at(torch.stack((positions, torch.tensor([5, 6, 7]))))
-    tokens.index[:, 1:] = -1  # padding, whose positions count nothing
+    tokens.index[:, 1:] = -1  # padding, whose positions must not count
     cos, sin = rotary(tokens)
     for row in range(2):
         alone = tokens.position[row : row + 1, :1]
-        expected = reference(parameters, 64, 2048)(torch.zeros(1), alone)
+        expected = reference_rope(parameters, 64, 2048)(torch.zeros(1), alone)
         for ours, theirs in zip((cos, sin), expected, strict=True):
             assert torch.equal(ours[row, :, :1].repeat(1, 1, 2), theirs)
     by_hand = torch.tensor(frequencies_by_hand(parameters, 64, length, 2048)) * (length - 1)
@@ -287,29 +175,9 @@ def test_a_long_sequence_is_rotated_by_its_own_length(name, length):
     torch.testing.assert_close(torch.stack((cos[0, 0, 0], sin[0, 0, 0])), scaled, rtol=0, atol=length * 4e-7)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_cosine_and_sine_are_scaled_as_defined(name):
-    parameters = parameters_of(name, 64)
-    assert RopeParameters(**parameters).scale == pytest.approx(scale_by_hand(parameters), rel=1e-12)
-    assert RopeParameters(**parameters).scale == reference(parameters, 64).attention_scaling
-
-
-@pytest.mark.parametrize("factor", [-1.0, 0.5, 1, 1.0, 1.5])
-@pytest.mark.parametrize("trained", [1, 2])
-def test_a_longrope_that_stretches_nothing_scales_nothing_whatever_it_was_trained_for(factor, trained):
-    parameters = parameters_of("longrope", 64) | {"factor": factor, "original_max_position_embeddings": trained}
-    if factor > 1 == trained:
-        with pytest.raises(ZeroDivisionError):
-            reference(parameters, 64)
-        with pytest.raises(ValueError, match=r"original_max_position_embeddings above 1, .* found 1$"):
-            RopeParameters(**parameters)
-        parameters["attention_factor"] = 1.2
-    assert RopeParameters(**parameters).scale == reference(parameters, 64).attention_scaling
-
-
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_a_cache_ends_where_its_keys_would_have_to_turn(name):
-    """Whoever needs more is told, in each of the ways to get there; without a cache there is no limit."""
+    """Check each way to reach that length, and that without a cache there is no limit."""
     parameters = parameters_of(name, 32) | ({"original_max_position_embeddings": 64} if name == "longrope" else {})
     sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 1}
     context = 64 if name == "dynamic" else 512
@@ -356,42 +224,6 @@ def test_a_longrope_cache_may_be_longer_than_a_context_that_is_shorter_than_the_
         model(ids[:, :1], cache=cache)
 
 
-def test_every_supported_type_is_tested_here():
-    assert {p["rope_type"] for p in PARAMETERS.values()} == set(rope._TYPES)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_scores_depend_on_the_distance_alone(name):
-    inv_freq = own(RopeParameters(**parameters_of(name, 64)), 64, torch.float64)
-    q, k = random_heads(64, torch.float64, 1), random_heads(64, torch.float64, 2)[:, :, 1:]
-    scores = [
-        (rotated(q, [start + 17], inv_freq) * rotated(k, [start], inv_freq)).sum(-1) for start in (0, 5, 900, 131000)
-    ]
-    for score in scores[1:]:
-        torch.testing.assert_close(score, scores[0], rtol=0, atol=1e-8)
-    further = (rotated(q, [18], inv_freq) * rotated(k, [0], inv_freq)).sum(-1)
-    assert (further - scores[0]).abs().min() > 1e-4
-
-
-def test_rows_of_a_batch_have_their_own_positions():
-    inv_freq = RopeParameters().inverse_frequencies(32)
-    position = torch.tensor([[5, 6, 7], [0, 100, 7]])
-    x = random_heads(32, tokens=3).expand(2, -1, -1, -1)
-    both = rope.apply_rotary_emb(x, *rope.cos_sin(position, inv_freq))
-    for row in range(2):
-        alone = rope.apply_rotary_emb(x[row : row + 1], *rope.cos_sin(position[row : row + 1], inv_freq))
-        assert torch.equal(both[row : row + 1], alone)
-    assert torch.equal(both[0, :, 2], both[1, :, 2])
-    assert not torch.equal(both[0, :, 1], both[1, :, 1])
-
-
-def test_positions_may_be_of_any_integer_dtype():
-    inv_freq = RopeParameters().inverse_frequencies(32)
-    for dtype in (torch.int16, torch.int32, torch.int64):
-        cos, _ = rope.cos_sin(torch.tensor([[0, 1, 32767]], dtype=dtype), inv_freq)
-        assert torch.equal(cos, rope.cos_sin(torch.tensor([[0, 1, 32767]]), inv_freq)[0])
-
-
 # ---- narrow dtypes
 
 
@@ -403,13 +235,13 @@ def test_narrow_queries_are_rotated_in_float32_and_rounded_once(dtype):
     assert ours.dtype == dtype
     assert torch.equal(ours, rotated(x.float(), POSITIONS, inv_freq).to(dtype))
     exact = rotate_by_hand(x, POSITIONS, frequencies_by_hand(LLAMA3, 64))
-    cos, sin = reference(LLAMA3, 64)(x, torch.tensor([POSITIONS]))
+    cos, sin = reference_rope(LLAMA3, 64)(x, torch.tensor([POSITIONS]))
     theirs, _ = apply_rotary_pos_emb(x, x, cos, sin)
     assert (ours - exact).abs().mean() < (theirs - exact).abs().mean()
 
 
 def test_bfloat16_frequencies_would_lose_the_positions():
-    """The trap that the float32 buffer avoids: in bfloat16 neighbours beyond 256 are one position."""
+    """Check the trap that the float32 buffer avoids: in bfloat16, neighbours beyond 256 are one position."""
     right = RopeParameters().inverse_frequencies(64)
     position = torch.tensor([[256, 257, 1000, 1001]])
     cos, _ = rope.cos_sin(position, right)
@@ -421,6 +253,7 @@ def test_bfloat16_frequencies_would_lose_the_positions():
 
 
 def tiny_model(parameters: dict | None = None) -> Llama:
+    """Return a random model with these rope_parameters, default those of Llama 3."""
     sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 1}
     config = LlamaConfig(**sizes, **TINY["gqa"], rope_parameters=RopeParameters(**parameters or LLAMA3))
     torch.manual_seed(0)
@@ -466,5 +299,5 @@ def test_a_bfloat16_model_tells_far_positions_apart():
         shifted = model(ids, positions=torch.arange(8)[None] + 4096, backend="dense")
         plain = model(ids, backend="dense")
     assert not torch.equal(near[:, -1], next_one[:, -1])
-    # and a shift of all positions changes nothing but rounding
+    # A shift of all positions changes nothing but rounding.
     torch.testing.assert_close(shifted.float(), plain.float(), rtol=0.05, atol=0.05)

@@ -1,10 +1,11 @@
-"""Logits to tokens: filters as transformers', the right distribution, and noise that depends on (seed, step, token)."""
+"""Logits to tokens: the filters of transformers, the right distribution, and draws that a seed and a step determine."""
 
 import math
 
 import pytest
 import torch
 import transformers
+from helpers import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
@@ -27,13 +28,13 @@ def random_logits(seed: int, rows: int, vocab: int, scale: float = 3.0) -> torch
 
 
 def seen_tokens(seed: int, rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `[rows, 12]` of earlier tokens, and the same as booleans `[rows, vocab]`."""
+    """Return ids `[rows, 12]` of earlier tokens, and the same as booleans `[rows, vocab]`."""
     ids = torch.randint(vocab, (rows, 12), generator=torch.Generator().manual_seed(seed))
     return ids, torch.zeros(rows, vocab, dtype=torch.bool).scatter(1, ids, True)
 
 
 def draw(logits: torch.Tensor, requests: list[Sampling], step=0, seen=None) -> torch.Tensor:
-    """The tokens of one step."""
+    """Draw the tokens of one step."""
     steps = torch.as_tensor(step, dtype=torch.int32).expand(len(requests))
     return sample(logits, stack(requests, CPU), steps, seen)[0]
 
@@ -42,7 +43,7 @@ def draw(logits: torch.Tensor, requests: list[Sampling], step=0, seen=None) -> t
 
 
 def by_transformers(logits: torch.Tensor, ids: torch.Tensor, s: Sampling) -> torch.Tensor:
-    """Transformers' own processors, in the order in which its generate applies them."""
+    """Filter logits by transformers' own processors, in the order in which its generate applies them."""
     chain = LogitsProcessorList()
     if s.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
@@ -58,6 +59,7 @@ def by_transformers(logits: torch.Tensor, ids: torch.Tensor, s: Sampling) -> tor
 
 
 def check_filters(own, logits: torch.Tensor, ids: torch.Tensor, s: Sampling) -> None:
+    """Check a filter function against transformers: the same tokens kept, the same logits, the same most likely one."""
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, True)
     ours = own(logits, stack([s] * len(logits), CPU), seen)
     theirs = by_transformers(logits, ids, s)
@@ -83,18 +85,18 @@ def test_each_filter_is_transformers(settings_):
         check_filters(filter_logits, random_logits(seed, 4, 200), seen_tokens(seed, 4, 200)[0], s)
 
 
-@pytest.mark.parametrize("vocab", [49152, 128256])
+@pytest.mark.parametrize("vocab", few([49152], [128256]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [0, 1000])
-@pytest.mark.parametrize("top_p", [0.1, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("top_p", few([0.9], [0.1, 0.95, 0.999]))
 def test_the_nucleus_is_transformers_token_for_token(vocab, dtype, top_k, top_p):
-    """In float32 the sum of a large vocabulary decides by its rounding, in bfloat16 many tokens are equally likely."""
+    """Check large vocabularies: in float32 rounding of the sum decides, in bfloat16 many tokens are equally likely."""
     logits = random_logits(1, 12, vocab).to(dtype).float()
     s = Sampling(temperature=0.8, top_k=top_k, top_p=top_p)
     check_filters(filter_logits, logits, torch.tensor([[0]] * 12), s)
 
 
-@pytest.mark.parametrize("top_p", [0.9, 0.95])
+@pytest.mark.parametrize("top_p", few([0.9], [0.95]))
 def test_a_nucleus_summed_from_the_largest_would_be_noticed(top_p):
     logits = random_logits(1, 64, 49152, 2.0)
     probability, order = logits.softmax(-1).sort(-1, descending=True)
@@ -139,20 +141,20 @@ def test_filters_combined_are_transformers_in_its_order(seed, vocab, scale, s):
 
 
 def other_order(logits, p, seen):
-    """A mutant: the filters look at probabilities before the temperature."""
+    """Filter by probabilities before the temperature: a mutant."""
     kept = filter_logits(logits, p._replace(temperature=torch.ones_like(p.temperature)), seen) > -torch.inf
     only = p._replace(top_k=None, tail=None, min_p=None)
     return filter_logits(logits, only, seen).masked_fill(~kept, -torch.inf)
 
 
 def penalty_divides_all(logits, p, seen):
-    """A mutant: negative logits of seen tokens are made larger."""
+    """Make negative logits of seen tokens larger: a mutant."""
     logits = torch.where(seen, logits / p.repetition_penalty[:, None], logits)
     return filter_logits(logits, p._replace(repetition_penalty=None), seen)
 
 
 def top_p_without_the_token_that_crosses(logits, p, seen):
-    """A mutant: the token with which the mass reaches p is dropped."""
+    """Drop the token with which the mass reaches p: a mutant."""
     out = filter_logits(logits, p, seen)
     least = torch.where(out > -torch.inf, out, torch.inf).argmin(-1, keepdim=True)
     return out.scatter(1, least, -torch.inf)
@@ -188,7 +190,7 @@ def test_a_row_is_filtered_as_if_it_were_alone(requests, seed):
 
 @pytest.mark.parametrize("vocab", [1000, 32000, 128256])
 def test_neutral_settings_change_nothing_beside_a_row_that_filters(vocab):
-    """top_p 1 means all tokens, though in float32 the mass reaches 1 long before the last of a large vocabulary."""
+    """Check that a top_p of 1 keeps all tokens, though in float32 their mass reaches 1 long before the last one."""
     logits = random_logits(0, 2, vocab)
     filters = Sampling(temperature=1.0, top_k=5, top_p=0.5, min_p=0.1, repetition_penalty=1.5)
     seen = torch.ones(2, vocab, dtype=torch.bool)
@@ -255,17 +257,10 @@ def test_a_tiny_temperature_is_greedy(temperature):
 
 
 def test_one_remaining_token_is_taken_whatever_the_noise():
-    """In float32 the noise of this seed at token 8 is that of a uniform number rounded to 1."""
+    """Check a seed whose noise at token 8 is that of a uniform number that float32 rounds to 1."""
     logits = torch.zeros(1, 64)
     logits[0, 8] = 5.0
     assert draw(logits, [Sampling(temperature=1.0, top_k=1, seed=1049153)]).tolist() == [8]
-
-
-def test_noise_is_finite():
-    noise = sampling._gumbel(torch.tensor([1049153, 1, 2]), torch.zeros(3, dtype=torch.int64), 1 << 20)
-    assert noise.isfinite().all()
-    assert -4 < noise.min() < -2.5  # of 3 * 2^20 uniform numbers: -log(log(n)), log(n)
-    assert 12 < noise.max() < 25
 
 
 # ---- distribution
@@ -328,11 +323,11 @@ def test_the_largest_of_many_equal_logits_is_uniform():
 
 @pytest.mark.parametrize("mutant", ["uniform noise", "noise too small", "other temperature"])
 def test_comparison_of_distributions_catches(mutant, monkeypatch):
-    gumbel, temperature = sampling._gumbel, 1.0
+    gumbel, temperature = sampling.gumbel, 1.0
     if mutant == "uniform noise":
-        monkeypatch.setattr(sampling, "_gumbel", lambda *a: (-(-gumbel(*a)).exp()).exp())
+        monkeypatch.setattr(sampling, "gumbel", lambda *a: (-(-gumbel(*a)).exp()).exp())
     elif mutant == "noise too small":
-        monkeypatch.setattr(sampling, "_gumbel", lambda *a: gumbel(*a) * 0.97)
+        monkeypatch.setattr(sampling, "gumbel", lambda *a: gumbel(*a) * 0.97)
     else:
         temperature = 1.03
     counts = counts_of("seeds", Sampling(temperature=temperature, seed=0))
@@ -400,44 +395,6 @@ def test_drawing_a_seed_leaves_torchs_random_state_alone(temperature):
     torch.manual_seed(5)
     draw(torch.zeros(2, 8), [Sampling(temperature=temperature)] * 2)
     assert torch.equal(torch.rand(3), expected)
-
-
-def correlations(noise: torch.Tensor) -> list[float]:
-    """Between neighbours along seeds, steps, tokens, and along the diagonals where two counters could cancel."""
-    pairs = [
-        (noise[1:], noise[:-1]),
-        (noise[:, 1:], noise[:, :-1]),
-        (noise[:, :, 1:], noise[:, :, :-1]),
-        (noise[1:, :-1], noise[:-1, 1:]),
-        (noise[1:, :, :-1], noise[:-1, :, 1:]),
-        (noise[:, 1:, :-1], noise[:, :-1, 1:]),
-        (noise[2:], noise[:-2]),
-        (noise[:, 32:], noise[:, :-32]),
-    ]
-    return [float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) for a, b in pairs]
-
-
-def grid(gumbel, seeds: torch.Tensor, n: int = 64) -> torch.Tensor:
-    """Noise `[seeds, steps, tokens]`."""
-    return torch.stack([gumbel(torch.full((n,), s), torch.arange(n), n) for s in seeds.tolist()])
-
-
-@pytest.mark.parametrize("start", [0, -32, 2**40])
-def test_noise_of_neighbouring_seeds_steps_and_tokens_is_uncorrelated(start):
-    noise = grid(sampling._gumbel, torch.arange(64) + start)
-    assert max(map(abs, correlations(noise))) < 5 / math.sqrt(noise.numel())
-    # and it is Gumbel: mean 0.5772, variance pi^2 / 6
-    assert abs(noise.mean() - 0.57722) < 5 * math.sqrt(math.pi**2 / 6 / noise.numel())
-    assert abs(noise.var() - math.pi**2 / 6) < 0.03
-    assert len(noise.unique()) > 0.99 * noise.numel()
-
-
-def test_the_check_of_correlations_catches_counters_that_are_only_added():
-    def added(seed, step, size):
-        bits = sampling._mix((seed + step)[:, None] + torch.arange(size)) & 0xFFFFFFFF
-        return -(-torch.log1p(-(bits.float() + 0.5) * 2.0**-32)).log()
-
-    assert max(map(abs, correlations(grid(added, torch.arange(64))))) > 0.9
 
 
 # ---- log-probabilities

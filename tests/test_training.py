@@ -1,55 +1,26 @@
-"""Gradients: the dense backend's are the reference's, and where there are none, that is said.
+"""Gradients of the dense backend equal the reference's; where there is no backward, the error says so.
 
-The budget of a parameter's gradient is twice what the reference's eager and sdpa attention differ by, of any parameter
-in relation to its largest gradient.
+The budget of a parameter's gradient, relative to its largest entry, is twice the largest such difference between the
+reference's eager and sdpa attention, over all parameters.
 """
 
 import copy
 
 import pytest
 import torch
+from helpers import few, random_batch
 from torch.nn.functional import cross_entropy
+from training_helpers import compare_in_bfloat16, gradients, loss_of, reference_gradients, relative
 
 from llama_flex import Capture, Engine, Llama, ScoreMod, edits, masks, scores
-from llama_flex.weights import named_weights
 
-LENGTHS = (5, 130)
 OPTIONS = {"backend": "dense"}
-
-
-def random_ids(model, length: int, batch: int = 2) -> torch.Tensor:
-    return torch.randint(3, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-def loss_of(logits, ids) -> torch.Tensor:
-    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def gradients(model: Llama, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By Hugging Face's names."""
-    of = dict(
-        zip(
-            (name for name, _ in model.named_parameters()),
-            torch.autograd.grad(loss, [*model.parameters()]),
-            strict=True,
-        )
-    )
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for name, parameter in twin.named_parameters():
-        parameter.copy_(of[name])
-    return {name: tensor.clone() for name, tensor in named_weights(twin, twin.config).items()}
-
-
-def reference_gradients(reference, ids, kind: str) -> dict[str, torch.Tensor]:
-    reference.set_attn_implementation(kind)
-    reference.zero_grad()
-    loss_of(reference(ids).logits, ids).backward()
-    reference.set_attn_implementation("eager")
-    return {name: parameter.grad.clone() for name, parameter in reference.named_parameters()}
 
 
 @pytest.fixture
 def trainable(tiny_pair):
+    """A function from a TINY shape to copies of transformers' model and of ours, to train."""
+
     def of(name: str):
         reference, model = tiny_pair(name)
         return copy.deepcopy(reference), copy.deepcopy(model).requires_grad_()
@@ -57,52 +28,30 @@ def trainable(tiny_pair):
     return of
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", few([5], [130]))
 @pytest.mark.parametrize("name", ["gqa", "tied", "biases"])
 def test_gradients_of_every_parameter_are_the_references(trainable, name, length):
     reference, model = trainable(name)
-    ids = random_ids(model, length)
+    ids = random_batch(model, length)
     expected, other = (reference_gradients(reference, ids, kind) for kind in ("eager", "sdpa"))
     budget = 2 * max(relative(other[key], expected[key]) for key in expected)
     found = gradients(model, loss_of(model(ids, **OPTIONS), ids))
     assert found.keys() - {"lm_head.weight"} == expected.keys() - {"lm_head.weight"}
     for key, gradient in expected.items():
         assert relative(found[key], gradient) <= budget, key
-    # The mutation: a key that sees one token more than it should.
+    # The mutation: a mask that shows one query a token too many.
     wrong = gradients(model, loss_of(model(ids, mask=masks.prefix_lm(2), **OPTIONS), ids))
     assert max(relative(wrong[key], expected[key]) for key in expected) > 100 * budget
 
 
-def compare_in_bfloat16(pair, device: str, backend: str) -> None:
-    """Gradients are at most as far from those in float64 as the reference's, in the mean over a parameter."""
-    reference, model = (copy.deepcopy(x).to(device, torch.bfloat16) for x in pair)
-    # `to` rounds the reference's frequencies; `from_pretrained` does not.
-    reference.model.rotary_emb.inv_freq = pair[0].model.rotary_emb.inv_freq.to(device)
-    model.requires_grad_()
-    ids = random_ids(model, 300).to(device)
-    exact = reference_gradients(copy.deepcopy(reference).double(), ids, "eager")
-
-    def error(found: dict[str, torch.Tensor]) -> float:
-        return sum(((found[key] - exact[key]).abs().mean() / exact[key].abs().mean()).item() for key in exact)
-
-    budget = error(reference_gradients(reference, ids, "sdpa"))
-    assert error(gradients(model, loss_of(model(ids, backend=backend), ids))) <= budget
-    # The mutation: rounded frequencies.
-    model.rotary.inv_freq.copy_(model.rotary.inv_freq.bfloat16())
-    assert error(gradients(model, loss_of(model(ids, backend=backend), ids))) > budget
-
-
+@pytest.mark.exhaustive
 def test_bfloat16_gradients_are_no_further_from_float64_than_the_references(tiny_pair):
     compare_in_bfloat16(tiny_pair("gqa"), "cpu", "dense")
 
 
 def test_recomputing_changes_no_bit_and_keeps_less(trainable):
     _, model = trainable("gqa")
-    ids, kept = random_ids(model, 130), {}
+    ids, kept = random_batch(model, 130), {}
     options = OPTIONS | {"mask": masks.sliding_window(20) | masks.sink(2), "score_mod": scores.softcap(4.0)}
 
     def losses(recompute: bool):
@@ -124,7 +73,7 @@ def test_recomputing_changes_no_bit_and_keeps_less(trainable):
 
 def test_packed_documents_have_the_gradients_of_each_alone(trainable):
     _, model = trainable("gqa")
-    texts = [random_ids(model, n, batch=1) for n in (60, 7, 130)]
+    texts = [random_batch(model, n, batch=1) for n in (60, 7, 130)]
     segments = torch.cat([torch.full_like(text, n) for n, text in enumerate(texts)], 1)
     positions = torch.cat([torch.arange(text.shape[1])[None] for text in texts], 1)
     mask = masks.causal() & masks.document()
@@ -141,17 +90,17 @@ def test_packed_documents_have_the_gradients_of_each_alone(trainable):
 
 def test_padding_and_queries_that_see_nothing_leave_gradients_finite(trainable):
     _, model = trainable("gqa")
-    ids, lengths = random_ids(model, 20), torch.tensor([20, 7])
+    ids, lengths = random_batch(model, 20), torch.tensor([20, 7])
     logits = model(ids, lengths=lengths, mask=masks.causal() & ~masks.sink(3), **OPTIONS)
     found = gradients(model, logits[0].logsumexp(-1).sum() + logits[1, :7].logsumexp(-1).sum())
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 
 def test_a_vector_is_learned_while_the_model_stays(trainable):
-    """And what is captured is on the way: its gradient is that of the vector added there."""
+    """Check also that a capture is part of the graph: its gradient is that of the vector added there."""
     _, model = trainable("gqa")
     model.requires_grad_(False)
-    ids, target = random_ids(model, 12, batch=1), 17
+    ids, target = random_batch(model, 12, batch=1), 17
     vector = torch.zeros(model.config.hidden_size, requires_grad=True)
     capture = Capture("resid_post", layers=0)
     optimizer, losses = torch.optim.Adam([vector], lr=0.1), []
@@ -166,7 +115,7 @@ def test_a_vector_is_learned_while_the_model_stays(trainable):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 < 1 < losses[0]
-    # What was learned holds in FlexAttention, and in generation.
+    # The vector that was learned also works in FlexAttention, and in generation.
     edit = edits.add("resid_post", vector.detach(), layers=0)
     assert model(ids, edit=edit)[0, -1].argmax() == target
     (done,) = Engine(model).generate([ids[0].tolist()], max_new_tokens=1, edit=edit, stop_token_ids=[])
@@ -175,7 +124,7 @@ def test_a_vector_is_learned_while_the_model_stays(trainable):
 
 def test_where_there_are_no_gradients_that_is_said(trainable):
     _, model = trainable("gqa")
-    ids = random_ids(model, 5)
+    ids = random_batch(model, 5)
     with pytest.raises(ValueError, match=r"use torch.no_grad\(\) or backend='dense'"):
         model(ids)
     with pytest.raises(ValueError, match="a cache keeps no gradients"):
@@ -199,7 +148,7 @@ def test_where_there_are_no_gradients_that_is_said(trainable):
 
 def test_a_trained_model_is_saved_with_what_it_learned(trainable, tmp_path):
     _, model = trainable("tied")
-    ids = random_ids(model, 30)
+    ids = random_batch(model, 30)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = loss_of(model(ids, **OPTIONS), ids)
     before.backward()

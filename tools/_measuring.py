@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from llama_flex import Llama, LlamaConfig, hub
+from llama_flex import Llama, LlamaConfig
+from llama_flex.checkpoint import hub
 
 Result = TypeVar("Result")
 
@@ -164,7 +165,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def attempt(work: Callable[[], Result]) -> Result | str:
-    """Run some work of a peer; return its result, or a description of what it raised: other results must not be lost."""
+    """Run some work of a peer; return its result, or what it raised in words, so that other results are not lost."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001

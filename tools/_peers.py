@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from llama_flex import Llama
-from llama_flex.masks.block_mask import BLOCK
+from llama_flex.masks.layout import BLOCK
 from llama_flex.weights import named_weights
 
 ATTENTION = {"dynamic": "sdpa", "static": "sdpa", "flex": "flex_attention"}

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def load(target: str) -> Any:
-    """Return the object FILE.py:NAME. Raises ValueError for a missing file or name, and for a file that fails to run."""
+    """Return the object FILE.py:NAME. Raises ValueError for a missing file or name, and for a file that fails."""
     from llama_flex.eval.check_mask import attempt
 
     file, _, name = target.rpartition(":")

@@ -1,7 +1,8 @@
-"""Compares ways to ask one question in several wordings: `python -m tools.compare_fusion`.
+"""Compare ways to ask one question in several wordings: `python -m tools.compare_fusion`.
 
-Each wording alone, all in one prompt, ensembles of them, and fused. Every way gets the same tokens: two examples, the
-wordings as "Question: ...", "Answer:". Greedy, float32; a text ends with its line.
+The ways: each wording alone, all in one prompt, ensembles of the wordings, and fused prompts. Every way gets the same
+tokens: two examples, the wordings as "Question: ...", and "Answer:". Decoding is greedy, in float32; an answer ends
+with its line.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ PREFIX = (
     "Question: How many wheels does a bicycle have?\nAnswer: A bicycle has 2 wheels.\n"
 )
 SUFFIX = "\nAnswer:"
-FIRST_WEIGHT = 4.0  # of the first wording in the weighted way; the others have 1
+FIRST_WEIGHT = 4.0  # the weight of the first wording in the weighted way; the others have 1
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question in several wordings, and what counts as right."""
+    """A question in several wordings, and the answers that count as right."""
 
     id: str
     prompts: list[str]
@@ -42,7 +43,7 @@ class Question:
 
 
 def read(path: Path) -> list[Question]:
-    """The questions of a JSONL file. Raises ValueError, with the line, for rows that are not as they should be."""
+    """Read the questions of a JSONL file. Raises ValueError, with the line number, for a malformed row."""
     questions: list[Question] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
@@ -64,14 +65,14 @@ def read(path: Path) -> list[Question]:
 
 
 def is_right(text: str, answers: Sequence[str]) -> bool:
-    """Does the first line contain an answer as whole words, upper or lower case? "4" is not in "40", "4.5" or "-4"."""
+    """Tell whether the first line has an answer as whole words, in any case; "4" is not in "40", "4.5" or "-4"."""
     line = " ".join(text.split("\n")[0].casefold().split())
     words = "|".join(re.escape(" ".join(answer.casefold().split())) for answer in answers)
     return re.search(rf"(?<![\w-])(?<!\d[.,])({words})(?!\w|[.,]\d)", line) is not None
 
 
 def requests(question: Question, tokenizer: Tokenizer) -> dict[str, list[AnyPrompt]]:
-    """What to complete for each way, by its name."""
+    """Return the prompts to complete for each way, by its name."""
     encode = partial(tokenizer.encode, add_special_tokens=False)
     prefix, suffix, line_end = tokenizer.encode(PREFIX), encode(SUFFIX), encode("\n")
     prompts = [encode(f"Question: {prompt}") for prompt in question.prompts]
@@ -91,10 +92,10 @@ def requests(question: Question, tokenizer: Tokenizer) -> dict[str, list[AnyProm
 
 
 def compare(engine: Engine, questions: Sequence[Question], max_new_tokens: int) -> list[dict[str, Any]]:
-    """Complete all questions in every way, in batches of as many rows as a question has prompts; the summaries."""
+    """Complete all questions in every way, in batches with as many rows as a question has wordings; summarise."""
     assert engine.tokenizer is not None
     asked, size, rows = [requests(q, engine.tokenizer) for q in questions], len(questions[0].prompts), []
-    # Without segments masks.fused() is causal: one mask for all ways, so that they share their graphs.
+    # masks.fused() is causal where there are no segments: with one mask for all, the ways share their graphs.
     options = {"max_new_tokens": max_new_tokens, "sampling": Sampling(), "stop": ["\n"], "mask": masks.fused()}
     for name in asked[0]:
         flat = [request for of_question in asked for request in of_question[name]]
@@ -111,11 +112,11 @@ def compare(engine: Engine, questions: Sequence[Question], max_new_tokens: int) 
 
 
 def summary(done: Sequence[Completion], questions: Sequence[Question]) -> dict[str, Any]:
-    """Scores, log-probability and texts of one way, which has as many completions of each question."""
+    """Summarise one way: scores, mean log-probability, texts. Every question has the same number of completions."""
     n, count = len(questions), len(done) // len(questions)
     texts = [[c.text.strip() for c in done[i : i + count]] for i in range(0, len(done), count)]
     right = [[is_right(text, q.answers) for text in of_q] for of_q, q in zip(texts, questions, strict=True)]
-    each = [sum(column) for column in zip(*right, strict=True)]  # by wording, if each was asked alone
+    each = [sum(column) for column in zip(*right, strict=True)]  # by wording, where each was asked alone
     mean, logprobs = sum(each) / count, [lp for completion in done for lp in completion.logprobs]
     row: dict[str, Any] = {"right": mean, "of": n, "standard_error": math.sqrt(mean * (1 - mean / n))}
     row["logprob"] = sum(logprobs) / len(logprobs)
@@ -127,7 +128,7 @@ def summary(done: Sequence[Completion], questions: Sequence[Question]) -> dict[s
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The summaries as Markdown. Won, lost: questions right here and not by the mean ensemble, and the reverse."""
+    """Format the summaries in Markdown. Won, lost: questions right here, not by the mean ensemble; and vice versa."""
     head = "| way | right ± standard error | won, lost | log-probability of a token | seconds a question |"
     lines, notes = [head, "|---|---|---|---|---|"], ""
     (mean,) = ([a["right"][0] for a in row["answers"]] for row in rows if row["way"] == "ensemble, mean")
@@ -147,18 +148,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Raises ValueError for wrong arguments."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise the message."""
         raise ValueError(message)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, or 2 for what the user can put right."""
+    """Run the command line; return the exit code: 0, or 2 for a mistake of the user's."""
     p = _Parser(prog="python -m tools.compare_fusion", description="Compare ways to ask a question in many wordings.")
     p.add_argument("--questions", type=Path, default=Path("docs/questions.jsonl"), metavar="FILE")
-    p.add_argument("--model", default="weights/SmolLM2-135M-Instruct", help="Hugging Face folder, or hub owner/name")
+    p.add_argument(
+        "--model", default="weights/SmolLM2-135M-Instruct", help="a Hugging Face folder, or owner/name on the hub"
+    )
     p.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    p.add_argument("--new", type=int, default=16, metavar="N", help="new tokens at most (default 16)")
-    p.add_argument("--json", action="store_true", help="all numbers and texts as JSON, instead of the table")
+    p.add_argument("--new", type=int, default=16, metavar="N", help="the most new tokens per answer (default: 16)")
+    p.add_argument("--json", action="store_true", help="print all numbers and texts as JSON instead of the table")
     try:
         args = p.parse_args(argv)
         if args.limit is not None and args.limit < 1:

@@ -1,14 +1,16 @@
-"""Compares this package with transformers on the same weights and tokens: `python -m tools.parity MODEL`.
+"""Compare this package with transformers on the same weights and tokens: `python -m tools.parity MODEL`.
 
-First site by site, from the embeddings to the logits, and in words what the first site that diverges points to. Then
-what must give the same logits: chunks, single tokens, ragged batches, compiled code, far positions; and tokens,
-generated and of texts. A site may differ from transformers' eager attention by FACTOR times its spread there. That is
-the largest difference of that run from the same with sdpa attention, in 16 bits also from the same in float32 (since
-this package rounds less often), and at least FLOOR units in the last place of the largest value (before the first
-attention, eager and sdpa are one). Other comparisons of logits may differ by what those of the last site may.
+First compares site by site, from the embeddings to the logits, and explains what the first site that diverges points
+to. Then compares what must give the same logits: chunks, single tokens, ragged batches, compiled code, far positions;
+and tokens, both generated and of texts.
+
+A site may differ from transformers' eager attention by FACTOR times the reference's own spread there: the largest
+difference between that run and the same with sdpa attention, in 16 bits also the same in float32 (since this package
+rounds less often), and at least FLOOR units in the last place of the largest value (before the first attention, eager
+and sdpa are the same). The other comparisons of logits have the limit of the last site.
 
 --inject makes a fault on this package's side, in memory, which must be found.
-Exit code 0 if all agrees, 1 if something diverges, 2 for an argument that cannot be used.
+Exit code: 0 if everything agrees, 1 if something diverges, 2 for an argument that cannot be used.
 """
 
 from __future__ import annotations
@@ -40,19 +42,20 @@ except ModuleNotFoundError as error:
         sys.exit(f"error: {needs}")
     raise ImportError(needs) from error
 
-from llama_flex import Capture, Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, hub, masks
+from llama_flex import Capture, Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, masks
 from llama_flex.cache import Cache
+from llama_flex.checkpoint import hub
 from llama_flex.engine.graphs import Graphs
 from llama_flex.layers import RMSNorm
 from tools._measuring import CONFIGS, whole_number
 from tools.bench import PARAPHRASES
 from tools.check_mask import Parser
 
-# On a CPU, right models are the same to the bit in float32 and within 0.41 of the limit in bfloat16; from 33 tokens on,
-# each of the faults exceeds it 2.9 times or more, in both.
+# On a CPU, a correct model is bit-exact in float32 and within 0.41 of the limit in bfloat16; from 33 tokens on, each of
+# the faults exceeds the limit at least 2.9 times, in both.
 FACTOR, FLOOR = 4, 2
 SKIPPED = "  ...  what follows from it: --all"
-LENGTH, STEPS, FAR = 256, 32, 32768  # tokens to compare, new ones at most, the first of the far positions
+LENGTH, STEPS, FAR = 256, 32, 32768  # tokens to compare, the most new tokens, the first of the far positions
 FAULTS = {
     "q-rows": "the rows of q_proj's first head interleaved",
     "theta": "RoPE's theta doubled",
@@ -89,15 +92,15 @@ WITH_SPECIAL_TOKENS = (" leading space", "{bos}begins {eos}and ends{eos}", "a {b
 SAID = (("user", "Is it raining?"), ("assistant", "  No.\n"), ("user", "Warum nicht? 🌧"))
 CHAT = [{"role": role, "content": content} for role, content in SAID]
 
-Sites: TypeAlias = dict[tuple[int | None, str], Tensor]  # by layer and name, in the order of computation: [1, T, ...]
+Sites: TypeAlias = dict[tuple[int | None, str], Tensor]  # [1, T, ...] by layer and name, in the order of computation
 
 
 @dataclass(frozen=True)
 class Site:
-    """How far apart both sides are at one site; layer: None for what is before or after them.
+    """How far apart both sides are at one site. layer: None before the first layer and after the last.
 
     relative_error: the root mean square of the difference over that of the reference. first_position, heads: where the
-    limit is exceeded; heads: None if in all.
+    limit is exceeded; heads is None if all exceed it.
     """
 
     layer: int | None
@@ -113,7 +116,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must be the same: the largest difference, and how large it may be."""
+    """Something that must be the same: the largest difference, and its limit."""
 
     name: str
     difference: float
@@ -126,7 +129,7 @@ class Check:
 
 
 class Reference:
-    """transformers' model of a folder, in the ways whose differences are its spread: eager attention, then others."""
+    """transformers' model of a folder, run in several ways whose differences are its spread; eager attention first."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -135,15 +138,16 @@ class Reference:
         self.ways = [("eager", model), ("sdpa", model), *wide]
 
     def runs(self, ids: Tensor, **options: Any) -> Iterator[Sites]:
-        """Everything on the way to the logits, once in each way."""
+        """Record every site, from the embeddings to the logits, once in each way."""
         return (_record(kind, model, ids, options) for kind, model in self.ways)
 
 
 def _record(kind: str, model: Any, ids: Tensor, options: dict[str, Any]) -> Sites:
+    """Record every site of transformers' model with one kind of attention."""
     found: Sites = {}
     attend = eager_attention_forward if kind == "eager" else AttentionInterface()[kind]
 
-    def recording(module: Any, *heads: Any, **kwargs: Any) -> Any:  # heads: q, k, v, a mask
+    def recording(module: Any, *heads: Any, **kwargs: Any) -> Any:  # heads: q, k, v and a mask
         for name, x in zip(PROJECTIONS, heads, strict=False):
             found[module.layer_idx, name] = x.transpose(1, 2)
         output, weights = attend(module, *heads, **kwargs)
@@ -171,7 +175,7 @@ def _record(kind: str, model: Any, ids: Tensor, options: dict[str, Any]) -> Site
 
 
 def walk(model: Llama, ids: Tensor, mask: Mask | None = None) -> Sites:
-    """Everything on the way to the logits."""
+    """Record every site of our model, from the embeddings to the logits."""
     capture = Capture("resid_pre", *CAPTURED.values())
     logits = model(ids, mask=mask, capture=capture)
     count = model.config.num_hidden_layers
@@ -181,18 +185,18 @@ def walk(model: Llama, ids: Tensor, mask: Mask | None = None) -> Sites:
 
 
 def difference(x: Tensor, y: Tensor) -> Tensor:
-    """The absolute difference in float64; what is not finite counts as float32's largest number."""
+    """Return the absolute difference in float64; where it is not finite, float32's largest number."""
     most = torch.finfo(torch.float32).max
     return (x.double() - y.double()).abs().nan_to_num(nan=most).clamp(max=most)
 
 
 def largest(x: Tensor, y: Tensor) -> float:
-    """The largest absolute difference."""
+    """Return the largest absolute difference."""
     return difference(x, y).max().item()
 
 
 def spread_and_limit(reference: Tensor, others: Iterable[Tensor]) -> tuple[float, float]:
-    """What the reference's ways differ by, and what may differ from the first: nothing if that is not finite."""
+    """Return how much the reference's ways differ, and the limit for ours: 0 if the reference is not finite."""
     spread = max(largest(reference, other) for other in others)
     if not reference.isfinite().all():
         return spread, 0.0
@@ -201,7 +205,7 @@ def spread_and_limit(reference: Tensor, others: Iterable[Tensor]) -> tuple[float
 
 
 def compare(ours: Sites, reference: Sites, others: Sequence[Sites]) -> list[Site]:
-    """Every site, in the order of computation."""
+    """Compare every site, in the order of computation."""
     compared = []
     for key, expected in reference.items():
         error = difference(ours[key], expected)
@@ -218,7 +222,7 @@ def compare(ours: Sites, reference: Sites, others: Sequence[Sites]) -> list[Site
 
 
 def verdict(compared: Sequence[Site], checks: Sequence[Check] = ()) -> str:
-    """The first site that diverges and what that points to; where all sites agree, the checks that do not."""
+    """Explain the first site that diverges; if all sites agree, name the checks that do not."""
     first = next((site for site in compared if site.diverges), None)
     if first is None:
         failed = ", ".join(check.name for check in checks if not check.agrees)
@@ -233,7 +237,7 @@ def verdict(compared: Sequence[Site], checks: Sequence[Check] = ()) -> str:
 
 
 def _cause(names: Sequence[str], start: int) -> str:
-    """What a divergence points to where all before is right; start: the first position that has it."""
+    """Say what a divergence points to when everything before it is right. start: its first position."""
     if names[0] in CAUSES:
         return CAUSES[names[0]]
     if names[0] == OUTPUT:
@@ -247,7 +251,7 @@ def _cause(names: Sequence[str], start: int) -> str:
 
 
 def inject(model: Llama, fault: str, layer: int) -> None:
-    """Make one of FAULTS in the model, but for the window, which is in the masks."""
+    """Make one of FAULTS in the model, except for `window`, which is in the masks."""
     block = list(model.blocks())[layer]
     if fault == "q-rows":
         q = block.attention.qkv.weight[: model.config.head_dim]
@@ -266,7 +270,7 @@ def inject(model: Llama, fault: str, layer: int) -> None:
 
 
 def windows(count: int, model: Llama) -> tuple[Mask, Tensor]:
-    """Our sliding window, and what transformers adds to scores, `[1, 1, T, T]`, for one that is a token narrower."""
+    """Return our sliding window, and transformers' additive mask `[1, 1, T, T]` of one that is a token narrower."""
     width, index = min(8, count // 2), torch.arange(count, device=model.device)
     distance = index[:, None] - index
     hidden = ((distance < 0) | (distance >= width))[None, None]
@@ -275,8 +279,8 @@ def windows(count: int, model: Llama) -> tuple[Mask, Tensor]:
 
 
 def logits_checks(model: Llama, reference: Reference, ids: Tensor, limit: float, compile: bool) -> Iterator[Check]:
-    """What must give the same logits, each as soon as it is known."""
-    count, full, graphs, layers = ids.shape[1], model(ids), Graphs(), model.attention_plan()
+    """Check everything that must give the same logits; yield each result as soon as it is known."""
+    count, full, graphs, plan = ids.shape[1], model(ids), Graphs(), model.attention_plan()
     steps, third = min(STEPS, count - 1), -(-count // 3)
 
     def eager(part: Tensor, cache: Cache) -> Tensor:
@@ -284,7 +288,7 @@ def logits_checks(model: Llama, reference: Reference, ids: Tensor, limit: float,
 
     def compiled(part: Tensor, cache: Cache) -> Tensor:
         with cache.appending(part.shape[1]):
-            x, _ = model.step(part, None, None, None, cache, layers, "flex", graphs.of(part.shape))
+            x, _ = model.step(part, None, None, None, cache, plan, "flex", graphs.of(part.shape))
             return model.head(x)
 
     def cached(parts: Sequence[Tensor], forward: Callable[[Tensor, Cache], Tensor]) -> float:
@@ -309,17 +313,17 @@ def logits_checks(model: Llama, reference: Reference, ids: Tensor, limit: float,
     options = {"max_new_tokens": few, "sampling": Sampling(), "stop_token_ids": ()}
     new = torch.tensor([Engine(model).generate([ids[0].tolist()], **options)[0].tokens], device=ids.device)
     expected = next(reference.runs(torch.cat([ids, new[:, :-1]], 1)))[None, LOGITS][:, count - 1 :]
-    # By how much the reference prefers its own token; rounding may move both logits.
+    # How much less likely than the reference's own token, in logits; rounding may move both.
     lost = largest(expected.amax(2), expected.gather(2, new[:, :, None])[:, :, 0])
     yield Check(f"{few} greedy tokens, logits lost", lost, 2 * limit)
 
 
 def tokenizer_checks(folder: Path, tokenizer: Tokenizer) -> Iterator[Check]:
-    """How many texts have other ids than the reference gives them, and whether a conversation has another text.
+    """Count the texts whose ids differ from the reference's, and compare the text of a conversation.
 
-    The reference is PreTrainedTokenizerFast for a tokenizer.json. For a tokenizer.model it is sentencepiece, which has
-    no special tokens and no chats: transformers rebuilds a LlamaTokenizer from the vocabulary, and treats spaces and
-    special tokens unlike the file.
+    For a tokenizer.json, the reference is PreTrainedTokenizerFast. For a tokenizer.model it is sentencepiece, without
+    special tokens and chats: transformers would rebuild a LlamaTokenizer from the vocabulary, which treats spaces and
+    special tokens differently from the file.
     """
     if not (folder / "tokenizer.json").is_file():
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -337,7 +341,7 @@ def tokenizer_checks(folder: Path, tokenizer: Tokenizer) -> Iterator[Check]:
 
 
 def random_checkpoint(name: str, seed: int, folder: Path) -> None:
-    """Write a shape of `tools.bench`, scaled down, with random weights. Raises ValueError for a name it has not."""
+    """Save a shape of `tools.bench`, scaled down, with random weights. Raises ValueError for an unknown name."""
     if name not in CONFIGS:
         raise ValueError(f"random:{name} is not known; choose random: and one of {', '.join(CONFIGS)}")
     shape = LlamaConfig.from_dict(CONFIGS[name] | {"bos_token_id": None, "eos_token_id": None})
@@ -353,12 +357,12 @@ def random_checkpoint(name: str, seed: int, folder: Path) -> None:
 
 
 def new_tokens(context: int) -> int:
-    """How many tokens are generated after those compared; a short context is shared, and 2 are compared at least."""
+    """Return how many tokens to generate: a short context is shared with the tokens compared, which are at least 2."""
     return max(0, min(STEPS, context // 2, context - 2))
 
 
 def token_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: Llama) -> list[int]:
-    """The text's first tokens, without a tokenizer random ones. Raises ValueError for too few or too many."""
+    """Return the first tokens of the text, or random ones without a tokenizer. Raises ValueError for a wrong number."""
     context, new = model.context, new_tokens(model.context)
     if context < 2:
         raise ValueError(f"a context of {context} has no room for the 2 tokens that are needed; give another model")
@@ -381,7 +385,7 @@ def token_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: Llam
 
 
 def check_shapes(ours: LlamaConfig, theirs: LlamaConfig) -> None:
-    """Raises ValueError for models that have no sites in common."""
+    """Raise ValueError for models whose sites cannot be compared."""
     heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", *heads):
         if (a := getattr(ours, name)) != (b := getattr(theirs, name)):
@@ -389,7 +393,7 @@ def check_shapes(ours: LlamaConfig, theirs: LlamaConfig) -> None:
 
 
 def fault_and_layer(given: str, layers: int) -> tuple[str, int]:
-    """What FAULT[:LAYER] says, by default the layer in the middle. Raises ValueError."""
+    """Parse FAULT[:LAYER]; the default is the layer in the middle. Raises ValueError."""
     fault, colon, layer = given.partition(":")
     if fault not in FAULTS:
         raise ValueError(f"--inject {fault} is not known; choose one of {', '.join(FAULTS)}")
@@ -401,8 +405,11 @@ def fault_and_layer(given: str, layers: int) -> tuple[str, int]:
 
 
 def table(compared: Sequence[Site], every: bool) -> str:
-    """One line a layer, of the site that is nearest to its limit or furthest beyond; all sites of the first layer that
-    diverges, but of the layers after it only the last site. every: all sites of all layers."""
+    """Format a line per layer, for the site that is nearest to its limit or furthest beyond it.
+
+    The first layer that diverges is shown with all its sites; of those after it, only the last site is. every: show all
+    sites of all layers.
+    """
     first = next((site for site in compared if site.diverges), compared[-1])
     worst = {site.layer: site for site in sorted(compared, key=lambda site: site.max_error / (site.limit or 1))}
     lines, after = [f"layer  {'site':25}{'max error':>10}{'relative':>10}{'spread':>10}{'limit':>10}"], False
@@ -421,16 +428,16 @@ def _parser() -> Parser:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m tools.parity", description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("model", metavar="MODEL", help=f"a folder, a hub name, or random: and one of {', '.join(CONFIGS)}")
-    add("--against", metavar="PATH", help="a folder or hub name for transformers (default: MODEL)")
+    add("model", metavar="MODEL", help=f"a folder, a name on the hub, or random: and one of {', '.join(CONFIGS)}")
+    add("--against", metavar="PATH", help="a folder, or a name on the hub, for transformers (default: MODEL)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--length", type=whole_number, metavar="N", help=f"tokens, at least 2 (default: {LENGTH}, or what there is)")
-    add("--seed", type=int, default=0, help="of random weights and tokens (default: 0)")
-    add("--text", type=Path, metavar="FILE", help="whose tokens to take (default: a text of this tool)")
+    add("--seed", type=int, default=0, help="seed of random weights and tokens (default: 0)")
+    add("--text", type=Path, metavar="FILE", help="the text to compare on (default: one of this tool's)")
     faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
     add("--inject", metavar="FAULT[:LAYER]", help=f"compare the sites with a fault. {faults}")
-    add("--no-compile", action="store_true", help="do not compile, which takes most of the time")
+    add("--no-compile", action="store_true", help="skip the comparison of compiled code, which takes most of the time")
     add("--all", action="store_true", help="print all sites")
     add("--json", action="store_true", help="print one JSON object instead")
     return parser
@@ -438,7 +445,10 @@ def _parser() -> Parser:
 
 @torch.no_grad()
 def run(args: argparse.Namespace, folder: Path) -> bool:
-    """Compare and print; whether all agrees. folder: for random weights. Raises ValueError for a wrong argument."""
+    """Compare and print; return whether everything agrees. folder: where random weights may be saved.
+
+    Raises ValueError for a wrong argument.
+    """
     files = hub.MODEL_FILES + hub.TOKENIZER_FILES
     if args.model.startswith("random:"):
         random_checkpoint(args.model.removeprefix("random:"), args.seed, folder)
@@ -448,7 +458,9 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
     against = folder if args.against is None else hub.resolve(args.against, files)
     if against != folder:
         check_shapes(model.config, LlamaConfig.from_pretrained(against))
-        Llama.from_pretrained(against, device="cpu")  # refuses what transformers would fill with random numbers
+        Llama.from_pretrained(
+            against, device="cpu"
+        )  # raises for missing tensors, which transformers would fill with random numbers
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
     ids = torch.tensor([token_ids(args, tokenizer, model)], device=model.device)
@@ -485,7 +497,7 @@ def run(args: argparse.Namespace, folder: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = _parser()
     args = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()

@@ -33,7 +33,7 @@ from llama_flex.checkpoint.files import FolderError
 from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.output import Step
 from llama_flex.engine.request import Request
-from llama_flex.masks.block_mask import BLOCK
+from llama_flex.masks.layout import BLOCK
 from tools._measuring import (
     CONFIGS,
     DEMO,

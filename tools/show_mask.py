@@ -1,7 +1,7 @@
-"""Draws a mask over tokens, in the terminal or as a picture: `python -m tools.show_mask --mask "causal()" --length 8`.
+"""Draw a mask over tokens, in the terminal or as a picture: `python -m tools.show_mask --mask "causal()" --length 8`.
 
-Blocks are those that FlexAttention works in, 128 x 128: it computes full ones without asking the mask, asks it for each
-cell of partial ones, and leaves empty ones out. T tokens, as queries (down) and as keys (across); N blocks of them.
+FlexAttention works in blocks of 128 x 128: it computes full blocks without evaluating the mask, evaluates it for each
+cell of partial blocks, and skips empty ones. T tokens, as queries (down) and as keys (across), in N blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 from llama_flex import Capture, Llama, Mask, Prompt, Tokenizer, Tokens, fuse, masks
 from llama_flex.engine.fusion import Positions
 from llama_flex.eval.check_mask import attempt
-from llama_flex.masks.block_mask import BLOCK, Sparsity
+from llama_flex.masks.cells import Sparsity
+from llama_flex.masks.layout import BLOCK
 from llama_flex.masks.library import GENERATED
 from tools.check_mask import Parser, load
 
@@ -32,17 +33,19 @@ if TYPE_CHECKING:  # matplotlib is an optional extra
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-LABELLED, LABEL_WIDTH = 64, 16  # up to so many tokens the terminal shows cells, and a picture names the tokens
-DRAWN = 2048  # up to so many tokens there are pictures
+# Up to this many tokens the terminal shows cells and a picture names the tokens; the longest label, in characters.
+LABELLED, LABEL_WIDTH = 64, 16
+DRAWN = 2048  # the most tokens in a picture
 EMPTY, PARTIAL, FULL = range(3)  # kinds of blocks
-SHADES = (0.01, 0.05, 0.2, 0.5)  # from so much on a weight has the next sign
-COLOURS = ("4c78a8", "f58518", "54a24b", "b279a2", "e45756", "72b7b2", "c9a227", "9d755d")  # of segments 0, 1, ...
+SHADES = (0.01, 0.05, 0.2, 0.5)  # the weights at which a darker character begins
+# The colours of segments 0, 1, ...
+COLOURS = ("4c78a8", "f58518", "54a24b", "b279a2", "e45756", "72b7b2", "c9a227", "9d755d")
 GENERATED_COLOUR, MASKED_COLOUR, EMPTY_COLOUR = "5f6773", "e4e9ef", "ffffff"
-INK, DARK = "#222222", 0.6  # of lines; how dark a full block is beside a partial one
+INK, DARK = "#222222", 0.6  # the colour of lines; the brightness of a full block beside a partial one
 
 
 def _run(function: Callable[..., T], *args: Any) -> T:
-    """What the function returns. Raises ValueError for whatever the user's code in it raises."""
+    """Call a function that runs the user's mask; return its result. Raises ValueError for whatever the mask raises."""
     value, fault = attempt(function, *args)
     if fault:
         raise ValueError(f"the mask fails: {fault.message}")
@@ -50,8 +53,11 @@ def _run(function: Callable[..., T], *args: Any) -> T:
 
 
 def look(mask: Mask, tokens: Tokens, head: int = 0) -> tuple[Tensor, Tensor, Sparsity]:
-    """What that head may see of tokens `[1, T]`: cells, bool, of the first 2,048 tokens at most; the kind of each block
-    `[N, N]`; how many there are of each kind. Raises ValueError for a mask that fails."""
+    """Evaluate a mask for one head over tokens `[1, T]`.
+
+    Returns booleans for the cells of the first 2,048 tokens at most, the kind of each block `[N, N]`, and the number of
+    blocks of each kind. Raises ValueError for a mask that fails.
+    """
     if tokens.index.shape[0] != 1 or not tokens.index.numel() or head < 0:
         raise ValueError(f"needs a row of at least one token, head 0 or more; found {list(tokens.index.shape)}, {head}")
     first = Tokens(*(x[:, :DRAWN] for x in tokens))
@@ -62,6 +68,7 @@ def look(mask: Mask, tokens: Tokens, head: int = 0) -> tuple[Tensor, Tensor, Spa
 
 
 def _check_fit(count: int, most: int, labels: Sequence[str] | None, weights: Tensor | None) -> None:
+    """Raise ValueError for too many tokens, and for labels or weights of another length."""
     if count > most:
         raise ValueError(f"{count} tokens are too many: there are pictures of {DRAWN}, weights in text of {LABELLED}")
     if labels is not None and len(labels) != count:
@@ -72,11 +79,13 @@ def _check_fit(count: int, most: int, labels: Sequence[str] | None, weights: Ten
 
 @torch.no_grad()
 def attention_weights(model: Llama, ids: Sequence[int], tokens: Tokens, mask: Mask, layer: int, head: int) -> Tensor:
-    """The weights `[T, T]` of one head, float32 or wider, with the mask in all layers.
-    Raises ValueError for a layer or head that the model has not."""
+    """Return the attention weights `[T, T]` of one head, float32 or wider, with the mask in all layers.
+
+    Raises ValueError for a layer or head that the model does not have.
+    """
     positions, segments = tokens.position, tokens.segment
     capture = Capture("attention", layers=layer, heads=head, where=range(len(ids)))
-    probes(model, [capture], (), 1)  # so that what is wrong with these is not said of the mask
+    model.probes([capture], (), 1)  # raises for a wrong layer or head before an error could be blamed on the mask
     given = torch.tensor([list(ids)])
     _run(partial(model, given, positions=positions, segments=segments, mask=mask, capture=capture, backend="dense"))
     return capture["attention", layer][0, :, 0].cpu()
@@ -92,10 +101,10 @@ def text(
     title: str | None = None,
     colour: bool = False,
 ) -> str:
-    """The mask over tokens `[1, T]` in lines of text: cells if there are at most 64 tokens, else blocks.
+    """Show the mask over tokens `[1, T]` in lines of text: its cells for at most 64 tokens, else its blocks.
 
-    labels: a name for each token. weights `[T, T]`, for at most 64 tokens: shades of them instead of the cells.
-    title: default the mask's name. colour: an ANSI colour for each segment.
+    labels: a name for each token. weights `[T, T]`, for at most 64 tokens: shown as shades instead of the cells.
+    title: default the mask's name. colour: give each segment an ANSI colour.
     Raises ValueError for a mask that fails, and for labels and weights that do not fit.
     """
     (cells, kinds, sparsity), segments = look(mask, tokens, head), tokens.segment[0].tolist()
@@ -117,7 +126,7 @@ def text(
     heading, *names = map(" ".join, zip(*columns, strict=True))
     inks = [_ink(segment) if colour else "{}" for segment in segments[::step]]
     lines = [title or repr(mask)]
-    if step == 1:  # the numbers of the keys, upright
+    if step == 1:  # the numbers of the keys, digits written downwards
         digits = zip(*_aligned(range(len(segments))), strict=True)
         *above, last = (" ".join(map(str.format, inks, line)) for line in digits)
         lines += [f"{' ' * len(heading)} {line}" for line in above] + [f"{heading} {last}"]
@@ -128,7 +137,7 @@ def text(
 
 
 def _aligned(column: Iterable[object], *, left: bool = False) -> list[str]:
-    """All with the width that the widest has in a terminal."""
+    """Pad all entries to the width that the widest has in a terminal."""
     names, wide = list(map(str, column)), unicodedata.east_asian_width
     widths = [sum(0 if unicodedata.combining(c) else 1 + (wide(c) in "WF") for c in name) for name in names]
     pads = [" " * (max(widths) - width) for width in widths]
@@ -136,13 +145,13 @@ def _aligned(column: Iterable[object], *, left: bool = False) -> list[str]:
 
 
 def _cut(label: str) -> str:
-    """A label that fits and shows what a terminal or a font cannot: control characters as their escapes."""
+    """Shorten a label to fit, with escapes for characters that cannot be printed."""
     label = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in label)
     return label if len(label) <= LABEL_WIDTH else label[: LABEL_WIDTH - 1] + "…"
 
 
 def _ink(segment: int) -> str:
-    """A format that colours what it is given, by the nearest of the 6 x 6 x 6 colours that most terminals have."""
+    """Return a format string that colours its argument, in the nearest of the 6 x 6 x 6 colours of terminals."""
     r, g, b = (round(c / 51) for c in bytes.fromhex(_colour_of(segment)))
     return f"\x1b[38;5;{16 + 36 * r + 6 * g + b}m{{}}\x1b[0m"
 
@@ -160,7 +169,8 @@ def draw(
     weights: Tensor | None = None,
     title: str | None = None,
 ) -> Figure:
-    """The mask over tokens `[1, T]` as a picture; `.savefig(path)` writes it. For the arguments see `text`.
+    """Draw the mask over tokens `[1, T]` as a picture; `.savefig(path)` writes it. For the arguments see `text`.
+
     Cells have the colour of the key's segment, or the shade of the weight.
     Raises ValueError as `text` does, without matplotlib, and for more than 2,048 tokens.
     """
@@ -177,7 +187,7 @@ def draw(
     size = min(max(0.2 * count, 4.0), 7.0)
     figure = Figure(figsize=(size + 3.2, size + 1.6), dpi=160, layout="compressed", facecolor="white")
     axes, picture = figure.add_subplot(), torch.zeros(count, count, 3)
-    # Areas: their names, their cells, their colours `[segments or 1, 3]`.
+    # Areas: a name, the cells, the colours `[segments or 1, 3]`.
     if weights is None:
         kind = kinds.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:count, :count]
         within = ", in a partial block" if len(kinds) > 1 else ""
@@ -210,11 +220,11 @@ def _rgb(*colours: str) -> Tensor:
 
 
 def _shaded(axes: Axes, weights: Tensor) -> Tensor:
-    """The colours of weights `[T, T, 3]`, with a bar that explains them."""
+    """Return the colours of weights, `[T, T, 3]`, and add a colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
 
-    # The square root: next to a sink, which takes most of the weight, all else would look alike.
+    # A square-root scale: beside a sink, which takes most of the weight, everything else would look the same.
     scale = ScalarMappable(PowerNorm(0.5, 0, max(float(weights.max()), 1e-6)), "YlGnBu")
     bar = axes.figure.colorbar(scale, cax=axes.inset_axes((1.03, 0.0, 0.03, 0.5)))
     bar.set_label("attention weight", fontsize=8)
@@ -223,7 +233,7 @@ def _shaded(axes: Axes, weights: Tensor) -> Tensor:
 
 
 def _frame(axes: Axes, colours: Tensor) -> None:
-    """Cells apart if there are few, the edges of blocks, a frame, and beside it strips of the segments' colours."""
+    """Draw lines between cells if they are few, the edges of blocks, a frame, and strips of the segments' colours."""
     count, end = len(colours), len(colours) - 0.5
     edges = [i - 0.5 for i in range(BLOCK, count, BLOCK)]
     for lines in (axes.hlines, axes.vlines):
@@ -240,7 +250,7 @@ def _frame(axes: Axes, colours: Tensor) -> None:
 
 
 def _ticks(axes: Axes, colours: Tensor, labels: Sequence[str] | None) -> None:
-    """The tokens' labels, or numbers: about eight of them, at powers of two."""
+    """Label the axes with the tokens' labels, or with about eight numbers, a power of two apart."""
     count = len(colours)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
@@ -257,7 +267,7 @@ def _ticks(axes: Axes, colours: Tensor, labels: Sequence[str] | None) -> None:
 
 
 def _legend(axes: Axes, entries: dict[str, Tensor]) -> None:
-    """Beside the picture: names, each with squares of its colours."""
+    """Add a legend beside the picture: names, each with squares of its colours."""
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.patches import Patch
 
@@ -268,13 +278,13 @@ def _legend(axes: Axes, entries: dict[str, Tensor]) -> None:
 
 
 def segment_list(given: str) -> list[int]:
-    """The segments written as 0,0,1 or 0*2,1. Raises ValueError."""
+    """Parse segments written as 0,0,1 or 0*2,1. Raises ValueError."""
     pairs = [part.partition("*") for part in given.split(",")]
     return [int(segment) for segment, _, count in pairs for _ in range(int(count or 1))]
 
 
 def layer_and_head(given: str) -> tuple[int, int]:
-    """The numbers of LAYER:HEAD. Raises ValueError."""
+    """Parse LAYER:HEAD. Raises ValueError."""
     layer, head = map(int, given.split(":"))
     return layer, head
 
@@ -287,23 +297,28 @@ def _parser() -> Parser:
     add("--mask", metavar="EXPR", help=names)
     add("--mask-mod", action="store_true", help="--mask is FlexAttention's mask_mod(b, h, q_idx, kv_idx)")
     which = parser.add_mutually_exclusive_group().add_argument
-    which("--head", type=int, default=0, metavar="H", help="as that head sees it (default 0)")
-    which("--weights", type=layer_and_head, metavar="LAYER:HEAD", help="attention weights of --model instead of cells")
+    which("--head", type=int, default=0, metavar="H", help="show what that query head sees (default: 0)")
+    which(
+        "--weights",
+        type=layer_and_head,
+        metavar="LAYER:HEAD",
+        help="show attention weights of --model instead of cells",
+    )
     over = parser.add_mutually_exclusive_group(required=True).add_argument
-    over("--length", type=int, metavar="N", help="over N tokens without text")
-    over("--segments", type=segment_list, metavar="0,0,1", help="over tokens of these; 0*100,1*50 is 100 and 50 tokens")
-    over("--model", metavar="FOLDER", help="over --text; Hugging Face folder, or hub repository owner/name")
-    add("--text", action="append", default=[], help="repeat for several: segments 0, 1, ...")
+    over("--length", type=int, metavar="N", help="draw over N tokens, without text")
+    over("--segments", type=segment_list, metavar="0,0,1", help="over tokens of these segments; also as 0*100,1*50")
+    over("--model", metavar="FOLDER", help="over the tokens of --text; a Hugging Face folder, or owner/name on the hub")
+    add("--text", action="append", default=[], help="repeat it for several texts: segments 0, 1, ...")
     add("--fuse", action="store_true", help="the texts are fused prompts: see llama_flex.fuse")
-    add("--fuse-prefix", metavar="TEXT", help="seen by all prompts")
-    add("--fuse-suffix", metavar="TEXT", help="sees all prompts")
+    add("--fuse-prefix", metavar="TEXT", help="a text that all prompts see")
+    add("--fuse-suffix", metavar="TEXT", help="a text that sees all prompts")
     add("--fuse-positions", choices=get_args(Positions), help="default: continue")
     add("--output", type=Path, metavar="FILE", help="a picture, such as mask.png or mask.svg, instead of text")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; exits with code 2, in one line, for what the user can put right."""
+    """Run the command line; for a mistake of the user's, exit with code 2 and a message of one line."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -329,24 +344,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _mask(args: Namespace) -> Mask:
+    """Return the mask that the arguments ask for. Raises ValueError."""
     if args.mask is None:
         return masks.fused() if args.fuse else masks.causal()
     file = re.fullmatch(r".+\.py:(\w+)", args.mask)
-    # The user's own words on the user's own machine.
+    # `eval` runs the user's own expression on the user's own machine.
     value = load(args.mask) if file else _run(eval, args.mask, {**vars(masks), "torch": torch})
     if isinstance(value, Mask) and not args.mask_mod:
         return value
     make = Mask.from_mask_mod if args.mask_mod else Mask
-    return make(value, file[1] if file else args.mask)  # of a lambda the expression, not "<lambda>"
+    return make(value, file[1] if file else args.mask)  # a lambda is named by its expression, not "<lambda>"
 
 
 def _tokens(args: Namespace) -> tuple[Sequence[int], Tokens, list[str] | None]:
-    """Token ids, the tokens with their attributes, and a label for each; no ids and labels without a model."""
+    """Return token ids, the tokens' attributes, and a label for each; without a model there are no ids and labels."""
     if args.model is None:
         given = [0] * args.length if args.segments is None else args.segments
         return [], Tokens.arriving(len(given), segments=torch.tensor(given)), None
     tokenizer = Tokenizer.from_pretrained(args.model)
-    # Each prompt begins a text, unless a prefix does; what follows has no BOS of its own.
+    # Without a prefix, each prompt begins a text, with BOS; after a prefix none does.
     parts = [tokenizer.encode(part, add_special_tokens=not args.fuse_prefix) for part in args.text]
     if args.fuse:
         prefix = tokenizer.encode(args.fuse_prefix) if args.fuse_prefix else []
@@ -357,7 +373,7 @@ def _tokens(args: Namespace) -> tuple[Sequence[int], Tokens, list[str] | None]:
         prompt = Prompt(ids, range(len(ids)), [number for number, part in enumerate(parts) for _ in part])
     tokens = Tokens.arriving(len(prompt.ids), segments=torch.tensor(prompt.segments))
     tokens = tokens._replace(position=torch.tensor([prompt.positions], dtype=torch.int32))
-    # Sentencepiece writes a space as "▁", and would decode a single piece without it.
+    # SentencePiece writes a space as "▁", which it drops when it decodes a single piece.
     pieces = [(tokenizer.token(id), tokenizer.decode([id], skip_special_tokens=False)) for id in prompt.ids]
     labels = [piece if "▁" in piece else decoded for piece, decoded in pieces]
     return prompt.ids, tokens, [label.translate(str.maketrans("▁ \n", "␣␣↵")) for label in labels]

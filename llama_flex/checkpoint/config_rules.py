@@ -1,4 +1,4 @@
-"""What is accepted of a `config.json` and what is refused, with the way out: keys, values, architectures, formats."""
+"""Rules for a `config.json`: the keys, values, architectures and formats accepted, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from .files import FolderError, names_in, one_line, read, what_it_is
 
-# config.json is a few kilobytes; anything much larger is not one, and takes 25 times its size when parsed.
+# config.json is a few kilobytes; anything much larger is not one, and takes 25 times its size in memory when parsed.
 MAX_JSON_BYTES = 4 * 2**20
 MAX_SIZE = 2**31 - 1
-MAX_LAYERS = 512  # making the modules of so many takes a second
-MAX_WEIGHTS = 2**48  # numbers in one matrix; with more, counting bytes would overflow
+MAX_LAYERS = 512  # building the modules of so many takes a second
+MAX_WEIGHTS = 2**48  # elements of one matrix; with more, counting bytes would overflow
 
-# Keys that change nothing at inference: bookkeeping, training, or the way in which transformers runs it.
+# Keys that have no effect at inference: bookkeeping, training, or how transformers runs the model.
 INERT_KEYS = frozenset(
     {
         "_name_or_path",
@@ -49,9 +49,9 @@ INERT_KEYS = frozenset(
         "use_return_dict",
     }
 )
-# Keys that change the mathematics: accepted only with the values under which they change nothing. Some are read by no
-# code of LLaMA, but by transformers' masks and caches (`attention_chunk_size`, `kv_sharing_modes`), or by every config
-# (`per_layer_config`; `text_config` and its two other names, which would replace the whole of it).
+# Keys that change the computation: accepted only with values that have no effect. Some are read not by LLaMA's code but
+# by transformers' masks and caches (`attention_chunk_size`, `kv_sharing_modes`), or by every config
+# (`per_layer_config`; `text_config` and its two other names, which would replace the whole config).
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "layer_types": (None,),
@@ -67,7 +67,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
 }
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-# What other models of the same kinds are, and the way out.
+# Explanations of related models that are refused, and what to give instead.
 OTHER_HEAD = "it ends in another head than the one that predicts tokens; give the model that it was made of"
 DRAFT = "a draft model (EAGLE), which only proposes tokens to another; give the model that it drafts for"
 
@@ -77,8 +77,7 @@ class ConfigError(FolderError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON object in `path`. Raises ConfigError naming the file if it is absent, too large or not an
-    object."""
+    """Read a JSON object from a file. Raises ConfigError naming it if it is absent, too large or not an object."""
     try:
         value = json.loads(read(path, MAX_JSON_BYTES).decode("utf-8"))
     except FolderError as error:
@@ -91,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json. Raises ConfigError, saying what the folder holds instead, if it is not there."""
+    """Read a config.json. Raises ConfigError, saying what the folder holds instead, if there is none."""
     folder = path.parent
     if not folder.is_dir():
         raise ConfigError(
@@ -105,8 +104,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def derived_head_dim(config: Any) -> int:
-    """Return the head dim of a LlamaConfig that names none. Raises ConfigError if heads do not divide the hidden
-    size."""
+    """Return the head dim of a LlamaConfig that has none. Raises ConfigError if heads do not divide the hidden size."""
     for name in ("hidden_size", "num_attention_heads"):
         require_size(name, getattr(config, name))
     if config.hidden_size % config.num_attention_heads:
@@ -152,7 +150,7 @@ def check_values(config: Any, unread: Iterable[str]) -> None:
 
 
 def check_supported(raw: Mapping[str, Any]) -> None:
-    """Raise ConfigError for quantised weights, and for every known key whose value would change the mathematics."""
+    """Raise ConfigError for quantised weights, and for a known key whose value would change the computation."""
     for key in QUANTIZATION_KEYS:
         if raw.get(key) is not None:
             raise ConfigError(_quantized(key, raw[key]))
@@ -162,17 +160,17 @@ def check_supported(raw: Mapping[str, Any]) -> None:
 
 
 def warn_of_unknown(keys: Iterable[str], architecture: str) -> None:
-    """Warn of keys, among those that no field reads, which transformers' class does not know either."""
+    """Warn of keys that no field reads and that transformers' config class does not know either."""
     if unknown := sorted(set(keys) - {*INERT_KEYS, *NEUTRAL_VALUES, *QUANTIZATION_KEYS, "is_causal"}):
         named = one_line(", ".join(unknown))
         warnings.warn(f"config.json has keys {architecture} does not use: {named}", stacklevel=3)
 
 
 def architecture_of(raw: Mapping[str, Any], known: Mapping[str, str]) -> str:
-    """Return the architecture that a config.json names. Raises ConfigError, with the way out, for another one.
+    """Return the architecture of a config.json. Raises ConfigError, saying what to do, for one that is not known.
 
-    known: architectures by model_type. A base model, such as LlamaModel, is read as the causal one: whether an output
-    matrix is there, its weights say.
+    known: architectures by model_type. A base model, such as LlamaModel, is read as its causal language model: the
+    weights tell whether there is an output matrix.
     """
     model_type, architectures = raw.get("model_type", "llama"), raw.get("architectures")
     architecture = known.get(str(model_type), "")
@@ -195,7 +193,7 @@ def architecture_of(raw: Mapping[str, Any], known: Mapping[str, str]) -> str:
 
 
 def _quantized(key: str, value: Any) -> str:
-    """Say why a quantised checkpoint is refused: its method, as far as the config says, and the way out."""
+    """Explain why a quantised checkpoint is refused: its method, as far as the config names it, and what to do."""
     value = value if isinstance(value, Mapping) else {}
     method = value.get("quant_method") or value.get("quant_type") or value.get("format")
     bits = value.get("bits") or next((n for n in (4, 8) if value.get(f"load_in_{n}bit")), None)
@@ -207,7 +205,7 @@ def _quantized(key: str, value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a JSON number."""
+    """Return whether a value is a JSON number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""The files of a folder that nobody vouches for: which of them are read, up to what size, and errors of one line."""
+"""Files of untrusted folders: which of them are read, up to what size, and errors of one line."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MAX_ERROR_CHARACTERS = 1900
-_LFS = b"version https://git-lfs.github.com/spec/"  # what Git LFS puts in the place of a large file
+_LFS = b"version https://git-lfs.github.com/spec/"  # what Git LFS puts in place of a large file
 _PAGES = (b"<!doctype html", b"<html")
 
 
 class FolderError(ValueError):
-    """Something wrong with the files of a folder. Its text is one printable line, whatever the files hold."""
+    """An error in the files of a folder. Its text is one printable line, whatever the files hold."""
 
     def __init__(self, text: object) -> None:
         super().__init__(one_line(text))
 
 
 def one_line(text: object) -> str:
-    """Text that may come from a file: white space folded, what does not print escaped, and not too long."""
+    """Return text from a file as one printable line: fold white space, escape what does not print, cut if too long."""
     text = str(text)
     words = " ".join(text[:MAX_ERROR_CHARACTERS].split())
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
@@ -29,7 +29,7 @@ def one_line(text: object) -> str:
 
 
 def regular(path: Path, folder: Path | None = None) -> str:
-    """The file that `path` is, links followed; folder: the one it belongs to (default: the one it is in).
+    """Return the real path of a file, links followed. folder: the one it belongs to (default: the one it is in).
 
     Raises FolderError unless it is a regular file in that folder, or a blob a snapshot in the hub's cache links to.
     """
@@ -52,7 +52,7 @@ def regular(path: Path, folder: Path | None = None) -> str:
 
 
 def read(path: Path, most: int, folder: Path | None = None) -> bytes:
-    """The bytes of a `regular` file. Raises FolderError, also if there are more than `most`."""
+    """Return the bytes of a `regular` file. Raises FolderError, also if there are more than `most`."""
     try:
         with open(regular(path, folder), "rb") as file:
             content = file.read(most + 1)
@@ -65,7 +65,7 @@ def read(path: Path, most: int, folder: Path | None = None) -> bytes:
 
 
 def make_folder(folder: Path, names: Iterable[str]) -> None:
-    """Make a folder to write files of these names to. Raises OSError where a file or a folder is in the way."""
+    """Make a folder for files of these names. Raises OSError if a file or a folder is in the way."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; save to a folder")
     for name in names:
@@ -75,9 +75,9 @@ def make_folder(folder: Path, names: Iterable[str]) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file so that whatever comes between leaves either the old one or the new one. Raises OSError."""
+    """Write a file atomically: an interruption leaves either the old file or the new one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
+    temporary.unlink(missing_ok=True)  # an existing one could be a link to anywhere
     try:
         temporary.write_bytes(content)
         if path.exists():
@@ -88,8 +88,8 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def check_not_in_place(path: Path, start: bytes) -> None:
-    """Raise FolderError for a file that begins as what is often saved in the place of another: a Git LFS pointer, or
-    the web page about a file."""
+    """Raise FolderError if a file starts like one that is often saved in place of the real one: a Git LFS pointer, or
+    the web page about it."""
     if start.startswith(_LFS):
         raise FolderError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
     if start.lstrip().lower().startswith(_PAGES):
@@ -99,7 +99,7 @@ def check_not_in_place(path: Path, start: bytes) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """List a folder, sorted; return nothing for what is no folder or cannot be listed."""
+    """List a folder, sorted; return [] if it is not a folder or cannot be listed."""
     try:
         return sorted(os.listdir(folder))
     except OSError:
@@ -107,7 +107,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def what_it_is(names: Iterable[str]) -> str:
-    """Say what a folder or repository of these files, without config.json, is instead, and the way out; "" if
+    """Explain what a folder or repository of these files, without config.json, is instead, and what to do; return "" if
     unknown."""
     names = sorted(names)
     if "adapter_config.json" in names:

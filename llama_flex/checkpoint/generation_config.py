@@ -15,10 +15,10 @@ from .config_rules import ConfigError, is_number, read_json, require_size, token
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """The defaults a checkpoint recommends in `generation_config.json`; None where it says nothing.
+    """The defaults a checkpoint recommends in `generation_config.json`; None where it recommends nothing.
 
     max_length: how many tokens a text may have in all, the prompt included; it caps the default number of new tokens.
-    `other` holds all further keys, for `save_pretrained` to write back; None where there is no such file.
+    `other` holds all further keys, for `save_pretrained` to write back; None if there is no such file.
     """
 
     eos_token_id: int | tuple[int, ...] | None = None
@@ -32,9 +32,9 @@ class GenerationConfig:
     max_length: int | None = None
     other: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
-    # Keys whose other values would change the generated text in ways this package does not offer, with those that
-    # change nothing besides null. What else transformers' GenerationConfig has is about beams, which num_beams turns
-    # off, about what generate() returns, or about how it computes the same.
+    # Keys that can change the generated text in ways this package does not support, with the values besides null that
+    # have no effect. All other keys of transformers' GenerationConfig are about beams, which num_beams turns off, about
+    # what generate() returns, or about how it computes the same text.
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
         "num_beams": (1,),
         "num_beam_groups": (1,),
@@ -72,7 +72,7 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GenerationConfig:
-        """Read `folder/generation_config.json`; all defaults if there is none. Warns of settings it cannot honour."""
+        """Read `folder/generation_config.json`; use defaults if there is none. Warns of settings it cannot honour."""
         path = Path(folder) / "generation_config.json"
         if not os.path.lexists(path):
             return cls()
@@ -100,7 +100,7 @@ class GenerationConfig:
 
     @classmethod
     def not_neutral(cls, settings: Mapping[str, Any]) -> list[str]:
-        """Return the keys of `settings` that would change generated text in ways this package does not offer."""
+        """Return the keys of `settings` that would change generated text in ways this package does not support."""
         return [key for key, neutral in cls.NEUTRAL.items() if settings.get(key) not in (None, *neutral)]
 
     @property
@@ -109,14 +109,14 @@ class GenerationConfig:
         return token_ids("eos_token_id", self.eos_token_id)
 
     def sampling_values(self) -> dict[str, Any]:
-        """Return the parameters of sampling that transformers would use, by name, where they are not its defaults."""
+        """Return the sampling parameters that transformers would use, by name; others keep `Sampling`'s defaults."""
         names = ("top_k", "top_p", "min_p", "temperature") if self.do_sample else ()
         values = {n: getattr(self, n) for n in (*names, "repetition_penalty") if getattr(self, n) is not None}
         return {"temperature": 1.0, "top_k": 50, **values} if self.do_sample else values
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the object to write as `generation_config.json`: what is set, and what was read but is not used
-        here."""
+        """Return the object to write as `generation_config.json`: the fields that are set, and the keys that were read
+        but are not used here."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "other"}
         given = {
             n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None and v is not False

@@ -1,4 +1,4 @@
-"""From a path or a Hugging Face repository name to a local folder."""
+"""Resolve a path or a Hugging Face repository name to a local folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .config_rules import read_json
 from .files import what_it_is
 
 INDEX = "model.safetensors.index.json"
-# Of the weights those alone that are read: a repository may hold them in other precisions and formats besides.
+# Of the weights, only the files that are read: a repository may also hold them in other precisions and formats.
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", INDEX)
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,9 +27,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-SECONDS_TO_ANSWER = 10.0  # that the hub gets, before its cache alone is looked into
-# Connections that fail. Which HTTP library raises that depends on the version of huggingface_hub; its own errors are of
-# the library's kind.
+SECONDS_TO_ANSWER = 10.0  # the hub's time to answer, before only its cache is used
+# Failed connections. Which HTTP library raises them depends on the version of huggingface_hub; its own errors derive
+# from the library's.
 _HTTP_ERROR: Any = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
 _UNREACHABLE = (_HTTP_ERROR, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError)
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,11 +38,11 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve(
     path_or_repo: str | Path, files: Sequence[str], *, revision: str | None = None, token: str | None = None
 ) -> Path:
-    """The local folder of a model: `path_or_repo` itself if it is one, else the hub's, downloaded into its cache.
+    """Return a model's local folder: `path_or_repo` itself if it is one, else the hub's, downloaded into its cache.
 
-    files: which to download, as patterns; with an index of weights also the shards that it names. revision, token: as
-    for the hub. HF_HUB_OFFLINE=1 uses the cache alone.
-    Raises ValueError if there is neither such a folder nor such a repository, and for one that holds none of the files.
+    files: patterns of the files to download; with an index of weights, also the shards that it names. revision, token:
+    passed to the hub. HF_HUB_OFFLINE=1 uses only the cache.
+    Raises ValueError if there is neither such a folder nor such a repository, or if it holds none of the files.
     """
     if not str(path_or_repo):
         raise ValueError("no model named; give a folder or a hub repository name, owner/model")
@@ -57,7 +57,7 @@ def resolve(
         raise ValueError(f"{name}: no such folder (and not a hub repository name, owner/model)")
     reason, names = None, list[str]()
     try:
-        # Asked once, and not for long: a download tries again and again, and waits as long as a connection stands.
+        # Asked once, with a timeout: a download retries again and again, and waits as long as a connection stands.
         found = HfApi().model_info(name, revision=revision, token=token, timeout=SECONDS_TO_ANSWER)
         names = [file.rfilename for file in found.siblings or ()]
     except errors.GatedRepoError:
@@ -83,7 +83,7 @@ def resolve(
         folder = download(files)
         if INDEX in files and (folder / INDEX).exists() and not (folder / "model.safetensors").exists():
             shards = read_json(folder / INDEX).get("weight_map")
-            if isinstance(shards, dict):  # else loading says what is wrong with it
+            if isinstance(shards, dict):  # else loading reports what is wrong with it
                 download([glob.escape(shard) for shard in sorted({*map(str, shards.values())})])
         return folder
     except _UNREACHABLE as error:

@@ -18,7 +18,7 @@ _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, kw_only=True)
 class RopeParameters:
-    """The `rope_parameters` of a config: the type, the base, and what the type needs besides (None otherwise)."""
+    """The `rope_parameters` of a config: the type, the base, and the type's other parameters (None if unused)."""
 
     rope_type: str = "default"
     rope_theta: float = 10000.0
@@ -101,8 +101,8 @@ class RopeParameters:
 
         kind, context = _TYPES[values["rope_type"]], raw.get("max_position_embeddings")
         if "original_max_position_embeddings" in kind.required:
-            # A length beside rope_scaling, Phi-3's habit, wins in the reference; max_position_embeddings stands in
-            # where there is none.
+            # In the reference, a length beside rope_scaling, as in Phi-3's configs, wins; max_position_embeddings is
+            # the fallback.
             fallback = given.get("original_max_position_embeddings", context)
             original = raw.get("original_max_position_embeddings", fallback)
             given["original_max_position_embeddings"] = original
@@ -136,7 +136,7 @@ class RopeParameters:
                 raise ValueError(f"{name} has {len(factors)} numbers; a head_dim of {head_dim} needs {head_dim // 2}")
 
     def limit(self, context: int) -> int | None:
-        """Return the length beyond which a sequence has other frequencies, None if length does not matter.
+        """Return the length beyond which a sequence's frequencies change, None if they do not depend on length.
 
         context: the model's `max_position_embeddings`.
         """
@@ -150,10 +150,10 @@ class RopeParameters:
         length: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return the angle per position of each pair of dimensions, `[D/2]`, radians.
+        """Return the angle per position of each pair of dimensions, `[D/2]`, in radians.
 
-        context: the model's `max_position_embeddings`, which "dynamic" needs. length `[B]`: of sequences beyond the
-        `limit`, for each of which there is a row of the result, `[B, D/2]`.
+        context: the model's `max_position_embeddings`, which "dynamic" needs. length `[B]`: the lengths of sequences
+        beyond the `limit`; "dynamic" then returns a row for each, `[B, D/2]`.
         """
         device = "cpu" if length is None else length.device
         exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
@@ -161,7 +161,7 @@ class RopeParameters:
 
     @property
     def attention_scale(self) -> float:
-        """The factor of cosine and sine, which makes attention sharper: 1, but for "yarn" and "longrope"."""
+        """The factor of cosine and sine, which makes attention sharper: 1, except for "yarn" and "longrope"."""
         if self.attention_factor is not None:
             return float(self.attention_factor)
         if self.rope_type == "yarn":
@@ -188,13 +188,13 @@ def _default(p: RopeParameters, exponent: Tensor, context: int | None, length: T
 
 
 def _linear(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
-    """Position interpolation (arXiv:2306.15595)."""
+    """Interpolate positions (arXiv:2306.15595)."""
     assert p.factor is not None
     return 1.0 / p.rope_theta**exponent / p.factor
 
 
 def _dynamic(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
-    """Dynamic NTK scaling (described in arXiv:2309.00071): a base that grows with sequences beyond the context."""
+    """Scale by dynamic NTK (described in arXiv:2309.00071): the base grows with sequences beyond the context."""
     assert p.factor is not None and context is not None  # noqa: PT018
     longest: Any = context if length is None else length.to(exponent.dtype).clamp(min=context)[:, None]
     growth = (p.factor * longest / context - (p.factor - 1)) ** (2 * len(exponent) / (2 * len(exponent) - 2))
@@ -202,12 +202,12 @@ def _dynamic(p: RopeParameters, exponent: Tensor, context: int | None, length: T
 
 
 def _yarn(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
-    """YaRN (arXiv:2309.00071): stretch slow pairs by `factor`, keep fast ones, a ramp over the dimensions between."""
+    """Scale by YaRN (arXiv:2309.00071): stretch slow pairs by `factor`, keep fast ones, ramp over those in between."""
     assert p.factor is not None and p.original_max_position_embeddings is not None  # noqa: PT018
     pairs, trained = len(exponent), p.original_max_position_embeddings
 
     def pair(turns: float) -> float:
-        """Return the pair that turns so often within the trained context."""
+        """Return the (fractional) pair that makes this many turns within the trained context."""
         return pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(p.rope_theta)
 
     low, high = pair(p.beta_fast or 32), pair(p.beta_slow or 1)
@@ -222,13 +222,13 @@ def _yarn(p: RopeParameters, exponent: Tensor, context: int | None, length: Tens
 
 
 def _longrope(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
-    """LongRoPE (arXiv:2402.13753): a factor for each pair, one list for the trained context, one for longer texts."""
+    """Scale by LongRoPE (arXiv:2402.13753): a factor per pair, one list up to the trained context, one beyond."""
     factors = p.short_factor if length is None else p.long_factor
     return 1.0 / (torch.tensor(factors, dtype=exponent.dtype, device=exponent.device) * p.rope_theta**exponent)
 
 
 def _llama3(p: RopeParameters, exponent: Tensor, context: int | None, length: Tensor | None) -> Tensor:
-    """Llama 3.1: stretch wavelengths beyond the trained context by `factor`, keep short ones, a ramp in between."""
+    """Stretch wavelengths beyond the trained context by `factor`, keep short ones, ramp in between (Llama 3.1)."""
     assert p.factor is not None and p.low_freq_factor is not None and p.high_freq_factor is not None  # noqa: PT018
     assert p.original_max_position_embeddings is not None
     inv_freq = 1.0 / p.rope_theta**exponent
@@ -247,9 +247,9 @@ def _mscale(factor: float | None, weight: float) -> float:
 
 
 class _Type(NamedTuple):
-    """The keys that a type needs and may have besides rope_theta, and its frequencies of exponents 2d/D `[D/2]`.
+    """The required and optional keys of a type besides rope_theta, and its frequencies for exponents 2d/D `[D/2]`.
 
-    Numbers are positive unless named: any_number, or zero_is_unset, where 0 means what a missing key means.
+    Numbers must be positive, except those in any_number, and those in zero_is_unset, where 0 means a missing key.
     """
 
     required: tuple[str, ...]
@@ -260,7 +260,7 @@ class _Type(NamedTuple):
 
     @property
     def factor_is_ratio(self) -> bool:
-        """Whether a missing factor is the ratio of the context to the trained one."""
+        """Whether a missing factor defaults to the ratio of the context to the trained one."""
         return "attention_factor" in self.optional
 
 

@@ -1,4 +1,4 @@
-"""Write a model as a Hugging Face folder, so that whatever interrupts it leaves no mixture behind."""
+"""Write a model as a Hugging Face folder, so that an interruption never leaves a mixture of two models."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: GenerationConfig, folder: Path) -> None:
     """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
 
-    tensors: by Hugging Face's names. config: the object of config.json, but for its dtype.
+    tensors: by Hugging Face's names. config: the object of config.json, without its dtype.
 
-    There is no generation_config.json where none was loaded and nothing is set; one that stands there is removed.
-    Everything is written beside its place and renamed when all of it is there; weight files that an earlier save left
-    in another layout are removed. If writing fails (OSError) or is killed, the old checkpoint is whole. Between the
-    first rename and the last the folder has no config.json, and does not load, unless one rename is all it takes.
+    If no generation_config.json was loaded and nothing is set, none is written, and an existing one is removed.
+    Everything is written to temporary files, which are renamed when all are complete; weight files of an earlier save
+    in another layout are removed. If writing fails (OSError) or is killed, the old checkpoint is intact. Between the
+    first rename and the last, the folder has no config.json and does not load, unless a single rename is enough.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
@@ -44,7 +44,7 @@ def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: G
     documents: dict[str, dict[str, Any]] = {}
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     settings = generation.to_dict()
-    if settings and generation.other is None:  # transformers takes them from config.json only where there is no file
+    if settings and generation.other is None:  # transformers takes them from config.json only if there is no file
         settings = {key: id for key, id in config.items() if key in ids and id not in (None, [])} | settings
     if settings or generation.other is not None:
         documents[GENERATION_CONFIG] = settings
@@ -57,7 +57,7 @@ def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: G
     partial = {name: folder / f".{name}.partial" for name in (*files, *documents)}
     make_folder(folder, (*partial, GENERATION_CONFIG))
     for temporary in partial.values():
-        temporary.unlink(missing_ok=True)  # what stands there could be a link to anywhere
+        temporary.unlink(missing_ok=True)  # an existing one could be a link to anywhere
     written = False
     try:
         for file, shard in files.items():
@@ -75,9 +75,8 @@ def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: G
     described = folder / "config.json"
     stay = all(_content(folder / name) == _content(partial.get(name)) for name in (described.name, GENERATION_CONFIG))
     if len(files) > 1 or not stay:
-        described.unlink(
-            missing_ok=True
-        )  # else shards of two models, or one's weights and another's config, would load
+        # Else shards of two models, or one's weights and another's config, would load.
+        described.unlink(missing_ok=True)
     for file in partial:
         if file != described.name:
             os.replace(partial[file], folder / file)

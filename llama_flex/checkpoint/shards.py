@@ -1,4 +1,4 @@
-"""Read the safetensors of a folder, strictly: which files there are, what their headers say, where a tensor is."""
+"""Read the safetensors of a folder, strictly: find the files, check their headers, locate each tensor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..usercode.arguments import whole_number
 from .config_rules import DRAFT, MAX_JSON_BYTES, OTHER_HEAD, ConfigError, read_json
 from .files import FolderError, check_not_in_place, names_in, regular, what_it_is
 
-MAX_SHARDS = 4096  # to read; opening so many takes a fifth of a second
+MAX_SHARDS = 4096  # opening so many takes a fifth of a second
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_OF_A_DRAFT = re.compile(r"(model\.)?(fc\.weight|midlayer\..*|d2t|t2d)")  # EAGLE's
+_OF_A_DRAFT = re.compile(r"(model\.)?(fc\.weight|midlayer\..*|d2t|t2d)")  # EAGLE's names
 
 
 class CheckpointError(FolderError):
@@ -38,9 +38,9 @@ class Source(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The places of a model's tensors, by their names in the model.
+    """The sources of a model's tensors, by name.
 
-    dtype: that of the embedding as stored. tied_copy: a copy of a tied embedding under the output matrix's name.
+    dtype: the embedding's dtype as stored. tied_copy: a copy of a tied embedding under the output matrix's name.
     """
 
     sources: dict[str, Source]
@@ -49,10 +49,9 @@ class Checkpoint(NamedTuple):
 
 
 def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Checkpoint:
-    """Find the tensors of these names and shapes. Raises CheckpointError listing what is missing, unexpected,
-    misshapen.
+    """Find the tensors of these names and shapes. Raises CheckpointError listing missing, unexpected, misshapen ones.
 
-    As transformers does, it takes a base model's names, which lack "model.", and a tied embedding under either name.
+    Like transformers, it accepts a base model's names, which lack "model.", and a tied embedding under either name.
     """
     found: dict[str, Source] = {}
     problems: list[str] = []
@@ -67,7 +66,7 @@ def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Chec
                 meta = file.get_slice(key)
                 if meta.get_dtype() in DTYPES:
                     stored[name] = DTYPES[meta.get_dtype()]
-                elif not _OF_A_DRAFT.fullmatch(key):  # whose tables of ids are integers
+                elif not _OF_A_DRAFT.fullmatch(key):  # its tables of ids are integers
                     problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
                 if name in found and (other := _difference(found[name], file.get_tensor(key))):
                     both = [f"{source.name} in {source.path.name}" for source in (found[name], Source(path, key))]
@@ -95,7 +94,7 @@ def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Chec
 
 
 def _hint(missing: list[str], unexpected: list[str]) -> str | None:
-    """Say what weights that do not fit are, with the way out, where their names tell it."""
+    """Explain from their names what weights that do not fit are, and what to do; return None if unknown."""
     if any(map(_OF_A_DRAFT.fullmatch, unexpected)):
         return DRAFT
     if any(name.startswith(("score.", "classifier.", "qa_outputs.")) for name in unexpected):
@@ -109,7 +108,7 @@ def _hint(missing: list[str], unexpected: list[str]) -> str | None:
 
 
 def _difference(source: Source, tensor: Tensor) -> str | None:
-    """Say how another tensor of the same name differs from the one found first; None if it has the same bits."""
+    """Describe how a tensor differs from the first one of the same name; return None if the bits are the same."""
     with opened(source.path) as file:
         other = file.get_tensor(source.name)
     if other.dtype != tensor.dtype:
@@ -121,7 +120,7 @@ def _difference(source: Source, tensor: Tensor) -> str | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint. Raises CheckpointError if there are none, or the index is wrong."""
+    """List the safetensors files of a checkpoint. Raises CheckpointError if there are none, or the index is invalid."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if os.path.lexists(single):
         return [single]
@@ -139,7 +138,7 @@ def _files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     for name in weight_map.values():
-        # Plain names only. A file may itself be a link, as the hub's cache makes them.
+        # Plain names only. A file may itself be a link, as in the hub's cache.
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             found = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
             raise CheckpointError(f"{index}: points to {found}; only safetensors files beside it are read")
@@ -153,7 +152,7 @@ def _files(folder: Path) -> list[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
-    """Open a safetensors file; its errors name it. Raises CheckpointError, or FolderError from `regular`."""
+    """Open a safetensors file. Raises CheckpointError, or FolderError from `regular`, naming the file."""
     file = regular(path)
     try:
         size = os.path.getsize(file)
@@ -161,7 +160,7 @@ def opened(path: Path) -> Iterator[safe_open]:
             start = begun.read(256)
         check_not_in_place(path, start)
         header_bytes = int.from_bytes(start[:8], "little")
-        if header_bytes > MAX_JSON_BYTES:  # as large as it is, the parsed one would be far larger
+        if header_bytes > MAX_JSON_BYTES:  # large as it is, it would be far larger when parsed
             what = f"a header of {header_bytes:,} bytes" if start[8:9] == b"{" else f"it begins {start[:16]!r}"
             raise CheckpointError(f"{path}: damaged or not a safetensors file ({what})")
         if size < 8 + header_bytes:
@@ -184,7 +183,7 @@ def opened(path: Path) -> Iterator[safe_open]:
 
 
 def _announced(file: str) -> tuple[int, str | None]:
-    """Return a safetensors file's length by its own header, 0 if unreadable, and a name that the header has twice."""
+    """Return a safetensors file's length by its header, 0 if unreadable, and a name that occurs twice in the header."""
     try:
         with open(file, "rb") as begun:
             header_bytes = int.from_bytes(begun.read(8), "little")
@@ -198,7 +197,7 @@ def _announced(file: str) -> tuple[int, str | None]:
 
 
 def dtype_named(name: str | None, folder: Path) -> torch.dtype | None:
-    """Return the dtype that a config.json names, None if it names none. Raises ConfigError for one not supported."""
+    """Return the dtype that a config.json names, None if it names none. Raises ConfigError for an unsupported one."""
     if name is None:
         return None
     dtype = {str(d).removeprefix("torch."): d for d in DTYPES.values()}.get(name)
@@ -209,7 +208,7 @@ def dtype_named(name: str | None, folder: Path) -> torch.dtype | None:
 
 def warn_if_not_finite(tensors: Mapping[str, Tensor]) -> None:
     """Warn of tensors with NaN or infinity, naming them."""
-    # aminmax carries NaN through, needs no temporary, and the answers cross to the host together.
+    # aminmax propagates NaN and needs no temporary, and the results are copied to the host together.
     extremes = [torch.stack(t.aminmax()).isfinite().all() for t in tensors.values()]
     finite: Iterable[bool] = torch.stack(extremes).tolist()
     if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:

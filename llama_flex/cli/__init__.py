@@ -1,0 +1,1 @@
+"""The command line: arguments, prompt files, sessions, chat, output and statistics."""

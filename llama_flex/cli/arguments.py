@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
+    """Build the parser of the command line."""
     p = _Parser(
         prog="python -m llama_flex.generate",
         description="Generate text with a LLaMA on FlexAttention.",
@@ -102,8 +102,8 @@ def _numbers(text: str) -> list[float]:
 
 
 def read_jobs(args: argparse.Namespace) -> list[Job]:
-    """Return what is asked for. Raises UsageError for nothing, an empty prompt, arguments that do not go together, and
-    for malformed files."""
+    """Return the jobs that are asked for. Raises UsageError for none, an empty prompt, arguments that do not go
+    together, and malformed files."""
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {args.batch_size}")
     if not 0 < args.memory_fraction <= 1:
@@ -142,7 +142,7 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def bad_row(args: argparse.Namespace) -> Callable[[UsageError], None]:
-    """Return what is done about a row of the prompts file that cannot be completed."""
+    """Return the handler of a row of the prompts file that cannot be completed: raise if --strict, else skip it."""
 
     def report(error: UsageError) -> None:
         if args.strict:

@@ -18,7 +18,7 @@ _HELP = "/clear forgets the conversation, /exit or the end of input ends it; any
 
 
 def _refuse_message(error: ValueError) -> None:
-    """Refuse a message of a chat, where prompts have no number."""
+    """Refuse a chat message; leave out the number of the prompt, which means nothing in a chat."""
     refuse(UsageError(re.sub(r"^prompt 0:? ", "", str(error))))
 
 
@@ -38,9 +38,9 @@ class Chat:
         self.session = session
 
     def run(self) -> None:
-        """Read messages, a line each, until the end of input; slots of what was already computed are kept."""
+        """Read messages, one per line, until the end of input; keep the slots of tokens already computed."""
         session, engine = self.session, self.session.engine
-        engine.compile = session.compiles(COMPILE_FROM)  # of a conversation, replies enough
+        engine.compile = session.compiles(COMPILE_FROM)  # a conversation has enough replies
         messages: Messages = []
         memory = _Memory()
         for turn, message in enumerate(self._messages(messages)):
@@ -66,30 +66,30 @@ class Chat:
             except KeyboardInterrupt:  # ends the reply, not the conversation
                 pass
             except NonFiniteLogitsError as error:
-                reply, memory.cache = "", None  # whose keys and values may hold NaN too
+                reply, memory.cache = "", None  # its keys and values may hold NaN too
                 _refuse_message(error)
             # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
             memory.ids += [*prompt[len(memory.ids) :], *tokens[:-1]] if tokens else []
             session.output.write("\n")
             if reply.strip():
                 messages.append({"role": "assistant", "content": reply})
-            else:  # which many templates refuse, as they do two messages of the user in a row
+            else:  # many templates refuse an empty one, and two messages of the user in a row
                 messages.pop()
                 print("no reply: the message is left out of the conversation", file=sys.stderr)
 
     @property
     def _context(self) -> int:
-        """The most tokens that a conversation may have."""
+        """The maximum number of tokens in a conversation."""
         engine, args = self.session.engine, self.session.args
         return int(min(engine.model.context, engine.limits.longest(args.max_new_tokens)))
 
     def _recall(self, memory: _Memory, prompt: list[int]) -> int:
-        """Return how many tokens of a prompt need not be computed again; the memory is left with those alone."""
+        """Return how many tokens of a prompt need not be computed again; truncate the memory to those."""
         engine = self.session.engine
         needed = min(len(prompt) + self.session.expected, self._context)
         if memory.cache is None or needed > memory.cache.max_length or memory.compiled != engine.compile:
             memory.cache, memory.ids, memory.compiled = engine.new_cache(1, needed), [], engine.compile
-        fresh = prompt[:-1]  # at least one token is computed anew, to have its logits
+        fresh = prompt[:-1]  # at least one token is computed anew, for its logits
         differs = (i for i, (a, b) in enumerate(zip(memory.ids, fresh, strict=False)) if a != b)
         shared = next(differs, min(len(memory.ids), len(fresh)))
         if engine.model.looks_ahead_by_default():
@@ -99,7 +99,7 @@ class Chat:
         return shared
 
     def _messages(self, messages: Messages) -> Iterator[str]:
-        """Iterate over what the user says, line by line; commands are carried out here."""
+        """Yield the user's messages, line by line; carry out commands."""
         while True:
             print("> ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.readline()
@@ -118,14 +118,13 @@ class Chat:
                     yield message
 
     def _fitting(self, messages: Messages) -> list[int]:
-        """Return the tokens of a conversation; its oldest exchanges are dropped if the context has no room for a reply
-        to it.
+        """Return the tokens of a conversation; drop its oldest exchanges until the context has room for a reply.
 
-        Raises ValueError, and leaves the conversation as it is, if there is none for a reply to the last message alone.
+        Raises ValueError, and leaves the conversation as it is, if even the last message alone leaves no room for one.
         """
         session, context, dropped = self.session, self._context, 0
         room = session.args.max_new_tokens or min(session.expected, context // 4)
-        for dropped in range(0, len(messages), 2):  # the last one alone is the end
+        for dropped in range(0, len(messages), 2):  # down to the last one alone
             prompt = session.tokenizer.encode(session.chat_text(messages[dropped:]), add_special_tokens=False)
             if len(prompt) + room <= context:
                 break

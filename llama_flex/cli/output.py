@@ -1,4 +1,4 @@
-"""Where results and errors go."""
+"""The output of results and errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .prompts_file import UsageError
 
 
 def refuse(error: Exception) -> int:
-    """Print an error that the user can put right, in one line; return the exit code for it."""
+    """Print an error that the user can fix, in one line; return the exit code for it."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return 2
 
 
 class Output:
-    """stdout or a file, opened before the model loads; what the file held stays until there is something to write."""
+    """stdout or a file, opened before the model loads; a file keeps its content until there is something to write."""
 
     def __init__(self, path: Path | None, append: bool) -> None:
         self.path, self.append = path, append
@@ -45,7 +45,7 @@ class Output:
 
     def write(self, text: str) -> None:
         encoding = getattr(self.file, "encoding", None) or "utf-8"
-        text = text.encode(encoding, "backslashreplace").decode(encoding)  # a terminal may not know every character
+        text = text.encode(encoding, "backslashreplace").decode(encoding)  # a terminal may not support every character
         try:
             if self.path is not None and not self.written and not self.append and self.path.is_file():
                 self.file.truncate(0)

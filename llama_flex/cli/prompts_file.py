@@ -1,4 +1,4 @@
-"""The prompts of arguments and files, and rows of results."""
+"""Prompts from arguments and files, and rows of results."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..checkpoint import files
 
-if TYPE_CHECKING:  # torch is imported once the arguments are known to be good
+if TYPE_CHECKING:  # torch is imported only after the arguments are checked
     from ..engine.output import Completion
 
 Messages: TypeAlias = list[dict[str, Any]]
 
 
 class UsageError(ValueError):
-    """Something about the arguments or their files that the user can put right."""
+    """An error in the arguments or their files, which the user can fix."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Several prompts for one answer; what goes before and after them; how much each counts (None: all the same)."""
+    """Several prompts for one answer, the text before and after them, and their weights (None: all the same)."""
 
     prompts: list[str]
     prefix: str = ""
@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to complete: a text, a conversation for the chat template, or a question; its place among all, and
+    """One prompt to complete: a text, a conversation for the chat template, or a question; its number among all, and
     where it was given."""
 
     id: Any
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        """One short line to know it by."""
+        """One short line that identifies the job."""
         if isinstance(self.prompt, Question):
             text: object = self.prompt.prompts[0]
         else:
@@ -62,11 +62,11 @@ class Job:
 
 
 def read(path: Path, first: int, default: Question | None, bad_row: Callable[[UsageError], None]) -> Iterator[Job]:
-    """The jobs of a prompts file, numbered from `first`: a JSON object a line if it ends in .jsonl, else a text a line.
+    """Yield the jobs of a prompts file, numbered from `first`; a line is a JSON object in a .jsonl file, else a text.
 
-    Their ids are those of their rows, else their numbers. default: for fused prompts, what a row that does not say has
-    for prefix, suffix and weights. bad_row: told of each line that cannot be understood, and whose id is another's; the
-    others follow. Raises UsageError for a file that cannot be read.
+    A job's id is that of its row, else its number. default: for fused prompts, the prefix, suffix and weights of a row
+    that gives none. bad_row: called for each line that is malformed or repeats an id; the other lines follow. Raises
+    UsageError for a file that cannot be read.
     """
     taken = {_key(number): "a --prompt" for number in range(first)}
     try:
@@ -92,7 +92,7 @@ def read(path: Path, first: int, default: Question | None, bad_row: Callable[[Us
 
 
 def _row(line: str, number: int, default: Question | None, where: str) -> tuple[Any, str | Messages | Question]:
-    """The id and the prompt of a line of JSON."""
+    """Return the id and the prompt of a line of JSON. Raises UsageError, saying where."""
     try:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")  # refuses lone surrogates too
@@ -118,7 +118,7 @@ def _prompt(row: dict[str, Any], default: Question | None, where: str) -> str | 
 
 
 def question(row: dict[str, Any], default: Question, where: str) -> Question:
-    """The question of a row, which may leave all but the prompts to a default. Raises UsageError, saying where."""
+    """Return the question of a row, with defaults for all but the prompts. Raises UsageError, saying where."""
     prompts = row["prompts"]
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p for p in prompts):
         raise UsageError(f"{where}: --fuse needs 'prompts', a list of texts, none empty")
@@ -143,14 +143,14 @@ def result(job: Job, completion: Completion, as_json: bool) -> str:
 
 
 def resume(path: Path, jobs: list[Job]) -> list[Job]:
-    """The jobs that have no finished row in a file of JSON rows; the file is left with the finished rows alone. A row
-    that ended in an error is not finished: another dtype may compute it.
+    """Return the jobs that have no finished row in a file of JSON rows, and remove unfinished rows from the file.
 
-    Raises UsageError for a file that holds anything but rows of these jobs.
+    A row that ended in an error is not finished: another dtype may compute it. Raises UsageError for a file that holds
+    anything but rows of these jobs.
     """
     pending = {_key(job.id): job for job in jobs}
     assert len(pending) == len(jobs)
-    if not path.is_file():  # nor a pipe or a terminal, which would be waited for
+    if not path.is_file():  # a pipe or a terminal is not read either: it would block
         return jobs
     try:
         with path.open("rb") as file:  # bytes: an interrupt may have come within a character
@@ -185,6 +185,6 @@ def _key(id: Any) -> str:
 
 
 def _begins(line: bytes, job: Job) -> bool:
-    """Whether this is the beginning of a job's row of results."""
+    """Return whether a line is the beginning of a job's row of results."""
     start = json.dumps({"id": job.id, **job.given}, ensure_ascii=False)[:-1].encode()
     return line.startswith(start[: len(line)])

@@ -28,8 +28,8 @@ from .prompts_file import Job, Messages, Question, UsageError
 from .statistics import Statistics
 
 _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
-# New tokens from which `--compile auto` compiles. Starting with the cache of compiled code takes 3 s more, on either
-# device; a token then takes 91 ms less on 2 cores (135M), on an H200 49 (1B) to 106 (8B): 33, 61, 28 tokens.
+# New tokens from which `--compile auto` compiles. Starting with the cache of compiled code takes 3 s more on either
+# device; a token then takes 91 ms less on 2 cores (135M), on an H200 49 (1B) to 106 (8B): pays from 33, 61, 28 tokens.
 COMPILE_FROM = 32
 
 
@@ -43,7 +43,7 @@ class Session:
 
         started = time.perf_counter()
         folder = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES, revision=args.revision)
-        LlamaConfig.from_pretrained(folder)  # which says of a folder of something else what that is
+        LlamaConfig.from_pretrained(folder)  # first, for its errors about folders that hold no model
         self.tokenizer = Tokenizer.from_pretrained(folder)
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model = Llama.from_pretrained(folder, device=args.device, dtype=dtype)
@@ -55,15 +55,15 @@ class Session:
         self.args, self.output = args, output
 
     def report(self) -> None:
-        """Print statistics, unless unwanted or there are none, and explanations, if wanted."""
+        """Print statistics, unless --quiet or there are none; with --explain, print explanations too."""
         if not self.args.quiet and self.statistics.first_seconds is not None:
             self.statistics.print()
         if self.args.explain and self.engine.runner.last is not None:
             print(self.engine.explain(self.statistics.bytes_per_second), file=sys.stderr)
 
     def complete(self, asked: list[Job], live: bool) -> None:
-        """Complete all jobs. live: there is one, and its text is written as it comes; else a row as soon as it is done,
-        in whatever order."""
+        """Complete all jobs. live: there is only one, and its text is written as it comes; else each row is written as
+        soon as it is done, in any order."""
         prompts = list(self._encoded(asked))
         if not prompts:
             self._nothing_left()
@@ -74,11 +74,11 @@ class Session:
             self._complete_all(prompts)
 
     def _nothing_left(self) -> None:
-        if not self.args.resume:  # it was said of each what is wrong with it
+        if not self.args.resume:  # what is wrong with each has been reported
             raise UsageError("no prompt is left to complete")
 
     def _encoded(self, asked: list[Job]) -> Iterator[tuple[Job, AnyPrompt]]:
-        """Iterate over the jobs with their tokens, without those of a prompts file that cannot be completed."""
+        """Yield the jobs with their tokens, without those of a prompts file that cannot be completed."""
         for job in asked:
             try:
                 prompt = self._encode(job)
@@ -117,8 +117,8 @@ class Session:
                 self.output.write("\n")
 
     def steps(self, start: Callable[[], Iterator[Step]]) -> Iterator[Step]:
-        """Iterate over the steps of a stream; if it cannot be compiled and need not be, start it anew, and leave out
-        those given already."""
+        """Yield the steps of a stream; if it cannot be compiled and need not be, restart it, and leave out the steps
+        yielded already."""
         given = 0
         while True:
             try:
@@ -131,7 +131,7 @@ class Session:
                 self._go_on_uncompiled(error)
 
     def _go_on_uncompiled(self, error: Exception) -> None:
-        """Go on uncompiled where torch cannot compile, if `--compile auto` allows; raise the error otherwise."""
+        """Continue uncompiled after an error of the compiler, if `--compile auto` allows; raise the error otherwise."""
         if self.args.compile != "auto" or not self.engine.compile:
             raise error
         self.engine.compile = False
@@ -151,7 +151,7 @@ class Session:
             max_length=longest + self.expected,
             memory_fraction=args.memory_fraction,
         )
-        _ = self.engine.scheduler  # memory that is not there is no fault of a row
+        _ = self.engine.scheduler  # raises here if memory is short, which is no fault of a row
         going = {}
         for job, prompt in prompts:
             try:
@@ -167,7 +167,7 @@ class Session:
                 while going:
                     try:
                         ended = self.statistics.step()
-                    except CompileError as error:  # what was under way waits again
+                    except CompileError as error:  # requests under way are queued again
                         self._go_on_uncompiled(error)
                         continue
                     for request in ended:
@@ -178,7 +178,7 @@ class Session:
                             self.output.write(prompts_file.result(job, request.completion, args.json))
                         progress.update()
                     progress.set_postfix_str(self.statistics.now(), refresh=False)
-            finally:  # on Ctrl-C too: what is there is not lost, and says that it is not finished
+            finally:  # on Ctrl-C too: partial results are written, marked as unfinished
                 for request, job in going.items():
                     if request.steps:
                         self.output.write(prompts_file.result(job, request.completion, args.json))
@@ -204,7 +204,7 @@ class Session:
         return self.tokenizer.apply_chat_template([*system, *messages])
 
     def _encode_question(self, question: Question) -> AnyPrompt:
-        """Encode prefix, prompts and suffix; what a chat template puts around a message goes to prefix and suffix."""
+        """Encode prefix, prompts and suffix; the chat template's text around a message goes to prefix and suffix."""
         before, after = "", ""
         if self._templated:
             around = self.chat_text([{"role": "user", "content": _PLACEHOLDER}]).split(_PLACEHOLDER)

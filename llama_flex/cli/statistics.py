@@ -14,7 +14,7 @@ from ..engine.request import Request
 
 
 class Statistics:
-    """Times and counts of a run. Steps that compile are left out of the speeds: those are of a run under way."""
+    """The times and counts of a run. Speeds leave out steps that compile, to describe the steady state."""
 
     def __init__(self, engine: Engine, load_seconds: float) -> None:
         self.engine = engine
@@ -28,7 +28,7 @@ class Statistics:
         self.batch_new_tokens = 0
 
     def timed(self, steps: Iterator[Step], prompts: Sequence[AnyPrompt]) -> Iterator[Step]:
-        """Pass on the steps of one batch, taking times."""
+        """Yield the steps of one batch, timing them."""
         lengths = [[len(p.ids) for p in as_ensemble(prompt).prompts] for prompt in prompts]
         counts = [0] * len(prompts)
         started, compiled = time.perf_counter(), self.engine.compile_seconds
@@ -43,7 +43,7 @@ class Statistics:
                 self.decode_seconds += elapsed
             if counts[step.row] and not compiling:  # the first token of a row comes from the prefill
                 self.decoded_tokens += 1
-                if counts[step.row] == max(counts):  # the first row to go ahead: the weights were read once more
+                if counts[step.row] == max(counts):  # the first row of a step: the weights were read once more
                     contexts = [n + c for ns, c in zip(lengths, counts, strict=True) for n in ns]
                     self.bytes_read += bytes_per_step(self.engine.model, contexts)
             counts[step.row] += 1
@@ -51,7 +51,7 @@ class Statistics:
             started, compiled = time.perf_counter(), self.engine.compile_seconds
 
     def step(self) -> list[Request]:
-        """Take a step of what was submitted to the engine, with its time; return the requests that it has ended."""
+        """Run and time one step of the submitted requests; return those that have ended."""
         scheduler = self.engine.scheduler
         started, compiled = time.perf_counter(), self.engine.compile_seconds
         self.started = started if self.started is None else self.started
@@ -69,7 +69,7 @@ class Statistics:
             self.first_seconds, self.first_compile_seconds = seconds, self.engine.compile_seconds
 
     def now(self) -> str:
-        """Say what the engine is doing, for a progress bar."""
+        """Return the state of the engine in words, for a progress bar."""
         s = self.engine.scheduler
         rate = self.batch_new_tokens / self.batch_seconds if self.batch_seconds else 0.0
         free = s.block_manager.available

@@ -1,0 +1,1 @@
+"""Generation: the engine, its scheduler and paged KV cache, compiled steps and their replay, prompt fusion."""

@@ -1,4 +1,4 @@
-"""Who has which page of a paged cache, and which pages hold what is computed already, so that prompts share it."""
+"""Allocate the pages of a paged cache, and index their content, so that prompts with a common prefix share pages."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 
 class BlockManager:
-    """Pages, how many rows use each, and what is known of their content, so that rows can share it.
+    """The pages of a pool: a reference count for each, and an index of their content, so that sequences can share them.
 
-    A page that nobody uses any more, but whose content is known, is kept until it is needed: the longest unused is
-    taken first.
+    A page without users whose content is known stays cached until its memory is needed; the one unused for longest is
+    evicted first.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.users = [0] * count
         self._free = list(range(count))[::-1]
-        self._unused: OrderedDict[int, None] = OrderedDict()  # nobody's, but known; oldest first
-        self._page_of: dict[bytes, int] = {}  # full pages by what they hold
+        self._unused: OrderedDict[int, None] = OrderedDict()  # no users, but known content; oldest first
+        self._page_of: dict[bytes, int] = {}  # full pages by content
         self._holds: dict[int, bytes] = {}
-        self._after: dict[bytes, dict[int, np.ndarray]] = {}  # pages by what came before them, with their first tokens
+        self._after: dict[bytes, dict[int, np.ndarray]] = {}  # pages by the prefix before them, with their first tokens
         self._before: dict[int, bytes] = {}
 
     @property
@@ -32,7 +32,7 @@ class BlockManager:
         return len(self._free) + len(self._unused)
 
     def take(self) -> int:
-        """Take a page for one row alone; there must be one."""
+        """Allocate a page to one user, evicting a cached page if none is free; one must be available."""
         if self._free:
             page = self._free.pop()
         else:
@@ -48,7 +48,7 @@ class BlockManager:
         return page
 
     def find(self, content: bytes) -> int | None:
-        """Find the page with this content and count one user more; return None if there is none."""
+        """Return the full page with this content and add a user to it; return None if there is none."""
         page = self._page_of.get(content)
         if page is not None:
             self.users[page] += 1
@@ -56,8 +56,8 @@ class BlockManager:
         return page
 
     def find_beginning(self, before: bytes, tokens: np.ndarray) -> tuple[int, int]:
-        """Return the page, of the newest few after `before`, that begins most like tokens `[3, N]`, and with how
-        many."""
+        """Return the page with the most leading tokens equal to `tokens` `[3, N]`, of the 8 newest that follow prefix
+        `before`, and how many are equal; (-1, 0) if none is."""
         best = -1, 0
         for page, held in itertools.islice(reversed(self._after.get(before, {}).items()), 8):
             n = min(held.shape[1], tokens.shape[1])
@@ -66,17 +66,17 @@ class BlockManager:
         return best
 
     def name(self, page: int, content: bytes) -> None:
-        """Record what a full page holds. A page of the same content that is known already stays the known one."""
+        """Register the content of a full page. If another page is registered for that content, it stays."""
         if content not in self._page_of and page not in self._holds:
             self._page_of[content], self._holds[page] = page, content
 
     def begin(self, page: int, before: bytes, tokens: np.ndarray) -> None:
-        """Record with which tokens `[3, N]` a page begins, and after what; it may be filled further."""
+        """Register the first tokens `[3, N]` of a page and the prefix before it; the page may be filled further."""
         self._before[page] = before
         self._after.setdefault(before, {})[page] = tokens
 
     def give_back(self, page: int) -> None:
-        """Count one user less."""
+        """Remove a user of a page; without users, a page of known content stays cached and any other is free."""
         self.users[page] -= 1
         if not self.users[page]:
             if page in self._before or page in self._holds:

@@ -1,4 +1,4 @@
-"""The folder where torch keeps compiled code: looked at before torch's compiler is imported, which writes to it.
+"""Give torch a writable folder for compiled code before its compiler is imported, which writes to it.
 
 Importing this module is enough; it must come before any import of `torch._dynamo` or `torch._inductor`.
 """
@@ -18,8 +18,8 @@ _NAME = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def _make_writable() -> None:
-    """Let torch keep what it compiles in a temporary folder if its own cannot be written to, without which its compiler
-    cannot even be imported."""
+    """Point torch at a temporary folder for compiled code if its own is not writable: without a writable one, its
+    compiler cannot even be imported."""
     home = folder()
     try:
         os.makedirs(home, exist_ok=True)
@@ -36,18 +36,18 @@ def _make_writable() -> None:
 
 
 def folder() -> str:
-    """The folder, by default as torch names it; unlike torch's own function this one does not make it."""
+    """Return the folder, by default under the name that torch gives it; unlike torch's function, do not create it."""
     if given := os.environ.get(_NAME):
         return given
     try:
         user = getpass.getuser()
-    except (KeyError, ImportError, OSError):  # in a container, say, whose user has no name
+    except (KeyError, ImportError, OSError):  # such as in a container whose user has no name
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
 
 
 class _OneLine(logging.Filter):
-    """Makes one line, said once, of the tracebacks that torch logs for files that it cannot load and compiles anew."""
+    """A filter that cuts torch's tracebacks for files that it cannot load and recompiles to one line, logged once."""
 
     said = False
 

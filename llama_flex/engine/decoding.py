@@ -1,4 +1,4 @@
-"""The decoding loop: what a step reads and changes stays in one place, so that a step can be recorded and replayed."""
+"""The decoding loop: every step reads and writes the same tensors, so that it can be recorded and replayed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .fusion import Ensemble, Prompt, combined
 from .step_runner import StepRunner
 from .transfer import pad_rows, read_async
 
-WEIGHTS = 16  # log-weights of fused prompts come in tables of multiples of this, so that graphs are shared
+WEIGHTS = 16  # fused prompts' tables of log-weights are padded to a multiple of this, so that graphs are shared
 
 
 class Batch:
-    """Requests laid out in rows: one each, but for the members of an ensemble."""
+    """Requests laid out in rows: one row per prompt, so that an ensemble has a row for each member."""
 
     def __init__(self, requests: Sequence[Ensemble], device: torch.device) -> None:
         self.rows: list[Prompt] = [prompt for request in requests for prompt in request.prompts]
@@ -37,7 +37,7 @@ class Batch:
         self.generated_position, self.generated_segment = columns[:, :, None].unbind(0)
 
     def combined(self, logits: Tensor) -> Tensor:
-        """Combine the logits of rows, `[R, V]`, to those of requests, `[Q, V]`."""
+        """Combine the logits `[R, V]` of rows into logits `[Q, V]` of requests."""
         if len(self.rows) == len(self.rows_of):
             return logits
         return combined(logits, self.request_of, self.is_max, self.rows_of)
@@ -49,7 +49,7 @@ class Batch:
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
         cache: Cache,
     ) -> AttentionPlan:
-        """Plan how each layer attends: as asked, but prompts that are fused are kept apart, and weighted."""
+        """Return the plan for a mask (default: fused prompts are kept apart) and score function, with their weights."""
         if any(prompt.generated_segment == library.GENERATED for prompt in self.rows):
             fused = library.fused() & model.default_mask
             mask = [m or fused for m in mask] if isinstance(mask, list | tuple) else mask or fused
@@ -65,14 +65,14 @@ class Batch:
 
 
 class _State(NamedTuple):
-    """The tensors that a decoding step reads and changes, in place; Q requests, R rows."""
+    """The tensors that a decode step reads and updates in place; Q requests, R rows."""
 
     ids: Tensor  # [R, 1], the newest tokens
-    positions: Tensor  # [R, 1], theirs
-    lengths: Tensor  # [R], 1 for a row that goes on, else 0
-    running: Tensor  # [Q], the same for requests
-    done: Tensor  # [Q], how many tokens each has
-    limits: Tensor  # [Q], how many it may have
+    positions: Tensor  # [R, 1], their positions
+    lengths: Tensor  # [R], 1 for a row still running, else 0
+    running: Tensor  # [Q], the same by request
+    done: Tensor  # [Q], tokens sampled so far
+    limits: Tensor  # [Q], the most tokens allowed
     stop_ids: Tensor  # [N]
     seen: Tensor | None  # [Q, V], for the repetition penalty
     # [3, Q], float64, for one copy to the host: the newest tokens, their log-probabilities, and whether all logits were
@@ -81,7 +81,7 @@ class _State(NamedTuple):
 
 
 class Decoding:
-    """The loop of one stream: every step on the same memory, recorded once it is compiled, then replayed."""
+    """The decoding loop of one stream: every step in the same memory; once compiled, it is recorded, then replayed."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Decoding:
         seen_ids: Sequence[Sequence[int]],
         probes: Mapping[int, Probe],
     ) -> None:
-        """limits: how many new tokens each request may have. seen_ids: of each request, for the repetition penalty."""
+        """limits: the most new tokens of each request. seen_ids: the ids of each so far, for the repetition penalty."""
         model, q, device = runner.model, len(limits), runner.model.device
         seen = None
         if parameters.repetition_penalty is not None:
@@ -120,16 +120,16 @@ class Decoding:
         self.made_for = model.device, model.dtype
         self.has_run = False
         self.replay: Callable[[], Captured | None] | None = None
-        self.memory: tuple[object, object] = None, None  # what of the cache the recorded step works on
+        self.memory: tuple[object, object] = None, None  # the cache tensors that the recorded step works on
 
     def first(self, x: Tensor) -> None:
-        """Choose the first tokens, from the last layer's output `[R, 1, E]` at the prompts' ends."""
+        """Sample the first tokens from the last layer's output `[R, 1, E]` at the prompts' last tokens."""
         self._choose(x)
 
     def next(self) -> Captured | None:
-        """Compute one more token for each request; on CUDA, only enqueue it. Returns what probes read.
+        """Compute one more token for each request (on CUDA, only enqueue it); return the tensors that probes captured.
 
-        Raises ValueError if the model is of another dtype or device by now, as keys and values in the cache are not.
+        Raises ValueError if the model's dtype or device has changed, since the cached keys and values have not.
         """
         cache, now = self.cache, (self.model.device, self.model.dtype)
         if now != self.made_for:
@@ -139,22 +139,22 @@ class Decoding:
             layers, tokens = self.memory
             if self.replay is not None and cache.layers is layers and cache.tokens is tokens:
                 captured = self.replay()
-            elif self.compiled and self.has_run:  # the first one compiles what is not compiled yet
-                self.replay, self.memory = None, (None, None)  # before the new one takes memory
+            elif self.compiled and self.has_run:  # the first step compiles what is not compiled yet
+                self.replay, self.memory = None, (None, None)  # free it before the new recording allocates
                 captured, self.replay = self.runner.graphs.record(self._step, self.model.device)
-                self.memory = cache.layers, cache.tokens  # forking or reordering the cache amid a stream changes them
+                self.memory = cache.layers, cache.tokens  # a fork or reorder of the cache mid-stream replaces them
             else:
                 captured = self._step()
         self.has_run = True
         return captured
 
     def result(self) -> Callable[[], list[list[float]]]:
-        """Return what reads the newest tokens, their log-probabilities, and whether the logits were finite, however
-        many steps are enqueued by then."""
+        """Return a function that reads the newest tokens, their log-probabilities, and whether the logits were
+        finite, however many steps are enqueued before it is called."""
         return read_async(self.state.result)
 
     def stop(self, request: int) -> None:
-        """Compute no more tokens for a request."""
+        """Stop computing tokens for a request."""
         self.state.running[request] = 0
         self.state.lengths.mul_(self.batch.request_of != request)
 
@@ -172,10 +172,10 @@ class Decoding:
 
 
 def _choose(model: Llama, x: Tensor, batch: Batch, parameters: SamplingTensors, s: _State) -> None:
-    """Choose the next tokens from the last layer's output `[R, 1, E]`, and set what the next step needs."""
+    """Sample the next tokens from the last layer's output `[R, 1, E]`, and update the state for the next step."""
     logits = model.head(x)[:, 0]
     finite = all_finite(logits).double()
-    if len(finite) > len(s.done):  # the members of an ensemble choose together
+    if len(finite) > len(s.done):  # members of an ensemble sample one token together
         finite = torch.ones_like(s.done, dtype=finite.dtype).scatter_reduce(0, batch.request_of, finite, "amin")
     token, logprob = sample(batch.combined(logits), parameters, s.done, s.seen)
     if s.seen is not None:

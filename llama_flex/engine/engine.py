@@ -36,17 +36,17 @@ from .scheduler import Scheduler
 from .step_runner import LastRun, StepRunner
 from .transfer import pad_rows
 
-# Rows of a prefill step: the largest that a prompt still fills, the last one padded. A GPU needs many to be busy.
+# Prefill chunk sizes in tokens: the largest that the prompt still fills, the last one padded. A GPU needs large ones.
 CHUNKS = {"cpu": (512, 128), "cuda": (2048, 512, 128)}
-# Compiled graphs have static shapes, so caches come in few sizes: powers of two, from so many slots in all.
+# Compiled graphs have static shapes, so caches come in few sizes: powers of two, from this many slots in total.
 MIN_SLOTS = 8192
 
 
 class Engine:
-    """Generates with one model. Holds its compiled steps: keep the engine, and later calls compile nothing.
+    """Text generation with one model. Holds its compiled steps: keep the engine, and later calls compile nothing.
 
-    The model's weights may change between calls. Amid a stream they may change in place; a parameter that is replaced
-    by another is seen by the next stream.
+    The model's weights may change between calls. During a stream they may change in place; a parameter that is replaced
+    takes effect with the next stream.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class Engine:
         """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast).
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
 
-        The rest is for `submit`, and takes nothing before. max_batch_size: sequences that run at a time, default 8 on a
-        CPU, 256 on a GPU. max_slots: for the tokens of all of them; default enough for all to be as long as max_length,
-        as far as memory_fraction of the memory that is free holds them. max_length: of a sequence, default the model's
-        context. prefill_tokens: of prompts in a step (default 512, on a GPU 2048): with fewer, what runs waits less for
-        prompts that come; with more, prompts are done sooner.
+        The rest configures `submit`, before which it takes no memory. max_batch_size: the most sequences that run at a
+        time, default 8 on a CPU, 256 on a GPU. max_slots: KV cache slots for the tokens of all of them; default enough
+        for all to reach max_length, as far as they fit in memory_fraction of the free memory. max_length: the most
+        tokens of a sequence, default the model's context. prefill_tokens: prompt tokens per step (default 512, on a GPU
+        2048): fewer delay running requests less, more finish prompts sooner.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.runner = StepRunner(model, compile=compile, backend=backend)
         self.limits = RequestLimits(model)
         self._scheduler: Scheduler | None = None
-        self._making = threading.Lock()  # the scheduler: the first requests may come from several threads at once
+        self._making = threading.Lock()  # guards making the scheduler: the first requests may come from several threads
         self._new_scheduler = functools.partial(
             Scheduler,
             self.runner,
@@ -92,7 +92,7 @@ class Engine:
     @property
     def compile(self) -> bool:
         """Whether steps are compiled; may be set between calls. Raises ValueError on a CPU before torch 2.13, whose
-        compiled reductions of booleans write beyond their memory."""
+        compiled reductions of booleans write out of bounds."""
         return self.runner.compile
 
     @compile.setter
@@ -107,7 +107,7 @@ class Engine:
     def generate(self, prompts: Sequence[AnyPrompt], **options: Any) -> list[Completion]:
         """Complete every prompt; see `stream` for the options.
 
-        Raises as `stream` does; a NonFiniteLogitsError has what was generated of all prompts as `completions`.
+        Raises as `stream` does; a NonFiniteLogitsError carries the completions of all prompts so far as `completions`.
         """
         check_options("generate", self.stream, options)
         prompts = list(prompts)
@@ -134,27 +134,27 @@ class Engine:
         capture: Capture | Sequence[Capture] | None = None,
         edit: Edit | Sequence[Edit] | None = None,
     ) -> Iterator[Step]:
-        """Complete prompts of any lengths together, yielding every token as it comes.
+        """Complete prompts of any lengths together, yielding every token as it is sampled.
 
-        prompts: lists of token ids; or what `fuse` returns, several prompts that one text continues; or an `Ensemble`.
-        max_new_tokens: default what generation_config.json says, else 256, at most what the context and its max_length
-        leave room for.
+        prompts: lists of token ids; or the result of `fuse`, several prompts that one text continues; or an `Ensemble`.
+        max_new_tokens: default that of generation_config.json, else 256, but no more than fit in the context and in
+        that file's max_length.
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
-        stop: strings that end a text; looked for in the new text alone. stop_token_ids: default the model's end-of-text
-        ids. Neither appears in the text; the tokens do.
-        mask: default causal, or the model's sliding window; if a prompt is fused, and `masks.fused()`. score_mod:
-        default none. One for all layers or one each. Compiled steps are shared by masks of the same code, whatever the
-        values of their tensors.
-        cache: continue after the tokens in it, instead of an empty one; it must have a row per prompt (an ensemble has
-        several). It does not hold the last token generated, which was never fed: begin the next prompt with that.
-        cached_ids: for each prompt the ids of the tokens in the cache, which hold no ids themselves: the repetition
-        penalty counts them too, and the text goes on from them.
-        capture: what to keep of what flows inside the layers, for prompts and new tokens; edit: how to change it; one
-        or several. A row each for the prompts, and for the members of ensembles.
+        stop: strings that end a text; searched for in the new text only. stop_token_ids: default the model's
+        end-of-text ids. Neither appears in the text, but their tokens are yielded.
+        mask: default causal, or the model's sliding window; combined with `masks.fused()` if a prompt is fused.
+        score_mod: default none. One for all layers or one each. Masks of the same code share compiled steps, whatever
+        the values of their tensors.
+        cache: continue after its tokens; default a new one. It must have a row per prompt (for an ensemble, one per
+        member). It lacks the last generated token, which was never fed: begin the next prompt with that token.
+        cached_ids: for each prompt the ids of the tokens in the cache, which does not store ids: the repetition penalty
+        then counts them too, and the text continues from them.
+        capture: tensors inside the layers to keep, for prompts and new tokens; edit: changes to them; one or several of
+        each. Their rows are the prompts, or the members of ensembles.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
-        model's context. A prompt at whose next token the model's logits are NaN or infinite ends there, without that
-        token; once the others are done, NonFiniteLogitsError names it. A cache of the caller's may hold NaN then: do
-        not go on with it.
+        model's context. If the logits for a prompt's next token are NaN or infinite, that prompt ends there, without
+        that token; once the others are done, NonFiniteLogitsError names it. A cache that was passed in may then hold
+        NaN: do not reuse it.
         """
         model = self.model
         requests = as_requests(prompts)
@@ -175,7 +175,7 @@ class Engine:
             for ids, request in zip(before, requests, strict=True)
         ]
         batch = Batch(requests, model.device)
-        # Who holds the cache sees after every token what it held before the token.
+        # A caller's cache must not run ahead: when a token is yielded, it holds the tokens before that one.
         ahead = cache is None and model.device.type == "cuda"
         if cache is None:
             longest = max(len(p.ids) + limits[q] for p, q in zip(batch.rows, batch.requests, strict=True))
@@ -189,7 +189,7 @@ class Engine:
             plan.check_last_token(tokens, model.dims.num_heads)
         captures = as_tuple(capture, Capture, "capture")
         probes = model.probes(captures, edit, len(batch.rows), stepwise=True)
-        ahead = ahead and not captures  # what is captured may be copied to the host
+        ahead = ahead and not captures  # captures may be copied to the host, which waits
         return self._run(batch, outputs, sampling, stop_ids, seen_ids, plan, cache, ahead, captures, probes)
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ class Engine:
         alive, failed = set(range(len(limits))), []
         for count in range(1, max(limits) + 1):
             read = decoding.result()
-            # The next step is enqueued before this one's tokens are read, unless somebody else has the cache.
+            # Enqueue the next step before reading this one's tokens, unless the caller holds the cache or captures.
             if ahead and any(limits[q] > count for q in alive):
                 keep(decoding.next())
             tokens, logprobs, finite = read()
@@ -265,32 +265,31 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler of `submit`'s requests; allocates the slots. Raises ValueError for sizes that cannot be."""
+        """The scheduler of submitted requests; first access allocates its slots. Raises ValueError for bad sizes."""
         with self._making:
             if self._scheduler is None:
                 self._scheduler = self._new_scheduler()
             return self._scheduler
 
     def submit(self, prompt: AnyPrompt, **options: Any) -> Request:
-        """Ask for a prompt to be completed; `step` and `run` do it, many at a time, and requests may come meanwhile.
+        """Queue a prompt for completion by `step` or `run`, many at a time; requests may be submitted at any time.
 
         prompt, max_new_tokens, sampling, stop, stop_token_ids, mask, score_mod: as in `stream`, for one prompt; a mask
-        that reads `batch` finds the rows of this request alone. priority: higher ones go first, then those that came
-        first. callback: called with each `Step`; if it raises, that ends this request; one that Ctrl-C cut short is
-        called again with that step.
-        A request gets the tokens that it would get alone: in float32; bfloat16 rounds otherwise in other company.
-        Prompts that begin alike share what is computed of that, a block of 128 tokens at a time, unless they have a
-        mask or score function of their own. At most 8 different ones run at a time. A mask that looks ahead sees what
-        is appended in the same step.
-        Can be called from any thread. Raises ValueError as `stream` does, for what the slots do not hold, and for a
-        mask or score function that fails for the request's last token, or where Python looks at a tensor's value.
+        that reads `batch` sees the rows of this request only. priority: higher ones go first, equal ones in order of
+        arrival. callback: called with each `Step`; an exception in it ends this request; if Ctrl-C interrupts it, it is
+        called again with the same step.
+        In float32 a request gets the tokens that it would get alone; bfloat16 rounds differently in another batch.
+        Prompts with a common prefix share its keys and values, a block of 128 tokens at a time, unless they have a mask
+        or score function of their own. At most 8 different ones run at a time. A mask that looks ahead sees what is
+        appended in the same step.
+        Can be called from any thread. Raises ValueError as `stream` does, for a request that does not fit in the slots,
+        and for a mask or score function that fails for its last token, or whose Python code reads a tensor's value.
         """
         check_options("submit", Scheduler.submit, options)
         return self.scheduler.submit(prompt, **options)
 
     def submit_samples(self, prompt: AnyPrompt, n: int, *, sampling: Sampling, **options: Any) -> list[Request]:
-        """Ask for `n` completions of one prompt, which share its computation; sample i has the seed of `sampling` +
-        i."""
+        """Submit `n` requests for one prompt, which share its computation; sample i has the seed of `sampling` + i."""
         check_options("submit_samples", Scheduler.submit, options)
         first = with_seed(sampling)
         return [
@@ -298,35 +297,35 @@ class Engine:
         ]
 
     def step(self) -> list[Request]:
-        """Compute a chunk of the prompts submitted, and a token of each request under way.
+        """Run one step: prefill chunks of the submitted prompts, and one token for each running request.
 
-        Returns the requests that have ended since. If it fails or is interrupted, what was under way waits again, and
-        no token that was given is lost. Threads that step at a time take turns. Raises ValueError in a callback.
+        Returns the requests that have ended since the last call. If it fails or is interrupted, running requests wait
+        again, and no delivered token is lost. Concurrent calls take turns. Raises ValueError if called in a callback.
         """
         return self.scheduler.step()
 
     def run(self) -> None:
-        """Work until all that was submitted is done."""
+        """Step until all submitted requests are done."""
         while not self.scheduler.idle:
             self.step()
 
     def cancel(self, request: Request) -> None:
-        """End a request; what it has given stays. Can be called from any thread. Raises ValueError for a request of
+        """End a request, keeping its steps so far. Can be called from any thread. Raises ValueError for a request of
         another engine."""
         self.scheduler.cancel(request)
 
     def forget(self) -> None:
-        """Forget what was computed of prompts, so that requests submitted from now on share nothing of it.
+        """Forget the keys and values of computed prompts, so that requests submitted from now on share none of them.
 
-        Weights that change are noticed, but for those written through `parameter.data`, and for those made in
+        Changed weights are detected, unless they are written through `parameter.data` or were created in
         `torch.inference_mode()`: call this after such a change.
         """
         self.scheduler.forget()
 
     def explain(self, bytes_per_second: float | None = None) -> str:
         """Explain the last run in lines of text: kernels and why, precision, graphs, and the blocks that the last
-        query visits. bytes_per_second: what decoding read (see `explain.bytes_per_step`); if given, measures how fast
-        memory can be read, and says what share that is.
+        query visits. bytes_per_second: the read rate of decoding (see `explain.bytes_per_step`); if given, measure how
+        fast memory can be read, and report the fraction reached.
 
         Raises ValueError if nothing has run.
         """
@@ -334,15 +333,15 @@ class Engine:
 
     @property
     def compile_seconds(self) -> float:
-        """The seconds that compiling took so far, each first run of compiled code included."""
+        """The seconds spent compiling so far, including the first run of compiled code."""
         return self.graphs.seconds
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """Make a cache for this engine: if it compiles, of one of few sizes, so that graphs are shared."""
+        """Return a cache for this engine; if it compiles, rounded up to one of few sizes, so that graphs are shared."""
         return self.model.new_cache(batch_size, self.slots(batch_size, max_length))
 
     def slots(self, batch_size: int, max_length: int) -> int:
-        """Return how many slots rows of up to `max_length` tokens get."""
+        """Return the number of slots per row for rows of up to `max_length` tokens."""
         if not self.compile:
             return max_length
         usual = min(MIN_SLOTS // batch_size, self.model.context)
@@ -351,7 +350,7 @@ class Engine:
     def check(
         self, prompts: Sequence[AnyPrompt], max_new_tokens: int | None = None, cache: Cache | None = None
     ) -> list[int]:
-        """Return how many new tokens each prompt gets at most; raises the ValueErrors of `stream`."""
+        """Return the most new tokens that each prompt can get; raises the ValueErrors of `stream`."""
         return self.limits.check(as_requests(prompts), max_new_tokens, cache)
 
     def outputs(
@@ -362,17 +361,17 @@ class Engine:
         probes: Mapping[int, Probe] | None = None,
         keep: Callable[[Captured | None], None] = lambda captured: None,
     ) -> Iterator[Tensor]:
-        """Append prompts to the cache in chunks of fixed sizes; yield the last layer's output at each, `[R, T, E]`.
+        """Append prompts to the cache in chunks of fixed sizes; yield the last layer's output of each, `[R, T, E]`.
 
-        Where a token sees a later one, all come in one chunk. Rows that are shorter than others are padded at their
-        end. keep: gets what probes read.
+        If any token sees one of a later chunk, all are computed in one chunk. Shorter rows are padded at the end.
+        keep: called with the tensors that probes captured.
         """
         device = self.model.device
         sizes = CHUNKS[device.type]
         length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
         longest = max(len(prompt.ids) for prompt in rows)
         whole = 1 << (-(-longest // sizes[-1]) * sizes[-1] - 1).bit_length()
-        width = max(whole, longest + 2 * sizes[-1])  # where a chunk is taken in parts, the last one reaches further
+        width = max(whole, longest + 2 * sizes[-1])  # if chunks are split, the last one reaches further
         ids = pad_rows([prompt.ids for prompt in rows], width, torch.int64).to(device)
         positions = pad_rows([prompt.positions for prompt in rows], width, torch.int32).to(device)
         positions += cache.next_position[:, None]
@@ -393,10 +392,10 @@ class Engine:
     def _looks_ahead(
         self, plan: AttentionPlan, tokens: Tokens, chunks: Sequence[tuple[int, int, int]], width: int
     ) -> bool:
-        """Tell whether any of these tokens sees one of a later chunk, among the first `width`.
+        """Return whether any of these tokens sees one of a later chunk, among the first `width`.
 
-        A named mask knows that it never does. Any other is asked, at the cost of making the block lists of the chunks:
-        compiled if steps are, else only for the cells in question.
+        Masks marked `never_looks_ahead` are skipped. Any other is evaluated, at the cost of making the block lists of
+        the chunks: compiled if steps are, else only for the cells in question.
         """
         masks = tuple(v.mask for v in plan.variants if not v.mask.never_looks_ahead)
         if not masks:
@@ -416,30 +415,29 @@ class Engine:
 
 
 def _chunks(longest: int, sizes: Sequence[int], most: int) -> list[tuple[int, int, int]]:
-    """Cut up prompts of up to `longest` tokens: return for each chunk its start, its size with padding, and how many
-    tokens of it are taken, at most `most` of them, since a rolling cache may take less at once."""
+    """Split prompts of up to `longest` tokens into chunks: for each its start, its size with padding, and how many of
+    its tokens are appended, at most `most`, since a rolling cache may have less room than a chunk."""
     padded, start, chunks = -(-longest // sizes[-1]) * sizes[-1], 0, []
     while start < longest:
         size = next((size for size in sizes if start + size <= padded), sizes[-1])
         chunks.append((start, size, min(size, longest - start, most)))
-        start += max(chunks[-1][2], 1)  # none is taken by a cache that is full, which says so when asked to append
+        start += max(chunks[-1][2], 1)  # a full cache appends none, and raises an error on the attempt
     return chunks
 
 
 def _part(x: Tensor, start: int, end: int) -> Tensor:
-    """Copy columns of `[R, T]`: a slice keeps the strides of the whole, and every other stride would
-    compile once more."""
+    """Copy columns of `[R, T]`: a slice keeps the strides of the whole, and every new stride would recompile."""
     return x[:, start:end].clone(memory_format=torch.contiguous_format)
 
 
 def _sees_any(masks: Sequence[Mask], q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
-    """Tell whether any of the queries q that is no padding sees any of the keys kv under any of the masks."""
+    """Return whether any query q, padding aside, sees any key kv under any of the masks, as a boolean tensor."""
     real = Mask(lambda q, kv: q.index >= 0)
     return torch.stack([(real & mask).blocks(q, kv, num_heads)[1].any() for mask in masks]).any()
 
 
 def _ends(rows: Sequence[Prompt], outputs: Iterable[Tensor]) -> Tensor:
-    """Return the output `[R, 1, E]` at each prompt's last token, from those of the chunks."""
+    """Return the output `[R, 1, E]` at each prompt's last token, given the outputs of the chunks."""
     ends, start = torch.empty(0), 0
     for x in outputs:
         left = torch.tensor([len(prompt.ids) - start for prompt in rows], device=x.device)

@@ -1,4 +1,4 @@
-"""Explain what ran: kernels and why, precision, graphs, blocks, and how near to memory's speed decoding came."""
+"""Explain the last run: kernels and why, precision, graphs, blocks, and how close decoding came to memory bandwidth."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
 
 
 def bytes_per_step(model: Llama, contexts: Sequence[int]) -> int:
-    """Count the bytes that a decoding step must read: all weights once (of an untied embedding next to nothing),
-    and the keys and values of every sequence, whose lengths are given."""
+    """Return the bytes that a decode step must read: all weights once (of an untied embedding next to nothing), and
+    the keys and values of every sequence. contexts: the sequences' lengths."""
     read = sum(p.nbytes for p in model.parameters())
     read -= 0 if model.config.tie_word_embeddings else model.embed.weight.nbytes
     window = model.config.sliding_window
@@ -65,10 +65,10 @@ def bytes_per_step(model: Llama, contexts: Sequence[int]) -> int:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Measure the bytes per second at which memory is read: the best of some reductions over far more than the caches
-    hold."""
+    """Measure memory read bandwidth in bytes per second: the best of several reductions over far more data than the
+    hardware caches hold."""
     cuda = device.type == "cuda"
-    # Beside a model and its cache there may be little left.
+    # A model and its cache may leave little memory free.
     numbers = torch.ones(min(2**30, torch.cuda.mem_get_info(device)[0] // 8) if cuda else 2**28, device=device)
     rates = []
     for reduce in (numbers.sum, numbers.amax, numbers.view(torch.int32).amax, lambda: numbers.dot(numbers)):

@@ -1,7 +1,7 @@
-"""Several prompts of one question: fused in attention, or as an ensemble of their next-token distributions.
+"""Several prompts for one completion: fused in attention, or as an ensemble of their next-token distributions.
 
-Fused: the prompts lie in one sequence, each sees only itself and a shared prefix, and generated text sees them all
-(`masks.fused`). Ensemble: each prompt is a row of its own, and every step takes one token from what they predict.
+Fused: the prompts are segments of one sequence, each sees only itself and a shared prefix, and generated text sees them
+all (`masks.fused`). Ensemble: each prompt is a row of its own, and every step samples one token for all of them.
 Dimensions: R rows, Q requests, V vocabulary.
 """
 
@@ -24,10 +24,10 @@ Combine: TypeAlias = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with their attributes, one each: positions (counted from the end of what the cache holds) and segments.
+    """A prompt's token ids, with a position (counted from the end of the cached tokens) and a segment for each.
 
-    generated_segment, generated_position: of the text generated after them, and of its first token (None: on from the
-    last one). Raises ValueError for lists of different lengths.
+    generated_segment, generated_position: the segment of the generated text, and the position of its first token (None:
+    the one after the last). Raises ValueError for lists of different lengths.
     """
 
     ids: Sequence[int]
@@ -47,13 +47,13 @@ class Prompt:
 
     @classmethod
     def plain(cls, ids: Sequence[int]) -> Prompt:
-        """Make a prompt of one text: positions in order, all of segment 0."""
+        """Return the prompt of one text: positions in order, all in segment 0."""
         ids = token_ids(ids)
         return cls(ids, range(len(ids)), [0] * len(ids))
 
 
 def token_ids(ids: Sequence[int]) -> list[int]:
-    """Return ids as Python integers, whatever kind of integers they come as. Raises ValueError for anything else."""
+    """Return ids, which may be integers of any type, as Python integers. Raises ValueError for anything else."""
     return whole_numbers("prompts must be lists of token ids, such as [[1, 2, 3]]", ids)
 
 
@@ -74,16 +74,16 @@ class Ensemble:
         object.__setattr__(self, "combine", combine)
 
 
-AnyPrompt: TypeAlias = Sequence[int] | Prompt | Ensemble  # what an Engine completes: ids alone, or more
+AnyPrompt: TypeAlias = Sequence[int] | Prompt | Ensemble  # anything that an Engine completes
 
 
 def as_ensemble(request: AnyPrompt) -> Ensemble:
-    """Return the request itself, or an ensemble of it alone."""
+    """Return the request if it is an ensemble, else an ensemble of this one prompt."""
     return request if isinstance(request, Ensemble) else Ensemble([request])
 
 
 def as_requests(prompts: Sequence[AnyPrompt]) -> list[Ensemble]:
-    """Return every request as an ensemble, most of one prompt. Raises ValueError for what is no list of prompts."""
+    """Return every request as an ensemble, most of one prompt. Raises ValueError for anything but a list of prompts."""
     try:
         return [as_ensemble(request) for request in prompts]
     except TypeError:
@@ -101,10 +101,10 @@ def fuse(
     """Fuse prompts (token ids) into one sequence of segments, for an Engine, which then generates with `masks.fused()`.
 
     prefix: seen by all, such as a system message or examples. suffix: sees all, as generated text does, such as
-    "Answer:"; without one the first new token is predicted by the last prompt's last token, which sees its own prompt.
+    "Answer:"; without one the first new token comes from the last prompt's last token, which sees no other prompt.
     positions: "continue", one after another; or "parallel", each prompt right after the prefix, and the suffix and the
-    generated text after the longest. weights: how much each prompt counts for what is generated, 1 being as it is.
-    Raises ValueError for no prompt, an empty one, and weights that are not positive, one each.
+    generated text after the longest. weights: how much each prompt counts in generation; 1 leaves it as it is.
+    Raises ValueError for no prompts, an empty prompt, and weights that are not one positive number per prompt.
     """
     each = [token_ids(prompt) for prompt in prompts]
     if not each or not all(each):
@@ -132,8 +132,8 @@ def fuse(
 def combined(logits: Tensor, request_of: Tensor, is_max: Tensor, rows_of: Tensor) -> Tensor:
     """Return the logarithm of each request's combined distribution, `[Q, V]`, up to a constant, from logits `[R, V]`.
 
-    request_of `[R]`: the request of each row. is_max `[Q]`: take the maximum, else the mean. rows_of `[Q]`: how many
-    rows a request has; one that has a single row keeps its logits as they are.
+    request_of `[R]`: the request of each row. is_max `[Q]`: take the maximum, else the mean. rows_of `[Q]`: the number
+    of rows of each request; with a single row, its logits stay unchanged.
     """
     logits = logits.float()
     probability = logits.softmax(-1)

@@ -1,7 +1,7 @@
-"""Compiled steps: their parts are compiled once for all layers, and the whole is replayed from then on.
+"""Compiled steps: their parts are compiled once for all layers; whole steps are then recorded and replayed.
 
-Compiling the parts instead of whole steps makes the start short. Recording which parts ran on which memory makes a step
-as fast as one graph: on CUDA as a CUDA graph, on the CPU as a list of calls, without torch's checks before each.
+Compiling parts instead of whole steps keeps startup short. Recording which parts ran on which memory makes a step as
+fast as one graph: on CUDA as a CUDA graph, on the CPU as a list of calls, without torch's guards before each.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..usercode.errors import CompileError, is_data_dependent, line_of_user
 
 T = TypeVar("T")
-# What Inductor raises for operations that it has no code for, here or in a mask.
+# Raised by Inductor for operations that it cannot generate code for, in a step or in a mask.
 _BEYOND_IT = (OperatorIssue, SubgraphLoweringException, NotImplementedError)
 
 
 class _Call(NamedTuple):
-    """A call of compiled code while a step was recorded."""
+    """A call of compiled code in a recorded step."""
 
     function: Callable[..., Sequence[Tensor]]
     inputs: tuple[Tensor, ...]
@@ -40,16 +40,16 @@ class _Call(NamedTuple):
 
 
 class _Recording(threading.local):
-    """The step that a thread records: the compiled code that it called, and how many parts it ran."""
+    """A thread's recording of a step: its calls of compiled code, and the number of parts that it ran."""
 
     calls: list[_Call] | None = None
     parts = 0
 
 
 class Graphs:
-    """Compiles the parts of steps, each once for what it is named by, and replays steps.
+    """The compiled parts of steps, each compiled once per key, and the recording of whole steps for replay.
 
-    count: how many graphs torch has compiled for it. seconds: the time until each had run for the first time.
+    count: the number of graphs that torch has compiled. seconds: the time spent on compiling and on first runs.
     """
 
     def __init__(self) -> None:
@@ -59,9 +59,9 @@ class Graphs:
         self._recording = _Recording()
 
     def of(self, *key: Hashable) -> Callable[..., Any]:
-        """Return what runs a part of a step compiled for `key`: the shapes, and all that the code depends on.
+        """Return a function that runs a part of a step, compiled for `key`: shapes and all else the code depends on.
 
-        It raises CompileError, before anything has run, where torch can compile nothing or not this part.
+        It raises CompileError, before anything has run, if torch cannot compile at all, or not this part.
         """
 
         def run(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
@@ -76,7 +76,7 @@ class Graphs:
             except (BackendCompilerFailed, InductorError, Unsupported, UserError, OSError) as error:
                 raise CompileError(_why(error)) from error
             except NameError as error:
-                if not is_data_dependent(str(error)):  # code that torch made of a value that it does not know
+                if not is_data_dependent(str(error)):  # else torch's code names a value that it does not know
                     raise
                 raise CompileError(_why(error)) from error
             finally:
@@ -89,9 +89,9 @@ class Graphs:
     def record(self, step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
         """Run an already compiled step while recording it; return its result and a replay function.
 
-        All of its tensor operations must be compiled parts that ran before. A replay works on the same memory: what a
-        step takes from outside and what it leaves are tensors that stay. What it returns, made by its parts, is new
-        each time.
+        All of its tensor operations must be compiled parts that ran before. A replay works on the same memory: a step
+        must read its inputs from, and write its state to, tensors that persist. The tensors that it returns, outputs of
+        its parts, are new each time.
         """
         recording, calls = self._recording, list[_Call]()
         recording.calls, recording.parts = calls, 0
@@ -102,8 +102,8 @@ class Graphs:
         finally:
             recording.calls = None
         if len(calls) != recording.parts:
-            return result, step  # torch.compile is switched off, as TORCHDYNAMO_DISABLE=1 does
-        made: dict[int, tuple[int, int]] = {}  # tensors by identity: which output of which call
+            return result, step  # torch.compile is switched off, as by TORCHDYNAMO_DISABLE=1
+        made: dict[int, tuple[int, int]] = {}  # id of a tensor: (call, output) that made it
         plan = []
         for n, call in enumerate(calls):
             plan.append((call.function, [made.get(id(x), x) for x in call.inputs]))
@@ -125,8 +125,8 @@ class Graphs:
         return result, replay
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """torch keeps compiled code per code object, shared by all callers of a function and limited in number, beyond
-        which it runs uncompiled. A code object of its own keeps each part apart; fullgraph makes the limit an error."""
+        """Compile a copy of a function. torch caches compiled code per code object, up to a limit, beyond which it runs
+        uncompiled. A code object of its own keeps each part apart; fullgraph makes reaching the limit an error."""
         assert isinstance(function, types.FunctionType)
         own = types.FunctionType(
             function.__code__.replace(),
@@ -151,9 +151,9 @@ class Graphs:
 
 
 def compiles_for(device: torch.device) -> bool:
-    """Tell whether compiled steps are right: before torch 2.13, the reductions of booleans that it compiles for a CPU
-    write beyond their memory."""
-    return device.type != "cpu" or torch.__version__ >= "2.13"  # compares versions
+    """Return whether compiled steps are correct on a device: before torch 2.13, compiled reductions of booleans write
+    out of bounds on a CPU."""
+    return device.type != "cpu" or torch.__version__ >= "2.13"  # TorchVersion compares versions
 
 
 def _why(error: Exception) -> str:
@@ -170,10 +170,10 @@ def _why(error: Exception) -> str:
     elif "Python.h" in text:
         first, way = "Python's headers are missing", "install them (python3-dev)"
     elif is_data_dependent(text):
-        first += "" if isinstance(inner, NameError) else line_of_user(inner)  # whose line is torch's own code
+        first += "" if isinstance(inner, NameError) else line_of_user(inner)  # a NameError is in torch's own code
         way = "a mask, score function or edit depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or "
         way += "`nonzero`: use torch.where, or a table that is made before"
-        last = "or try it uncompiled"  # which serves shapes and edits; FlexAttention traces the others there, too
+        last = "or try it uncompiled"  # helps for shapes and edits; FlexAttention traces masks and scores there, too
     elif isinstance(inner, Unsupported | UserError):
         first, way = f"{first}{line_of_user(inner)}", "a mask, score function or edit uses what it cannot trace"
         last = "or try it uncompiled"
@@ -192,7 +192,7 @@ def _why(error: Exception) -> str:
 
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
     graph = torch.cuda.CUDAGraph()
-    # Other threads may allocate meanwhile: requests come from them.
+    # thread_local: other threads, which submit requests, may allocate memory meanwhile.
     with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step()
 
@@ -205,12 +205,12 @@ def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callabl
 
 
 def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Compile with Inductor, after a change to the masks and score functions that FlexAttention is given.
+    """Compile a graph with Inductor, after rewriting the indexing in FlexAttention's masks and score functions.
 
-    FlexAttention replaces the `[]` of a score function by one that has a backward, and that reads memory that is not
-    its own on CUDA (2.11: "illegal memory access"). Steps have no backward, so `[]` becomes the plain operator before
-    FlexAttention sees it. And one `[]` after another, `table[i][0]`, becomes a single one: torch 2.13's CPU kernel
-    loses the dimensions of what lies between ("index out of bounds").
+    FlexAttention replaces the `[]` of a score function by one that has a backward, which reads out of bounds on CUDA
+    (2.11: "illegal memory access"). Steps have no backward, so `[]` becomes the plain operator before FlexAttention
+    sees it. Chained indexing, `table[i][0]`, becomes a single operation: torch 2.13's CPU kernel loses the dimensions
+    of the intermediate result ("index out of bounds").
     """
     modules = [module for module in graph.modules() if isinstance(module, GraphModule)]
     calls = [
@@ -233,7 +233,7 @@ def inductor(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]
 def _index_plainly(node: Node) -> None:
     table, at = node.args
     if not isinstance(table, Node) or not isinstance(table.meta.get("example_value"), Tensor):
-        return  # not a tensor but what unbind() or max() returned
+        return  # a tuple, such as unbind() or max() return
     indices = list(at) if isinstance(at, tuple) else [at]
     if all(isinstance(i, Node | int) for i in indices):
         scalar, kind = torch.ops.aten.scalar_tensor, cast(dict[str, Any], {"dtype": torch.int64})
@@ -243,8 +243,8 @@ def _index_plainly(node: Node) -> None:
 
 
 def _index_at_once(node: Node) -> None:
-    """Make `table[i][j]` of `table[i, j]`, where i and j are single numbers. Nodes come in their order, so what lies in
-    between is done already."""
+    """Rewrite `table[i][j]` as `table[i, j]`, where i and j are single numbers. Nodes are visited in order, so the
+    inner one is rewritten already."""
     between, indices = cast(tuple[Node, list[Node]], node.args)
     if between.target is torch.ops.aten.index:
         table, first = cast(tuple[Node, list[Node]], between.args)

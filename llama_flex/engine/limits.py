@@ -1,5 +1,5 @@
-"""How many tokens a request may have: the context, the cache, `generation_config.json`, and what the caller asks
-for."""
+"""Limits on the tokens of a request, by the context, the cache, `generation_config.json`, and the caller's
+arguments."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from ..model import Llama
 from ..usercode.arguments import whole_number, whole_numbers
 from .fusion import Ensemble, Prompt
 
-DEFAULT_NEW_TOKENS = 256  # where neither the caller nor generation_config.json says how many
+DEFAULT_NEW_TOKENS = 256  # if neither the caller nor generation_config.json gives a number
 
 
 class RequestLimits:
-    """The limits of a model's requests."""
+    """The token limits of requests to a model."""
 
     def __init__(self, model: Llama) -> None:
         self.model = model
 
     @property
     def default_new_tokens(self) -> int:
-        """The number of new tokens where the caller does not say."""
+        """The number of new tokens if the caller gives none."""
         return self.model.generation_config.max_new_tokens or DEFAULT_NEW_TOKENS
 
     def check(
         self, requests: Sequence[Ensemble], max_new_tokens: int | None = None, cache: Cache | None = None
     ) -> list[int]:
-        """Return how many new tokens each request gets at most; raises the ValueErrors of `Engine.stream`."""
+        """Return the most new tokens that each request can get; raises the ValueErrors of `Engine.stream`."""
         if not requests:
             raise ValueError("no prompts given")
         if max_new_tokens is not None:
@@ -57,28 +57,28 @@ class RequestLimits:
         return limits
 
     def longest(self, max_new_tokens: int | None = None) -> float:
-        """Return how many tokens a text may have by the max_length of generation_config.json, which counts where
-        neither the caller nor that file says how many new ones there are; infinite otherwise."""
+        """Return the most tokens that a text may have by the max_length of generation_config.json, which applies only
+        if neither the caller nor that file sets the number of new tokens; else infinity."""
         config = self.model.generation_config
         if config.max_length is None or max_new_tokens is not None or config.max_new_tokens is not None:
             return math.inf
         return config.max_length
 
     def stop_ids(self, asked: Iterable[int] | None) -> frozenset[int]:
-        """Return the ids that end a text: those asked for, by default the model's."""
+        """Return the ids that end a text: the given ones, or the model's if None."""
         if asked is None:
             return frozenset(self.model.eos_token_ids)
         return frozenset(whole_numbers("stop_token_ids must be token ids, such as [2]", asked))
 
     def check_ids(self, what: str, ids: Sequence[int]) -> None:
-        """Raise ValueError for no ids, and for one that the model does not have."""
+        """Raise ValueError for an empty list, and for ids outside the model's vocabulary."""
         if not len(ids):
             raise ValueError(f"{what} is empty; give at least one token, such as the beginning-of-text id")
         if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise ValueError(f"{what} has a token id outside the vocabulary of {self.model.config.vocab_size}")
 
     def _room(self, number: int, prompt: Prompt, cache: Cache | None) -> tuple[float, int, str]:
-        """Return how many tokens fit after a prompt, how many are there then, and in what."""
+        """Return how many tokens fit after a prompt, how many are taken up to its end, and the name of the limit."""
         self.check_ids(f"prompt {number}", prompt.ids)
         if cache is not None and cache.window is not None:
             return math.inf, len(prompt.ids), "cache"

@@ -1,7 +1,7 @@
-"""Run the steps of many requests, in a few sizes, each always in the same memory, so that they can be replayed.
+"""Run the steps of many requests in a few sizes, each always in the same memory, so that they can be replayed.
 
-The host describes a step in a few tensors that it fills; the newest tokens stay on the device for the next step, so the
-host need not wait for them. Dimensions: R rows of a step, V vocabulary.
+The host describes a step by filling a few tensors; sampled tokens stay on the device for the next step, so the host
+need not wait for them. Dimensions: R rows of a step, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .request_masks import MaskRegistry, RowSpec
 from .step_runner import LastRun, StepRunner
 from .transfer import StagingBuffer, read_async, to_device_async
 
-WIDTH = 64  # tokens of a prompt in a row of a step, at most
+WIDTH = 64  # the most prompt tokens in a row of a step
 _ROW_MEAN = 32  # a step of N tokens has N // 32 rows: room for short prompts, whose rows are half empty
-# What the host says of each row of a step, to choose its next token; INTS as int64, REALS as float32.
+# The host's inputs for sampling the next token of each row of a step; _INTS as int64, _REALS as float32.
 _INTS = ("batch_slot", "id", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max")
 _REALS = ("temperature", "tail", "min_p", "repetition_penalty")
 
 
 class PendingOutput(NamedTuple):
-    """Tokens of a step that may not be there yet, and the row of each request."""
+    """The sampled tokens of a step, which may not be computed yet, and the row of each request."""
 
     read: Callable[[], list[list[float]]]
     rows: list[tuple[Request, int]]
 
 
 class PrefillChunk(NamedTuple):
-    """The tokens of a prompt that a row of a step computes: `length` from `start` on."""
+    """The prompt tokens that one row of a step computes: `length` of them, from `start` on."""
 
     request: Request
     sequence: TokenSequence
@@ -47,14 +47,14 @@ class PrefillChunk(NamedTuple):
 
 
 class ModelRunner:
-    """Runs steps of sequences that have batch slots, where their state stays from step to step."""
+    """The runner of steps over sequences with batch slots, which keep their sampling state from step to step."""
 
     def __init__(self, step_runner: StepRunner, cache: PagedCache, batch_slots: int, tokens: int, blocks: int) -> None:
-        """batch_slots: sequences at a time. tokens: of prompts in a step at most, a multiple of WIDTH. blocks: of slots
-        of a sequence at most."""
+        """batch_slots: the most sequences at a time. tokens: the most prompt tokens in a step, a multiple of WIDTH.
+        blocks: the most blocks of slots of a sequence."""
         self.step_runner, self.model, self.cache = step_runner, step_runner.model, cache
         self.batch_slots, self.blocks = batch_slots, blocks
-        # Compiled for each size that occurs. Up to 64 rows a step takes no longer: its products wait for the weights.
+        # Compiled for each size that occurs. Up to 64 rows take no longer: products are bound by reading weights.
         sizes = 1, 8, *(64 << i for i in range(batch_slots.bit_length()))
         self.decode_sizes = sorted({min(size, batch_slots) for size in sizes})
         self.prefill_sizes = sorted({min(WIDTH << i, tokens) for i in range(tokens.bit_length())})
@@ -77,13 +77,13 @@ class ModelRunner:
         self._generation = self.masks.generation
 
     def forget_recorded(self, keep: Iterable[AttentionPlan] = ()) -> None:
-        """Record steps anew, but those of the plans to keep: parameters or masks have been replaced."""
+        """Drop recorded steps, except those of the plans to keep, once parameters or masks have been replaced."""
         kept = set(keep)
         self._steps = {key: step for key, step in self._steps.items() if key[-1] in kept}
         self._recorded &= self._steps.keys()
 
     def assign_slot(self, request: Request, sequence: TokenSequence, done: int) -> None:
-        """Fill in a sequence's batch slot; its next token is the one after `done` new ones."""
+        """Initialise the batch slot of a sequence that has `done` new tokens already."""
         s = request.sampling
         slot, (id, position, segment) = sequence.batch_slot, sequence.tokens[:, -1].tolist()
         row = {
@@ -108,12 +108,12 @@ class ModelRunner:
             self._seen[slot, to_device_async(ids, self.model.device)] = True
 
     def prefill(self, chunks: Sequence[PrefillChunk], running: Iterable[Request]) -> list[PendingOutput]:
-        """Enqueue chunks of prompts, and the next token of each prompt that ends there; it is chosen with all the
-        filters of what runs, so that few graphs are compiled."""
+        """Enqueue prefill chunks, and the next token of each prompt that ends in one, sampled with the filters of all
+        running requests, so that few graphs are compiled."""
         count = sum(chunk.length for chunk in chunks)
         size = next(s for s in self.prefill_sizes if s >= count and s // _ROW_MEAN >= len(chunks))
         buffer, host = self._fill(size, WIDTH)
-        # Spread: a CPU's threads get rows side by side, and should all have something to do.
+        # Spread the chunks: a CPU's threads get adjacent rows, and all of them should have work.
         at = {n * (size // _ROW_MEAN) // len(chunks): chunk for n, chunk in enumerate(chunks)}
         for row, (_, sequence, start, length) in at.items():
             host["rows"][:, row] = start, sequence.num_computed_tokens, length
@@ -130,7 +130,7 @@ class ModelRunner:
         return [PendingOutput(read_async(self._results[WIDTH]), scheduled)] if scheduled else []
 
     def decode(self, requests: Sequence[Request]) -> PendingOutput:
-        """Enqueue a token of each request."""
+        """Enqueue a decode step: one token for each request."""
         rows = dict(enumerate((request, sequence) for request in requests for sequence in request.sequences))
         size = next(s for s in self.decode_sizes if s >= len(rows))
         buffer, host = self._fill(size, 1)
@@ -154,7 +154,7 @@ class ModelRunner:
         host["ints"][_INTS.index("leader")] = np.arange(rows)
 
     def _fill(self, size: int, width: int) -> tuple[StagingBuffer, dict[str, np.ndarray]]:
-        """Return the buffer of a step of `size` tokens in rows of `width`, and its arrays, set to padding."""
+        """Return the buffer of a step of `size` tokens in rows of `width`, and its host arrays, filled with padding."""
         if (size, width) not in self._buffers:
             rows = size if width == 1 else size // _ROW_MEAN
             shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -172,7 +172,7 @@ class ModelRunner:
         host["page_table"].fill(self.cache.block_manager.count)
         host["rows"].fill(0)
         if width > 1:
-            host["tokens"].fill(0)  # a mask may look padding up in a table that has no entry for what was there before
+            host["tokens"].fill(0)  # a mask may index a table by padding; stale values may be out of its range
         return buffer, host
 
     def _run(
@@ -185,7 +185,7 @@ class ModelRunner:
         scheduled: list[tuple[Request, int]],
         kinds: tuple[bool, ...],
     ) -> None:
-        """Enqueue a step. scheduled: which requests get a token, and in which row."""
+        """Enqueue a step. scheduled: the requests that get a token, and the row of each."""
         for row, (_, sequence) in rows.items():
             host["page_table"][row, : len(sequence.pages)] = sequence.pages
         plan = self.masks.plan(
@@ -197,11 +197,11 @@ class ModelRunner:
         buffer.send()
         start, end, count = buffer.on_device["rows"].unbind(0)
         page_table = buffer.on_device["page_table"]
-        if not self.step_runner.compile:  # then shapes may differ, and pages that no row has are left out
+        if not self.step_runner.compile:  # eager shapes may vary: drop columns that no row uses
             page_table = page_table[:, : max(len(sequence.pages) for _, sequence in rows.values())]
         cache = PagedCacheView(self.cache, page_table, start, end, buffer.on_device.get("token_indices"))
         self.step_runner.last = LastRun(plan, lambda: cache.tokens)
-        key = size, width, kinds, plan  # forget_recorded reads the last
+        key = size, width, kinds, plan  # forget_recorded reads the plan as the last
         if key not in self._steps:
             step = self._step(width, buffer.on_device, plan, cache, count, kinds)
             step()
@@ -233,7 +233,7 @@ class ModelRunner:
         count: Tensor,
         kinds: tuple[bool, ...],
     ) -> Callable[[], None]:
-        """Return what computes a step, from the tensors given and always in the same memory."""
+        """Return a function that computes a step from the tensors given, always in the same memory."""
         rows = len(count)
         ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
         reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
@@ -254,7 +254,7 @@ class ModelRunner:
 
 
 def _kinds(requests: Iterable[Request]) -> tuple[bool, ...]:
-    """Tell what any of them needs: temperature, top_k or top_p, min_p, repetition_penalty, several rows."""
+    """Return whether any request needs: temperature, top_k or top_p, min_p, repetition_penalty, several rows."""
     each = [
         (
             r.sampling.temperature > 0,
@@ -269,10 +269,10 @@ def _kinds(requests: Iterable[Request]) -> tuple[bool, ...]:
 
 
 class _State(NamedTuple):
-    """The tensors that choosing tokens reads and changes: of rows `[R]`, in the order of _INTS and _REALS; of slots."""
+    """The tensors that sampling reads and updates: `[R]`, in the order of _INTS and _REALS, unless noted."""
 
     batch_slot: Tensor
-    id: Tensor  # -1: the one chosen in the step before
+    id: Tensor  # -1: the token sampled in the step before
     position: Tensor
     segment: Tensor
     done: Tensor
@@ -285,20 +285,20 @@ class _State(NamedTuple):
     tail: Tensor
     min_p: Tensor
     repetition_penalty: Tensor
-    last: Tensor | None  # where each row's last token is among those computed, if they are packed
+    last: Tensor | None  # where each row's last token is among the packed ones; None if not packed
     newest: Tensor  # [batch slots]
     seen: Tensor | None  # [batch slots, V]
     result: Tensor  # [3, R], float64: tokens, their log-probabilities, and whether all logits were finite
 
 
 def _feed(s: _State) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ids, positions and segments to go on with, each `[R, 1]`."""
+    """Return the ids, positions and segments that a decode step feeds, each `[R, 1]`."""
     ids = torch.where(s.id < 0, s.newest[s.batch_slot], s.id)
     return ids[:, None], s.position[:, None].to(torch.int32), s.segment[:, None].to(torch.int32)
 
 
 def _choose(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None:
-    """Choose the next token of each row from the last layer's output, `[R, 1, E]` or packed."""
+    """Sample the next token of each row from the last layer's output, `[R, 1, E]` or packed."""
     random, cut, least, penalty, several = kinds
     parameters = SamplingTensors(
         s.temperature if random else None,

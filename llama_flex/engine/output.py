@@ -1,4 +1,4 @@
-"""What an engine returns: steps of tokens and text, completions, and the error of a model without usable logits."""
+"""The results of an engine: steps of tokens and text, completions, and the error for logits that are not finite."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..tokenizer import Tokenizer
 
 
 class NonFiniteLogitsError(ValueError):
-    """The model's own logits have a NaN or an infinity, from which no token can be chosen.
+    """A NaN or an infinity in the model's own logits, from which no token can be sampled.
 
-    where: the number of each prompt that this happened to, and of the new token, from 1. completions: what
-    `Engine.generate` has of all prompts.
+    where: the number of each affected prompt, and the number of the new token, from 1. completions: those of all
+    prompts so far, from `Engine.generate`.
     """
 
     completions: Sequence[Completion] = ()
@@ -29,7 +29,7 @@ class NonFiniteLogitsError(ValueError):
         self.where = list(where)
 
     def with_completions(self, completions: Sequence[Completion]) -> NonFiniteLogitsError:
-        """Return this error with what was generated of all prompts; those that it names have ended in an error."""
+        """Attach the completions of all prompts and return this error; the prompts that it names end with "error"."""
         for prompt, _ in self.where:
             completions[prompt].finish_reason = "error"
         self.completions = completions
@@ -38,7 +38,7 @@ class NonFiniteLogitsError(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """One new token for one prompt: the prompt's number, its id, its log-probability, and the text now certain.
+    """One new token of one prompt: the prompt's number, the token's id and log-probability, and the text now final.
 
     text is None for an engine without a tokenizer. finish_reason is None until the prompt's last step: "stop" (a stop
     token or string) or "length".
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass
 class Completion:
-    """All that was generated for one prompt: ids (a stop token included), log-probabilities, and the text.
+    """Everything generated for one prompt: ids (a stop token included), log-probabilities, and the text.
 
     text is None for an engine without a tokenizer.
     """
@@ -69,7 +69,7 @@ class Completion:
         return cls(text=None if tokenizer is None else "")
 
     def add(self, step: Step) -> None:
-        """Append one step of this row."""
+        """Append one step of this prompt."""
         self.tokens.append(step.token)
         self.logprobs.append(step.logprob)
         self.text = None if step.text is None else (self.text or "") + step.text
@@ -77,7 +77,7 @@ class Completion:
 
 
 class OutputProcessor:
-    """Turn the tokens of one prompt into steps: whole characters only, text that ends before a stop string."""
+    """The conversion of one prompt's tokens into steps: whole characters only, text that ends before a stop string."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class OutputProcessor:
         stop_ids: Iterable[int],
         limit: int,
     ) -> None:
-        """prompt: the ids that the text goes on from. limit: the most tokens.
+        """prompt: the ids that the text continues. limit: the most new tokens.
 
         Raises ValueError for stop strings without a tokenizer.
         """
@@ -103,14 +103,14 @@ class OutputProcessor:
         return Completion.empty(self._tokenizer)
 
     def rewind(self, steps: Sequence[Step]) -> None:
-        """Go back to where these steps, and no others, had been made."""
+        """Reset to the state after the given steps."""
         self.count = 0
         self._text = None if self._tokenizer is None else _Text(self._tokenizer, self._prompt, self._stop)
         for step in steps:
             self.put(step.token, step.logprob)
 
     def put(self, token: int, logprob: float) -> Step:
-        """Return the step of one more token."""
+        """Add a token and return its step."""
         self.count += 1
         is_stop_id, is_last = token in self.stop_ids, self.count == self.limit
         text, stopped = None, False
@@ -124,24 +124,24 @@ class OutputProcessor:
 class _Text:
     """The text of one prompt's new tokens, without special tokens; it ends before a stop string, which may hold some.
 
-    A model may have more ids than its tokenizer, where the vocabulary was padded; those have no text.
+    A model may have more ids than its tokenizer, if the vocabulary was padded; those have no text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer, self._stops = tokenizer, StopStrings(stop)
         context = [id for id in prompt if id in tokenizer]
         self._visible = tokenizer.stream(context)
-        # Stop strings are looked for in the text with special tokens, as transformers does.
+        # Stop strings are searched for in the text with special tokens, as in transformers.
         self._all = tokenizer.stream(context, skip_special_tokens=False) if stop else None
-        # How long the text with special tokens and the visible text are after each token, and how much of them is
-        # searched and given. Before the tokens whose text is held back, the lengths stand alone.
+        # Lengths of the text with special tokens and of the visible text, after each token whose text is held back and
+        # before all of those; the first text's length, how much of it was searched, how much visible text was given.
         self._lengths, self._before = list[tuple[int, int]](), (0, 0)
         self._all_length = self._searched = self._given = 0
-        self._ready = ""  # visible text that may not be given yet
+        self._ready = ""  # visible text that is held back
 
     def put(self, token: int, *, silent: bool = False) -> tuple[str, bool]:
-        """Return the text that is certain with one more token, and whether a stop string was found. silent: the token
-        has no text itself, but may complete a stop string."""
+        """Add a token; return the text that is now final, and whether a stop string was found. silent: the token has
+        no visible text, but may complete a stop string."""
         if token not in self._tokenizer:
             return "", False
         text = "" if silent else self._visible.put(token)
@@ -160,12 +160,12 @@ class _Text:
         return self._give(), stopped
 
     def rest(self) -> str:
-        """Return the text that was held back, once no more tokens come."""
+        """Return the text still held back, after the last token."""
         return self._ready + self._visible.flush()
 
     def _give(self) -> str:
-        """Return the visible text up to where was searched. Of a token amid whose text that is, both texts end alike:
-        what they may have beside, such as white space or what was held back, comes before."""
+        """Return the visible text up to the point searched for stop strings. If that is within a token's text, both
+        texts are aligned at its end: differences, such as white space or held-back text, come before."""
         done = max((n for n, (length, _) in enumerate(self._lengths) if length <= self._searched), default=-1)
         if done >= 0:
             self._before = self._lengths[done]

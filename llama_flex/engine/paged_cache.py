@@ -1,7 +1,7 @@
-"""A paged cache: the keys and values of many sequences in one pool, a block of slots at a time.
+"""A paged KV cache: the keys and values of many sequences in one pool, allocated a block of slots at a time.
 
-To masks and score functions a row's slots are numbered from 0, as in any cache; only where a block of them lies in
-memory is looked up. So whatever holds for a cache holds for a paged one.
+Masks and score functions see a row's slots numbered from 0, as in any cache; a page table says where each block lies in
+memory. So whatever holds for a contiguous cache holds for a paged one.
 Dimensions: B rows, T new tokens, K key/value heads, S slots of a row, Sb blocks of them, P pages, D head dim.
 """
 
@@ -23,13 +23,13 @@ from .transfer import to_device_async
 class PagedCache:
     """Keys, values and attributes of all sequences: pages of 128 slots, and a last page that takes padding.
 
-    block_manager: which pages are taken. layers: keys and values `[1, K, P * 128, D]` of each layer, the last page
+    block_manager: the allocator of pages. layers: keys and values `[1, K, P * 128, D]` of each layer, the last page
     included.
     """
 
     def __init__(self, dims: Dimensions, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate. Memory: `page_bytes` for each page and one more. Raises ValueError for a pool whose keys are more
-        than 2**31 numbers in a layer, which FlexAttention cannot address."""
+        """Allocate the pool. Memory: `page_bytes` for each page and one more. Raises ValueError if a layer's keys are
+        more than 2**31 numbers, which FlexAttention cannot address."""
         slots = (pages + 1) * BLOCK
         shape = (1, dims.num_kv_heads, slots, dims.head_dim)
         if pages > (most := self.most_pages(dims)):
@@ -44,7 +44,7 @@ class PagedCache:
         self.block_manager = BlockManager(pages)
 
     def copy(self, pages: Sequence[tuple[int, int, int]]) -> None:
-        """Copy some pages to others, `(from, to, tokens)` each, and clear the rest, without waiting."""
+        """Copy pages, `(from, to, tokens)` each, and zero the slots after those tokens, without synchronising."""
         source, target, count = to_device_async(torch.tensor(pages), self.position.device).unbind(1)
         rest = torch.arange(BLOCK, device=self.position.device) >= count[:, None]
         for blocks in self._blocks():
@@ -54,32 +54,32 @@ class PagedCache:
             blocks[target] = blocks[source]
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Clear pages, without waiting: a masked slot still takes part in products, and 0 * NaN is NaN."""
+        """Zero pages, without synchronising: a masked slot still takes part in products, and 0 * NaN is NaN."""
         at = to_device_async(torch.tensor(pages), self.position.device)
         for blocks in self._blocks():
             blocks.index_fill_(1, at, 0)
 
     def _blocks(self) -> Iterator[Tensor]:
-        """Iterate over the keys and values of each layer by pages, `[K, P, 128, D]`."""
+        """Yield the keys and the values of each layer, split into pages: `[K, P, 128, D]`."""
         for held in itertools.chain.from_iterable(self.layers):
             yield held[0].unflatten(1, (-1, BLOCK))
 
     @staticmethod
     def page_bytes(dims: Dimensions, dtype: torch.dtype) -> int:
-        """Return the bytes of a page in all layers."""
+        """Return the size of a page in bytes, over all layers."""
         return BLOCK * (dims.kv_numbers_per_token * dtype.itemsize + 2 * torch.int32.itemsize)
 
     @staticmethod
     def most_pages(dims: Dimensions) -> int:
-        """Return the number of pages up to which offsets within a layer's keys are numbers of 32 bits."""
+        """Return the most pages for which offsets into a layer's keys fit in 32 bits."""
         return (2**31 - 1) // (dims.num_kv_heads * dims.head_dim * BLOCK) - 1
 
 
 class PagedCacheView:
-    """A paged cache as a step sees it: a row each for some sequences, in the form of `cache.SlotCache`.
+    """A paged cache as a step sees it: a row for each scheduled chunk of tokens, in the form of `layout.SlotCache`.
 
-    In a row, slots are in the order of arrival. Several rows may be of one sequence, and append to it one after the
-    other in a single step: keys are stored before anything attends to them.
+    A row's slots are in order of arrival. Several rows may belong to one sequence, and append to it one after the other
+    in a single step: keys are stored before anything attends to them.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class PagedCacheView:
         slots = slots.expand(len(self._page_table), -1)
         at = slot_mapping(self._page_table, slots)
         index = torch.where(slots < self._end[:, None], slots, -1)
-        # What was there before, or in padding, is more than a table may have that a mask looks it up in.
+        # Stale values, or those of padding, may be out of range for a table that a mask indexes by them.
         return Tokens(index, *(torch.where(index < 0, 0, x[at]) for x in (self._cache.position, self._cache.segment)))
 
     def append(self, tokens: Tokens) -> Tensor:
-        """Record new tokens' attributes and return where they lie in the pool, `[B, T]`; padding goes to the last
+        """Store new tokens' attributes and return where they lie in the pool, `[B, T]`; padding goes to the last
         page."""
         column = torch.arange(tokens.index.shape[1], device=tokens.index.device)
         at = slot_mapping(self._page_table, tokens.index.clamp(min=0))

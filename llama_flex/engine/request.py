@@ -1,4 +1,4 @@
-"""A request under way: its prompt and parameters, the steps it has given, and its sequences of tokens."""
+"""A submitted request: its prompt and parameters, its steps so far, and its token sequences."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class TokenSequence:
     """One sequence of a request: a prompt and the tokens generated after it."""
 
     def __init__(self, prompt: Prompt, tokens: np.ndarray, key: Hashable) -> None:
-        """tokens: ids, positions and segments so far, `[3, N]`. key: what else its keys and values depend on; None if
-        they are not to be shared."""
+        """tokens: ids, positions and segments so far, `[3, N]`. key: all else that its keys and values depend on; None
+        if they must not be shared."""
         self.prompt, self.tokens, self.key = prompt, tokens, key
         self.pages: list[int] = []
-        self.num_computed_tokens = 0  # whose keys and values are in pages
-        # How many tokens prefill steps compute; one less than all if the last is fed in a decoding step.
+        self.num_computed_tokens = 0  # tokens whose keys and values are in pages
+        # The number of tokens that prefill computes: all, or all but the last if a decode step feeds that.
         self.prefill_target = tokens.shape[1]
         self.batch_slot = -1
-        self._prefix_hashes: list[bytes] = []  # of what is before each page, as far as it was needed
+        self._prefix_hashes: list[bytes] = []  # of the tokens before each page, made on demand
 
     @property
     def num_tokens(self) -> int:
@@ -40,11 +40,11 @@ class TokenSequence:
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether its next token is computed in a decoding step."""
+        """Whether prefill is done, so that its next token comes from a decode step."""
         return self.num_computed_tokens >= self.prefill_target
 
     def prefix_hash(self, page: int) -> bytes:
-        """Return a hash of all tokens before a page, in their order, and of `key`."""
+        """Return a hash of `key` and of all tokens before a page, in order."""
         hashes = self._prefix_hashes
         if not hashes:
             hashes.append(repr(self.key).encode())
@@ -54,12 +54,12 @@ class TokenSequence:
         return hashes[page]
 
     def block(self, page: int, end: int | None = None) -> np.ndarray:
-        """Return the tokens of a page, as far as there are any, or up to token `end`."""
+        """Return the tokens of a page, `[3, N]`, up to token `end` (default: the last token so far)."""
         return self.tokens[:, page * BLOCK : min((page + 1) * BLOCK, end or self.tokens.shape[1])]
 
 
 class RequestOwner(Protocol):
-    """The object that computes requests, as a request sees it."""
+    """The interface that a request uses of the scheduler that computes it."""
 
     def cancel(self, request: Request) -> None: ...
     async def advance(self) -> None: ...
@@ -67,11 +67,11 @@ class RequestOwner(Protocol):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt under way, and what it has given so far; what `Engine.submit` returns.
+    """A submitted prompt and its output so far, as returned by `Engine.submit`.
 
-    steps: every token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error", or None
-    while it waits or runs. error: what its callback raised, or a NonFiniteLogitsError. `async for step in request`
-    gives steps as they come.
+    steps: one per token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error", or None
+    while it waits or runs. error: the exception that its callback raised, or a NonFiniteLogitsError. `async for step in
+    request` yields steps as they come.
     """
 
     number: int
@@ -86,17 +86,15 @@ class Request:
     spec: AttentionSpec = field(kw_only=True, repr=False)
     owner: RequestOwner = field(kw_only=True, repr=False)
     sequences: list[TokenSequence] = field(default_factory=list, repr=False)
-    num_scheduled: int = field(
-        default=0, repr=False
-    )  # new tokens whose steps were enqueued; the last may not be read yet
-    num_delivered: int = field(default=0, repr=False)  # steps that have had their effect: end and callback
+    num_scheduled: int = field(default=0, repr=False)  # new tokens enqueued; the last may not be read yet
+    num_delivered: int = field(default=0, repr=False)  # steps whose finish_reason and callback were handled
     spec_number: int = field(default=0, repr=False)
-    shared: bool = field(default=False, repr=False)  # whether some of it was taken from pages that others computed
-    isolated: bool = field(default=False, repr=False)  # whether it takes nothing from others
+    shared: bool = field(default=False, repr=False)  # whether it uses pages that other requests computed
+    isolated: bool = field(default=False, repr=False)  # whether it must not use such pages
 
     @property
     def completion(self) -> Completion:
-        """All steps so far, in one."""
+        """All steps so far as one completion."""
         whole = self.output_processor.empty_completion()
         for step in self.steps:
             whole.add(step)
@@ -105,14 +103,14 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no more steps will come."""
         return self.finish_reason is not None
 
     def __lt__(self, other: Request) -> bool:
         return (-self.priority, self.number) < (-other.priority, other.number)
 
     async def __aiter__(self) -> AsyncIterator[Step]:
-        """Iterate over the steps as they come; the engine runs meanwhile, in a thread. Cancels the request if left
+        """Yield the steps as they come, while the engine runs in a thread. Cancels the request if the loop is left
         early."""
         try:
             for n in itertools.count():
@@ -128,7 +126,7 @@ class Request:
 
 
 def longest_of(prompts: Sequence[Prompt], limits: Sequence[int]) -> Tokens:
-    """Return the attributes `[B, T]` of prompts with as many new tokens as each may get."""
+    """Return the attributes `[B, T]` of prompts, each followed by as many new tokens as it may get."""
     sequences = [tokens_of(prompt, [0] * limit) for prompt, limit in zip(prompts, limits, strict=True)]
     padded = np.zeros((3, len(sequences), max(sequence.shape[1] for sequence in sequences)), np.int32)
     padded[0] = -1
@@ -139,7 +137,7 @@ def longest_of(prompts: Sequence[Prompt], limits: Sequence[int]) -> Tokens:
 
 
 def tokens_of(prompt: Prompt, new: Sequence[int]) -> np.ndarray:
-    """Return ids, positions and segments, `[3, N]`, of a prompt and of what was generated after it."""
+    """Return ids, positions and segments, `[3, N]`, of a prompt and the tokens `new` generated after it."""
     after = prompt.generated_position or 0
     return np.array(
         [

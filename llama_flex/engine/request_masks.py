@@ -1,4 +1,4 @@
-"""Combine the masks and score functions of requests in one step: every row has those of its request.
+"""Combine the masks and score functions of several requests in one step: each row uses those of its request.
 
 Dimensions: R rows of a step.
 """
@@ -20,22 +20,22 @@ from ..tokens import Token, take
 from .decoding import WEIGHTS
 from .transfer import StagingBuffer
 
-MAX_SPECS = 8  # that may run at a time: every one is evaluated for every row
+MAX_SPECS = 8  # specs that may run at a time: each is evaluated for every row
 
 
 class AttentionSpec(NamedTuple):
     """The masks and score functions of a request. key: equal for requests that attend alike."""
 
     key: Hashable
-    # The mask and score function of the request, if it has any: the key holds addresses of their tensors, so they must
-    # stay.
+    # The mask and score function of the request, if it has any. The key holds the ids of their tensors, so they must be
+    # kept alive.
     given: tuple[Any, Any] | None
     plan: AttentionPlan
-    shares: bool  # pages with others: nothing but the tokens decides what they hold
+    shares: bool  # pages with other requests: their content depends on the tokens alone
 
 
 class RowSpec(NamedTuple):
-    """Of a row of a step: the number of its spec, its place among the rows of its request, and its log-weights."""
+    """The spec of a row of a step, by its number, the row's place among those of its request, and its log-weights."""
 
     number: int
     member: int
@@ -43,9 +43,9 @@ class RowSpec(NamedTuple):
 
 
 class MaskRegistry:
-    """The specs that may run now, each with a number, and plans in which every row has its own.
+    """The specs that may run now, by number, and the plans that give each row its own spec.
 
-    generation: changes when plans that were given out are not used any more.
+    generation: changes when plans that were returned before are no longer used.
     """
 
     def __init__(self, model: Llama, rows: int) -> None:
@@ -66,7 +66,7 @@ class MaskRegistry:
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
         fused: bool,
     ) -> AttentionSpec:
-        """Return the spec of a request. Raises ValueError for what is no mask or score function."""
+        """Return the spec of a request. Raises ValueError for anything but a mask or score function."""
         if mask is None and score_mod is None:
             return self._default[fused]
         default = library.fused() & self.model.default_mask if fused else None
@@ -75,7 +75,7 @@ class MaskRegistry:
         return AttentionSpec((fused, _identity(mask), _identity(score_mod)), (mask, score_mod), plan, False)
 
     def number_of(self, spec: AttentionSpec, running: set[int]) -> int | None:
-        """Return the number of a spec, which may take that of one that is not running; None if all are."""
+        """Return the number of a spec, replacing one that is not running if need be; None if all are running."""
         for number, known in enumerate(self.specs):
             if known.key == spec.key:
                 return number
@@ -90,7 +90,7 @@ class MaskRegistry:
         return self.specs.index(spec)
 
     def is_full(self) -> bool:
-        """Tell whether a new spec takes the number of another."""
+        """Return whether a new spec would replace another."""
         return len(self.specs) == MAX_SPECS
 
     def _forget(self) -> None:
@@ -103,7 +103,7 @@ class MaskRegistry:
         return StagingBuffer(self.model.device, shapes)
 
     def plan(self, rows: Mapping[int, RowSpec]) -> AttentionPlan:
-        """Plan how each layer attends in the next step, of these rows by where they are in it."""
+        """Return the attention plan of the next step. rows: the specs of its rows, by row number."""
         numbers = sorted({row.number for row in rows.values()})
         weights = max(len(row.log_weights) for row in rows.values())
         if len(numbers) == 1 and self.specs[numbers[0]].shares and not weights:
@@ -118,7 +118,7 @@ class MaskRegistry:
             filled["number"][n], filled["member"][n] = row.number, row.member
             filled["weights"][n, : len(row.log_weights)] = row.log_weights
         self._of_row.send()
-        numbers = numbers if len(numbers) == 1 else list(range(len(self.specs)))  # few graphs: one, or all
+        numbers = numbers if len(numbers) == 1 else list(range(len(self.specs)))  # one or all: few graphs
         key = *numbers, weights > 0
         if key not in self._combined:
             self._combined[key] = self._combine(numbers, weights > 0)
@@ -141,9 +141,9 @@ class MaskRegistry:
 
 
 class _RequestToken:
-    """A token as a mask of one request sees it, whose `batch` counts the rows of that request alone.
+    """A token as the mask of one request sees it: `batch` counts the rows of that request only.
 
-    In rows of other requests all attributes are 0: the mask's tables may have no more entries.
+    In rows of other requests all attributes are 0, as the mask's tables may have no entries for theirs.
     """
 
     def __init__(self, token: Token, member: Tensor, mine: Tensor) -> None:
@@ -153,7 +153,7 @@ class _RequestToken:
 
 
 def _mask_of_each(numbers: list[int], each: list[Mask], number_of: Tensor, member: Tensor) -> Mask:
-    """Make a mask that is, in each row, the one whose number the row has."""
+    """Return a mask that applies, in each row, the mask with that row's number."""
 
     def predicate(q: Token, kv: Token) -> Tensor:
         number, allowed = take(number_of, q.batch), torch.zeros_like(kv.index, dtype=torch.bool)
@@ -169,7 +169,7 @@ def _mask_of_each(numbers: list[int], each: list[Mask], number_of: Tensor, membe
 def _score_of_each(
     numbers: list[int], each: list[ScoreMod | None], number_of: Tensor, member: Tensor
 ) -> ScoreMod | None:
-    """Make a score function that is, in each row, the one whose number the row has; None if there is none."""
+    """Return a score function that applies, in each row, the one with that row's number; None if there is none."""
     if not any(each):
         return None
 

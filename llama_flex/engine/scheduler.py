@@ -1,7 +1,7 @@
-"""Continuous batching: requests come and go while others run, over one pool of pages.
+"""Continuous batching: requests join and leave while others run, over one pool of pages.
 
-Every step computes a chunk of prompts, which may be of different requests, with the first new token of each that ends
-there, and then one token for each request that was under way. Tokens are read while the next step runs.
+Every step prefills chunks of prompts, which may be of different requests, with the first new token of each that ends
+there, and then decodes one token for each running request. On CUDA, tokens are read while the next step runs.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from .request_masks import AttentionSpec
 from .step_runner import StepRunner
 
 BATCH_SIZE = {"cpu": 8, "cuda": 256}
-PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # of a step; a GPU needs many to be busy
+PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # per step; a GPU needs many to be busy
 _WORTH_COPYING = 16  # tokens; computing fewer takes no longer than copying their page
 
 
 class Scheduler:
-    """Runs the requests of an engine, many at a time; see `Engine.submit`.
+    """The scheduler of an engine's requests, which runs many at a time; see `Engine.submit`.
 
-    What a request gets does not depend on what else runs.
+    The tokens that a request gets do not depend on what else runs.
     """
 
-    @torch.inference_mode(False)  # what is made here and for a request is used later, wherever that is
+    @torch.inference_mode(False)  # tensors made here must be usable outside of inference mode
     def __init__(
         self,
         step_runner: StepRunner,
@@ -82,33 +82,33 @@ class Scheduler:
         self._inbox: deque[Request] = deque()  # from any thread
         self._waiting: list[Request] = []
         self._new_pages: list[int] = []  # taken in this step
-        self._copies: list[tuple[int, int, int]] = []  # from page to page so many tokens, in this step
-        self._preempted: list[Request] = []  # in this step; they wait once it is done
+        self._copies: list[tuple[int, int, int]] = []  # (from page, to page, tokens), in this step
+        self._preempted: list[Request] = []  # in this step; they wait again at its end
         self._running: list[Request] = []
-        self._ended: dict[Request, None] = {}  # and not returned yet; from any thread
+        self._ended: dict[Request, None] = {}  # but not returned yet; from any thread
         self._pending: list[PendingOutput] = []
-        self.prompt_tokens = self.new_tokens = 0  # computed so far, and given so far
+        self.prompt_tokens = self.new_tokens = 0  # computed so far, and generated so far
         self._numbers = itertools.count()
         self._advancing: asyncio.Task[object] | None = None
-        self._step_lock, self._stepping = threading.RLock(), threading.Lock()  # of a thread that steps; and its step
-        self._interrupted = False  # the step before
+        self._step_lock, self._stepping = threading.RLock(), threading.Lock()  # one thread at a time; held in a step
+        self._interrupted = False  # the last step was
 
         self._free_slots = list(range(max_batch_size))[::-1]
         self._weights: list[tuple[int, int]] = []
-        self._version = 0  # of the weights: what was computed with others is not shared
+        self._version = 0  # of the weights: pages computed with others are not shared
         self._allocate(pages)
 
     def _allocate(self, pages: int) -> None:
-        """Allocate memory, for the model's dtype on its device."""
+        """Allocate the cache and the runner, in the model's dtype on its device."""
         dtype, device = self.model.dtype, self.model.device
         self.cache = PagedCache(self.model.dims, pages, dtype=dtype, device=device)
         self.runner = ModelRunner(self.step_runner, self.cache, self.max_batch_size, self.prefill_tokens, self.blocks)
         self.masks = self.runner.masks
-        self._ahead = device.type == "cuda"  # a step is read while the next one runs
+        self._ahead = device.type == "cuda"  # a step's tokens are read while the next one runs
         self._made_for = dtype, device
 
     def _follow_model(self) -> None:
-        """Begin anew what is under way, if the model was given another dtype or device."""
+        """Reallocate and restart all requests if the model's dtype or device has changed."""
         if self._made_for == (self.model.dtype, self.model.device):
             return
         with self._step_lock:
@@ -119,28 +119,28 @@ class Scheduler:
                 request.spec = self._spec_of(request.ensemble, *(request.spec.given or (None, None)))
 
     def _spec_of(self, ensemble: Ensemble, mask: Any, score_mod: Any) -> AttentionSpec:
-        """Return how a request attends; raises ValueError."""
+        """Return the attention spec of a request; raises ValueError as `MaskRegistry.spec` does."""
         fused = any(p.generated_segment == GENERATED for p in ensemble.prompts)
         return self.masks.spec(mask, score_mod, fused)
 
     @property
     def block_manager(self) -> BlockManager:
-        """The users and the content of each page."""
+        """The allocator of the cache's pages."""
         return self.cache.block_manager
 
     @property
     def waiting(self) -> list[Request]:
-        """Requests that wait for their turn, the next one first."""
+        """The waiting requests, the next one first."""
         return sorted(r for r in (*self._inbox.copy(), *self._waiting) if not r.finished)
 
     @property
     def running(self) -> list[Request]:
-        """Requests whose tokens are being computed, the oldest first."""
+        """The running requests, by priority, then the oldest first."""
         return sorted(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """The number of waiting requests; cancelled ones leave when it is their turn."""
+        """The number of waiting requests; cancelled ones count until their turn comes."""
         return len(self._inbox) + len(self._waiting)
 
     @property
@@ -177,7 +177,7 @@ class Scheduler:
         if len(ensemble.prompts) > self.max_batch_size:
             raise ValueError(f"{len(ensemble.prompts)} prompts in one request; max_batch_size is {self.max_batch_size}")
         lengths = [len(p.ids) for p in ensemble.prompts]
-        if max_new_tokens is None:  # as many as fit, if all have the same room
+        if max_new_tokens is None:  # as many as fit, with equal room for each prompt
             room = min(self.max_length, self.block_manager.count // len(lengths) * BLOCK)
             limit = max(1, min(limit, room - max(lengths)))
         pages = sum(-(-(length + limit) // BLOCK) for length in lengths)
@@ -214,18 +214,18 @@ class Scheduler:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request, at once or, from another thread, after the step that runs; what it has given stays."""
+        """End a request, keeping its steps so far: at once or, from another thread, after the running step."""
         if request.owner is not self:
             raise ValueError(f"request {request.number} is of another engine; cancel it there")
         if not request.finished:
             self._end(request, "cancelled")
 
     def _end(self, request: Request, reason: str) -> None:
-        self._ended.setdefault(request)  # first: an interrupt between the two must not leave it unsaid
+        self._ended.setdefault(request)  # first: an interrupt between the two must not lose it
         request.finish_reason = reason
 
     async def advance(self) -> None:
-        """Wait for a step, which one of all that wait starts."""
+        """Wait for the next step, which the first waiter starts in a thread."""
         task = self._advancing
         if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
             task = self._advancing = asyncio.create_task(asyncio.to_thread(self.step))
@@ -251,7 +251,7 @@ class Scheduler:
             self._recover()
         self._interrupted = True
         while self._inbox:
-            if not self.masks.is_full():  # known early, so that steps are compiled for all of them at once
+            if not self.masks.is_full():  # register specs early, so that steps are compiled once for all
                 self.masks.number_of(self._inbox[0].spec, set())
             heapq.heappush(self._waiting, self._inbox[0])
             self._inbox.popleft()
@@ -276,7 +276,7 @@ class Scheduler:
         weights = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
         if weights != self._weights:
             if [id for id, _ in weights] != [id for id, _ in self._weights]:
-                self.runner.forget_recorded()  # they compute with the ones that were there
+                self.runner.forget_recorded()  # recorded steps use the old parameters
             self._weights = weights
             self.forget()
 
@@ -284,10 +284,10 @@ class Scheduler:
         """See `Engine.forget`."""
         self._version += 1
 
-    # ---- who runs
+    # ---- admission and preemption
 
     def _make_room(self) -> None:
-        """Take a page for the next token of each request, if need be from one that came later, which waits again."""
+        """Allocate pages for the next token of each request; if none is left, preempt the last request in order."""
         for request in self.running:
             for sequence in request.sequences if self._decodes(request) else ():
                 if sequence.num_computed_tokens < len(sequence.pages) * BLOCK:
@@ -308,11 +308,11 @@ class Scheduler:
         return unfinished and all(sequence.is_prefilled for sequence in request.sequences)
 
     def _admit(self) -> Request | None:
-        """Start the next request that waits, if there are batch slots and pages for it."""
+        """Start and return the next waiting request; None if there is none, or too few batch slots, pages or specs."""
         while self._waiting and self._waiting[0].finished:
             heapq.heappop(self._waiting)
         request = min((*self._waiting[:1], *self._preempted), default=None)
-        if request is None or request in self._preempted:  # that one is next, once its tokens are read
+        if request is None or request in self._preempted:  # a preempted one waits until its tokens are read
             return None
         prompts = request.ensemble.prompts
         spec_number = self.masks.number_of(request.spec, {r.spec_number for r in self._running})
@@ -321,7 +321,7 @@ class Scheduler:
         request.spec_number = spec_number
         new = [step.token for step in request.steps]
         for prompt in prompts:
-            # Weights are of a fused prompt, and change what comes after it.
+            # Log-weights of a fused prompt change the keys and values after it.
             shares = request.spec.shares and not request.isolated
             key = (request.spec.key, prompt.log_weights, self._version) if shares else None
             request.sequences.append(TokenSequence(prompt, tokens_of(prompt, new), key))
@@ -338,11 +338,11 @@ class Scheduler:
             if count:
                 copies.append((page, sequence.pages[sequence.num_computed_tokens // BLOCK], count))
                 sequence.num_computed_tokens += count
-            # Rows that choose together do so in one decoding step; where all but the last token is known, one suffices.
+            # Members of an ensemble sample together in a decode step; if only the last token is uncached, one suffices.
             if len(prompts) > 1 or sequence.num_computed_tokens == sequence.prefill_target - 1:
                 sequence.prefill_target -= 1
         self._copies += copies
-        self._running.append(request)  # first: an interrupt between the two must find it somewhere
+        self._running.append(request)  # first: an interrupt between the two must not lose it
         heapq.heappop(self._waiting)
         request.num_scheduled = len(new)
         request.shared = any(sequence.num_computed_tokens for sequence in request.sequences)
@@ -353,7 +353,7 @@ class Scheduler:
         return request
 
     def _reuse_pages(self, sequence: TokenSequence) -> Iterator[int]:
-        """Take the pages that already hold the beginning of a sequence."""
+        """Yield the full pages that already hold the beginning of a sequence, adding a user to each."""
         for number in range((sequence.prefill_target - 1) // BLOCK if sequence.key is not None else 0):
             page = self.block_manager.find(sequence.prefix_hash(number + 1))
             if page is None:
@@ -361,7 +361,7 @@ class Scheduler:
             yield page
 
     def _find_partial_page(self, sequence: TokenSequence) -> tuple[int, int]:
-        """Find a page that holds some of the tokens that come next; return it, and how many."""
+        """Return a page that begins with the next tokens of a sequence, and how many; (-1, 0) if not worth copying."""
         number = sequence.num_computed_tokens // BLOCK
         if sequence.key is None:
             return -1, 0
@@ -370,12 +370,12 @@ class Scheduler:
         return (page, count) if count >= _WORTH_COPYING else (-1, 0)
 
     def _publish_full_pages(self, sequence: TokenSequence, start: int, end: int) -> None:
-        """Let others use the pages that tokens `start` to `end` fill."""
+        """Let other requests share the pages that tokens `start` to `end` fill."""
         for number in range(start // BLOCK, end // BLOCK if sequence.key is not None else 0):
             self.block_manager.name(sequence.pages[number], sequence.prefix_hash(number + 1))
 
     def _publish_partial_pages(self, sequence: TokenSequence, start: int, end: int) -> None:
-        """Let others copy, once they are computed, tokens `start` to `end` and what is before them in their pages."""
+        """Let other requests copy tokens `start` to `end`, once computed, and those before them in the same pages."""
         for number in range(start // BLOCK, -(-end // BLOCK) if sequence.key is not None else 0):
             self.block_manager.begin(sequence.pages[number], sequence.prefix_hash(number), sequence.block(number, end))
 
@@ -393,7 +393,7 @@ class Scheduler:
 
     def _free_pages(self, request: Request) -> None:
         for sequence in request.sequences:
-            for page in reversed(sequence.pages):  # the end of a sequence is forgotten before its beginning
+            for page in reversed(sequence.pages):  # the end of a sequence is evicted before its beginning
                 self.block_manager.give_back(page)
         request.sequences = []
 
@@ -402,23 +402,23 @@ class Scheduler:
             self._release(request)
 
     def _recover(self) -> None:
-        """Begin anew after a step that failed: what it wrote is unknown, and who holds what."""
+        """Restart all requests after a failed step, with no pages in use: what it wrote or allocated is unknown."""
         under_way = {*self._running, *self._waiting, *self._preempted}
         for request in {*self._running, *self._preempted}:
             request.output_processor.rewind(request.steps)
             self._deliver(request)
         for request in under_way:
             request.sequences = []
-        arriving = set(self._inbox.copy())  # one may be on its way from there
+        arriving = set(self._inbox.copy())  # one may be in both, amid its move
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
         self._running, self._preempted, self._new_pages, self._copies, self._pending = [], [], [], [], []
         self._free_slots = list(range(self.max_batch_size))[::-1]
         self.cache.block_manager = BlockManager(self.block_manager.count)
 
-    # ---- what runs
+    # ---- prefill and output
 
     def _prefill(self) -> list[PendingOutput]:
-        """Enqueue a step of prompts: of those under way, then of those that can start; with the first tokens after
+        """Enqueue a prefill step: prompts already begun, then those that can start; return the tokens sampled after
         it."""
         chunks: list[PrefillChunk] = []
         left = self.prefill_tokens
@@ -432,9 +432,9 @@ class Scheduler:
                     chunks.append(PrefillChunk(request, sequence, start, length))
                     sequence.num_computed_tokens += length
                     left -= length
-                # Others may use them in this very step: see `PagedCacheView`.
+                # Other requests may share them in this very step: see `PagedCacheView`.
                 self._publish_full_pages(sequence, first, sequence.num_computed_tokens)
-        if self._copies:  # first: a page may be taken that another is a copy of
+        if self._copies:  # before clearing: a source page may have been reallocated
             self.cache.copy(self._copies)
         if taken := set(self._new_pages).difference(page for _, page, _ in self._copies):
             self.cache.clear(sorted(taken))
@@ -449,7 +449,7 @@ class Scheduler:
         tokens, logprobs, finite = output.read()
         for request, row in output.rows:
             if not finite[row]:
-                self.forget()  # there may be some NaN in keys and values, too
+                self.forget()  # keys and values may hold NaN, too
                 if request.shared and not request.finished:
                     self._restart_isolated(request)
                     continue
@@ -463,16 +463,16 @@ class Scheduler:
                 self._deliver(request)
 
     def _restart_isolated(self, request: Request) -> None:
-        """Begin a request anew, without shared pages: the NaN may be another's, whose pages it took."""
+        """Restart a request without shared pages: the NaN may come from the request that computed them."""
         request.isolated = True
         for output in self._pending:
             output.rows[:] = [(other, row) for other, row in output.rows if other is not request]
-        if request.sequences:  # else it waits already
+        if request.sequences:  # else it is waiting already
             self._preempted.append(request)
             self._release(request)
 
     def _deliver(self, request: Request) -> None:
-        """Let the newest step have its effect: end the request if it says so, and call its callback."""
+        """Handle the newest step: end the request if the step has a finish_reason, and call the callback."""
         if request.num_delivered == len(request.steps):
             return
         reason = request.steps[-1].finish_reason

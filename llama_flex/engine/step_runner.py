@@ -18,10 +18,10 @@ from .graphs import Graphs, compiles_for
 
 
 class LastRun(NamedTuple):
-    """The plan and the tokens of the steps that ran last, for `explain`."""
+    """The plan and the tokens of the last run, for `explain`."""
 
     plan: AttentionPlan
-    tokens: Callable[[], Tokens]  # those held now, [B, S]
+    tokens: Callable[[], Tokens]  # returns the tokens held now, [B, S]
 
     def newest(self) -> Tokens:
         """Return each row's newest token, `[B, 1]`."""
@@ -31,10 +31,10 @@ class LastRun(NamedTuple):
 
 
 class StepRunner:
-    """Runs the steps of a model, and holds those that are compiled.
+    """The runner of a model's steps, which holds the compiled ones.
 
-    backend: of attention. graphs: what is compiled. shapes: of the compiled steps, as (rows, tokens, slots, ...). last:
-    what ran last.
+    backend: of attention. graphs: the compiled parts. shapes: those of compiled steps, as (rows, tokens, slots, ...).
+    last: the last run.
     """
 
     def __init__(self, model: Llama, *, compile: bool = False, backend: Backend = "flex") -> None:
@@ -47,7 +47,7 @@ class StepRunner:
     @property
     def compile(self) -> bool:
         """Whether steps are compiled; may be set between calls. Raises ValueError on a CPU before torch 2.13, whose
-        compiled reductions of booleans write beyond their memory."""
+        compiled reductions of booleans write out of bounds."""
         return self._compile
 
     @compile.setter
@@ -60,7 +60,7 @@ class StepRunner:
         self._compile = on
 
     def run_for(self, *key: Any) -> Run:
-        """Return what runs the parts of a step: compiled for `key`, if steps are compiled."""
+        """Return a function that runs the parts of a step, compiled for `key` if steps are compiled."""
         return self.graphs.of(*key) if self.compile else run_eager
 
     def step(
@@ -74,7 +74,7 @@ class StepRunner:
         probes: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Captured | None]:
         """Append ids `[R, T]`, of which `lengths` in each row are real; return the last layer's output, `[R, T, E]` or
-        packed, and what probes read."""
+        packed, and the tensors that probes captured."""
         key: tuple[Any, ...] = ()
         if self.compile:
             shape = ids.shape if cache.token_indices is None else (1, len(cache.token_indices))

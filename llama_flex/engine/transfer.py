@@ -1,4 +1,4 @@
-"""Numbers between host and device, without waiting for either."""
+"""Asynchronous copies between host and device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def to_device_async(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor of the host to a device, without waiting."""
+    """Copy a host tensor to a device, without synchronising."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def pad_rows(rows: Sequence[Sequence[float]], size: int, dtype: torch.dtype) -> Tensor:
-    """Return rows of numbers as one tensor `[R, size]`, filled up with zeros."""
+    """Return rows of numbers as one tensor `[R, size]`, padded with zeros."""
     padded = torch.zeros(len(rows), size, dtype=dtype)
     for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = torch.tensor(values, dtype=dtype)
@@ -23,7 +23,7 @@ def pad_rows(rows: Sequence[Sequence[float]], size: int, dtype: torch.dtype) -> 
 
 
 class StagingBuffer:
-    """The numbers of one step, which the host fills and the device reads, always in the same memory."""
+    """The inputs of one step, written by the host and read by the device, always in the same memory."""
 
     def __init__(self, device: torch.device, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         self.on_device = {n: torch.zeros(shape, dtype=dtype, device=device) for n, (dtype, shape) in shapes.items()}
@@ -34,7 +34,7 @@ class StagingBuffer:
             self._hosts.append((pinned, torch.cuda.Event()))
 
     def fill(self) -> dict[str, np.ndarray]:
-        """Return the arrays to write the next step's numbers to, before `send`."""
+        """Return the arrays to fill with the next step's inputs, before `send`."""
         if not self._hosts:
             return {n: x.numpy() for n, x in self.on_device.items()}
         self._hosts.reverse()
@@ -43,7 +43,7 @@ class StagingBuffer:
         return {n: x.numpy() for n, x in pinned.items()}
 
     def send(self) -> None:
-        """Copy what was filled in to the device, without waiting."""
+        """Copy the filled arrays to the device, without synchronising."""
         for pinned, sent in self._hosts[:1]:
             for name, x in pinned.items():
                 self.on_device[name].copy_(x, non_blocking=True)
@@ -51,7 +51,7 @@ class StagingBuffer:
 
 
 def read_async(x: Tensor) -> Callable[[], list[list[float]]]:
-    """Return a function that returns the numbers that x has when the device comes here; it waits for those alone."""
+    """Enqueue a copy of x from GPU to host; return a function that waits for this copy alone and returns its values."""
     if not x.is_cuda:
         return x.tolist
     copied, done = torch.empty_like(x, device="cpu", pin_memory=True), torch.cuda.Event()

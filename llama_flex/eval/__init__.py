@@ -1,0 +1,1 @@
+"""Evaluation: checks of masks, scoring of given text, and the adapter for lm-eval."""

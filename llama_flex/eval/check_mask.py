@@ -1,4 +1,4 @@
-"""Check masks and score functions, and say in words what is wrong with them.
+"""Check masks and score functions, and explain what is wrong with them.
 
 `check_mask` evaluates one on random tokens: by its dense definition, for single cells, in eager and in compiled
 FlexAttention, in the full forward and in cached decoding. Dimensions: B batch, H query heads, T query tokens, S slots.
@@ -29,7 +29,7 @@ from ..usercode.errors import FunctionError, diagnose
 
 Level: TypeAlias = Literal["error", "note"]
 LENGTHS = (1, 127, 128, 129, 300)  # one token, and up to, at and past the edges of blocks of 128
-DOCUMENT = 50  # tokens of a segment
+DOCUMENT = 50  # tokens per segment
 TOLERANCE = 160 * torch.finfo(torch.float32).eps  # about 2e-5; of logits, relative to the largest
 
 _NO_CHANCE = "take chance from a table"
@@ -38,7 +38,7 @@ _CELL = "for query {2} and key {3} (row {0}, head {1}, length {4})"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found: an error gives wrong results or none, a note is allowed and worth knowing.
+    """One finding: an error means wrong results or none, a note is allowed but worth knowing.
 
     what: data-dependent, wrong-type, wrong-shape, index-out-of-range, raises, does-not-compile, not-elementwise,
     not-deterministic, not-finite, no-key, not-causal, depends-on-batch, depends-on-head, global-tensor, cache-differs,
@@ -62,13 +62,13 @@ def check_mask(
     compile: bool = True,
     passed: Callable[[str], None] = lambda line: None,
 ) -> list[Finding]:
-    """Check a mask or a score function, see `as_token_function`, on the CPU, with two rows.
+    """Check a mask or a score function (see `as_token_function`) on the CPU, with two rows.
 
     segments: integers `[max(lengths)]`; default: documents of 50 tokens, numbered from 0.
-    compile: also compile a model's step at the longest length: three graphs of some ten seconds each.
+    compile: also compile a model's step at the longest length: three graphs of about ten seconds each.
     passed: called with a line for each check that passed.
-    Each kind of finding is reported once. What the function raises is a finding. Raises ValueError for what is no such
-    function, and for arguments that do not fit.
+    Each kind of finding is reported once. Exceptions of the function are findings. Raises ValueError for anything that
+    is not such a function, and for arguments that do not fit.
     """
     if min(lengths, default=0) < 1:
         raise ValueError(f"check_mask needs lengths from 1, not {lengths}")
@@ -80,7 +80,7 @@ def check_mask(
     texts = [Tokens.arriving(length, batch=2, segments=segments[:length]) for length in lengths]
 
     def good(check: Callable[..., Iterable[Finding] | None], *args: Any) -> bool:
-        """Run a check; are the next ones of use?"""
+        """Run a check; return whether the next ones are still useful."""
         findings, fault = attempt(lambda: list(check(*args) or ()))
         for finding in [fault] if fault else findings:
             found.setdefault(finding.what, finding)
@@ -99,7 +99,7 @@ def check_mask(
 
 
 def as_token_function(function: Callable[..., Any]) -> Mask | ScoreMod:
-    """A `Mask` or `ScoreMod` as it is; or made of a function, by the number of arguments that it takes.
+    """Return a `Mask` or `ScoreMod` as it is, or make one of a function, by the number of its arguments.
 
     `(q, kv)`, `(score, q, kv)`, or FlexAttention's `mask_mod(b, h, q_idx, kv_idx)` and `score_mod(score, b, h, q_idx,
     kv_idx)`. Raises ValueError for any other.
@@ -109,7 +109,7 @@ def as_token_function(function: Callable[..., Any]) -> Mask | ScoreMod:
     for count, kind in ((2, Mask), (3, ScoreMod), (4, Mask.from_mask_mod), (5, ScoreMod.from_score_mod)):
         try:
             inspect.signature(function).bind(*range(count))
-        except (TypeError, ValueError):  # ValueError: a builtin that does not say
+        except (TypeError, ValueError):  # ValueError: a builtin without a signature
             continue
         return kind(function)
     known = "(q, kv), (score, q, kv), (b, h, q_idx, kv_idx), (score, b, h, q_idx, kv_idx)"
@@ -135,12 +135,12 @@ def _globals(rule: Mask | ScoreMod) -> Iterator[Finding]:
 
 
 def _scores(q: Token, kv: Token) -> Tensor:
-    """Scores that differ by the cell."""
+    """Return scores that differ from cell to cell."""
     return ((7 * q.index + 13 * kv.index + 3 * q.head + 5 * q.batch) % 61) / 10 - 3
 
 
 def _cells(rule: Mask | ScoreMod, q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
-    """The answers for all cells, `[B, H, T, S]`; the heads have stride 0 if the function does not look at them."""
+    """Return the results for all cells, `[B, H, T, S]`; heads have stride 0 if the function does not read them."""
 
     def answer(q: Token, kv: Token) -> Tensor:
         return rule.evaluate(_scores(q, kv), q, kv) if isinstance(rule, ScoreMod) else rule.evaluate(q, kv)
@@ -149,7 +149,7 @@ def _cells(rule: Mask | ScoreMod, q: Tokens, kv: Tokens, num_heads: int) -> Tens
 
 
 def _at_once(rule: Mask | ScoreMod, tokens: Tokens, num_heads: int) -> Tensor | None:
-    """The answers `[B, H, T, S]` of a function that is asked for all cells in one call; None if it cannot be."""
+    """Return the results `[B, H, T, S]` of one call of the function for all cells; None if that fails."""
     (b, t), row = tokens.index.shape, arange(tokens.index.shape[1], tokens)
     batch, head = arange(b, tokens)[:, None, None, None], arange(num_heads, tokens)[:, None, None]
     q, kv = Token(tokens, batch, head, row[:, None]), Token(tokens, batch, head, row)
@@ -159,20 +159,20 @@ def _at_once(rule: Mask | ScoreMod, tokens: Tokens, num_heads: int) -> Tensor | 
 
 
 def _pieces(length: int) -> list[tuple[int, int]]:
-    """Start and end of two chunks of one size, and then of at least 8 single tokens, if there are as many."""
+    """Return (start, end) of two chunks of equal size, and then of at least 8 single tokens, if there are as many."""
     chunk = max(length - 8, 0) // 2
     return list(pairwise(sorted({0, chunk, *range(2 * chunk, length + 1)})))
 
 
 def _first(cells: Tensor, full: Tensor) -> tuple[Any, ...] | None:
-    """Row, head, query and key of the first true cell of `[B, H, T, S]`, the number of keys, and the cell's answer."""
+    """Return row, head, query and key of the first true cell `[B, H, T, S]`, the number of keys, and its result."""
     for query, key, row, head in cells.permute(2, 3, 0, 1).nonzero()[:1].tolist():
         return row, head, query, key, full.shape[-1], full[row, head, query, key].item()
     return None
 
 
 def _answers_agree(rule: Mask | ScoreMod, tokens: Tokens, model: Llama) -> Iterator[Finding]:
-    """The answers for all cells: against asking again, in one call and in a cache; and what they mean."""
+    """Compare the results for all cells with a second evaluation, a single call and a cache; interpret them."""
     rule, (b, t), heads = rule.to("cpu"), tokens.index.shape, model.dims.num_heads
     full = _cells(rule, tokens, tokens, heads)
 
@@ -207,7 +207,7 @@ def _answers_agree(rule: Mask | ScoreMod, tokens: Tokens, model: Llama) -> Itera
 
 
 def _meanings(rule: Mask | ScoreMod, full: Tensor) -> list[tuple[Level, str, Tensor, str]]:
-    """Interpret the answers for all cells: a level, a kind, the cells in question, and a message for the first one."""
+    """Interpret the results for all cells: a level, a kind, the cells in question, and a message for the first one."""
     later = torch.ones_like(full[0, 0]).triu(1) > 0
     if isinstance(rule, ScoreMod):
         hidden, fine = full == -torch.inf, full.isfinite() | later
@@ -247,7 +247,7 @@ def _random_model(num_heads: int) -> Llama:
 
 
 def _logits_agree(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, compile: bool, causal: bool) -> None:
-    """A model's logits in every way against the dense ones, and in cached decoding against the full forward."""
+    """Compare a model's logits in every way with the dense ones, and those of cached decoding with the full forward."""
 
     def compare(what: str, ways: str, ours: Tensor, expected: Tensor) -> None:
         off = (ours - expected).abs().amax(-1) / expected.abs().max()
@@ -271,7 +271,7 @@ _BACKENDS: dict[str, Backend] = {"dense": "dense", "eager": "flex", "compiled": 
 
 
 def _logits(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, way: str, cached: bool) -> Tensor:
-    """Logits `[B, T, V]` of random ids: "dense", "eager" or "compiled"."""
+    """Return logits `[B, T, V]` of random ids. way: "dense", "eager" or "compiled"."""
     b, length = tokens.index.shape
     ids = torch.randint(model.config.vocab_size, (b, length), generator=torch.Generator().manual_seed(1))
     cache = model.new_cache(b, length) if cached else None
@@ -279,7 +279,7 @@ def _logits(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, way: str, cache
     plan = model.attention_plan(mask, score_mod, cache)  # type: ignore[arg-type]  # narrowed by `kind`
     graphs, logits = Graphs(), []
     for start, end in _pieces(length) if cached else [(0, length)]:
-        # Compiled code is guarded on strides, so these are no slices.
+        # Compiled code is guarded on strides, so copy instead of slicing.
         part, segment = (x[:, start:end].clone(memory_format=torch.contiguous_format) for x in (ids, tokens.segment))
         run, backend = graphs.of(end - start) if way == "compiled" else run_eager, _BACKENDS[way]
         with nullcontext() if cache is None else cache.appending(end - start):

@@ -39,16 +39,16 @@ from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
 from .scoring import score
 
-# What transformers' generate takes besides that changes no text.
+# Other options of transformers' generate, with values that do not change the text.
 _NEUTRAL = {"early_stopping": (False,), "length_penalty": (1,), "renormalize_logits": (False,)}
 _NEUTRAL_WHATEVER_THE_VALUE = ("use_cache", "pad_token_id")
 
 
 @register_model("llama_flex")
 class LlamaFlex(TemplateLM):
-    """A model for lm-eval; a mask and score function, if given, hold in all that it is asked.
+    """A model for lm-eval; a mask and score function, if given, apply to all requests.
 
-    What has one context, such as the choices of a question, is scored in one batch after it.
+    Continuations of one context, such as the choices of a question, are scored in one batch after it.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class LlamaFlex(TemplateLM):
         score_mod: ScoreMod | None = None,
         max_batch_size: int | None = None,
     ) -> None:
-        """pretrained: a folder or hub name; or an Engine with a tokenizer, whatever compile, dtype and device say.
+        """pretrained: a folder or hub name; or an Engine with a tokenizer, which overrides compile, dtype and device.
 
         batch_size: continuations of a context at a time. dtype: such as "bfloat16", default ("auto") the checkpoint's
-        own. max_batch_size: not used; lm-eval passes it. Raises ValueError for what cannot be used.
+        own. max_batch_size: not used; lm-eval passes it. Raises ValueError for invalid arguments.
         """
         super().__init__()
         if not str(batch_size).isdecimal():
@@ -91,7 +91,7 @@ class LlamaFlex(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id before a text that has no context: beginning of text, else end of text."""
+        """The id before a text without a context: beginning of text, else end of text."""
         bos = self.text.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -102,11 +102,11 @@ class LlamaFlex(TemplateLM):
         return f"llama_flex {hashlib.sha256(pieces.encode()).hexdigest()[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The tokenizer's own, which `apply_chat_template` uses; it too tells requests apart that lm-eval keeps."""
+        """Return the tokenizer's template, used by `apply_chat_template`; lm-eval tells cached requests apart by it."""
         return self.text.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; where no answer is to begin, the last message is one that goes on."""
+        """Render a conversation as text; without a generation prompt, the last message is left open to be continued."""
         return self.text.apply_chat_template(
             chat_history,
             add_generation_prompt=add_generation_prompt,
@@ -114,7 +114,7 @@ class LlamaFlex(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; it gets a beginning-of-text id, if the tokenizer adds one, unless it has it already."""
+        """Return the ids of a text, with a beginning-of-text id if the tokenizer adds one and the text has none yet."""
         begun = self.text.bos_token is not None and string.startswith(self.text.bos_token)
         return self.text.encode(
             string, add_special_tokens=not begun if add_special_tokens is None else add_special_tokens
@@ -127,7 +127,7 @@ class LlamaFlex(TemplateLM):
         bar = tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm)
 
         def before(request: tuple[object, list[int], list[int]]) -> list[int]:
-            """Of a long context the end, so that the continuation fits; its own last token is not fed."""
+            """Return the end of the context that leaves room for the continuation, whose last token is not fed."""
             _, context, text = request
             most = self.engine.model.context
             if len(text) > most:
@@ -147,7 +147,7 @@ class LlamaFlex(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, in the windows that lm-eval defines for every model."""
+        """Return the log-probability of each whole text, in the windows that lm-eval defines for every model."""
         totals = []
         for (text,) in (request.args for request in tqdm(requests, desc="texts", disable=disable_tqdm)):
             ids = self.text.encode(text, add_special_tokens=False)
@@ -158,10 +158,10 @@ class LlamaFlex(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string, many at a time; of a prompt that is too long the end.
+        """Generate texts up to a stop string, many at a time; a prompt that is too long is cut at its beginning.
 
-        What the options leave open is as transformers' generate has it: by generation_config.json, or else, of what is
-        sampled, a temperature of 1 and a top_k of 50.
+        Options that are not given have the defaults of transformers' generate: those of generation_config.json, or
+        else, when sampling, a temperature of 1 and a top_k of 50.
         """
         asked, context = [], self.engine.model.context
         try:
@@ -187,7 +187,7 @@ class LlamaFlex(TemplateLM):
             with tqdm(total=len(asked), desc="generations", disable=disable_tqdm) as bar:
                 while not all(request.finished for request in asked):
                     bar.update(len(self.engine.step()))
-        finally:  # interrupted, say: nobody waits for the rest
+        finally:  # if interrupted, the rest is not wanted
             for request in asked:
                 self.engine.cancel(request)
         for request, given in zip(requests, asked, strict=True):
@@ -198,7 +198,7 @@ class LlamaFlex(TemplateLM):
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether a setting of transformers' generate changes nothing, such as `num_beams: 1`."""
+    """Return whether a setting of transformers' generate changes nothing, such as `num_beams: 1`."""
     if name in GenerationConfig.NEUTRAL:
         return not GenerationConfig.not_neutral({name: value})
     return name in _NEUTRAL_WHATEVER_THE_VALUE or value in _NEUTRAL.get(name, ())

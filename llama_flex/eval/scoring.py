@@ -23,16 +23,16 @@ from ..model import Llama
 from ..sampling import Sampling, filter_logits, logprob_of, stack
 from ..usercode.arguments import check_options, whole_number
 
-_LOGITS = 2**26  # that are in memory at once
+_LOGITS = 2**26  # elements in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """The likelihood of a text by a model, token by token; float32 `[N]` on the CPU.
+    """The likelihood of a text under a model, token by token; float32 `[N]` on the CPU.
 
     logprobs: the model's own log-probabilities, in nats. processed: those after penalty, temperature and filters of a
-    `Sampling`, if one was given; -inf for tokens that it removes; at temperature 0, which draws nothing and so filters
-    nothing, those after the penalty. greedy: whether each token is the most likely one.
+    `Sampling`, if one was given; -inf for tokens that it removes; at temperature 0, which filters nothing, those after
+    the penalty. greedy: whether each token is the most likely one, bool.
     """
 
     logprobs: Tensor
@@ -41,7 +41,7 @@ class Score:
 
     @property
     def total(self) -> float:
-        """The log-probability of the whole."""
+        """The log-probability of the whole text."""
         return self.logprobs.double().sum().item()
 
     @property
@@ -70,11 +70,11 @@ def score(
     edit: Edit | Sequence[Edit] | None = None,
     batch_size: int = 16,
 ) -> list[Score]:
-    """Score token ids after a prefix, which is computed once for all.
+    """Score continuations (token ids) of a prefix, which is computed once for all of them.
 
-    model: an Engine with compile=True scores with compiled steps, and keeps them. sampling: also what it would make of
-    the logits. batch_size: continuations at a time. mask, score_mod, edit: as in `Engine.stream`; the prefix sees none
-    of the continuations, and a mask that reads `batch` finds row 0 in it.
+    model: an Engine with compile=True scores with compiled steps, and keeps them. sampling: also compute
+    `Score.processed` for it. batch_size: continuations at a time. mask, score_mod, edit: as in `Engine.stream`; the
+    prefix does not see the continuations, and a mask that reads `batch` sees row 0 in it.
     Raises ValueError for an empty prefix (give the beginning-of-text id) or continuation, for tokens beyond the
     vocabulary or the context, and for a model that attends in both directions, unless a mask says otherwise.
     """
@@ -102,7 +102,7 @@ def score(
     *_, first = engine.outputs([Prompt.plain(start)], plan, cache, probes)
     found = []
     for group in (texts[n : n + batch_size] for n in range(0, len(texts), batch_size)):
-        # Few batch sizes share compiled steps: what a group lacks are rows without tokens.
+        # Few batch sizes, to share compiled steps: rows without tokens fill up a group.
         b = 1 << (len(group) - 1).bit_length() if engine.compile else len(group)
         rows = [text[:-1] for text in group] + [[]] * (b - len(group))
         x = [first[:, -1:].expand(b, -1, -1)]
@@ -115,7 +115,7 @@ def score(
 def _scores(
     model: Llama, x: Tensor, prefix: list[int], texts: list[list[int]], sampling: Sampling | None
 ) -> list[Score]:
-    """Score texts by the last layer's output `[B, T, E]` at the tokens before each of theirs."""
+    """Score texts from the last layer's output `[B, T, E]` at the token before each of their tokens."""
     b, count = len(texts), max(map(len, texts))
     ids = pad_rows(texts, count, torch.int64).to(x.device)
     seen = torch.zeros(b, 1, model.dims.vocab_size, dtype=torch.bool, device=x.device)
@@ -130,7 +130,7 @@ def _scores(
             parameters, before = stack([sampling] * len(token), x.device), None
             if parameters.repetition_penalty is not None:
                 new = torch.zeros_like(logits, dtype=torch.int32).scatter_(2, here[:, :, None], 1)
-                known = (new.cumsum(1) > 0) | seen  # with each token itself, which is not known before it
+                known = (new.cumsum(1) > 0) | seen  # includes each token itself, hence the shift below
                 before, seen = torch.cat((seen, known[:, :-1]), 1).flatten(0, 1), known[:, -1:]
             part.append(logprob_of(filter_logits(flat, parameters, before), token))
         parts.append(torch.stack(part).view(-1, *here.shape).cpu())
@@ -154,11 +154,11 @@ def score_text(
     stride: int | None = None,
     **options: Any,
 ) -> Score:
-    """Score all tokens of a text but the first, by sliding windows where it is long.
+    """Score all tokens of a text but the first, by sliding windows if it is long.
 
-    window: tokens in a forward, default the model's context. stride: how many of them are scored, those at its end,
-    after as many others as there are; default half of the window. The first window scores all of its own.
-    options: as in `score`. Raises ValueError for fewer than two tokens, and for sizes that leave nothing to do.
+    window: tokens per forward, default the model's context. stride: the number of tokens scored at the end of a window,
+    given all others in it; default half of the window. The first window scores all of its tokens but the first.
+    options: as in `score`. Raises ValueError for fewer than two tokens, and for sizes out of range.
     """
     check_options("score_text", score, options)
     engine, text = model if isinstance(model, Engine) else Engine(model), token_ids(ids)
@@ -191,7 +191,7 @@ def choose(
     per_token: bool = False,
     **options: Any,
 ) -> int:
-    """Return the number of the most likely of several continuations of a prefix, the first of equals.
+    """Return the index of the most likely of several continuations of a prefix, the first in a tie.
 
     per_token: by the mean log-probability instead of the sum. options: as in `score`.
     """

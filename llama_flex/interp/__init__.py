@@ -1,0 +1,1 @@
+"""Interpretability: hook points, captures, edits, and the probes that apply them in each layer."""

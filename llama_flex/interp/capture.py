@@ -1,4 +1,4 @@
-"""Capture what flows inside the layers as plain tensors: of a forward, or of all that an engine generates.
+"""Capture activations inside the layers as plain tensors, in a forward or while an engine generates.
 
 Dimensions: B batch, N tokens captured, T tokens of a step, H heads, D head dim, S slots.
 """
@@ -18,19 +18,19 @@ from ..tokens import Tokens
 from ..usercode.arguments import named_device
 from .hook_points import ATTENTION, HOOK_POINTS, Captured, numbers_of
 
-_QUERIES = 128  # whose rows of attention are computed at once
+_QUERIES = 128  # queries whose attention weights are computed at once
 _NOTHING = "nothing was captured: there was no run yet, or `where` chose none of its tokens"
 
 
 class Capture:
-    """The tensors to keep of a run, and those that were kept.
+    """The hook points to capture in a run, and the tensors captured there.
 
-    Give it to `Llama.forward` or `Engine.generate`, then take `capture[site, layer]`, `[B, N, ...]`: the tokens in
-    their order, rows that have fewer filled up with zeros.
+    Pass it to `Llama.forward` or `Engine.generate`, then read `capture[site, layer]`, `[B, N, ...]`: the tokens in
+    order, rows with fewer tokens padded with zeros.
 
-    Runs add to what is there: a forward with a cache after another, an engine's chunks and decoded tokens. The last
-    token generated was never fed, so it is not there. Edits of a site come first. In a run that records gradients,
-    without padding, what is captured of all tokens is part of it, but for attention, which is computed beside it.
+    Runs append: one forward with a cache after another, an engine's chunks and decode steps. The last generated token
+    was never fed, so it is not captured. Edits of a site apply before it is captured. In a run that records gradients,
+    without padding, captures of all tokens are part of that graph, except attention, which is computed separately.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Capture:
         where: Where = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """sites: see `hook_points.HOOK_POINTS`; and "attention", the weights that queries give to keys, `[B, N, heads,
-        S]`, keys by their index, computed densely as `attention.attention_weights` defines them. layers: default all.
-        heads: of "attention", default all. where: of which tokens; their indices, `[N]` for all rows or `[B, N]`, or a
-        function from their attributes to booleans `[B, T]`; default all, but for "attention", where it must be said.
-        device: where to keep it, default the model's.
+        """sites: names of `hook_points.HOOK_POINTS`; and "attention", the attention weights `[B, N, heads, S]`, keys by
+        their index, computed densely as `attention.attention_weights` defines them. layers: default all. heads: of
+        "attention", default all. where: the tokens to capture, by their indices, `[N]` for all rows or `[B, N]`, or by
+        a function from their attributes to booleans `[B, T]`; default all, but required for "attention". device: where
+        to keep the tensors, default the model's.
         """
         known = (*HOOK_POINTS, ATTENTION)
         if not sites or not all(site in known for site in sites):
@@ -61,34 +61,34 @@ class Capture:
         self._parts: list[tuple[Tokens, dict[tuple[str, int], Tensor]]] = []
 
     def clear(self) -> None:
-        """Forget what was kept."""
+        """Drop everything captured."""
         self._parts.clear()
 
     @property
     def tokens(self) -> Tokens:
-        """The attributes of the tokens captured, `[B, N]`, index -1 where a row has fewer."""
+        """The attributes of the captured tokens, `[B, N]`, index -1 where a row has fewer."""
         index, position, segment = (self._join(list(each)) for each in zip(*self._tokens(), strict=True))
         valid = torch.arange(index.shape[1], device=index.device) < self.count[:, None]
         return Tokens(torch.where(valid, index, -1), position, segment)
 
     @property
     def count(self) -> Tensor:
-        """The number of tokens captured in each row, `[B]`."""
+        """The number of captured tokens in each row, `[B]`."""
         return torch.cat([tokens.index >= 0 for tokens in self._tokens()], 1).sum(1)
 
     def __getitem__(self, key: tuple[str, int]) -> Tensor:
-        """Return what was captured at a hook point of a layer, `[B, N, ...]`. Raises KeyError for what was not."""
+        """Return the tensor captured at a hook point of a layer, `[B, N, ...]`. Raises KeyError if there is none."""
         parts = [found[key] for _, found in self._parts if key in found]
         if not parts:
             held = sorted({k for _, found in self._parts for k in found})
             raise KeyError(f"{key}: nothing captured there, but at {held}" if held else f"{key}: {_NOTHING}")
-        if key[0] == ATTENTION:  # each step saw as many keys as there were
+        if key[0] == ATTENTION:  # later steps have more keys
             most = max(x.shape[-1] for x in parts)
             parts = [torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in parts]
         return self._join(parts)
 
     def check(self, rows: int, device: torch.device) -> None:
-        """Raise ValueError for what cannot be captured of a run of so many rows."""
+        """Raise ValueError if this capture does not fit a run of `rows` rows."""
         if self._parts and len(self._parts[0][0].index) != rows:
             held = len(self._parts[0][0].index)
             raise ValueError(f"the capture holds {held} rows, the run has {rows}; clear() it or make another")
@@ -96,7 +96,7 @@ class Capture:
             self.where(Tokens.arriving(1, batch=rows).map(lambda x: x.to(device)))
 
     def add(self, found: Captured, plan: AttentionPlan, cache: Cache | None) -> None:
-        """Keep what was asked for of a step."""
+        """Append the requested tensors of a step."""
         index = found.tokens.index
         chosen = index >= 0 if self.where is None else (index >= 0) & self.where(found.tokens)
         columns = chosen.any(0).nonzero()[:, 0]
@@ -107,7 +107,7 @@ class Capture:
         def some(x: Tensor) -> Tensor:
             if not every:
                 return x[:, columns]
-            # A part of a larger product would hold all of it in memory.
+            # A view of a larger tensor would keep all of it in memory.
             return x if x.requires_grad or x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
         tokens = found.tokens.map(some)
@@ -129,7 +129,7 @@ class Capture:
         )
 
     def _rows(self, q: Tensor, k: Tensor, tokens: Tokens, kv: Tokens, attention: LayerAttention) -> Tensor:
-        """Return the weights `[B, N, heads, S]` of queries q `[B, H, N, D]`, keys in their order of arrival."""
+        """Return the attention weights `[B, N, heads, S]` of queries q `[B, H, N, D]`, keys in order of arrival."""
         heads = None if self.heads is None else torch.tensor(self.heads, device=q.device)
         count = int(kv.index.max()) + 1
         place = torch.where(kv.index < 0, count, kv.index).long()[:, None, None]
@@ -148,7 +148,7 @@ class Capture:
         return [tokens for tokens, _ in self._parts]
 
     def _join(self, parts: list[Tensor]) -> Tensor:
-        """Join the tensors of several steps to one, `[B, N, ...]`, without padding between tokens."""
+        """Concatenate the tensors of several steps, `[B, N, ...]`, without padding between tokens."""
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         there = torch.cat([tokens.index >= 0 for tokens in self._tokens()], 1)
         if bool(there.all()):

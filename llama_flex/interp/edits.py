@@ -1,6 +1,6 @@
-"""Interventions: change the tensor at a hook point of a layer by a function of it and of its tokens.
+"""Interventions: change the tensor at a hook point of a layer by a function of the tensor and its tokens.
 
-An edit that reads where it is from the tokens' attributes holds in the full forward, in chunks, in cached decoding, in
+An edit that locates tokens by their attributes works alike in the full forward, in chunks, in cached decoding, in
 ragged batches, eager and compiled. Dimensions: B batch, T tokens, H heads, and `...` for the rest of a hook
 point's shape (`hook_points.HOOK_POINTS`).
 """
@@ -21,12 +21,12 @@ from .hook_points import HOOK_POINTS, Change, numbers_of, wide
 
 
 class Edit:
-    """A function `(x, tokens) -> x` at a hook point: x `[B, T, ...]` as `HOOK_POINTS` says, tokens with their
-    attributes `[B, T]`, index -1 for padding, which stays as it is whatever the function returns.
+    """A function `(x, tokens) -> x` at a hook point: x `[B, T, ...]` as in `HOOK_POINTS`, tokens with attributes
+    `[B, T]`, index -1 for padding, which stays unchanged whatever the function returns.
 
-    It uses tensor operations only; tensors that it captures are moved to the model. What is read there, or comes after,
-    sees what it returns. Several edits of a hook point apply in the order given. layers: default all.
-    Raises ValueError for a hook point that is not known.
+    It must use tensor operations only; tensors that it captures are moved to the model's device. Captures there, and
+    all later computation, see its result. Several edits of a hook point apply in the order given. layers: default all.
+    Raises ValueError for an unknown hook point.
     """
 
     def __init__(
@@ -70,27 +70,27 @@ def _edit(
 def add(site: str, vector: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
     """Add a steering vector (arXiv:2308.10248). vector: anything that broadcasts to `[B, T, ...]`, such as `[E]`.
 
-    where, here and below: of which tokens; their indices, `[N]` for all rows or `[B, N]`, or a function from their
-    attributes to booleans `[B, T]`, such as `lambda t: t.segment == 2`; default all.
+    where, here and below: the tokens to edit, by their indices, `[N]` for all rows or `[B, N]`, or by a function from
+    their attributes to booleans `[B, T]`, such as `lambda t: t.segment == 2`; default all.
     """
     vector = _shared(vector)
     return _edit("add", site, lambda x: x + vector, layers, where)
 
 
 def scale(site: str, factor: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
-    """Multiply x by a factor: a number, or what broadcasts to `[B, T, ...]`, such as `[H, 1]` for each head."""
+    """Multiply x by a factor: a number, or a tensor that broadcasts to `[B, T, ...]`, such as `[H, 1]` per head."""
     factor = _shared(factor)
     return _edit("scale", site, lambda x: x * factor, layers, where)
 
 
 def replace(site: str, value: float | Tensor, layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
-    """Put a value in the place of x. value: a number, or what broadcasts to `[B, T, ...]`, such as a mean `[E]`."""
+    """Replace x by a value: a number, or a tensor that broadcasts to `[B, T, ...]`, such as a mean `[E]`."""
     value = _shared(value)
     return _edit("replace", site, lambda x: torch.zeros_like(x) + value, layers, where)
 
 
 def ablate(heads: int | Sequence[int], layers: int | Sequence[int] | None = None, where: Where = None) -> Edit:
-    """Ablate heads: their z becomes 0."""
+    """Ablate heads: set their z to 0."""
     numbers = numbers_of("heads", heads)
     if numbers is None:
         raise ValueError("ablate needs heads, such as 3 or [3, 4]")
@@ -105,14 +105,14 @@ def ablate(heads: int | Sequence[int], layers: int | Sequence[int] | None = None
 
 
 def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
-    """Put in what another run had there (arXiv:2202.05262), token for token by index. source: has captured the site in
-    that layer, in a batch of one row, which serves all rows, or in a batch as large. Tokens that it has not seen stay.
-    Raises ValueError for a source that has a token twice, of two runs.
+    """Replace x by its values in another run (arXiv:2202.05262), matching tokens by index. source: a capture of that
+    site and layer, with one row, used for all rows, or with as many rows. Tokens that it does not hold stay unchanged.
+    Raises ValueError for a source that holds a token twice, from two runs.
     """
     layer = whole_number("layer", layer, least=0)
     found, held = source[site, layer], source.tokens
     count = int(held.index.max()) + 1
-    at = torch.where(held.index < 0, count, held.index).long()  # padding goes to a last place, which is dropped
+    at = torch.where(held.index < 0, count, held.index).long()  # padding goes to an extra last place, which is dropped
     rows = torch.arange(len(at), device=at.device)[:, None]
     values = found.new_zeros(len(found), count + 1, *found.shape[2:])
     values[rows, at] = found
@@ -128,7 +128,7 @@ def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
             raise ValueError(f"patch: the source has {len(values)} rows, this run {len(x)}; give it one or as many")
         row = torch.arange(len(x), device=x.device)[:, None] % len(values)
         at = tokens.index.clamp(0, count - 1)
-        there = known[row, at] & (tokens.index < count)  # padding stays as it is in any edit
+        there = known[row, at] & (tokens.index < count)  # no edit changes padding
         if chosen is not None:
             there = there & chosen(tokens)
         return torch.where(wide(there, x), values[row, at].to(x.dtype), x)
@@ -137,5 +137,5 @@ def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
 
 
 def _shared(number: float | Tensor) -> Tensor:
-    """Return a number as a tensor: compiled steps are shared by edits that differ in the values of tensors alone."""
+    """Return a number as a tensor: edits that differ only in the values of tensors share compiled steps."""
     return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Hook points: places inside a layer that can be read (`capture.Capture`) and changed (`edits.Edit`), by name.
+"""Hook points: named places inside a layer whose tensors can be captured (`capture.Capture`) and edited (`edits.Edit`).
 
 Tokens are always the second dimension: B batch, T query tokens, E hidden size, H query heads, K key/value heads, D head
 dim, F MLP size.
@@ -27,19 +27,19 @@ HOOK_POINTS = {
     "mlp_post": "[B, T, F], the MLP's activations, silu(gate) * up, before the product with down",
     "resid_post": "[B, T, E], the residual stream as it leaves the layer",
 }
-ATTENTION = "attention"  # [B, T, heads, S], the weights of the keys: can be read, not changed
+ATTENTION = "attention"  # [B, T, heads, S], attention weights: can be captured, not edited
 
-# torch 2.13's compiled attention on a CPU fails if Inductor takes what follows it into the same loop ("Unsupported for
-# `epilogue_nodes`"); a copy that Inductor does not know keeps it apart.
+# torch 2.13's compiled attention on a CPU fails if Inductor fuses what follows it into the same loop ("Unsupported for
+# `epilogue_nodes`"); a copy by an operator that Inductor does not know prevents that.
 ops.define("apart(Tensor x) -> Tensor")
 ops.impl("apart", torch.clone, "CPU")
 torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
 
-Hook: TypeAlias = Callable[[str, Tensor], Tensor]  # from a hook point's name and its tensor to the one to go on with
+Hook: TypeAlias = Callable[[str, Tensor], Tensor]  # (hook point, its tensor) -> the tensor to go on with
 
 
 def shape_of(point: str, dims: Dimensions) -> tuple[int, ...]:
-    """Return the shape that a hook point's tensor has for each token."""
+    """Return the shape of a hook point's tensor per token."""
     if point in ("q", "z"):
         return dims.num_heads, dims.head_dim
     if point in ("k", "v"):
@@ -48,7 +48,7 @@ def shape_of(point: str, dims: Dimensions) -> tuple[int, ...]:
 
 
 def identity(name: str, x: Tensor) -> Tensor:
-    """Return x: the hook of layers without captures and edits."""
+    """Return x unchanged: the hook of layers without captures or edits."""
     return x
 
 
@@ -59,7 +59,7 @@ class Change(TokenFunction):
 
 
 class Probe(NamedTuple):
-    """The captures and edits of one layer: which hook points are read, and the edits that come first, in order."""
+    """The captures and edits of one layer: the hook points to capture, and the edits, which apply first, in order."""
 
     read: frozenset[str]
     edits: tuple[tuple[str, TokenFunction], ...]
@@ -71,21 +71,21 @@ class Probe(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """The tensors that the probes of a step read, by hook point and layer, and their tokens `[B, T]`."""
+    """The tensors captured in a step, by hook point and layer, and their tokens `[B, T]`."""
 
     tokens: Tokens
     at: dict[tuple[str, int], Tensor]
 
 
 def copy_tokens(tokens: Tokens) -> Tokens:
-    """Copy the attributes: the next step may change the ones that it was given in place."""
+    """Copy the attributes: the next step may overwrite its inputs in place."""
     return Tokens(*(x.clone() for x in tokens))
 
 
 def run_probed(
     probe: Probe, tokens: Tokens, block: Callable[..., Tensor], *args: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a layer under a probe; return its output, and the tensors that were read."""
+    """Run a layer under a probe; return its output, and the captured tensors by hook point."""
     captured: dict[str, Tensor] = {}
 
     def hook(name: str, x: Tensor) -> Tensor:
@@ -102,10 +102,10 @@ def run_probed(
 
 
 def apply_edit(x: Tensor, change: TokenFunction, tokens: Tokens) -> Tensor:
-    """Apply an edit to x, in x's dtype. Raises ValueError if it fails, or returns no tensor of the same shape.
+    """Apply an edit to x, in x's dtype. Raises ValueError if it fails or does not return a tensor of x's shape.
 
-    Padding stays as it is: an edit may make it infinite, dividing by its index of -1, say, and a masked token still
-    takes part in products. x is copied: an edit may work in place, and tensors read elsewhere stay.
+    Padding stays unchanged: an edit may make it infinite, such as by dividing by index + 1, and a masked token still
+    takes part in products. The edit gets a copy of x: it may work in place, and x may be read elsewhere.
     """
     new = change.call(x.clone(), tokens)
     if not isinstance(new, Tensor) or new.shape != x.shape:
@@ -115,13 +115,13 @@ def apply_edit(x: Tensor, change: TokenFunction, tokens: Tokens) -> Tensor:
 
 
 def wide(chosen: Tensor, x: Tensor) -> Tensor:
-    """Reshape booleans `[B, T]` so that they broadcast with x `[B, T, ...]`."""
+    """Reshape booleans `[B, T]` to broadcast with x `[B, T, ...]`."""
     return chosen.reshape(*chosen.shape, *[1] * (x.dim() - 2))
 
 
 def numbers_of(what: str, numbers: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the numbers of one layer or head, or of several, as a tuple; None stays, for all of them. Raises
-    ValueError for anything else."""
+    """Return one or several layer or head numbers as a tuple; None, for all of them, stays None. Raises ValueError
+    for anything else."""
     if numbers is None:
         return None
     rule = f"{what} are numbers from 0, such as 3 or [3, 4]"

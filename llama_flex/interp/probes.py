@@ -1,4 +1,4 @@
-"""From captures and edits to the probe of each layer."""
+"""Build the probe of each layer from captures and edits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def build_probes(
     dtype: torch.dtype,
     stepwise: bool = False,
 ) -> dict[int, Probe]:
-    """Build one Probe per layer that has a capture or an edit, the edits' tensors on `device`; leave out the others.
+    """Build one Probe per layer with a capture or an edit, the edits' tensors on `device`; skip the other layers.
 
     rows, dims, device, dtype: of the run and its model. stepwise: for a run in steps of any number of tokens; the edits
-    are tried on one token of each row, so that their faults are not reported by a compiler. Raises ValueError for one
-    that fails so, for what cannot be captured of so many rows, for layers and heads that are not the model's, and for a
-    capture that is given twice.
+    are tried on one token of each row, so that the compiler does not have to report their errors. Raises ValueError for
+    an edit that fails this trial, for a capture that does not fit the rows, for layers and heads that the model does
+    not have, and for a capture given twice.
     """
     for each in captures:
         each.check(rows, device)
@@ -51,7 +51,7 @@ def build_probes(
     for layer in range(count):
         names = {name for c in captures if c.layers is None or layer in c.layers for name in c.sites}
         if ATTENTION in names:
-            names |= {"q", "k"}  # of which it is made
+            names |= {"q", "k"}  # to compute it from
         mine = tuple((e.site, e.change) for e in edits if e.layers is None or layer in e.layers)
         if names or mine:
             probes[layer] = Probe(frozenset(names - {ATTENTION}), mine)

@@ -1,0 +1,1 @@
+"""Kernels: hand-written ones, and the choice of which kernel runs when."""

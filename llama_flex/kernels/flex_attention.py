@@ -1,4 +1,4 @@
-"""Tiles and kernels of FlexAttention: measured choices for CUDA, and what a plain eager run needs."""
+"""Kernel and tile choices for FlexAttention, measured on CUDA, and the context for eager runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..usercode.errors import FunctionError, diagnose
 
 def padded_group(group: int) -> int:
     """Return the size to which a group of query heads is padded: CUDA's decoding kernel takes 1, 2, 4, 8, ... heads;
-    others would go to a kernel that is twice as slow."""
+    other groups would go to a kernel that is twice as slow."""
     return 1 << (group - 1).bit_length()
 
 
@@ -32,24 +32,24 @@ def describe(device: torch.device, queries: int, group: int, mask_heads: int) ->
     return f"Inductor's Triton flex decoding: one query{padded}"
 
 
-# Queries and slots of a tile of CUDA's kernels, and for how many tiles ahead they load. The first is the best on an
-# H200 with 16 bits, 32/8 heads of 128: decoding at a context of 4,096 takes 15 us instead of torch's 20, and 2,048
-# queries against themselves 124 instead of 141. In float32 the second is. The others are for what does not fit.
+# Queries and slots per tile of CUDA's kernels, and the number of tiles they load ahead. The first is the best on an
+# H200 in 16 bits with 32/8 heads of 128: decoding at a context of 4,096 takes 15 us instead of torch's 20, and 2,048
+# queries against themselves 124 instead of 141. In float32, the second is. The others are for less shared memory.
 _TILES = ((64, 64, 3), (32, 64, 3), (32, 32, 3), (32, 32, 2), (16, 16, 1))
-# A page a tile is better where one query decodes: 64 rows of 1,024 slots take 77 us instead of 87.
+# One page per tile is better for decoding: 64 rows of 1,024 slots take 77 us instead of 87.
 _TILE_OF_PAGES = 64, 128, 2
-_PROGRAMS = 1024  # that keep an H200 busy: parts of the slots, of all rows and key heads together
+_PROGRAMS = 1024  # enough to keep an H200 busy: parts of the slots, times rows, times key/value heads
 
 
 def kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
-    """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and which kernel it is.
+    """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and the choice of kernel.
 
-    For 2 to 127 queries torch 2.11 would take its decoding kernel, and cannot compile it or gets wrong results.
+    For 2 to 127 queries torch 2.11 would choose its decoding kernel, which does not compile or gives wrong results.
 
-    That kernel makes a number of parts of the slots, here one for about 256 and fewer in a batch. Torch makes as many
-    whatever the number of slots, and gives each its share of the list of blocks: in a long cache one part then gets
-    all the blocks of a window, and works through them alone. Where the blocks are in one list, as they are for pages,
-    it is the list that torch divides, so there are as many parts as keep a GPU busy.
+    That kernel splits the slots into parts: here one per 256 or so, fewer in a batch. By default torch makes the same
+    number of parts for any number of slots, and gives each its share of the list of blocks: in a long cache, one part
+    then gets all the blocks of a window and works through them alone. If all blocks are in one list, as for pages,
+    torch divides that list, so there are as many parts as keep a GPU busy.
     """
     row = (1 << (q.shape[3] - 1).bit_length()) * q.itemsize  # bytes; the kernels pad the head dim
     device: Any = torch.cuda.get_device_properties(q.device)
@@ -68,10 +68,10 @@ def kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
 
 @contextmanager
 def run_eager(functions: str) -> Iterator[None]:
-    """Run flex_attention eagerly without its warning that this is slow: whoever runs eagerly chose to.
+    """Run flex_attention eagerly without its warning that this is slow: the caller chose to.
 
-    It traces mask and score function all the same. Raises FunctionError, in one line instead of the many that torch
-    logs, for what it cannot trace; functions: their description.
+    It traces the mask and the score function all the same. Raises FunctionError, in one line instead of the many that
+    torch logs, if it cannot trace them; functions: their description.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
     log.addFilter(_is_no_failed_trace)
@@ -80,7 +80,7 @@ def run_eager(functions: str) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             yield
     except (IndexError, RuntimeError) as error:
-        from torch._dynamo.exc import Unsupported, UserError  # slow to import, and imported by flex_attention here
+        from torch._dynamo.exc import Unsupported, UserError  # slow to import; flex_attention has done so by now
 
         what, fault = diagnose(error)
         if isinstance(error, Unsupported | UserError) or what == "index-out-of-range":

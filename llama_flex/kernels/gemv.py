@@ -1,8 +1,8 @@
-"""One row times a weight matrix on CUDA, with what comes before and after it, in one kernel.
+"""One row times a weight matrix on CUDA, with norm, SwiGLU and residual, in one kernel.
 
-Decoding one sequence is these products: each weight is read once and used once, so the time is that of reading
-memory. cuBLAS reads the large matrices at 85 to 95 % of its speed and the small ones at 60 %, and normalisation,
-SwiGLU and residuals cost kernels of their own, each about 2 us of a layer's 110 (8B shape, H200).
+Decoding one sequence consists of these products: each weight is read once and used once, so memory bandwidth is the
+limit. cuBLAS reads the large matrices at 85 to 95 % of it and the small ones at 60 %, and normalisation, SwiGLU and
+residuals cost kernels of their own, each about 2 us of a layer's 110 (8B shape, H200).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def gemv(
     residual: Tensor | None,
     gated: bool,
 ) -> Tensor:
-    """Compute residual + weight @ norm(x) + bias for x `[K]`, weight `[N, K]` -> `[N]`; gated: silu of its first half
-    times its second, `[N/2]`. Accumulates in float32, and rounds where torch's own operations round."""
+    """Compute residual + weight @ norm(x) + bias for x `[K]`, weight `[N, K]` -> `[N]`; gated: silu of the first half
+    times the second, `[N/2]`. Accumulates in float32, and rounds where torch's own operations round."""
     n, k = len(weight) // (1 + gated), weight.shape[1]
     assert weight.is_contiguous()
     assert x.is_contiguous()
@@ -66,12 +66,12 @@ def _kernel(
     inside = is_row[:, None] & (column < K)[None, :]
     w = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
     w_up = tl.load(at_up, mask=inside, other=0.0, eviction_policy="evict_first") if GATED else w
-    if OVERLAP:  # weights do not depend on the kernel before; all else does
+    if OVERLAP:  # weights do not depend on the previous kernel; all else does
         gdc_wait()
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     total_up = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((COLUMNS,), tl.float32)
-    for start in tl.static_range(0, K, COLUMNS):  # unrolled, all weights are on their way before the first is needed
+    for start in tl.static_range(0, K, COLUMNS):  # unrolled: all weights are in flight before the first is needed
         is_column = start + column < K
         if start > 0:
             inside = is_row[:, None] & is_column[None, :]
@@ -87,7 +87,7 @@ def _kernel(
         total += w.to(tl.float32) * v[None, :]
         if GATED:
             total_up += w_up.to(tl.float32) * v[None, :]
-    # The root mean square is one number for the whole row, so it may be divided by last.
+    # The root mean square is one number for the whole row, so the division can come last.
     scale = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
     y = _finished(total, scale, bias, row, is_row, out.dtype.element_ty)
     if GATED:

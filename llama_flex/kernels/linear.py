@@ -1,4 +1,4 @@
-"""Products with the weights at the speed of memory: which kernel computes one, for how many rows, on which device."""
+"""Products with the weights at memory bandwidth: the choice of kernel by device and number of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 ops = torch.library.Library("llama_flex", "FRAGMENT")
-# torch.mv by a name that Inductor does not know: it makes a sum of products of it, and that loop is slower.
+# torch.mv under a name that Inductor does not know: it would turn mv into a sum of products, a slower loop.
 ops.define("mv(Tensor weight, Tensor x) -> Tensor")
 ops.impl("mv", torch.ops.aten.mv.default, "CPU")
 torch.library.register_fake("llama_flex::mv", lambda weight, x: x.new_empty(len(weight)), lib=ops)
@@ -31,7 +31,7 @@ torch.library.register_fake(
 
 
 def is_fused(x: Tensor) -> bool:
-    """Tell whether x `[B, T, in]` is one row of a compiled step on CUDA, whose products `fused` computes whole."""
+    """Return whether x `[B, T, in]` is one row of a compiled step on CUDA, the case that `fused` computes."""
     return _reads_once(x) and x.is_cuda and x.dtype != torch.float64
 
 
@@ -44,7 +44,7 @@ def fused(
     residual: Tensor | None,
     gated: bool,
 ) -> Tensor:
-    """Compute `layers.Linear.forward` in one kernel, where `is_fused`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
+    """Compute `layers.Linear.forward` in one kernel, if `is_fused(x)`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
     y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm_weight, eps, residual, gated)
     return y.view(*x.shape[:-1], -1)
 
@@ -53,8 +53,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
     if x.is_cuda or not _reads_once(x, rows=64 if x.dtype.itemsize == 2 else 1):
         return nn.functional.linear(x, weight, bias)
-    # On the CPU torch reads 16-bit weights 1.5 times as fast where they come first: as matrix times vector, or times
-    # the rows as columns.
+    # On the CPU, torch reads 16-bit weights 1.5 times as fast if they are the left operand: weight times vector, or
+    # weight times the transposed rows.
     if _reads_once(x):
         y = torch.ops.llama_flex.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
     else:
@@ -63,5 +63,5 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _reads_once(x: Tensor, rows: int = 1) -> bool:
-    """Tell whether a product has so few rows and is compiled: then it takes as long as reading the weights."""
+    """Return whether a product is compiled and has at most `rows` rows: then reading the weights is all it costs."""
     return x.shape[:-1].numel() <= rows and torch.compiler.is_compiling() and not torch.is_grad_enabled()

@@ -16,7 +16,7 @@ def gumbel(seed: Tensor, step: Tensor, size: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Mix int64 by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); they wrap around as uint64 does."""
+    """Mix int64 by the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014); they wrap around like uint64."""
     x = x + signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * signed(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Who may attend to whom: masks, their named ones, and how they become the block lists of FlexAttention."""
+"""Masks and score functions: the named ones, plans that assign them to layers, and FlexAttention's block lists."""
 
 from .block_mask import BlockLists as BlockLists
 from .cells import Sparsity as Sparsity

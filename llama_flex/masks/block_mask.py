@@ -1,4 +1,4 @@
-"""From a predicate over tokens to the block lists that FlexAttention needs.
+"""Turn a predicate over tokens into the block lists that FlexAttention needs.
 
 Dimensions: B batch, H heads, T query tokens, S slots; Tb, Sb blocks of them.
 """
@@ -20,15 +20,15 @@ from .layout import BLOCK, PageTable
 # Cells of the mask evaluated at once when its blocks are classified; bounds the memory of a long forward.
 _CELLS_AT_ONCE = 2**24
 
-Predicate: TypeAlias = Callable[[Token, Token], Tensor]  # of one query and one key: a boolean without dimensions
+Predicate: TypeAlias = Callable[[Token, Token], Tensor]  # of one query and one key: a scalar boolean
 
 
 class BlockLists(NamedTuple):
-    """The blocks that FlexAttention computes, by the names of its BlockMask.
+    """The blocks that FlexAttention computes, under the names that its BlockMask uses.
 
-    kv_num_blocks int32 `[B, 1 or H, Tb]`, kv_indices int32 `[B, 1 or H, Tb, Sb]`: of each row of blocks how many need
-    the predicate, and which; full_...: those allowed as a whole, None if they are listed with the others. ...q...: the
-    same by blocks of slots, for a backward pass.
+    kv_num_blocks int32 `[B, 1 or H, Tb]`, kv_indices int32 `[B, 1 or H, Tb, Sb]`: for each row of blocks, how many need
+    the predicate, and which. full_...: the same for full blocks, None if they are listed with the partial ones.
+    ...q...: the same for each column of blocks, for a backward pass.
     """
 
     kv_num_blocks: Tensor
@@ -44,25 +44,25 @@ class BlockLists(NamedTuple):
 def evaluate_cells(
     allows: Predicate, q: Tokens, kv: Tokens, num_heads: int, rows: Tensor | None = None, slots: Tensor | None = None
 ) -> Tensor:
-    """Evaluate a predicate for queries q and slots kv: booleans `[B, 1 or H, T, S]`, H only if it looks at heads."""
+    """Evaluate a predicate for queries q and slots kv: booleans `[B, 1 or H, T, S]`, H only if it depends on heads."""
     cells = each_cell(allows, q, kv, arange(num_heads, q), rows, slots)
     return cells if cells.stride(1) else cells[:, :1]
 
 
 def classify_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Tell which blocks of query rows and slots are full, and which allow anything: `[B, 1 or H, Tb, Sb]` both.
+    """Return which blocks of queries and slots are full, and which are not empty: both `[B, 1 or H, Tb, Sb]`.
 
-    Padding among the queries keeps no block from being full: nobody reads what it sees.
+    Padding among the queries does not keep a block from being full: its output is never read.
     """
     (b, t), s = q.index.shape, kv.index.shape[1]
-    rows_per_block = min(t, BLOCK)  # a decoding step has one row, and evaluates one
+    rows_per_block = min(t, BLOCK)  # a decode step has one row, and evaluates one
     # Rows and slots that only fill up the last block repeat the last real one, which changes no `any` or `all`.
     rows = arange(-(-t // rows_per_block) * rows_per_block, q).clamp(max=t - 1)
     slots = arange(-(-s // BLOCK) * BLOCK, q).clamp(max=s - 1)
-    whole = arange(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: it needs its bounds
+    whole = arange(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: its bounds are checked
     kinds = []
     at_once = max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block
-    # Compiled, cells are never in memory.
+    # Compiled, cells are never materialised.
     for part in [rows] if torch.compiler.is_compiling() else rows.split(at_once):
         cells = evaluate_cells(allows, q, kv, num_heads, part, slots)
         blocks = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
@@ -74,16 +74,16 @@ def classify_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int) ->
 
 
 def list_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int, together: bool = False) -> BlockLists:
-    """List the blocks of queries q against slots kv, exactly. together: list full blocks as partial ones.
+    """List exactly the non-empty blocks of queries q against slots kv. If `together`, list full blocks as partial ones.
 
-    Only tensor operations, so it can be part of a compiled step: no host synchronisation, no Python branch on a value,
-    static shapes.
+    Tensor operations only, so that it can be part of a compiled step: no host synchronisation, no Python branch on a
+    tensor's value, static shapes.
     """
     full, some = classify_blocks(allows, q, kv, num_heads)
     kv_num_blocks, kv_indices = _indices(some if together else some & ~full)
-    # A row of blocks with none listed is NaN in the compiled CPU kernel, so it lists one, for mask_mod to mask
-    # (`attention.build_attention_metadata` knows rows that nobody reads). Not a row with full blocks: a block in both
-    # lists would count twice.
+    # A row of blocks that lists none gives NaN in the compiled CPU kernel, so it lists one, for mask_mod to mask
+    # (`attention.build_attention_metadata` undoes this for rows of padding). A row with full blocks does not: a block
+    # in both lists would count twice.
     kv_num_blocks = kv_num_blocks.masked_fill(~some.any(-1), 1)
     if together:
         return BlockLists(kv_num_blocks, kv_indices, None, None)
@@ -109,8 +109,8 @@ def list_pages(lists: BlockLists, pages: PageTable) -> BlockLists:
 def make_block_mask(
     allows: Predicate, q: Tokens, kv: Tokens, lists: BlockLists, pages: PageTable | None = None
 ) -> BlockMask:
-    """Make the FlexAttention BlockMask of queries q against slots kv of their block lists. pages: where the slots lie,
-    if not in their order; the lists are of pages then."""
+    """Build FlexAttention's BlockMask for queries q against slots kv from block lists. pages: the page table, None if
+    slots are contiguous; with one, the lists are of pages."""
     length = kv.index.shape[1] if pages is None else pages.physical_to_logical.shape[1] * BLOCK
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -128,11 +128,11 @@ def _indices(listed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def first_true(flags: Tensor, count: int) -> Tensor:
-    """Return the indices of the first `count` true flags along the last dimension, then zeros: `[..., count]`."""
+    """Return the indices of the first `count` true flags along the last dimension, zero-padded: `[..., count]`."""
     size = flags.shape[-1]
     index = torch.arange(size, device=flags.device).expand(flags.shape)
     if count == 1:  # decoding: a reduction is 10 us faster on a GPU
         first = torch.where(flags, index, size).amin(-1, keepdim=True)
         return first.masked_fill(first == size, 0)
-    rank = torch.where(flags, flags.cumsum(-1) - 1, count).clamp(max=count)  # count: not wanted
+    rank = torch.where(flags, flags.cumsum(-1) - 1, count).clamp(max=count)  # count: cut off below
     return index.new_zeros(*flags.shape[:-1], count + 1).scatter(-1, rank, index)[..., :count]

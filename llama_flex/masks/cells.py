@@ -1,4 +1,4 @@
-"""Evaluate a function of a query and a key token for every cell of a matrix, and count the blocks of the result.
+"""Evaluate a function of a query and a key token for every cell of a matrix, and count the blocks of a mask.
 
 Dimensions: B batch, H heads, T query tokens, S slots.
 """
@@ -30,9 +30,9 @@ def each_cell(
 ) -> Tensor:
     """Evaluate a function of a query and a key token for every cell, `[B, heads, rows, slots]`.
 
-    The function is called for one cell, as FlexAttention calls it, and torch.vmap makes one computation of that; a
-    dimension that the result does not depend on has stride 0. heads: which ones. rows, slots: which queries and keys
-    (default all). scores: of those cells; the function takes its cell's score first.
+    The function is called for one cell, as FlexAttention calls it, and vectorised by torch.vmap; a dimension that the
+    result does not depend on has stride 0. heads: the heads to evaluate. rows, slots: the queries and keys to evaluate
+    (default: all). scores: those of the cells; the function takes its cell's score first.
     """
 
     def cell(*at: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def each_cell(
 
 
 class Sparsity(NamedTuple):
-    """The numbers of a mask's full, partial and empty blocks. Empty ones cost nothing; full ones skip the predicate."""
+    """The number of full, partial and empty blocks of a mask. Empty ones cost nothing; full ones skip the predicate."""
 
     full: int
     partial: int

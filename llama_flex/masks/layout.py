@@ -1,4 +1,4 @@
-"""How tokens lie in memory: slots in pages, and rows without their padding.
+"""The layout of tokens in memory: slots in pages, and rows packed without their padding.
 
 Dimensions: B rows, T tokens, N packed tokens, K key/value heads, S slots of a row, Sb blocks of them, P pages, D head
 dim.
@@ -19,19 +19,19 @@ BLOCK = 128  # slots and query rows per block of a BlockMask, and slots per page
 class PageTable(NamedTuple):
     """The map from each row's blocks of slots to pages of a pool, and back.
 
-    page_table: int32 `[B, Sb]`, the page of each block; blocks without one have the last page, which takes padding.
-    physical_to_logical: int32 `[B, P]`, the block of a row's slots that a page holds, -1 if it holds none.
+    page_table: int32 `[B, Sb]`, the page of each block; a block without one has the last page, which takes padding.
+    physical_to_logical: int32 `[B, P]`, the row's block that each page holds, -1 if it holds none.
     """
 
     page_table: Tensor
     physical_to_logical: Tensor
 
     def slot_of(self, row: Tensor, place: Tensor) -> Tensor:
-        """Return the slot of a row that lies at a place of the pool, negative if none does."""
+        """Return the slot of a row that is stored at a place of the pool, negative if none is."""
         return take(self.physical_to_logical, row, place // BLOCK) * BLOCK + place % BLOCK
 
     def gather(self, pool: Tensor) -> Tensor:
-        """Copy the slots of every row, `[B, K, S, D]`, out of a pool `[1, K, P * 128, D]`; zeros where no page is."""
+        """Copy the slots of every row, `[B, K, S, D]`, from a pool `[1, K, P * 128, D]`; zeros for missing pages."""
         b, blocks = self.page_table.shape
         slots = torch.arange(blocks * BLOCK, device=pool.device).expand(b, -1)
         found = pool[0][:, slot_mapping(self.page_table, slots)].transpose(0, 1)
@@ -40,15 +40,15 @@ class PageTable(NamedTuple):
 
 
 def slot_mapping(page_table: Tensor, slots: Tensor) -> Tensor:
-    """Return where slots `[B, T]` lie in the pool, int64 `[B, T]`; page_table: see `PageTable`."""
+    """Return the places of slots `[B, T]` in the pool, int64 `[B, T]`; page_table: see `PageTable`."""
     return page_table.gather(1, slots.long() // BLOCK).long() * BLOCK + slots % BLOCK
 
 
 class PackedRows(NamedTuple):
-    """Tokens of rows in one row, without most of the padding, as all but attention takes them; N of B * T.
+    """The packing of rows `[B, T]` into one row of N tokens, without most of the padding, for all but attention.
 
-    token_indices: int64 `[N]`, which tokens of the rows: the real ones, and padding if there are fewer than N.
-    inverse_indices: int64 `[B, T]`, where each is among the N; arbitrary for padding.
+    token_indices: int64 `[N]`, the packed tokens among the B * T: the real ones, then padding if fewer than N.
+    inverse_indices: int64 `[B, T]`, the place of each token among the N; arbitrary for padding.
     """
 
     token_indices: Tensor
@@ -56,7 +56,7 @@ class PackedRows(NamedTuple):
 
     @staticmethod
     def of(token_indices: Tensor, shape: tuple[int, int]) -> PackedRows:
-        """Make one of `token_indices` and the shape `(B, T)` of the rows."""
+        """Build the packing from `token_indices` and the shape `(B, T)` of the rows."""
         number = torch.arange(len(token_indices), device=token_indices.device)
         inverse = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=token_indices.device)
         return PackedRows(token_indices, inverse.scatter(0, token_indices, number).view(shape))
@@ -66,15 +66,15 @@ class PackedRows(NamedTuple):
         return x.flatten(0, 1)[self.token_indices][None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Lay `[1, N, ...]` out as `[B, T, ...]`. Padding positions hold arbitrary values."""
+        """Unpack `[1, N, ...]` into `[B, T, ...]`; padding gets arbitrary values."""
         return x[0, self.inverse_indices]
 
 
 class SlotCache(Protocol):
     """The interface of a cache, contiguous or paged, to a step.
 
-    layers: each layer's keys and values. tokens: the attributes of what the slots of a row hold. pages: where the slots
-    lie, if not in their order. token_indices: of packed tokens, see `PackedRows`.
+    layers: each layer's keys and values. tokens: the attributes of the tokens in each row's slots. pages: the page
+    table, None if slots are contiguous. token_indices: the packed tokens, see `PackedRows`; None if all are computed.
     """
 
     layers: list[tuple[Tensor, Tensor]]

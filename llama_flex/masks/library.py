@@ -1,4 +1,4 @@
-"""Named masks: who may attend to whom, from causal to trees of drafts."""
+"""Named masks, from causal to trees of drafts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .mask import Mask
 SHARED = 0  # the segment that every fused prompt sees
 GENERATED = -1  # the segment of generated text, which sees every fused prompt
 
-Parameter: TypeAlias = int | Tensor  # one number for all rows, or a tensor [B] with one a row
+Parameter: TypeAlias = int | Tensor  # one number for all rows, or a tensor [B] with one per row
 
 
 def _backward(function: Callable[[Token, Token], Tensor | bool], name: str) -> Mask:
@@ -23,37 +23,37 @@ def _backward(function: Callable[[Token, Token], Tensor | bool], name: str) -> M
 
 
 def causal() -> Mask:
-    """A token attends to itself and to the tokens that arrived before it."""
+    """Let each token attend to itself and to the tokens that arrived before it."""
     return _backward(lambda q, kv: kv.index <= q.index, "causal()")
 
 
 def bidirectional() -> Mask:
-    """Every token attends to every other."""
+    """Let every token attend to every other."""
     return Mask(lambda q, kv: True, "bidirectional()")
 
 
 def sliding_window(width: Parameter) -> Mask:
-    """A token attends to the last `width` tokens, itself included, as in transformers."""
+    """Let each token attend to the last `width` tokens, itself included, as in transformers."""
     name = named("sliding_window", width, 1)
     return _backward(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < of_row(width, q)), name)
 
 
 def bidirectional_window(reach: Parameter) -> Mask:
-    """A token attends to those at most `reach` before or after it: transformers' window where `is_causal` is false."""
+    """Let each token attend up to `reach` tokens before and after it: transformers' window if `is_causal` is false."""
     name = named("bidirectional_window", reach, 0)
     return Mask(lambda q, kv: (q.index - kv.index).abs() <= of_row(reach, q), name)
 
 
 def sink(count: Parameter) -> Mask:
-    """A token attends to the first `count` tokens, as far as they came before it (arXiv:2309.17453)."""
+    """Let each token attend to the first `count` tokens, except those that arrived after it (arXiv:2309.17453)."""
     name = named("sink", count, 0)
     return _backward(lambda q, kv: (kv.index <= q.index) & (kv.index < of_row(count, q)), name)
 
 
 def prefix_lm(length: Parameter) -> Mask:
-    """Causal, but the first `length` tokens also attend to each other in both directions (arXiv:1910.10683).
+    """Attend causally, but within the first `length` tokens in both directions (arXiv:1910.10683).
 
-    In a cache the prefix must be appended in one piece: a token cannot attend to what has not arrived.
+    In a cache the prefix must be appended in one piece: a token cannot attend to tokens that have not arrived.
     """
     name = named("prefix_lm", length, 0)
     return Mask(
@@ -62,7 +62,7 @@ def prefix_lm(length: Parameter) -> Mask:
 
 
 def chunked(size: Parameter) -> Mask:
-    """Causal within chunks of `size` tokens; nothing crosses from one chunk to the next."""
+    """Attend causally within chunks of `size` tokens, and never across chunks."""
     name = named("chunked", size, 1)
     return _backward(
         lambda q, kv: (kv.index <= q.index) & (kv.index // of_row(size, q) == q.index // of_row(size, q)), name
@@ -70,15 +70,15 @@ def chunked(size: Parameter) -> Mask:
 
 
 def dilated(step: Parameter) -> Mask:
-    """Causal, every `step`-th token counted back from the token itself (arXiv:2004.05150)."""
+    """Attend causally to every `step`-th token, counted back from the token itself (arXiv:2004.05150)."""
     name = named("dilated", step, 1)
     return _backward(lambda q, kv: (kv.index <= q.index) & ((q.index - kv.index) % of_row(step, q) == 0), name)
 
 
 def global_tokens(indices: Sequence[int] | Tensor) -> Mask:
-    """The tokens at `indices` attend to all and all attend to them (arXiv:2004.05150); combine with `causal()`.
+    """Let the tokens at `indices` attend to all, and all to them (arXiv:2004.05150); combine with `causal()`.
 
-    indices: numbers, the same for every row; or a boolean tensor `[N]` or `[B, N]` that says it of the first N tokens.
+    indices: numbers, the same for every row; or a boolean tensor `[N]` or `[B, N]` that marks them among the first N.
     """
     if not isinstance(indices, Tensor):
         if not len(indices) or min(indices) < 0:
@@ -97,18 +97,18 @@ def global_tokens(indices: Sequence[int] | Tensor) -> Mask:
 
 
 def document() -> Mask:
-    """A token attends to tokens of its own segment; combine with `causal()`."""
+    """Let each token attend to the tokens of its own segment; combine with `causal()`."""
     return Mask(lambda q, kv: q.segment == kv.segment, "document()")
 
 
 def shared_prefix(length: Parameter) -> Mask:
-    """Causal within each segment, and every token attends to the first `length` tokens, of whatever segment."""
+    """Attend causally within each segment, and to the first `length` tokens whatever their segment."""
     name = named("shared_prefix", length, 0)
     return _backward((causal() & (document() | sink(length))).function, name)
 
 
 def fused() -> Mask:
-    """Prompts side by side: causal; a prompt attends to its own segment and to the shared one (segment 0), generated
+    """Attend causally, with prompts side by side: a prompt to its own segment and the shared one (segment 0), generated
     tokens (segment -1) to everything. Without segments the same as `causal()`. See `llama_flex.fuse`."""
     return _backward(
         lambda q, kv: (
@@ -119,18 +119,18 @@ def fused() -> Mask:
 
 
 def tree(parents: Sequence[int] | Tensor, start: Parameter = 0) -> Mask:
-    """A token attends to itself and its ancestors in a tree, such as of drafted continuations (arXiv:2305.09781).
+    """Let each token attend to itself and its ancestors in a tree, such as drafted continuations (arXiv:2305.09781).
 
-    parents: for each node the number of its parent, a smaller one, or -1 for a root; a tensor `[B, N]`: a tree a row.
-    Node n is the token with index `start` + n. Every token attends to those before `start`, and the tokens after the
-    tree attend to all that came before them. Raises ValueError for a parent that is not an earlier node.
+    parents: the number of each node's parent, a smaller one, or -1 for a root; a tensor `[B, N]` has one tree per row.
+    Node n is the token with index `start` + n. Every token attends to those before `start`, and tokens after the tree
+    attend to all earlier ones. Raises ValueError for a parent that is not an earlier node.
     """
     place = named("start", start, 0)
     table = torch.as_tensor(parents)
     if not table.numel() or table.dim() not in (1, 2) or table.is_floating_point():
         raise ValueError(f"tree needs a parent for each node, integers [N] or [B, N], not {_kind(table)}")
-    # Nodes numbered in the order of a depth-first walk: those under node n have the numbers enter[n] to leave[n] - 1,
-    # so two tables of N numbers answer what would else take N x N.
+    # Nodes are numbered in depth-first order: node n and its descendants have the numbers enter[n] to leave[n] - 1, so
+    # two tables of N numbers replace one of N x N.
     walks = [_depth_first(row) for row in table.reshape(-1, table.shape[-1]).tolist()]
     enter, leave = torch.tensor(walks, dtype=torch.int32, device=table.device).unbind(1)  # [number of trees, N]
     enter, leave = enter.clone().view(table.shape), leave.clone().view(table.shape)  # not aliases
@@ -146,14 +146,14 @@ def tree(parents: Sequence[int] | Tensor, start: Parameter = 0) -> Mask:
 
 
 def _depth_first(parents: list[int]) -> tuple[list[int], list[int]]:
-    """Return each node's number in a depth-first walk, and the first number after those of its descendants."""
+    """Return each node's number in depth-first order, and the first number after those of its descendants."""
     sizes = [1] * len(parents)
     for node in range(len(parents) - 1, -1, -1):
         if not -1 <= parents[node] < node:
             raise ValueError(f"tree: node {node} has parent {parents[node]}; give an earlier node, or -1 for a root")
         if parents[node] >= 0:
             sizes[parents[node]] += sizes[node]
-    enter, free, roots = [], [0] * len(parents), 0  # free: the next number to give below each node
+    enter, free, roots = [], [0] * len(parents), 0  # free: the next free number below each node
     for node, parent in enumerate(parents):
         number = roots if parent < 0 else free[parent]
         if parent < 0:
@@ -170,12 +170,12 @@ def _marked(table: Tensor, token: Token) -> Tensor:
 
 
 def of_row(value: Parameter, token: Token) -> int | Tensor:
-    """Return a parameter that is one number for all, or the token's row of a tensor `[B]`."""
+    """Return a parameter's value in the token's row: the one number for all, or its entry in a tensor `[B]`."""
     return take(value, token.batch) if isinstance(value, Tensor) and value.dim() else value
 
 
 def lookup(table: Tensor, token: Token, at: Tensor) -> Tensor:
-    """Look up entry `at` of a table `[N]`, or of the token's row of a table `[B, N]`; the nearest one if outside."""
+    """Look up entry `at` of a table `[N]`, or of the token's row of a table `[B, N]`; clamp `at` to the table."""
     at = at.clamp(0, table.shape[-1] - 1)
     return take(table, at) if table.dim() == 1 else take(table, token.batch, at)
 

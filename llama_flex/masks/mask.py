@@ -1,7 +1,7 @@
 """Masks: predicates over the attributes of a query token and a key token, and their algebra.
 
-A mask is written once, over attributes, and knows nothing of caches: it holds in the full forward, in chunks, in cached
-decoding, in ragged batches, eager and compiled. Dimensions: B batch, H heads, T query tokens, S slots.
+A mask is written once, over attributes, and knows nothing of caches: it means the same in a full forward, in chunks, in
+cached decoding and in ragged batches, eager or compiled. Dimensions: B batch, H heads, T query tokens, S slots.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Mask(TokenFunction):
 
     Both have `.batch .head .index .position .segment`. The predicate uses tensor operations only (`&`, `|`, `~`,
     comparisons, indexing of captured tensors); it may return a Python bool. Masks combine with `&`, `|` and `~`.
-    Whatever they say, a free slot and padding are never attended to.
+    Free slots and padding are never attended to, whatever the predicate returns.
     """
 
     function: Callable[[Token, Token], Tensor | bool]
@@ -39,8 +39,8 @@ class Mask(TokenFunction):
         *,
         never_looks_ahead: bool = False,
     ) -> None:
-        """never_looks_ahead: promise that no query sees a token that arrives after it; without the promise an Engine
-        finds out, at the cost of making the block lists of long prompts once more."""
+        """Wrap a predicate. never_looks_ahead: promise that no query sees a later token; without the promise, an Engine
+        finds out, at the cost of building the block lists of long prompts once more."""
         super().__init__(function, name)
         self.never_looks_ahead = never_looks_ahead
 
@@ -48,9 +48,9 @@ class Mask(TokenFunction):
     def from_mask_mod(
         cls, mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | bool], name: str | None = None
     ) -> Mask:
-        """Make a mask of FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, read over the order of arrival.
+        """Make a mask from FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, with `Token.index` as q_idx and kv_idx.
 
-        So it means the same in cached decoding, where the rows and slots of the attention call are others.
+        So it means the same in cached decoding, where the attention call has other rows and slots.
         """
         return cls(lambda q, kv: mask_mod(q.batch, q.head, logical(q), logical(kv)), name or name_of(mask_mod))
 
@@ -76,9 +76,9 @@ class Mask(TokenFunction):
         return Mask(lambda q, kv: ~self.evaluate(q, kv), f"~{self}")
 
     def evaluate(self, q: Token, kv: Token) -> Tensor:
-        """Evaluate the predicate for one query and one key: a boolean tensor without dimensions.
+        """Evaluate the predicate for one query and one key; return a scalar boolean tensor.
 
-        Raises FunctionError for a predicate that fails, or returns anything else.
+        Raises FunctionError if the predicate fails or returns anything else.
         """
         answer = self.call(q, kv)
         if isinstance(answer, bool):
@@ -91,24 +91,24 @@ class Mask(TokenFunction):
         return check_scalar(self.described, answer)
 
     def allows(self, q: Token, kv: Token) -> Tensor:
-        """Evaluate the predicate, but for free slots and padding, which nothing attends to."""
+        """Evaluate the predicate; return false for free slots and padding."""
         return (kv.index >= 0) & self.evaluate(q, kv)
 
     def dense(self, q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
-        """Return the mask as booleans, `[B, 1 or H, T, S]`: H only if the predicate looks at heads."""
+        """Return the mask as booleans, `[B, 1 or H, T, S]`: H only if the predicate depends on heads."""
         return block_mask.evaluate_cells(self.allows, q, kv, num_heads)
 
     def sparsity(self, q: Tokens, kv: Tokens | None = None, num_heads: int = 1) -> Sparsity:
-        """Count the blocks of 128 x 128 that this mask lists for queries q against slots kv (default: themselves).
+        """Count this mask's full, partial and empty blocks of 128 x 128, for queries q against slots kv (default: q).
 
-        A mask that looks at heads has blocks for each of num_heads; any other counts once for all.
+        A mask that depends on heads has blocks for each of num_heads; any other counts once for all heads.
         """
         full, some = self.blocks(q, q if kv is None else kv, num_heads)
         listed, whole = int(some.sum()), int(full.sum())
         return Sparsity(whole, listed - whole, some.numel() - listed)
 
     def blocks(self, q: Tokens, kv: Tokens, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Tell which blocks are full, and which allow anything; see `block_mask.classify_blocks`."""
+        """Return which blocks are full, and which are not empty; see `block_mask.classify_blocks`."""
         return block_mask.classify_blocks(self.allows, q, kv, num_heads)
 
     def block_lists(self, q: Tokens, kv: Tokens, num_heads: int, together: bool = False) -> BlockLists:
@@ -118,11 +118,11 @@ class Mask(TokenFunction):
     def block_mask(
         self, q: Tokens, kv: Tokens, num_heads: int, lists: BlockLists | None = None, pages: PageTable | None = None
     ) -> BlockMask:
-        """Make FlexAttention's BlockMask; see `block_mask.make_block_mask`. lists: default made here."""
+        """Build FlexAttention's BlockMask; see `block_mask.make_block_mask`. lists: built here by default."""
         lists = lists or self.block_lists(q, kv, num_heads)
         return block_mask.make_block_mask(self.allows, q, kv, lists, pages)
 
 
 def logical(token: Token) -> Tensor:
-    """Return the token's place in the order of arrival, 0 for free slots, for functions that know no free slots."""
+    """Return the token's index, 0 for free slots, for functions that do not know of free slots."""
     return token.index.clamp(min=0)

@@ -1,4 +1,4 @@
-"""Which mask and score function each layer has. Dimensions: B batch, T tokens, L layers."""
+"""Attention plans: the mask and score function of each layer. Dimensions: B batch, T tokens, L layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .scores import ScoreMod
 
 
 class LayerAttention(NamedTuple):
-    """The mask of one layer, and its score function, if it has one."""
+    """The mask of a layer, and its score function if it has one: one variant of a plan."""
 
     mask: Mask
     score_mod: ScoreMod | None = None
@@ -29,7 +29,7 @@ class LayerAttention(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The distinct ways in which a model's layers attend, and which of them each layer has, `[L]`."""
+    """The distinct variants of attention in a model, and the number of each layer's variant, `[L]`."""
 
     variants: tuple[LayerAttention, ...]
     of_layer: tuple[int, ...]
@@ -45,14 +45,14 @@ class AttentionPlan:
         num_layers: int,
         device: torch.device,
     ) -> AttentionPlan:
-        """Plan from one mask and score function for all layers, or one each; equal ones are computed once for all.
+        """Build a plan from one mask and score function for all layers, or one per layer; equal layers share a variant.
 
-        default: instead of no mask. cache_mask: added to every mask. Tensors they capture are moved to `device`.
-        Raises ValueError for what is no mask or score function, and for another number of them than of layers.
+        default: used where no mask is given. cache_mask: combined (`&`) with every mask. Captured tensors are moved to
+        `device`. Raises ValueError for anything but masks and score functions, and for a list without one per layer.
         """
         each_mask = _of_each_layer(mask, Mask, "mask", num_layers)
         each_score_mod = _of_each_layer(score_mod, ScoreMod, "score_mod", num_layers)
-        # Tried on one token, so that a function's fault is not reported by a compiler.
+        # Each is tried on one token, so that a function's fault is not first reported by a compiler.
         token = Tokens.arriving(1).map(lambda x: x.to(device))
         score = torch.zeros(1, 1, 1, 1, device=device)
         variants: dict[Hashable, LayerAttention] = {}
@@ -78,18 +78,16 @@ class AttentionPlan:
     def check_new_tokens(
         self, count: int, positions: Tensor | None, segments: Tensor | None, start: int, num_heads: int
     ) -> None:
-        """Raise FunctionError for a mask or score function that fails for the last of `count` tokens from `start`
-        on."""
+        """Raise FunctionError if a mask or score function fails for the last of `count` tokens from `start` on."""
         index = start + torch.arange(count, dtype=torch.int32)[None]
         tokens = Tokens(index, index if positions is None else positions, 0 * index if segments is None else segments)
         rows = max(len(x) for x in tokens)
         self.check_last_token(tokens.map(lambda x: x.expand(rows, -1)), num_heads)
 
     def check_last_token(self, tokens: Tokens, num_heads: int) -> None:
-        """Raise FunctionError for a mask or score function that fails where the last of tokens `[B, T]` is the query,
-        such as by a table that is too short.
+        """Raise FunctionError if a mask or score function fails with the last of tokens `[B, T]` as the query.
 
-        Runs on the CPU: on a GPU, an index out of bounds would be the end of the process.
+        A table may be too short, for example. Runs on the CPU: on a GPU, an index out of bounds would end the process.
         """
         tokens = tokens.map(lambda x: x.cpu())
         at = tokens.index.argmax(1, keepdim=True)

@@ -1,6 +1,6 @@
-"""Score functions: they change the scaled product of a query and a key before the softmax.
+"""Score functions, which change the scaled product of a query and a key before the softmax.
 
-Like a mask, a score function reads attributes of tokens and captures tensors, and means the same wherever it is used.
+Like a mask, a score function reads token attributes and captured tensors, and means the same wherever it is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ScoreFunction: TypeAlias = Callable[[Tensor, Token, Token], Tensor]
 class ScoreMod(TokenFunction):
     """A function `(score, q, kv) -> score`, of tensor operations only. `a >> b` applies a, then b.
 
-    Scores are the products of queries and keys divided by sqrt(head_dim), in float32 or wider; the mask comes after.
+    Scores are the products of queries and keys divided by sqrt(head_dim), in float32 or wider; masking comes after.
     """
 
     function: ScoreFunction
@@ -35,7 +35,7 @@ class ScoreMod(TokenFunction):
     def from_score_mod(
         cls, score_mod: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor], name: str | None = None
     ) -> ScoreMod:
-        """Make one of FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, read over the order of arrival."""
+        """Wrap FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`, with `Token.index` as q_idx and kv_idx."""
 
         def function(score: Tensor, q: Token, kv: Token) -> Tensor:
             return score_mod(score, q.batch, q.head, logical(q), logical(kv))
@@ -48,9 +48,9 @@ class ScoreMod(TokenFunction):
         return ScoreMod(lambda score, q, kv: other.evaluate(self.evaluate(score, q, kv), q, kv), f"({self} >> {other})")
 
     def evaluate(self, score: Tensor, q: Token, kv: Token) -> Tensor:
-        """Return the changed score of one query and one key, a tensor without dimensions.
+        """Return the changed score of one query and one key, a scalar tensor.
 
-        Raises FunctionError for a function that fails, or does not return one floating-point number.
+        Raises FunctionError if the function fails or does not return one floating-point number.
         """
         changed = self.call(score, q, kv)
         if not isinstance(changed, Tensor) or not changed.is_floating_point():
@@ -61,13 +61,13 @@ class ScoreMod(TokenFunction):
         return check_scalar(self.described, changed).to(score.dtype)
 
     def dense(self, scores: Tensor, q: Tokens, kv: Tokens, heads: Tensor | None = None) -> Tensor:
-        """Change scores `[B, H, T, S]`. heads: the model's numbers of their heads, default 0 to H - 1."""
+        """Change scores `[B, H, T, S]`. heads: their head numbers in the model, default 0 to H - 1."""
         heads = arange(scores.shape[1], q) if heads is None else heads
         return each_cell(self.evaluate, q, kv, heads, scores=scores)
 
 
 def alibi(slopes: Tensor | int) -> ScoreMod:
-    """A penalty that grows with the distance of positions (arXiv:2108.12409).
+    """Subtract a penalty that grows with the distance between positions (arXiv:2108.12409).
 
     slopes: `[H]`; or the number of heads, for the paper's slopes: 2^(-8/H), 2^(-16/H), ... if H is a power of two, else
     those of the next lower power, followed by every other one of the next higher.
@@ -84,15 +84,15 @@ def alibi(slopes: Tensor | int) -> ScoreMod:
 
 
 def softcap(cap: float) -> ScoreMod:
-    """Scores held within (-cap, cap): cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118)."""
+    """Keep scores within (-cap, cap): cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118)."""
     if not 0 < cap < math.inf:
         raise ValueError(f"softcap needs a positive number, not {cap}")
     return ScoreMod(lambda score, q, kv: cap * torch.tanh(score / cap), f"softcap({cap})")
 
 
 def relative_bias(table: Tensor) -> ScoreMod:
-    """A bias by distance: table `[2R + 1]` or `[H, 2R + 1]` for keys R positions after the query to R before it; keys
-    further away get that of the nearest end (arXiv:1910.10683, without its buckets)."""
+    """Add a bias by distance: table `[2R + 1]` or `[H, 2R + 1]` for keys R positions after the query to R before it;
+    keys further away get the bias of the nearer end (arXiv:1910.10683, without its buckets)."""
     if table.dim() not in (1, 2) or table.shape[-1] % 2 == 0:
         raise ValueError(f"relative_bias needs a table [2R + 1] or [H, 2R + 1], not {list(table.shape)}")
     reach = table.shape[-1] // 2
@@ -105,9 +105,9 @@ def relative_bias(table: Tensor) -> ScoreMod:
 
 
 def temperature(scale: Tensor) -> ScoreMod:
-    """Scores times a factor by the query's position: scale `[N]` or `[B, N]`, the last for all positions beyond.
+    """Multiply scores by a factor for the query's position: scale `[N]` or `[B, N]`, the last for all positions beyond.
 
-    Such as `1 + 0.1 * log(1 + floor(position / 8192))`, or log(position) / log(trained length) (arXiv:2202.12172).
+    For example `1 + 0.1 * log(1 + floor(position / 8192))`, or log(position) / log(trained length) (arXiv:2202.12172).
     """
     if scale.dim() not in (1, 2) or not scale.numel() or not scale.is_floating_point():
         raise ValueError(f"temperature needs factors [N] or [B, N], not {scale.dtype} {list(scale.shape)}")
@@ -115,8 +115,8 @@ def temperature(scale: Tensor) -> ScoreMod:
 
 
 def segment_weights(log_weights: Tensor) -> ScoreMod:
-    """Weigh each segment for generated tokens (segment -1): log_weights `[N]` or `[B, N]` of segments 0 to N - 1,
-    added to their scores, so that a weight of 2 counts as a segment given twice; 0 for other segments."""
+    """Weight each segment for generated tokens (segment -1): add log_weights `[N]` or `[B, N]` of segments 0 to N - 1
+    to their scores, so that a weight of 2 counts as a segment given twice; add 0 to other segments."""
     if log_weights.dim() not in (1, 2) or not log_weights.is_floating_point():
         raise ValueError(
             f"segment_weights needs logarithms [N] or [B, N], not {log_weights.dtype} {list(log_weights.shape)}"

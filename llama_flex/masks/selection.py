@@ -15,9 +15,9 @@ Where: TypeAlias = Callable[[Tokens], Tensor] | Sequence[int] | Tensor | None
 
 
 def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Callable[[Tokens], Tensor]:
-    """Return a function from tokens to booleans `[B, T]`.
+    """Return a function from tokens to booleans `[B, T]`, true for the chosen ones.
 
-    It, and this, raise ValueError for indices that are none and for functions that return anything else.
+    Raises ValueError for invalid indices. The returned function raises it for a `where` that returns anything else.
     """
     if callable(where):
 
@@ -35,7 +35,7 @@ def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Cal
         which = torch.as_tensor(where if isinstance(where, Tensor) else list(where))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{what}, not {where!r}") from None
-    which = which if which.numel() else which.long()  # an empty list comes as floats
+    which = which if which.numel() else which.long()  # an empty list becomes floats
     if which.dim() not in (1, 2) or which.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{what}, not {which.dtype} {list(which.shape)}")
     if which.numel() and int(which.min()) < 0:

@@ -1,0 +1,1 @@
+"""Text: tokenizer backends, chat templates and their worker process, streaming detokenization."""

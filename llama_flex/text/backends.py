@@ -1,4 +1,4 @@
-"""The two kinds of tokenizers: `tokenizer.json` through tokenizers, `tokenizer.model` through sentencepiece."""
+"""The two tokenizer backends: `tokenizer.json` through tokenizers, `tokenizer.model` through sentencepiece."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .tokenizer_files import (
 )
 from .tokenizer_json import MALFORMED, MAX_PIECES
 
-MAX_ADDED_CHARACTERS = 2**18  # of the added tokens around a tokenizer.model; one regular expression finds them
+MAX_ADDED_CHARACTERS = 2**18  # of the tokens added to a tokenizer.model; one regular expression finds them
 
 # NormalizerSpec.add_dummy_prefix = false as protobuf bytes; appended to a model they are merged into it.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -36,9 +36,9 @@ _CLEANUPS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"
 
 
 def load_backend(folder: Path) -> tuple[JsonBackend | SentencePieceBackend, dict[str, str], dict[str, str]]:
-    """Load the tokenizer of a folder: return it, its special tokens and its chat templates, both by name.
+    """Load the tokenizer of a folder; return its backend, and its special tokens and chat templates by name.
 
-    Raises FolderError naming the file that is missing or cannot be read as what it should be.
+    Raises FolderError naming the file that is missing or malformed.
     """
     config = tokenizer_files.read_if_there(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:  # older folders spread this over two more files
@@ -61,14 +61,14 @@ def load_backend(folder: Path) -> tuple[JsonBackend | SentencePieceBackend, dict
             raise TokenizerError(f"{folder} has neither tokenizer.json nor tokenizer.model{way}")
     except FolderError:
         raise
-    except MALFORMED as error:  # JSON, but not of the form these files have
+    except MALFORMED as error:  # JSON, but not of the expected form
         raise TokenizerError(f"{folder}: malformed tokenizer_config.json or its companions ({why(error)})") from error
     return backend, special_tokens, templates
 
 
 class JsonBackend:
-    """tokenizer.json through `tokenizers`. The file alone says how text is split and which ids are put around it; as
-    in transformers 5, tokenizer_config.json's add_bos_token, add_eos_token and add_prefix_space change nothing."""
+    """A tokenizer.json through `tokenizers`. The file alone determines how text is split and which ids go around it; as
+    in transformers 5, tokenizer_config.json's add_bos_token, add_eos_token and add_prefix_space have no effect."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class JsonBackend:
             raise TokenizerError(f"{path} puts token id {unknown[0]} around texts, which is not in its vocabulary")
         self.token_to_id = self._tokenizer.token_to_id
         self.id_to_token = self._tokenizer.id_to_token
-        # The cleanup is made for WordPiece and spoils BPE text: transformers, too, ignores it there unless told twice.
+        # The cleanup is meant for WordPiece and spoils BPE text: transformers, too, skips it there unless told twice.
         self._clean_up = config.get("clean_up_tokenization_spaces", False) and (
             not isinstance(self._tokenizer.model, tokenizers.models.BPE)
             or config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
@@ -119,7 +119,7 @@ class JsonBackend:
 
     @contextmanager
     def _native(self) -> Iterator[None]:
-        """Turn what `tokenizers` raises, panics included, into a TokenizerError that names the file."""
+        """Turn errors of `tokenizers`, panics included, into a TokenizerError that names the file."""
         try:
             yield
         except BaseException as error:  # tokenizers raises nothing more precise, and a panic is no Exception
@@ -134,7 +134,7 @@ class JsonBackend:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         if all(skip_special_tokens and id in self.special_ids for id in ids):
-            return ""  # of no pieces some decoders make a panic
+            return ""  # some decoders panic if there are no pieces
         with self._native():
             text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         if self._clean_up:
@@ -143,7 +143,7 @@ class JsonBackend:
         return text
 
     def decoding(self) -> Decoding | None:
-        """Return how pieces become text, None if that is not known piece by piece."""
+        """Return the steps from pieces to text, None if text cannot be decoded piece by piece."""
         if self._clean_up:
             return None
         decoder = self._tokenizer.decoder
@@ -167,17 +167,17 @@ class JsonBackend:
                 case _:
                     order.append("unknown")
             order.append(step["type"])
-        # Replacing is done piece by piece, then bytes become characters, then the whole text is stripped; in another
-        # order the steps mean something else.
+        # Replacements are made piece by piece, then bytes become characters, then the whole text is stripped; in
+        # another order, the steps would mean something else.
         if not re.fullmatch(r"(Replace )*(ByteFallback )?(Fuse (Strip )?)?", "".join(f"{name} " for name in order)):
             return None
         return decoding
 
 
 class SentencePieceBackend:
-    """tokenizer.model through sentencepiece, with added tokens cut out of the text before it. As in the slow
-    LlamaTokenizer, text after an added token gets a leading space where `legacy` is true, which is its default;
-    otherwise only text at the start does."""
+    """A tokenizer.model through sentencepiece, with added tokens cut out of the text first. As in the slow
+    LlamaTokenizer, text after an added token gets a leading space if `legacy` is true, the default; otherwise only text
+    at the start does."""
 
     def __init__(
         self,

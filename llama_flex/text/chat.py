@@ -1,8 +1,8 @@
-"""Chat templates: Jinja text from a model's folder, rendered as transformers renders it, and bounded.
+"""Chat templates: Jinja text from a model's folder, rendered as in transformers, within limits.
 
-A template is a program that somebody else wrote. Jinja's sandbox keeps it away from Python; it does not keep it from
-running for ever or from building gigabytes. So it runs in a process of its own (chat_worker.py), which has so much
-memory and processor time, and can open no file; one that takes more is ended, and the next template gets a new process.
+A template is untrusted code. Jinja's sandbox keeps it away from Python, but does not keep it from running forever or
+from building gigabytes. So it runs in a process of its own (chat_worker.py), which has limited memory and processor
+time and cannot open files; a process that exceeds a limit is ended, and the next template gets a new one.
 """
 
 import atexit
@@ -19,11 +19,11 @@ from typing import Any
 from ..checkpoint.files import one_line
 
 MAX_SECONDS = 5  # of processor time
-MAX_BYTES = 1 << 27  # beyond what the process has to begin with
+MAX_BYTES = 1 << 27  # beyond what the process starts with
 MAX_TEXT_BYTES = 1 << 23
 OUT_OF_MEMORY = 3  # an exit code
 _START = "import sys; sys.path[:] = sys.argv[2:]; from llama_flex.text.chat_worker import main; main(int(sys.argv[1]))"
-# Letters alone, which no template escapes or cuts at; with white space, which tells whether it keeps that of messages.
+# Letters, which no template escapes or cuts at, then white space, which tells whether it keeps that of messages.
 _MARK = "FINAL_MESSAGE_ENDS_HERE "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -38,12 +38,12 @@ def render_chat(
     continue_final_message: bool | str = False,
     **variables: Any,
 ) -> str:
-    """The text of a conversation. Environment, functions and variables are those of transformers 5.23's
+    """Return the text of a conversation. Environment, functions and variables are those of transformers 5.23's
     `render_jinja_template` (utils/chat_template_utils.py), which the tests compare with.
 
     Args:
         template: Jinja source.
-        messages: dicts, as the template wants them; usually "role" and "content".
+        messages: dicts, as the template expects them; usually "role" and "content".
         tools: JSON schemas, each a dict. documents: dicts, usually "title" and "text".
         continue_final_message: end the text where the last message's "content" ends, or its field of that name, as
             transformers does; not together with add_generation_prompt.
@@ -84,7 +84,7 @@ def render_chat(
 
 
 def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
-    """Put a mark at the end of a message's text, in place; returns the text without it. Raises ValueError."""
+    """Append a mark to a message's text, in place; return the text without it. Raises ValueError."""
     name = field if isinstance(field, str) else "content"
     if (final := message.get(name)) is None:
         raise ValueError(f"the last message has no {name!r} to continue")
@@ -105,8 +105,8 @@ def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
 
 
 def _up_to_mark(text: str, final: str) -> str:
-    """The text of a conversation up to the mark; what stands before it loses its white space if the mark has lost its
-    own, since the template cuts white space off then."""
+    """Return the text of a conversation up to the mark, without white space at its end if the mark has lost its own:
+    the template strips messages then."""
     at = text.rfind(_MARK.strip())
     if at < 0 or final.strip() not in text:
         raise ValueError("the chat template leaves out the last message, or some of it, so it cannot be continued")
@@ -114,7 +114,7 @@ def _up_to_mark(text: str, final: str) -> str:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy in plain JSON types."""
+    """Return a copy in plain JSON types. Raises ValueError."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -131,7 +131,7 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Reasoning goes by three names; as in transformers, each template finds it under the one it reads."""
+    """Copy reasoning, which goes by three names, to those that templates read, as transformers does."""
     reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
@@ -142,7 +142,7 @@ class _Renderer:
     def __init__(self) -> None:
         if sys.platform == "win32":
             raise ValueError("a chat template is rendered under limits that Windows does not have; use WSL")
-        # Where this package is, and no relative places: a folder of somebody else's may be the current one.
+        # The folder of this package, and no relative paths: the current folder may be untrusted.
         paths = [str(Path(__file__).parents[2]), *filter(os.path.isabs, sys.path)]
         try:
             self._process = subprocess.Popen(
@@ -150,7 +150,7 @@ class _Renderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for this process
+                start_new_session=True,  # Ctrl-C reaches only this process
             )
         except OSError as error:
             raise ValueError(f"the process that renders chat templates does not start: {error}") from error
@@ -159,13 +159,13 @@ class _Renderer:
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
 
     def render(self, request: bytes) -> str:
-        """The text that answers a request; then it is idle. Raises ValueError. If there is no answer, it has ended."""
+        """Return the answer to a request, and keep the process for more. Raises ValueError; if unanswered, ends it."""
         answered = False
         try:
             is_text, content = self._ask(request)
             answered = True
         finally:
-            if not answered:  # Ctrl-C, too: what it still says answers nobody
+            if not answered:  # Ctrl-C, too: a late answer would answer no request
                 self.end()
         _idle.append(self)
         text = content.decode("utf-8", "surrogatepass")
@@ -178,7 +178,7 @@ class _Renderer:
             self._stdin.write(len(request).to_bytes(8, "little") + request)
             self._stdin.flush()
         except BrokenPipeError:
-            pass  # why is said by how it ended
+            pass  # `_how_it_ended` tells why
         head = self._stdout.read(9)
         size = int.from_bytes(head[1:], "little")
         if len(head) == 9 and size > MAX_TEXT_BYTES:
@@ -198,24 +198,24 @@ class _Renderer:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process can take a request."""
         return self._process.poll() is None
 
     def end(self) -> None:
-        """Stop the process, and wait until it has."""
+        """Kill the process, and wait until it has ended."""
         self._process.kill()
         self._process.wait()
         self.forget()
 
     def forget(self) -> None:
-        """Close what leads to the process, and leave it: it has ended, or after a fork is the parent's."""
-        self._process.returncode = self._process.returncode or 0  # a warning follows if it is not known
+        """Close the pipes to the process, and leave it: it has ended, or after a fork belongs to the parent."""
+        self._process.returncode = self._process.returncode or 0  # if unknown, Popen would warn
         for pipe in (self._stdin, self._stdout):
-            with suppress(BrokenPipeError):  # what a process did not read before it ended
+            with suppress(BrokenPipeError):  # from input that the process did not read before it ended
                 pipe.close()
 
 
-_idle: list[_Renderer] = []  # not one and a lock: each thread takes one, and a fork inherits no lock that is held
+_idle: list[_Renderer] = []  # not one with a lock: each thread takes one, and a fork inherits no held lock
 
 
 def _renderer() -> _Renderer:

@@ -1,6 +1,6 @@
-"""The process that renders chat templates: chat.py starts it and talks with it.
+"""The worker process that renders chat templates, started by chat.py.
 
-It takes requests from stdin and answers on stdout until stdin ends, under limits that it sets itself.
+It reads requests from stdin and answers on stdout until stdin ends, under limits that it sets itself.
 """
 
 import importlib
@@ -21,8 +21,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .chat import OUT_OF_MEMORY
 
-# What a template can raise by being wrong about its input: Jinja's own errors and those of the Python operations it is
-# compiled to. (A SyntaxError: Python allows only so many nested loops.)
+# The exceptions of a template that is wrong about its input: Jinja's own, and those of the Python operations that it is
+# compiled to. (SyntaxError: Python limits how deep loops nest.)
 _FAULTS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -34,7 +34,7 @@ _FAULTS = (
     TypeError,
     ValueError,
 )
-# What Jinja imports only when it needs it, and then files can no longer be opened.
+# Modules that Jinja would import only when it needs them; by then, files can no longer be opened.
 _LATE = ["jinja2.constants", "jinja2.debug", "html", "pprint", "textwrap"]
 _LATE += [f"encodings.{name}" for name in ("ascii", "latin_1", "unicode_escape", "utf_8")]
 
@@ -54,7 +54,7 @@ class _Generation(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """transformers' environment for chat templates."""
+    """Return transformers' environment for chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -70,7 +70,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike Jinja's own: no HTML escapes, and non-ASCII text stays as it is."""
+    """Return JSON without HTML escapes and with non-ASCII text as it is, unlike Jinja's own filter."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -89,7 +89,7 @@ def _limit(name: int, most: int) -> None:
 
 def main(max_bytes: int) -> None:
     """Answer requests: 8 bytes of length, then (template, variables, seconds) as `marshal` writes it. An answer is a
-    byte, 1 for a text and 0 for what went wrong, 8 bytes of length, and UTF-8. Without memory it ends."""
+    byte, 1 for a text and 0 for an error, 8 bytes of length, and UTF-8. Exits if memory runs out."""
     try:
         _serve(max_bytes)
     except MemoryError:
@@ -100,7 +100,7 @@ def _serve(max_bytes: int) -> None:
     for name in _LATE:
         importlib.import_module(name)
     compiled = lru_cache(maxsize=8)(_environment().from_string)
-    if sys.platform == "linux":  # elsewhere the kernel does not hold a process to it
+    if sys.platform == "linux":  # other kernels do not enforce it
         with open("/proc/self/statm", "rb") as statm:
             taken = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         _limit(resource.RLIMIT_AS, taken + max_bytes)

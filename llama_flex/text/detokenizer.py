@@ -1,4 +1,4 @@
-"""Decode tokens as they come: exact text piece by piece, and stop strings found however the text is cut."""
+"""Streaming detokenization: exact text piece by piece, and stop strings found however the text is cut."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: a printable Latin-1 byte stands for itself, the others, in order, are
-    the characters from U+0100 on."""
+    """Return the byte of each character in GPT-2's alphabet: a printable Latin-1 character stands for itself, those
+    from U+0100 on for the other bytes, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -22,7 +22,7 @@ _BYTE_LEVEL = _byte_level_alphabet()
 
 
 class Decoding(NamedTuple):
-    """The steps from pieces to text, as far as LLaMA's tokenizers go; see `StreamDecoder`."""
+    """The steps from pieces to text that LLaMA's tokenizers use; see `StreamDecoder`."""
 
     byte_level: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
@@ -32,11 +32,11 @@ class Decoding(NamedTuple):
 
 
 class StreamDecoder:
-    """Text of ids that arrive one by one: what `put` and `flush` return, joined, is exactly what `decode` returns.
+    """A decoder for ids that arrive one by one: the texts of `put` and `flush`, joined, are exactly that of `decode`.
 
-    Text comes out as soon as no later id can change it. For byte-level vocabularies only an unfinished character waits
-    (three bytes at most). In sentencepiece ones a run of byte pieces such as <0xE4> waits for its end, since one bad
-    byte turns the whole run into U+FFFD. The work per id does not grow with the text.
+    Text comes out as soon as no later id can change it. With a byte-level vocabulary, only an unfinished character is
+    held back (three bytes at most); with a sentencepiece one, a run of byte pieces such as <0xE4> until it ends, since
+    one bad byte turns the whole run into U+FFFD. The work per id does not grow with the text.
     """
 
     def __init__(
@@ -53,25 +53,25 @@ class StreamDecoder:
         self._run = bytearray()
         self._strip_left = decoding.strip_left
         self._separator = ""
-        # Decoding the prompt alone shows an unfinished tail in some way: that is printed already, and not due again.
+        # Decoding the prompt alone renders an unfinished tail somehow: that text is printed already, and not due again.
         self._printed = self._waiting = ""
         for id in prompt_ids:
             self._feed(id)
         self._printed = self._utf8.getstate()[0].decode("utf-8", "replace") + _text_of_run(self._run)
 
     def put(self, token_id: int) -> str:
-        """The text that is certain with this id; "" while there is none."""
+        """Return the text that becomes certain with this id, "" if none does."""
         return self._without_printed(self._feed(token_id))
 
     def pending(self) -> str:
-        """The text that is not certain yet and would come next if no more ids came, but for unfinished characters."""
+        """Return the uncertain text that would come next if no more ids came, without unfinished characters."""
         try:
             return "" if self._printed else self._run.decode("utf-8")
         except UnicodeDecodeError:
             return ""
 
     def flush(self) -> str:
-        """The rest of the text, once no more ids come."""
+        """Return the rest of the text, once no more ids come."""
         text = self._without_printed(self._utf8.decode(b"", final=True) + self._end_run())
         rest, self._waiting = self._waiting, ""
         return text + rest
@@ -112,31 +112,31 @@ class StreamDecoder:
         self._waiting += text
         if self._printed.startswith(self._waiting) and self._printed != self._waiting:
             return ""
-        # A character that the prompt's end cut in two: what stood there for it is not a prefix of the text any more.
+        # The prompt's end cut a character in two: its stand-in is no longer a prefix of the text.
         text = self._waiting.removeprefix(self._printed)
         self._printed = self._waiting = ""
         return text
 
 
 class WholeDecoder:
-    """The same for a tokenizer whose text is not known piece by piece: all of it comes at the end, from `flush`."""
+    """A StreamDecoder for a tokenizer that cannot decode piece by piece: all text comes at the end, from `flush`."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int] = ()) -> None:
         self._decode, self._prompt, self._new = decode, list(prompt_ids), list[int]()
         self._before = decode(self._prompt)
 
     def put(self, token_id: int) -> str:
-        """Take one more id; gives no text."""
+        """Take one more id; return no text."""
         self._new.append(token_id)
         return ""
 
     def pending(self) -> str:
-        """The text of the ids so far."""
+        """Return the text of the ids so far."""
         text = self._decode([*self._prompt, *self._new])
         return text.removeprefix(self._before) if text.startswith(self._before) else self._decode(self._new)
 
     def flush(self) -> str:
-        """All of the text."""
+        """Return all of the text."""
         return self.pending()
 
 
@@ -148,7 +148,7 @@ def _bytes_of(piece: str) -> bytes:
 
 
 def _text_of_run(run: bytearray) -> str:
-    """As `tokenizers` decodes byte pieces: a run that is not UTF-8 throughout becomes one U+FFFD per byte."""
+    """Decode byte pieces as `tokenizers` does: a run that is not UTF-8 throughout becomes one U+FFFD per byte."""
     try:
         return run.decode("utf-8")
     except UnicodeDecodeError:
@@ -156,10 +156,9 @@ def _text_of_run(run: bytearray) -> str:
 
 
 class StopStrings:
-    """Finds stop strings in streamed text, however it is cut. Of several, the one that is complete first counts.
+    """A search for stop strings in streamed text, however it is cut. Of several, the first one to be complete counts.
 
-    Args:
-        stops: non-empty strings; none at all is fine.
+    stops: non-empty strings, or none at all.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -174,9 +173,9 @@ class StopStrings:
         self._found = False
 
     def put(self, text: str, pending: str = "") -> tuple[str, bool]:
-        """The text that is safe to print, and whether a stop string was found: the text ends before it, then and for
-        good. What may be the beginning of a stop string is held back. pending: text that follows if nothing else does;
-        it is searched too, and has to be given again."""
+        """Return the text that is safe to print, and whether a stop string was found: the text then ends before it, for
+        good. A possible beginning of a stop string is held back. pending: text that follows if nothing else does; it is
+        searched too, and has to be given again."""
         if self._found:
             return "", True
         sure = len(self._held) + len(text)
@@ -197,5 +196,5 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The most characters at the end of the text that begin the stop string, short of all of it."""
+    """Return the length of the longest end of the text that begins the stop string, without being all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

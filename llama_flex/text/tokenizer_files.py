@@ -13,7 +13,7 @@ from ..checkpoint import hub
 from ..checkpoint.config_rules import MAX_JSON_BYTES, read_json
 from ..checkpoint.files import FolderError, make_folder, read, replace
 
-# Bounds of memory and time while reading; those of what is in a tokenizer.json are beside its inspection.
+# Limits of memory and time while reading; those on a tokenizer.json's content are in `tokenizer_json`.
 MAX_TOKENIZER_BYTES = 48 * 2**20
 MAX_SENTENCEPIECE_BYTES = 8 * 2**20
 MAX_IDS = 2**22
@@ -21,7 +21,7 @@ _LARGEST = {"tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer.model": MAX_SENTEN
 
 
 class TokenizerError(FolderError):
-    """A folder whose tokenizer is absent, damaged, or not of the form that such files have."""
+    """A folder whose tokenizer is absent, damaged or malformed."""
 
 
 def read_if_there(path: Path) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read_if_there(path: Path) -> dict[str, Any]:
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return {"bos_token": "<s>", ...}: what the configuration names `..._token`, the standard names first."""
+    """Return {"bos_token": "<s>", ...}: the configuration's entries named `..._token`, the standard names first."""
     named = {**dict.fromkeys(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")), **config}
     if isinstance(extra := config.get("extra_special_tokens"), dict):
         named |= extra
@@ -56,8 +56,8 @@ def as_added_token(value: str | Mapping[str, Any], *, special: bool) -> tokenize
 def added_tokens(
     folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> dict[int, tokenizers.AddedToken]:
-    """Return added tokens by id: from tokenizer_config.json, or from added_tokens.json, which older folders have in its
-    place."""
+    """Return added tokens by id: from tokenizer_config.json, or from added_tokens.json, which older folders have
+    instead."""
     if "added_tokens_decoder" in config:
         return {_id(int(id)): as_added_token(t, special=False) for id, t in config["added_tokens_decoder"].items()}
     special = {*special_tokens.values(), *(token.content for token in extra_special_tokens(config))}
@@ -72,8 +72,8 @@ def _id(value: Any) -> int:
 
 
 def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return chat templates by name. Files go before tokenizer_config.json, and that before chat_template.json, which
-    processors write."""
+    """Return chat templates by name. Template files override tokenizer_config.json, and that overrides
+    chat_template.json, which processors write."""
     paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if os.path.lexists(folder / "chat_template.jinja"):
         paths["default"] = folder / "chat_template.jinja"
@@ -102,13 +102,13 @@ def why(error: Exception) -> str:
 
 
 def find_files(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the tokenizer's files in a folder, each with a stamp that changes when it is written anew."""
+    """Return the tokenizer's files in a folder, each with a stamp that changes when it is rewritten."""
     return {str(path.relative_to(folder)): _stamp(path) for path in _files_in(folder)}
 
 
 def copy_files(files: Mapping[str, tuple[int, ...]], source: Path, target: Path) -> None:
     """Copy files to another folder, and remove another tokenizer's there. Raises FolderError, and writes nothing, if
-    one has changed by its stamp; OSError."""
+    the stamp of one has changed; OSError if writing fails."""
     for name, stamp in files.items():
         if (now := _stamp(source / name)) != stamp:
             what = "changed since this tokenizer was loaded; load it again"
@@ -119,7 +119,7 @@ def copy_files(files: Mapping[str, tuple[int, ...]], source: Path, target: Path)
     contents = {name: read(source / name, _LARGEST.get(name, MAX_JSON_BYTES), source) for name in files}
     make_folder(target, (*hub.TOKENIZER_FILES, *contents))
     for path in {(target / name).parent for name in hub.TOKENIZER_FILES} - {target}:
-        if path.is_symlink():  # nothing out of the target is written or removed
+        if path.is_symlink():  # nothing outside the target is written or removed
             path.unlink()
     for name, content in contents.items():
         (target / name).parent.mkdir(exist_ok=True)
@@ -130,13 +130,13 @@ def copy_files(files: Mapping[str, tuple[int, ...]], source: Path, target: Path)
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """List the files of a tokenizer that are in a folder, links among them."""
+    """List the tokenizer files in a folder, links included."""
     paths = {path for name in hub.TOKENIZER_FILES for path in (folder / name, *folder.glob(name))}
     return sorted(path for path in paths if path.is_symlink() or (path.exists() and not path.is_dir()))
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Return what changes when a file is written anew; () if there is none."""
+    """Return a stamp that changes when a file is rewritten; () if there is none."""
     try:
         status = os.stat(path)
     except OSError:

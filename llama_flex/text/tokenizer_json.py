@@ -1,4 +1,4 @@
-"""What is refused in a tokenizer.json before `tokenizers` reads it, which some files crash or keep for ever."""
+"""Check a tokenizer.json before `tokenizers` reads it, which some files crash or keep busy forever."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 
 # The tokenizer.json of Llama 3 has a million items.
 MAX_ITEMS = 3 * 2**20
-MAX_PREFIXES = 2**19  # of a Unigram vocabulary, all different; each takes 350 bytes
+MAX_PREFIXES = 2**19  # distinct ones of a Unigram vocabulary; each takes 350 bytes
 MAX_STEPS = 1000  # of normalizers, pre-tokenizers and so on
 MAX_PATTERN_CHARACTERS = 2**12  # of all regular expressions; compiled, they are far larger
 MAX_ADDED_BYTES = 2**18  # of the added tokens, which are normalised when the file is read
-MAX_NORMALIZED_BYTES = 2**20  # of the same after that, as far as it can be told before
-MAX_SEARCHED_CHARACTERS = 2**12  # the same, if regular expressions are searched for in them
+MAX_NORMALIZED_BYTES = 2**20  # of the added tokens once normalised, by an upper bound
+MAX_SEARCHED_CHARACTERS = 2**12  # of the added tokens, if the normalizer searches them by regular expressions
 MAX_PIECES = 360_000  # of a Unigram vocabulary, or of a tokenizer.model
-# What code meets that takes JSON for what it should be.
+# The exceptions of code that takes JSON to be of the expected form.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def check(serialized: bytes, added: list[str]) -> None:
-    """Refuse what `tokenizers` 0.23 does not survive reading, or not soon. added: the texts of further added tokens.
+    """Refuse a file that crashes `tokenizers` 0.23 or takes it too long. added: the texts of further added tokens.
 
-    More items than a vocabulary has, and a Unigram one of more or longer pieces: its trie takes 350 bytes a node. Keys
-    that are there twice. Merges that make no token of the vocabulary, by a continuing_subword_prefix or otherwise: they
-    are copied into a buffer that is too short. Too many steps, too long regular expressions. Added tokens that are too
-    long, also once the normalizer has had them, which may double them again and again; and a normalizer whose regular
-    expression may take too long on them. Raises ValueError, and others of MALFORMED.
+    Refused are more items than a vocabulary has, and a Unigram one of more or longer pieces, since its trie takes 350
+    bytes a node; duplicate keys; merges that make no token of the vocabulary, by a continuing_subword_prefix or
+    otherwise, since they are copied into a buffer that is too short; too many steps or too long regular expressions;
+    added tokens that are too long, also after the normalizer, which may double them again and again; a normalizer whose
+    regular expression may take too long on them. Raises ValueError, and others of MALFORMED.
     """
     if sum(map(serialized.count, (b",", b"[", b"{"))) + 4 * serialized.count(b":") > MAX_ITEMS:
         raise ValueError("more items than a vocabulary has")
@@ -52,13 +52,13 @@ def check(serialized: bytes, added: list[str]) -> None:
         raise ValueError("added tokens that are too long, or that the normalizer makes too long")
     searched = _patterns(_objects(normalizer))
     repeats = [len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern))) for pattern in searched]
-    # With two repetitions, one inside or behind the other, a search can take as long as it likes.
+    # With two repetitions, nested or one after the other, a search can take arbitrarily long.
     if repeats and (max(repeats) > 1 or sum(map(len, texts)) > MAX_SEARCHED_CHARACTERS):
         raise ValueError("a normalizer with a regular expression that may take too long on its added tokens")
 
 
 def _prefixes(pieces: Iterable[str]) -> int:
-    """Count the different beginnings of pieces, the nodes of a trie."""
+    """Count the distinct prefixes of pieces, the nodes of a trie."""
     count, before = 0, ""
     for piece in sorted(pieces):
         differs = (i for i, (a, b) in enumerate(zip(before, piece, strict=False)) if a != b)
@@ -70,12 +70,12 @@ def _prefixes(pieces: Iterable[str]) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        raise ValueError("a key that is there twice")  # the last counts here, but each is read there
+        raise ValueError("a key that is there twice")  # json keeps the last, but `tokenizers` reads each
     return unique
 
 
 def _objects(part: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a part of a tokenizer.json."""
+    """Yield every object in a part of a tokenizer.json."""
     if isinstance(part, dict):
         yield part
         part = list(part.values())
@@ -85,12 +85,12 @@ def _objects(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _patterns(objects: Iterable[dict[str, Any]]) -> list[str]:
-    """The regular expressions among them."""
+    """Return the regular expressions in these objects."""
     return [found for x in objects if isinstance(found := x.get("Regex"), str)]
 
 
 def _growth(normalizer: Any) -> float:
-    """At most how many times longer a text becomes."""
+    """Return an upper bound on the factor by which a normalizer lengthens a text."""
     match normalizer:
         case None:
             return 1
@@ -98,7 +98,7 @@ def _growth(normalizer: Any) -> float:
             return math.prod(map(_growth, steps))
         case {"type": "Replace", "pattern": {"String": old}, "content": new}:
             return max(1, len(new.encode()) / len(old.encode()))
-        case {"type": "Replace", "content": new}:  # a regular expression may match nothing
+        case {"type": "Replace", "content": new}:  # a regular expression may match the empty string
             return 1 + len(new.encode())
         case {"type": "Prepend", "prepend": new}:
             return 1 + len(new.encode())

@@ -12,7 +12,7 @@ import torch
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """Return a number of any integer type, at least `least`, as Python's. Raises ValueError for anything else."""
+    """Return a number of any integer type, at least `least`, as an int. Raises ValueError for anything else."""
     try:
         number = _index(value)
     except TypeError:
@@ -23,7 +23,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 
 
 def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
-    """Return numbers of any integer type as Python's. Raises ValueError, saying what `name` must be, for others."""
+    """Return numbers of any integer type as ints. Raises ValueError, which begins with `name`, for anything else."""
     try:
         return list(map(_index, values))
     except TypeError:  # not iterable, too
@@ -31,13 +31,13 @@ def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
 
 
 def _index(value: Any) -> int:
-    if isinstance(value, bool):  # Python's True is the number 1, but JSON's true is none
+    if isinstance(value, bool):  # Python's True is the number 1, but JSON's true is not a number
         raise TypeError
     return operator.index(value)
 
 
 def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raise TypeError, as Python does, for options that `name` passes on to a function that does not know them."""
+    """Raise TypeError, as Python does, for options passed on by `name` that `function` does not know."""
     known = inspect.signature(function).parameters
     for option in options:
         if option not in known:
@@ -47,7 +47,7 @@ def check_options(name: str, function: Callable[..., Any], options: Mapping[str,
 
 
 def named_device(device: torch.device | str) -> torch.device:
-    """Return a device by its name. Raises ValueError for a name that torch does not know, and for one not there."""
+    """Return a device by its name. Raises ValueError for a name that torch does not know, and a device not there."""
     try:
         named = torch.device(device)
     except RuntimeError:
@@ -58,7 +58,7 @@ def named_device(device: torch.device | str) -> torch.device:
 
 
 def model_device(device: torch.device | str | None) -> torch.device:
-    """Return the device for a model, by default the GPU if there is one. Raises ValueError for other kinds."""
+    """Return the device for a model, by default the GPU if there is one. Raises ValueError unless CPU or CUDA."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = named_device(device)

@@ -1,4 +1,4 @@
-"""Functions that capture tensors: move those to a device, and tell which functions can share compiled code.
+"""Functions that capture tensors: move the tensors to a device, and tell which functions can share compiled code.
 
 Captured tensors are found in closures, defaults, partials, methods, attributes of objects, lists, tuples, dicts and
 other capturing functions. A global variable is not captured.
@@ -25,7 +25,7 @@ class CapturingFunction:
     function: Callable[..., Any]
 
     def to(self, device: torch.device | str) -> Self:
-        """Return this function with its tensors on `device`, itself if they are there already.
+        """Return this function with its tensors on `device`; itself if they are there already.
 
         Raises ValueError for a function that reads a global tensor on another kind of device.
         """
@@ -33,18 +33,18 @@ class CapturingFunction:
         return moved
 
     def structure(self) -> Hashable:
-        """Return what compiled code of this function depends on: code, constants, shapes and dtypes of tensors.
+        """Return a key of all that compiled code depends on: code, constants, shapes and dtypes of tensors.
 
-        Functions of one structure differ only in the values of their tensors, and share compiled steps.
+        Functions with the same structure differ only in the values of their tensors, and share compiled steps.
         """
         return _structure(self, lambda t: (t.shape, t.stride(), t.dtype, t.device), set())
 
     def identity(self) -> Hashable:
-        """Return a key that is equal for functions that compute the same: of one structure, with the same tensors."""
+        """Return a key that is equal for functions that compute the same: same structure and same tensors."""
         return _structure(self, id, set())
 
     def requires_grad(self) -> bool:
-        """Tell whether one of the captured tensors requires gradients."""
+        """Return whether any captured tensor requires gradients."""
         found: list[bool] = []
         _structure(self, lambda t: found.append(t.requires_grad), set())
         return any(found)
@@ -56,7 +56,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 class _Parts(NamedTuple):
-    """A value taken apart: its kind, the values that it holds, and a function that builds one holding others."""
+    """A value taken apart: its kind, the values that it holds, and a function that rebuilds it with others."""
 
     kind: object  # hashable
     held: Sequence[Any]
@@ -142,7 +142,7 @@ def _moved(value: Any, device: torch.device | str, seen: dict[Any, Any]) -> Any:
 
 
 def _check_globals(function: types.FunctionType, device: torch.device) -> None:
-    for name in function.__code__.co_names:  # of attributes too
+    for name in function.__code__.co_names:  # names of attributes too
         tensor = function.__globals__.get(name)
         if isinstance(tensor, Tensor) and tensor.dim() and tensor.device.type != device.type and _loads(function, name):
             raise ValueError(

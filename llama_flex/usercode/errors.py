@@ -13,7 +13,7 @@ _LIBRARIES = (str(Path(__file__).parents[1]) + os.sep, sysconfig.get_paths()["st
 _DATA_DEPENDENT = re.compile(
     r"Boolean value of Tensor|[Dd]ata-dependent|converted to (a )?(Python )?[Ss]calar|converted to an index"
     r"|_local_scalar_dense|call_method item\(|calling \.item\(\) on a Tensor"
-    r"|doesn't have storage|unbacked_bindings|name 'u\d+' is not defined"  # .tolist() and .numpy(), last two compiled
+    r"|doesn't have storage|unbacked_bindings|name 'u\d+' is not defined"  # .tolist(), .numpy(); last two compiled
 )
 _DYNAMIC_SHAPE = re.compile(r"can (output|support) dynamic shape|[Uu]nbacked symbols")
 _OUT_OF_RANGE = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with size (\d+)")
@@ -21,9 +21,9 @@ _ARGUMENTS = re.compile(r"takes .*positional arguments? but|missing \d+ required
 
 
 class FunctionError(ValueError):
-    """A user's function that fails, or returns what it may not.
+    """A user's function that fails or returns an invalid value.
 
-    what: the kind of fault, one of those that `check_mask.Finding` names. fault: the message without the function's
+    what: the kind of fault, one of those that `check_mask.Finding` lists. fault: the message without the function's
     name.
     """
 
@@ -33,11 +33,11 @@ class FunctionError(ValueError):
 
 
 class CompileError(ValueError):
-    """torch cannot compile here: no compiler, a processor it does not know, a damaged cache; the message says which."""
+    """A failure of torch to compile: no compiler, an unknown processor, a damaged cache; the message says which."""
 
 
 def check_scalar(name: str, answer: Any) -> Any:
-    """Return a tensor for one query and one key without dimensions; raise FunctionError for several numbers."""
+    """Return the answer for one query and one key as a scalar tensor. Raises FunctionError unless it is one number."""
     if answer.numel() != 1:
         fault = (
             f"it returned {list(answer.shape)} for one query and one key, not one value: use operations of single "
@@ -48,13 +48,13 @@ def check_scalar(name: str, answer: Any) -> Any:
 
 
 def is_data_dependent(text: str) -> bool:
-    """Tell whether an error's text says that Python, or a shape, depends on the values of a tensor."""
+    """Return whether an error's text says that Python code, or a shape, depends on the values of a tensor."""
     return bool(_DATA_DEPENDENT.search(text) or _DYNAMIC_SHAPE.search(text))
 
 
 def diagnose(error: Exception) -> tuple[str, str]:
-    """Return the kind of a user's fault by what was raised, and a line with its cause, the line of code, the way
-    out."""
+    """Return the kind of fault behind an exception of a user's function, and a line with its cause, the line of code
+    and what to do."""
     text, line = str(error), line_of_user(error)
     if isinstance(error, CompileError):
         text = f"{error} {error.__cause__}"
@@ -66,7 +66,7 @@ def diagnose(error: Exception) -> tuple[str, str]:
         if int(out[1]) < 0:
             way = "padding and free slots have index -1; clamp it, as in `kv.index.clamp(min=0)`"
         return "index-out-of-range", f"index {out[1]} into a tensor of {out[2]}{line}: {way}"
-    if text == "index out of range in self":  # of an embedding, which does not say more
+    if text == "index out of range in self":  # from an embedding, which gives no details
         way = "make the table as long as the longest text; padding and free slots have index -1, so clamp(min=0)"
         return "index-out-of-range", f"an index is out of range{line}: {way}"
     if "called random operation" in text:
@@ -89,7 +89,7 @@ def diagnose(error: Exception) -> tuple[str, str]:
 
 
 def line_of_user(error: Exception) -> str:
-    """Return where in the user's code an error arose, by its traceback or by what the compiler says; "" if nowhere."""
+    """Return where in the user's code an error arose, by its traceback or the compiler's message; "" if unknown."""
     frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
     messages = f"{error} {error.__cause__}"
     frames += [(name, int(line), None) for name, line in re.findall(r'File "(.+?)", line (\d+)', messages)]

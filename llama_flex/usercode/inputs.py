@@ -1,4 +1,4 @@
-"""Check the tensors that callers give to `Llama.forward`, and warn of texts beyond the model's context."""
+"""Check the tensors that callers give to `Llama.forward`, and warn of sequences beyond the model's context."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_inputs(
         rule = "input_ids must be a tensor of integers [batch, tokens] with at least one token"
         raise ValueError(f"{rule}, such as torch.tensor([[1, 2, 3]]), found {_described(input_ids)}")
     b, t = input_ids.shape
-    # On a GPU ids are not looked at: that would have to wait.
+    # On a GPU, ids are not checked: that would synchronise.
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = int(input_ids.min()), int(input_ids.max())
         if least < 0 or most >= vocab_size:
@@ -49,7 +49,7 @@ def check_inputs(
 
 
 def check_cache(cache: Any, dims: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError for a `Cache` of another batch size, or of another model than one of `Dimensions` dims."""
+    """Raise ValueError for a `Cache` of another batch size, or of a model of other `Dimensions`, dtype or device."""
     if cache.batch_size != batch_size:
         raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}; give one row each")
     keys, _ = cache.layers[0]
@@ -60,7 +60,7 @@ def check_cache(cache: Any, dims: Any, batch_size: int, dtype: torch.dtype, devi
 
 
 def warn_beyond_context(count: int, lengths: Tensor | None, cache: Any, context: int, device: torch.device) -> None:
-    """Warn, at the caller's line, if `count` new tokens a row, of which `lengths` are real, exceed the context.
+    """Warn, at the caller's line, if `count` new tokens per row, of which `lengths` are real, exceed the context.
 
     cache: the `Cache` that they are appended to, or None.
     """
@@ -70,7 +70,7 @@ def warn_beyond_context(count: int, lengths: Tensor | None, cache: Any, context:
         total = int((held + (torch.tensor(count) if lengths is None else lengths)).max())
     if total <= context:
         return
-    stack = enumerate(traceback.walk_stack(sys._getframe()), 1)  # torch's modules, more of them with hooks
+    stack = enumerate(traceback.walk_stack(sys._getframe()), 1)  # past torch's frames, of which hooks add more
     level = next((n for n, (frame, _) in stack if not _is_ours_or_torchs(frame.f_globals)), 1)
     warnings.warn(
         f"{total} tokens are more than the {context} that the model was made for (max_position_embeddings); "

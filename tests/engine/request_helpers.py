@@ -61,7 +61,7 @@ def submit_and_run(engine: Engine, prompt: AnyPrompt, **options) -> list[int]:
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:
-    """Return random token ids of `random_model`, none of them special."""
+    """Return ids of the vocabulary of `random_model`, others for every length and seed."""
     rng = random.Random(1000 * seed + length)
     return [rng.randrange(3, 160) for _ in range(length)]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from generation_helpers import assert_same
-from helpers import random_ids
+from helpers import few, random_ids
 
 from llama_flex import Engine, Sampling
 
@@ -32,10 +32,10 @@ def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(ti
     assert not eager.graphs.count
 
 
-@pytest.mark.parametrize("rolling", [False, True])
-@pytest.mark.parametrize("operation", ["fork", "reorder", "evict", "truncate"])
+@pytest.mark.parametrize("rolling", few([False], [True]))
+@pytest.mark.parametrize("operation", few(["evict"], ["fork", "reorder", "truncate"]))
 def test_a_compiled_stream_follows_what_happens_to_its_cache(tiny, operation, rolling):
-    """Steps are replayed on the memory they were recorded on; it may change hands between two tokens."""
+    """Check that a step is not replayed on the memory it was recorded on once the cache has moved to other memory."""
     prompts, forks, ends = [random_ids(40, 31), random_ids(9, 31)], [], []
 
     def generated(engine: Engine) -> list[int]:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from generation_helpers import BANG, CAFE_AF, E1, E2, ONE, assert_same
-from helpers import random_ids
+from helpers import few, random_ids
 
-from llama_flex import Engine, Sampling
+from llama_flex import Sampling
 
 
 @pytest.mark.parametrize("first", [5, 128, 200])
@@ -65,26 +65,26 @@ def test_an_interrupted_cache_is_good_again_once_truncated(engine, monkeypatch):
 # --- The ids of the tokens in it ---
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.4])
-def test_what_is_in_the_cache_counts_for_the_penalty_once_it_is_named(tiny, penalty):
-    start, sampling = random_ids(30, 5), Sampling(repetition_penalty=penalty)
-    prompt = start + Engine(tiny).generate([start], max_new_tokens=60)[0].tokens
-    (whole,) = Engine(tiny).generate([prompt], max_new_tokens=20, sampling=sampling)
+@pytest.mark.parametrize("penalty", few([1.4], [1.0]))
+def test_what_is_in_the_cache_counts_for_the_penalty_once_it_is_named(engine, penalty):
+    tiny, start, sampling = engine.model, random_ids(30, 5), Sampling(repetition_penalty=penalty)
+    prompt = start + engine.generate([start], max_new_tokens=60)[0].tokens
+    (whole,) = engine.generate([prompt], max_new_tokens=20, sampling=sampling)
     for cut in (1, 50, 89):
         cache = tiny.new_cache(1, 128)
         tiny(torch.tensor([prompt[:cut]]), cache=cache, backend="dense")
         options = {"max_new_tokens": 20, "sampling": sampling, "cache": cache}
-        (done,) = Engine(tiny).generate([prompt[cut:]], cached_ids=[prompt[:cut]], **options)
+        (done,) = engine.generate([prompt[cut:]], cached_ids=[prompt[:cut]], **options)
         assert done.tokens == whole.tokens
     cache = tiny.new_cache(1, 128)
     tiny(torch.tensor([prompt[:89]]), cache=cache, backend="dense")
     options = {"max_new_tokens": 20, "sampling": sampling, "cache": cache}
-    (unnamed,) = Engine(tiny).generate([prompt[89:]], **options)
+    (unnamed,) = engine.generate([prompt[89:]], **options)
     assert (unnamed.tokens == whole.tokens) == (penalty == 1)
 
 
 def test_text_goes_on_from_what_is_in_the_cache(successor_engine):
-    """Half a character lies in the cache: the other half completes it, and is not printed as a character of its own."""
+    """Check that half a character in the cache is completed by the other half, which is no character by itself."""
     cache = successor_engine.model.new_cache(1, 128)
     with torch.no_grad():
         successor_engine.model(torch.tensor([[CAFE_AF]]), cache=cache, backend="dense")

@@ -4,16 +4,16 @@ import pytest
 import torch
 import transformers
 from generation_helpers import reference_tokens
-from helpers import random_ids
+from helpers import few, random_ids
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, ScoreMod, masks
 from llama_flex.masks import block_mask
 from llama_flex.usercode.errors import CompileError
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", few([False], [True]))
 def test_a_mask_holds_in_cached_generation(tiny_pair, compile):
-    """Greedy tokens under a window, against the full forward with the same window at every step."""
+    """Check greedy tokens under a window against a full forward with the same window at every step."""
     _, model = tiny_pair("gqa")
     window = masks.causal() & Mask(lambda q, kv: q.index - kv.index < 20, "window(20)")
     prompts = [list(range(3, 140)), [7, 8, 9]]
@@ -28,9 +28,10 @@ def test_a_mask_holds_in_cached_generation(tiny_pair, compile):
     assert plain[0].tokens != found[0].tokens
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", few([False], [True]))
 def test_functions_that_hold_for_one_cell_at_a_time_hold_in_generation(tiny, compile):
-    """Of a table a row, and of that a number; and a product of two rows, which torch compiles in no score function."""
+    """Check a mask that takes a row of a table and a number of that, and a score function that multiplies two rows,
+    which torch cannot compile."""
     table = torch.tensor([[0, 200], [5, 90]])
     mask = Mask.from_mask_mod(lambda b, h, q, k: (q >= k) & (k >= table[k % 2][0]) & (k < table[k % 2][1]))
     same = Mask(lambda q, kv: (kv.index <= q.index) & (kv.index % 2 == 0) | (kv.index >= 5) & (kv.index <= q.index))
@@ -56,9 +57,9 @@ def test_functions_that_hold_for_one_cell_at_a_time_hold_in_generation(tiny, com
 # --- Masks that look ahead ---
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", few([False], [True]))
 def test_a_mask_that_looks_ahead_holds_in_prompts_of_any_length(tiny_pair, compile):
-    """The reference is one forward over all, densely."""
+    """Check every prompt's token against one dense forward over the whole prompt."""
     _, model = tiny_pair("gqa")
     engine, new = Engine(model, compile=compile, backend="dense"), {"max_new_tokens": 1, "stop_token_ids": ()}
     prompts = [random_ids(length, 5) for length in (450, 20, 129)]
@@ -75,7 +76,9 @@ def test_a_mask_that_looks_ahead_holds_in_prompts_of_any_length(tiny_pair, compi
         assert abs(causal[0].logprobs[0] - found[0].logprobs[0]) > 1e-2
 
 
-@pytest.mark.parametrize(("kind", "window"), [("Llama", None), ("Mistral", 40)])
+@pytest.mark.parametrize(
+    ("kind", "window"), [("Llama", None), pytest.param("Mistral", 40, marks=pytest.mark.exhaustive)]
+)
 def test_a_model_that_is_not_causal_attends_both_ways_as_in_transformers(tmp_path, kind, window):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
@@ -114,12 +117,12 @@ def test_a_model_that_is_not_causal_attends_both_ways_as_in_transformers(tmp_pat
 
 
 def cells_of_a_prompt(monkeypatch, engine: Engine, length: int, mask: Mask | None) -> tuple[int, int]:
-    """How many cells of the mask are evaluated to find out whether it looks ahead, and how many to list its blocks."""
+    """Count the cells of the mask that are evaluated to find out whether it looks ahead, and to list its blocks."""
     counts = {True: 0, False: 0}
-    cells, looks_ahead, asking = Mask._cells, Engine._looks_ahead, []
+    evaluate_cells, looks_ahead, asking = block_mask.evaluate_cells, Engine._looks_ahead, []
 
-    def counted(self, *given):
-        answers = cells(self, *given)
+    def counted(*given):
+        answers = evaluate_cells(*given)
         counts[bool(asking)] += answers[:, 0].numel()
         return answers
 
@@ -131,12 +134,13 @@ def cells_of_a_prompt(monkeypatch, engine: Engine, length: int, mask: Mask | Non
             asking.pop()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Mask, "_cells", counted)
+        patch.setattr(block_mask, "evaluate_cells", counted)
         patch.setattr(Engine, "_looks_ahead", asked)
         engine.generate([[3] * length], max_new_tokens=1, mask=mask)
     return counts[True], counts[False]
 
 
+@pytest.mark.exhaustive
 def test_only_opaque_masks_are_asked_whether_they_look_ahead_and_at_no_more_than_their_lists_cost(monkeypatch, tiny):
     named = masks.causal() & masks.sliding_window(64) | masks.sink(4) & masks.causal()
     for mask in (None, masks.causal(), named, masks.document() & masks.chunked(30), masks.fused()):
@@ -145,3 +149,16 @@ def test_only_opaque_masks_are_asked_whether_they_look_ahead_and_at_no_more_than
     opaque = Mask(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < 64))
     asked, listed = cells_of_a_prompt(monkeypatch, Engine(tiny), 700, opaque)
     assert 0 < asked <= listed
+
+
+# --- Refused ---
+
+
+def test_what_is_no_score_function_is_refused(tiny_pair):
+    _, model = tiny_pair("gqa")
+    with pytest.raises(ValueError, match="score_mod must be a ScoreMod, found function"):
+        model(torch.tensor([[1]]), score_mod=lambda score, q, kv: score)
+    with pytest.raises(ValueError, match="3 masks for 2 layers"):
+        model(torch.tensor([[1]]), mask=[masks.causal()] * 3)
+    with pytest.raises(ValueError, match="ScoreMod needs a function"):
+        ScoreMod(3)

@@ -1,6 +1,7 @@
 """Limits: how many new tokens there may be, and what is refused before any work."""
 
 import pytest
+import torch
 from generation_helpers import ONE, successor_model
 from helpers import random_ids
 
@@ -24,13 +25,14 @@ def test_max_new_tokens_defaults_to_generation_config(tokenizer):
 
 def test_max_length_caps_the_number_of_new_tokens_where_nobody_says(tokenizer):
     model = successor_model(eos=None, generation=GenerationConfig(max_length=12))
-    assert len(Engine(model, tokenizer, backend="dense").generate([[ONE] * 5])[0].tokens) == 7
-    assert len(Engine(model, tokenizer, backend="dense").generate([[ONE] * 5], max_new_tokens=20)[0].tokens) == 20
-    assert len(Engine(model, tokenizer, backend="dense").generate([[ONE] * 11])[0].tokens) == 1
+    engine = Engine(model, tokenizer, backend="dense")
+    assert len(engine.generate([[ONE] * 5])[0].tokens) == 7
+    assert len(engine.generate([[ONE] * 5], max_new_tokens=20)[0].tokens) == 20
+    assert len(engine.generate([[ONE] * 11])[0].tokens) == 1
     for prompt in ([ONE] * 12, [ONE] * 30):  # as transformers
         rule = f"prompt 1: {len(prompt)} tokens leave no room in the 12 that generation_config.json has as max_length"
         with pytest.raises(ValueError, match=rule):
-            Engine(model, tokenizer, backend="dense").generate([[ONE], prompt])
+            engine.generate([[ONE], prompt])
 
 
 def test_by_default_the_context_is_the_limit_where_it_is_short(tokenizer):
@@ -50,6 +52,16 @@ def test_each_prompt_has_its_own_room_in_the_context(tiny_pair):
     room = model.config.max_position_embeddings - 1020
     short, long = Engine(model).check([[5], [5] * 1020])
     assert (short, long) == (256, room)
+
+
+def test_the_context_is_that_of_positions(tiny_pair):
+    """Check that positions count, not slots: tokens may have been evicted, and positions may be given."""
+    _, model = tiny_pair("gqa")
+    cache = model.new_cache(1, 1024)
+    model(torch.tensor([random_ids(9, 1)]), positions=torch.arange(1000, 1009)[None], cache=cache)
+    cache.evict(range(5))
+    with pytest.raises(ValueError, match="1013 tokens and 40 new ones exceed the context of 1024"):
+        Engine(model).generate([[1, 2, 3, 4]], max_new_tokens=40, cache=cache)
 
 
 # --- Refused before any work ---

@@ -26,6 +26,7 @@ from llama_flex.engine.output import NonFiniteLogitsError
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tokenizer, tmp_path_factory) -> str:
+    """Save the tokenizer for transformers."""
     folder = tmp_path_factory.mktemp("saved")
     tokenizer.save_pretrained(folder)
     return str(folder / "tokenizer.json")
@@ -195,9 +196,8 @@ def test_a_stop_token_may_complete_a_stop_string(successor_engine, stop, text):
 
 
 def test_a_stop_string_in_the_prompt_does_not_stop(successor_engine):
-    (done,) = successor_engine.generate(
-        [[ONE, TWO]], max_new_tokens=2, stop=["two", "One", "two three"]
-    )  # nor one that begins there
+    stop = ["two", "One", "two three"]  # the last one begins in the prompt
+    (done,) = successor_engine.generate([[ONE, TWO]], max_new_tokens=2, stop=stop)
     assert done.text == " three c"
 
 
@@ -213,6 +213,7 @@ def test_rows_stop_each_at_its_own_stop_string_token_or_length(successor_engine)
 # --- Logits that are not finite ---
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_prompt_whose_logits_are_nan_ends_alone_and_is_named(tokenizer, compile):
     engine = Engine(poisoned_model(STOP), tokenizer, compile=compile)
@@ -228,20 +229,17 @@ def test_a_prompt_whose_logits_are_nan_ends_alone_and_is_named(tokenizer, compil
 
 
 def test_a_stream_gives_all_other_tokens_before_it_names_the_failure(tokenizer):
-    steps, stream = (
-        [],
-        Engine(poisoned_model(STOP), tokenizer, backend="dense").stream([[STOP], [BANG], [ONE]], max_new_tokens=3),
-    )
+    engine, steps = Engine(poisoned_model(STOP), tokenizer, backend="dense"), []
+    stream = engine.stream([[STOP], [BANG], [ONE]], max_new_tokens=3)
     with pytest.raises(NonFiniteLogitsError, match="prompt 0 at new token 1, prompt 1 at new token 2"):
         steps.extend((step.row, step.token) for step in stream)
     assert steps == [(1, STOP), (2, TWO), (2, THREE), (2, CAFE_C)]
 
 
 def test_a_member_of_an_ensemble_whose_logits_are_nan_ends_the_ensemble(tokenizer):
+    engine = Engine(poisoned_model(STOP), tokenizer, backend="dense")
     with pytest.raises(NonFiniteLogitsError, match="prompt 0 at new token 1") as caught:
-        Engine(poisoned_model(STOP), tokenizer, backend="dense").generate(
-            [Ensemble([[ONE], [STOP]]), [TWO]], max_new_tokens=2
-        )
+        engine.generate([Ensemble([[ONE], [STOP]]), [TWO]], max_new_tokens=2)
     assert caught.value.completions[1].tokens == [THREE, CAFE_C]
 
 

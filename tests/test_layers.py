@@ -1,0 +1,358 @@
+"""Products with the weights are ordinary modules: they can be hooked and replaced; tied weights stay one tensor."""
+
+import copy
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from helpers import random_batch
+from torch import nn
+
+from llama_flex import Capture, Engine, Llama, LlamaConfig, edits
+from llama_flex.interp.hook_points import HOOK_POINTS
+from llama_flex.layers import Linear
+
+PROMPT, NEW = [5, 9, 3, 77, 20, 14, 8], 4
+OPTIONS = {"max_new_tokens": NEW, "stop_token_ids": []}
+
+
+# ---- hooks of PyTorch
+
+
+def products(model: Llama) -> dict[str, Linear]:
+    """Return all products with a weight, by their names in the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def defined(product: Linear, x, norm=None, residual=None, gated=False) -> torch.Tensor:
+    """Compute a product in plain operations."""
+    y = (x if norm is None else norm(x)) @ product.weight.T
+    if product.bias is not None:
+        y = y + product.bias
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = gate * torch.sigmoid(gate) * up
+    return y if residual is None else residual + y
+
+
+@contextmanager
+def recorded(model: Llama):
+    """Hook every product; yield a list of (input, keyword arguments, output) for each, one entry per call."""
+    calls = defaultdict(list)
+    with ExitStack() as hooks:
+        for name, product in products(model).items():
+
+            def hook(module, args, options, output, name=name):
+                calls[name].append((*args, options, output))
+
+            hooks.enter_context(product.register_forward_hook(hook, with_kwargs=True))
+        yield calls
+
+
+def check_hooked(model: Llama, calls: dict, capture: Capture, lengths: list[int]) -> None:
+    """Check that the hooks saw what was captured around each product, and that its output is what is defined.
+
+    lengths: how many real tokens each call had, of one row; the rest is padding.
+    """
+    assert calls.keys() == products(model).keys()
+    seen = {}
+    for name, product in products(model).items():
+        assert len(calls[name]) == len(lengths), name
+        for x, options, output in calls[name]:
+            torch.testing.assert_close(output, defined(product, x, **options), rtol=0, atol=1e-4)
+        real = [n if call[0].shape[1] >= n else 1 for call, n in zip(calls[name], lengths, strict=True)]
+        pairs = list(zip(calls[name], real, strict=True))
+        seen[name] = tuple(torch.cat([call[i][:, :n] for call, n in pairs], 1) for i in (0, 2))
+    for i in range(len(model.layers)):
+        at = {point: capture[point, i].flatten(2) for point in HOOK_POINTS}
+        for product, before, after in (
+            ("attention.qkv", "resid_pre", None),
+            ("attention.o", "z", "resid_mid"),
+            ("mlp.gate_up", "resid_mid", "mlp_post"),
+            ("mlp.down", "mlp_post", "resid_post"),
+        ):
+            x, output = seen[f"layers.{i}.{product}"]
+            assert x.equal(at[before]), (i, product)
+            if after is None:  # queries and keys are rotated after this product
+                x, output, after = None, output[..., -at["v"].shape[-1] :], "v"
+            assert output.equal(at[after]), (i, product)
+
+
+@torch.no_grad()
+def check_forward(model: Llama) -> None:
+    """Check the hooks in a full forward."""
+    ids, capture = random_batch(model, 9), Capture(*HOOK_POINTS)
+    with recorded(model) as calls:
+        logits = model(ids, capture=capture)
+    assert logits.equal(model(ids))
+    check_hooked(model, calls, capture, [9])
+    [(x, _, output)] = calls["lm_head"]
+    assert x.equal(capture["resid_post", len(model.layers) - 1])
+    assert output.equal(logits)
+
+
+@torch.no_grad()
+def check_generation(model: Llama) -> None:
+    """Check the hooks in generation that is not compiled, for one stream and for submitted requests."""
+    engine, capture = Engine(model), Capture(*HOOK_POINTS)
+    with recorded(model) as calls:
+        [done] = engine.generate([PROMPT], capture=capture, **OPTIONS)
+    check_hooked(model, calls, capture, [len(PROMPT), *[1] * (NEW - 1)])
+    logits = torch.cat([output for _, _, output in calls["lm_head"]], 1)
+    assert logits.argmax(-1).tolist() == [done.tokens]
+    with recorded(model) as calls:
+        engine.submit(PROMPT, **OPTIONS)
+        engine.run()
+    assert {name: len(each) for name, each in calls.items()} == dict.fromkeys(products(model), NEW)
+
+
+CHECKS = [check_forward, check_generation]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", ["biases", "tied"])
+def test_forward_hooks_see_the_input_and_the_output_of_every_product(tiny_pair, name, check):
+    check(tiny_pair(name)[1])
+
+
+class Unhooked(Linear):
+    """A mutation: the product is computed without the module being called."""
+
+    def __call__(self, *args, **options):
+        return self.forward(*args, **options)
+
+
+class NormOutside(Linear):
+    """A mutation: the norm is applied before the product is called."""
+
+    def __call__(self, x, *, norm=None, **options):
+        return super().__call__(x if norm is None else norm(x), **options)
+
+
+class ResidualOutside(Linear):
+    """A mutation: the residual is added after the product was called."""
+
+    def __call__(self, x, *, residual=None, **options):
+        y = super().__call__(x, **options)
+        return y if residual is None else residual + y
+
+
+LAYER = [f"layers.1.{name}" for name in ("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down")]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    ("mutation", "product"),
+    [
+        *((Unhooked, name) for name in (*LAYER, "lm_head")),
+        *((NormOutside, name) for name in (LAYER[0], LAYER[2])),
+        *((ResidualOutside, name) for name in (LAYER[1], LAYER[3])),
+    ],
+)
+def test_a_product_that_is_called_otherwise_would_be_seen(tiny_pair, mutation, product, check):
+    model = copy.deepcopy(tiny_pair("biases")[1])
+    model.get_submodule(product).__class__ = mutation
+    with pytest.raises(AssertionError):
+        check(model)
+
+
+@torch.no_grad()
+def check_change(model: Llama) -> None:
+    """Check that what a hook returns takes the place of the product's output, as an edit there would."""
+    ids, edit = random_batch(model, 9), edits.scale("mlp_post", 2.0, layers=1)
+    expected, [done] = model(ids, edit=edit), Engine(model).generate([PROMPT], edit=edit, **OPTIONS)
+    with model.layers[1].mlp.gate_up.register_forward_hook(lambda module, args, output: 2 * output):
+        assert model(ids).equal(expected)
+        assert Engine(model).generate([PROMPT], **OPTIONS) == [done]
+    assert (model(ids) - expected).abs().max() > 0.1
+
+
+def test_a_forward_hook_may_change_the_output(tiny_pair):
+    check_change(tiny_pair("gqa")[1])
+    model = copy.deepcopy(tiny_pair("gqa")[1])
+    model.layers[1].mlp.gate_up.__class__ = Unhooked
+    with pytest.raises(AssertionError):
+        check_change(model)
+
+
+# ---- another product in the place of one
+
+
+class Int8Linear(Linear):
+    """A product computed from a copy of the weight in 8 bits, with a scale per row."""
+
+    def __init__(self, product: Linear) -> None:
+        super().__init__(product.in_features, product.parts)
+        self.weight.copy_(product.weight)
+        self.register_buffer("scale", product.weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("int8", (product.weight / self.scale).round().to(torch.int8))
+        self.requires_grad_(False)
+
+    def rounded(self) -> torch.Tensor:
+        """Return the weight that it multiplies with."""
+        return self.int8 * self.scale
+
+    def forward(self, x, *, norm=None, residual=None, gated=False) -> torch.Tensor:
+        assert norm is None
+        assert not gated
+        return residual + nn.functional.linear(x, self.rounded())
+
+
+@torch.no_grad()
+def replaced(model: Llama, layer: int) -> tuple[Llama, Llama]:
+    """Return a copy of the model with an `Int8Linear` in one layer, and one whose weight is rounded to the same."""
+    changed, twin = copy.deepcopy(model), copy.deepcopy(model)
+    changed.layers[layer].mlp.down = Int8Linear(model.layers[layer].mlp.down)
+    twin.layers[layer].mlp.down.weight.copy_(changed.layers[layer].mlp.down.rounded())
+    return changed, twin
+
+
+@torch.no_grad()
+def logits_of(model: Llama, ids: torch.Tensor, way: str) -> torch.Tensor:
+    """Return the logits of ids `[B, T]`: of a full forward with a backend, or of a chunk and single tokens."""
+    if way != "cached":
+        return model(ids, backend=way)
+    cache = model.new_cache(*ids.shape)
+    return torch.cat([model(part, cache=cache) for part in (ids[:, :6], *ids[:, 6:].split(1, 1))], 1)
+
+
+def check_replaced(model: Llama, changed: Llama, twin: Llama, way: str) -> None:
+    """Check that the changed model has the logits of its twin, and not those of the model."""
+    ids = random_batch(model, 10)
+    found, expected, before = (logits_of(m, ids, way) for m in (changed, twin, model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (found - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("way", ["flex", "dense", "cached"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_product_that_was_replaced_computes_forwards_and_cached_steps(tiny_pair, monkeypatch, layer, way):
+    _, model = tiny_pair("gqa")
+    changed, twin = replaced(model, layer)
+    check_replaced(model, changed, twin, way)
+    # The mutation: the weight is multiplied without asking the module.
+    monkeypatch.setattr(Int8Linear, "forward", Linear.forward)
+    with pytest.raises(AssertionError):
+        check_replaced(model, changed, twin, way)
+
+
+@torch.no_grad()
+def check_text(tokens: list[int], logprobs: list[float], twin: Llama, model: Llama) -> None:
+    """Check the tokens after PROMPT and their log-probabilities: those of the twin, and not those of the model."""
+    ids, found = torch.tensor([PROMPT + tokens[:-1]]), torch.tensor(logprobs)
+    expected, before = (each(ids)[0, -NEW:].log_softmax(-1) for each in (twin, model))
+    assert expected.argmax(-1).tolist() == tokens
+    torch.testing.assert_close(found, expected.amax(-1), rtol=0, atol=1e-4)
+    assert (found - before.gather(1, torch.tensor(tokens)[:, None])[:, 0]).abs().max() > 1e-3
+
+
+def generated(engine: Engine) -> tuple[list[int], list[float]]:
+    """Return the tokens and log-probabilities of a stream."""
+    [done] = engine.generate([PROMPT], **OPTIONS)
+    return done.tokens, done.logprobs
+
+
+def submitted(engine: Engine) -> tuple[list[int], list[float]]:
+    """Return the tokens and log-probabilities of a request."""
+    request = engine.submit(PROMPT, **OPTIONS)
+    engine.run()
+    return [step.token for step in request.steps], [step.logprob for step in request.steps]
+
+
+@pytest.mark.parametrize(
+    ("run", "late"),
+    [
+        (generated, False),
+        pytest.param(generated, True, marks=pytest.mark.exhaustive),
+        pytest.param(submitted, True, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_product_that_was_replaced_computes_compiled_steps(tiny_pair, run, late):
+    """Replace it before the engine runs, or late: when its steps are compiled, and recorded to be replayed."""
+    model, original = (copy.deepcopy(tiny_pair("gqa")[1]) for _ in range(2))
+    changed, twin = replaced(model, 1)
+    engine = Engine(model, compile=True, max_batch_size=1, max_length=128)
+    before = run(engine if late else Engine(original))
+    model.layers[1].mlp.down = changed.layers[1].mlp.down
+    check_text(*run(engine), twin, original)
+    # The mutation: steps that go on as before.
+    with pytest.raises(AssertionError):
+        check_text(*before, twin, original)
+
+
+# ---- tied weights
+
+
+TIED = LlamaConfig.from_dict(
+    {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 20,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+def to_new_parameters(model: Llama) -> Llama:
+    """Change the dtype in the way that makes new parameters instead of changing the old ones."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        return model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def from_meta(model: Llama) -> Llama:
+    """Make the model on the meta device, and give it memory."""
+    with torch.device("meta"):
+        return Llama(TIED).to_empty(device="cpu")
+
+
+def load(model: Llama, **options) -> Llama:
+    """Load the weights of another model."""
+    model.load_state_dict(copy.deepcopy(Llama(TIED)).state_dict(), **options)
+    return model
+
+
+CHANGES = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "to, new parameters": to_new_parameters,
+    "meta": from_meta,
+    "deepcopy": copy.deepcopy,
+    "load_state_dict": load,
+}
+
+
+@torch.no_grad()
+def check_tied(change) -> None:
+    """Check that a model has one tied weight after a change, and that writing to it changes both of its uses."""
+    model = change(Llama(TIED))
+    assert model.lm_head.weight is model.embed.weight
+    assert sum(p.shape == model.embed.weight.shape for p in model.parameters()) == 1
+    for parameter in model.parameters():
+        parameter.normal_()
+    model.embed.weight[7] = 0
+    assert not model.head(torch.ones(1, 1, 32, dtype=model.dtype))[..., 7].any()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tied_weights_stay_one_tensor(change):
+    check_tied(CHANGES[change])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_are_not_tied_would_be_seen(monkeypatch, change):
+    """Check mutations: never tied, and for changes that make new parameters, tied only in the beginning."""
+    if change in ("to, new parameters", "meta"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Llama, "_apply", nn.Module._apply)
+            with pytest.raises(AssertionError):
+                check_tied(CHANGES[change])
+    monkeypatch.setattr(Llama, "_tie", lambda self: setattr(self.lm_head, "weight", nn.Parameter(torch.zeros(48, 32))))
+    with pytest.raises(AssertionError):
+        check_tied(CHANGES[change])
