@@ -291,6 +291,7 @@ def test_isolated_segments_go_on_as_if_the_evicted_had_never_been():
     assert cache.room == 384 - int(row.held.sum())
 
 
+@pytest.mark.exhaustive
 def test_a_truncated_cache_goes_on_as_a_fresh_one():
     ids, cache = random_ids(2, 300), MODEL.new_cache(2, 300)
     MODEL(ids[:, :290], cache=cache)

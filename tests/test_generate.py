@@ -55,6 +55,7 @@ def test_the_plain_loop_stops_at_an_end_of_text_id_as_the_engine_does(ending_mod
     assert tokens[-1] in ending_model.eos_token_ids
 
 
+@pytest.mark.exhaustive
 def test_the_samplings_above_differ(model):
     """Check that temperature, seed and penalty each change some token; else the comparison above would show nothing."""
     assert len({tuple(plain_loop(model, PROMPT, NEW, options)) for options in SAMPLINGS.values()}) == len(SAMPLINGS)

@@ -116,10 +116,8 @@ def test_a_compiled_run_has_the_captures_and_edits_of_an_eager_one(pair):
     vectors = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     counts, tokens = [], []
     for vector in vectors:
-        edit, captures = (
-            edits.add("resid_mid", 9 * vector, layers=1),
-            [Capture("z", "resid_post", layers=1) for _ in "12"],
-        )
+        edit = edits.add("resid_mid", 9 * vector, layers=1)
+        captures = [Capture("z", "resid_post", layers=1) for _ in engines]
         eager, compiled = (
             engine.generate(PROMPTS[:1], max_new_tokens=4, stop_token_ids=[], edit=edit, capture=capture)[0].tokens
             for engine, capture in zip(engines, captures, strict=True)

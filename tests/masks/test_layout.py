@@ -19,9 +19,8 @@ def test_slots_are_found_in_the_pool_and_places_of_the_pool_are_found_as_slots()
     ]
     rows = torch.arange(2)[:, None].expand(-1, 4)
     assert torch.equal(PAGES.slot_of(rows, places).long(), slots)
-    assert (
-        PAGES.slot_of(torch.tensor([0, 1]), torch.tensor([BLOCK, 3 * BLOCK])).lt(0).all()
-    )  # pages of no row or of another
+    # In row 0 a page that no row has, in row 1 a page of row 0.
+    assert PAGES.slot_of(torch.tensor([0, 1]), torch.tensor([BLOCK, 3 * BLOCK])).lt(0).all()
 
 
 def test_gathered_rows_are_their_pages_in_order_and_zeros_where_no_page_is():

@@ -81,6 +81,7 @@ def test_blocks_are_listed_once_for_each_distinct_mask(deep, listed, name):
     assert len(listed) == distinct * len(pieces(140))
 
 
+@pytest.mark.exhaustive
 def test_blocks_are_listed_at_most_once_for_each_score_function_of_a_mask(deep, listed):
     cap = scores.softcap(3.0)
     deep(Text.of(140).input_ids, mask=masks.causal(), score_mod=[cap, None, cap, None])
