@@ -28,7 +28,8 @@ def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
         lines.append(f"{len(runner.shapes)} steps compiled in {graphs.count} graphs, {again} of them again")
         lines += sorted(f"  {b} x {t} tokens against {slots} slots" for b, t, slots, *_ in runner.shapes)
     else:
-        lines.append("not compiled: every operation runs by itself, attention by FlexAttention's own eager definition")
+        ways = {"flex": "FlexAttention's own eager definition", "dense": "its dense definition"}
+        lines.append(f"not compiled: every operation runs by itself, attention by {ways[runner.backend]}")
 
     q, kv = last.newest(), last.tokens()
     (rows, _), group = kv.index.shape, dims.num_heads // dims.num_kv_heads
@@ -38,7 +39,9 @@ def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
         count = last.plan.of_layer.count(i)
         what = f"mask {mask}" + ("" if score_mod is None else f", scores {score_mod}")
         lines.append(f"{count} layers, {what}")
-        if runner.compile:
+        if runner.compile and runner.backend == "dense":
+            lines.append("  attention by its dense definition")
+        elif runner.compile:
             lines.append(f"  decoding: {flex_attention.describe(device, 1, group, some.shape[1])}")
             lines.append(f"  prompts: {flex_attention.describe(device, BLOCK, group, some.shape[1])}")
         lines.append(

@@ -34,6 +34,14 @@ def test_explain_says_what_ran(tiny_pair, compile):
     assert lines[-1].startswith(f"a step of 1 rows reads {bytes_per_step(model, [204]) / 1e9:.3f} GB")
 
 
+@pytest.mark.parametrize(("backend", "way"), [("dense", "its dense definition"), ("flex", "FlexAttention's own")])
+def test_explain_names_the_backend_that_ran(tiny_pair, backend, way):
+    _, model = tiny_pair("gqa")
+    engine = Engine(model, backend=backend)
+    engine.generate([[1, 2, 3]], max_new_tokens=2, stop_token_ids=())
+    assert f"attention by {way}" in engine.explain()
+
+
 @pytest.mark.parametrize("backend", few(["dense"], ["flex"]))
 def test_explain_is_of_what_ran_last_though_it_gave_one_token(backend, request):
     like = request.getfixturevalue(backend)
