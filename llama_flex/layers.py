@@ -42,10 +42,8 @@ class Linear(nn.Linear):
     parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v.
     """
 
-    def __init__(
-        self, in_features: int, parts: Sequence[int], bias: bool = False, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(in_features, sum(parts), bias=bias, device=device)
+    def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
+        super().__init__(in_features, sum(parts), bias=bias)
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
@@ -68,6 +66,24 @@ class Linear(nn.Linear):
             gate, up = y.chunk(2, dim=-1)
             y = nn.functional.silu(gate) * up
         return y if residual is None else residual + y
+
+
+class TiedLinear(Linear):
+    """A linear layer that multiplies by an embedding's weight `[V, E]`, which remains a parameter of the embedding."""
+
+    embedding: nn.Embedding
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.register_parameter("bias", None)
+        self.parts = (self.out_features,)
+        vars(self)["embedding"] = embedding  # no submodule, or its parameters would be this module's, too
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The embedding's weight."""
+        return self.embedding.weight
 
 
 class Attention(nn.Module):

@@ -21,7 +21,7 @@ from .interp.capture import Capture
 from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
-from .layers import Block, Linear, RMSNorm
+from .layers import Block, Linear, RMSNorm, TiedLinear
 from .masks.layout import PackedRows, SlotCache
 from .masks.mask import Mask
 from .masks.plan import AttentionPlan, LayerAttention
@@ -60,18 +60,8 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        self.lm_head = Linear(config.hidden_size, [config.vocab_size], device="meta" if tied else None)
+        self.lm_head = TiedLinear(self.embed) if tied else Linear(config.hidden_size, [config.vocab_size])
         self.rotary = RotaryEmbedding(config.rope_parameters, config.head_dim, config.max_position_embeddings)
-        self._tie()
-
-    def _tie(self) -> None:
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embed.weight
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        super()._apply(*args, **kwargs)
-        self._tie()  # a move away from the meta device makes new parameters
-        return self
 
     @classmethod
     def from_pretrained(
