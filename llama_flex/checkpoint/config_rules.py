@@ -181,7 +181,7 @@ def architecture_of(raw: Mapping[str, Any], known: Mapping[str, str]) -> str:
     reason = (
         f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes {supported}"
     )
-    named = str(architectures[0]) if isinstance(architectures, list) else str(architectures)
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else str(architectures)
     kin = [name.removesuffix("ForCausalLM") for name in known.values()]
     if "eagle" in named.lower() and any(name in named for name in kin):
         reason += f": {DRAFT}"
