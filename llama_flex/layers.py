@@ -71,19 +71,17 @@ class Linear(nn.Linear):
 class TiedLinear(Linear):
     """A linear layer that multiplies by an embedding's weight `[V, E]`, which remains a parameter of the embedding."""
 
-    embedding: nn.Embedding
-
     def __init__(self, embedding: nn.Embedding) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.register_parameter("bias", None)
         self.parts = (self.out_features,)
-        vars(self)["embedding"] = embedding  # no submodule, or its parameters would be this module's, too
+        self.tied_to = (embedding,)  # a tuple registers no submodule, so the weight stays the embedding's alone
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The embedding's weight."""
-        return self.embedding.weight
+        return self.tied_to[0].weight
 
 
 class Attention(nn.Module):
