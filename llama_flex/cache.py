@@ -148,12 +148,12 @@ class Cache:
         """
         length = min(whole_number("length", length), torch.iinfo(torch.int32).max)
         if length < 0:
-            raise ValueError(f"cannot keep {length} tokens; give 0 or more")
+            raise ValueError(f"cannot keep {length} tokens; the length must be at least 0")
         if self.window is not None:
             kept = self.length.clamp(max=length)
             first_seen = (kept + 1 - self.window).clamp(min=self.sinks)
             if bool((first_seen < torch.minimum(self.rolled_out, kept)).any()):
-                raise ValueError(f"cannot go back to {length} tokens: the rolling window has passed it")
+                raise ValueError(f"cannot truncate to {length} tokens: the rolling window has moved past them")
         self._forget(self.tokens.index >= length, self.rolled_out.clamp(max=length))
 
     def evict(self, tokens: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> None:
@@ -179,7 +179,7 @@ class Cache:
     def expand(self, n: int) -> Cache:
         """Return a fork with each row repeated n times in succession, for many continuations of one prefix."""
         if (n := whole_number("n", n)) < 1:
-            raise ValueError(f"cannot make {n} of a row; give 1 or more")
+            raise ValueError(f"n must be at least 1, not {n}")
         new = self.fork()
         if n > 1:
             new._select(torch.arange(self.batch_size, device=self.rolled_out.device).repeat_interleave(n))
@@ -196,7 +196,7 @@ class Cache:
         if rows.shape != (b,) or rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"reorder needs {b} row numbers, found {rows.dtype} {list(rows.shape)}")
         if int(rows.min()) < 0 or int(rows.max()) >= b:
-            raise ValueError(f"reorder: rows go from 0 to {b - 1}, found {rows.tolist()}")
+            raise ValueError(f"reorder: rows must be from 0 to {b - 1}, found {rows.tolist()}")
         self._select(rows.long())
         self._count()
 
@@ -236,7 +236,7 @@ def write_kv(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> 
     Raises ValueError for keys or values that require gradients, which would be lost.
     """
     if k.requires_grad or v.requires_grad:
-        raise ValueError("a cache keeps no gradients: use torch.no_grad(), or go without a cache")
+        raise ValueError("a cache does not support gradients: use torch.no_grad(), or run without a cache")
     row = torch.arange(slots.shape[0], device=slots.device)[:, None] % len(kv[0])  # all rows may share one pool
     for held, new in zip(kv, (k, v), strict=True):
         held[row, :, slots] = new.transpose(1, 2)  # the index dimensions come first: [B, T, K, D]

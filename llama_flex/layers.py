@@ -118,9 +118,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.size = config.intermediate_size
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate_up = Linear(config.hidden_size, [config.intermediate_size] * 2, config.mlp_bias)
-        self.down = Linear(config.intermediate_size, [config.hidden_size], config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, [self.size] * 2, config.mlp_bias)
+        self.down = Linear(self.size, [config.hidden_size], config.mlp_bias)
 
     def forward(self, x: Tensor, hook: Hook = identity) -> Tensor:
         """Return x `[B, T, E]` plus the MLP's output."""

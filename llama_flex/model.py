@@ -106,14 +106,9 @@ class Llama(nn.Module):
     @property
     def dims(self) -> Dimensions:
         """The sizes of the modules."""
-        block = next(self.blocks())
-        attention, mlp_size, (vocab_size, hidden_size) = (
-            block.attention,
-            block.mlp.down.in_features,
-            self.embed.weight.shape,
-        )
-        heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        return Dimensions(len(self.layers), *heads, hidden_size, mlp_size, vocab_size)
+        block, (vocab_size, hidden_size) = next(self.blocks()), self.embed.weight.shape
+        heads = block.attention.num_heads, block.attention.num_kv_heads, block.attention.head_dim
+        return Dimensions(len(self.layers), *heads, hidden_size, block.mlp.size, vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -151,9 +146,9 @@ class Llama(nn.Module):
         return None in given and not self.default_mask.never_looks_ahead
 
     @property
-    def _keys_turn(self) -> str:
+    def _rotates_cached_keys(self) -> str:
         kind = self.config.rope_parameters.rope_type
-        return f"beyond {self.rotary.limit} tokens rope_type {kind!r} rotates all keys anew, those in the cache too"
+        return f"beyond {self.rotary.limit} tokens rope_type {kind!r} rotates all keys anew, including cached ones"
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Make a cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
@@ -169,7 +164,7 @@ class Llama(nn.Module):
         window, sinks = whole_number("window", window, least=1), whole_number("sinks", sinks, least=0)
         largest_append = whole_number("largest_append", largest_append, least=1)
         if self.rotary.limit is not None:
-            raise ValueError(f"a rolling cache has no end, but {self._keys_turn}; use new_cache")
+            raise ValueError(f"a rolling cache is unbounded, but {self._rotates_cached_keys}; use new_cache")
         slots = sinks + window - 1 + largest_append
         return Cache(self.dims, batch_size, slots, window=window, sinks=sinks, dtype=self.dtype, device=self.device)
 
@@ -225,7 +220,8 @@ class Llama(nn.Module):
             end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
             if self.rotary.limit is not None and int(end.max()) > self.rotary.limit:
                 raise ValueError(
-                    f"the cache reaches {int(end.max())} tokens, but {self._keys_turn}; go without a cache"
+                    f"the cache would hold {int(end.max())} tokens, but {self._rotates_cached_keys}; "
+                    "run without a cache"
                 )
         with nullcontext() if cache is None else cache.appending(t):
             run = run_checkpointed if recompute else run_eager

@@ -51,7 +51,7 @@ class Sampling:
             if type(value) not in (int, float) or not -_MOST <= value <= _MOST or not valid(value):
                 raise ValueError(f"{name} must be {rule}, not {value!r:.60}")
         if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
-            raise ValueError(f"seed must be a whole number of 64 bits, not {self.seed!r:.60}")
+            raise ValueError(f"seed must be a 64-bit whole number, not {self.seed!r:.60}")
 
     @property
     def divisor(self) -> float:
@@ -71,7 +71,7 @@ class Sampling:
             try:
                 cls(**{name: values[name]})
             except ValueError as error:
-                raise ValueError(f"generation_config.json: {error}; give {name} yourself") from None
+                raise ValueError(f"generation_config.json: {error}; set {name} yourself") from None
         return cls(**values | given)
 
 

@@ -68,7 +68,7 @@ def load(
             copy = file.get_tensor(checkpoint.tied_copy.name)
         if not torch.equal(copy.to(embedding.device, embedding.dtype), embedding):
             raise CheckpointError(
-                f"{folder}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings; "
+                f"{folder}: lm_head.weight differs from the embedding, but config.json sets tie_word_embeddings; "
                 "set it to false there, or remove lm_head.weight"
             )
     shards.warn_if_not_finite(places)

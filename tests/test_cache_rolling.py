@@ -74,7 +74,7 @@ def test_a_rolling_cache_goes_back_as_far_as_it_holds():
     lost = session.rows[0].rolled_out + 28
     before = held_attributes(session.cache, 0)
     for length in (lost, 100, 4):
-        with pytest.raises(ValueError, match=f"cannot go back to {length} tokens"):
+        with pytest.raises(ValueError, match=f"cannot truncate to {length} tokens"):
             session.cache.truncate(length)
     assert held_attributes(session.cache, 0) == before
     session.truncate(lost + 1)

@@ -201,7 +201,7 @@ def test_a_cache_ends_where_its_keys_would_have_to_turn(name):
         with pytest.raises(ValueError, match=reason):
             model(ids[:, 64:], cache=cache, positions=positions)
     assert model(ids[:, 64:], cache=cache, positions=torch.tensor([[9]])).isfinite().all()
-    with pytest.raises(ValueError, match=f"no end, but {reason}"):
+    with pytest.raises(ValueError, match=f"unbounded, but {reason}"):
         model.new_rolling_cache(1, 16)
     with pytest.raises(ValueError, match="exceed the context of 64 tokens"):
         Engine(model).generate([[1] * 60], max_new_tokens=5)
@@ -217,7 +217,7 @@ def test_a_longrope_cache_may_be_longer_than_a_context_that_is_shorter_than_the_
     )
     model.requires_grad_(False)
     ids, cache = torch.arange(64)[None], model.new_cache(1, 128)
-    with pytest.warns(UserWarning, match="50 tokens are more than the 48"):
+    with pytest.warns(UserWarning, match="50 tokens exceed the 48"):
         parts = [model(ids[:, :50], cache=cache), model(ids[:, 50:], cache=cache)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="beyond 64 tokens"):

@@ -35,7 +35,7 @@ def test_broken_files_are_named(tmp_path, tokenizer_folders, content):
         with pytest.raises(ValueError, match=pointer or r"tokenizer.json cannot be read as a tokenizer .*fetch"):
             Tokenizer.from_pretrained(write_folder(tmp_path / "json", None, tokenizer__json=broken))
     pointer = "a Git LFS pointer.*git lfs pull" if raw.startswith(b"version") else None
-    with pytest.raises(ValueError, match=pointer or r"is no sentencepiece model.*tokenizer.json beside it"):
+    with pytest.raises(ValueError, match=pointer or r"is not a sentencepiece model.*tokenizer.json beside it"):
         Tokenizer.from_pretrained(write_folder(tmp_path / "model", None, tokenizer__model=raw))
     if content != "{}":
         folder = write_folder(tmp_path / "config", None, tokenizer__json=whole, tokenizer_config__json=raw)
@@ -175,6 +175,6 @@ def test_a_tokenizer_whose_files_are_gone_or_others_is_not_saved(tokenizer_folde
         with pytest.raises(FolderError, match=changed):
             tokenizer.save_pretrained(target)
     shutil.rmtree(source)
-    with pytest.raises(FolderError, match=r"a/tokenizer.json: gone since this tokenizer was loaded; put it back, or"):
+    with pytest.raises(FolderError, match=r"a/tokenizer.json: removed since this tokenizer was loaded; restore it, or"):
         tokenizer.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b").exists()

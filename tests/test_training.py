@@ -127,7 +127,7 @@ def test_where_there_are_no_gradients_that_is_said(trainable):
     ids = random_batch(model, 5)
     with pytest.raises(ValueError, match=r"use torch.no_grad\(\) or backend='dense'"):
         model(ids)
-    with pytest.raises(ValueError, match="a cache keeps no gradients"):
+    with pytest.raises(ValueError, match="a cache does not support gradients"):
         model(ids, cache=model.new_cache(2, 5), **OPTIONS)
     with torch.no_grad():
         model(ids, cache=model.new_cache(2, 5))

@@ -67,12 +67,12 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     try:
         device = torch.device(args.device)
     except RuntimeError:
-        parser.error(f"--device {args.device} is not known; cpu, cuda and cuda:N are")
+        parser.error(f"--device {args.device} is not known; use cpu, cuda or cuda:N")
     if device.type not in ("cpu", "cuda"):
-        parser.error(f"--device {args.device} is not supported; cpu, cuda and cuda:N are")
+        parser.error(f"--device {args.device} is not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            parser.error(f"--device {args.device} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+            parser.error(f"--device {args.device} does not exist; torch sees {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device.index or 0)
 
 

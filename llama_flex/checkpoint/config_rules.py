@@ -96,7 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{folder}: is a file; give the folder that holds config.json"
             if folder.exists()
-            else f"{path}: no such file, nor its folder; give one that holds config.json"
+            else f"{path}: no such file or folder; give a folder that holds config.json"
         )
     if not os.path.lexists(path):
         raise ConfigError(f"{path}: no such file{what_it_is(names_in(folder))}")
@@ -128,7 +128,7 @@ def check_values(config: Any, unread: Iterable[str]) -> None:
     if heads % kv_heads:
         raise ConfigError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     if config.head_dim % 2:
-        raise ConfigError(f"head_dim={config.head_dim} is odd; rotary embedding needs pairs")
+        raise ConfigError(f"head_dim={config.head_dim} is odd; rotary embeddings need an even number")
     if config.sliding_window is not None:
         require_size("sliding_window", config.sliding_window)
     for name in unread:
@@ -146,7 +146,7 @@ def check_values(config: Any, unread: Iterable[str]) -> None:
         raise ConfigError(f"dtype must be a name, found {config.dtype!r}")
     rows = max(config.vocab_size, 2 * config.intermediate_size, (heads + 2 * kv_heads) * config.head_dim)
     if rows * config.hidden_size > MAX_WEIGHTS:
-        raise ConfigError(f"a weight of {rows} x {config.hidden_size} numbers is more than any memory holds")
+        raise ConfigError(f"a weight of shape {rows} x {config.hidden_size} is too large for any memory")
 
 
 def check_supported(raw: Mapping[str, Any]) -> None:

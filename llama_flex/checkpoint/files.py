@@ -39,7 +39,9 @@ def regular(path: Path, folder: Path | None = None) -> str:
         repository = os.path.dirname(os.path.dirname(home))
         homes += [os.path.join(place, "blobs") for place in (repository, os.path.dirname(repository))]
     if not any(file.startswith(os.path.join(place, "")) for place in homes):
-        raise FolderError(f"{path}: links to {file}, out of its folder, and is not followed; put the file there itself")
+        raise FolderError(
+            f"{path}: links to {file}, outside its folder, and is not followed; replace the link with the file"
+        )
     try:
         status = os.stat(file)
     except FileNotFoundError:
@@ -59,7 +61,7 @@ def read(path: Path, most: int, folder: Path | None = None) -> bytes:
     except OSError as error:
         raise FolderError(f"{path}: cannot be read ({error.strerror})") from None
     if len(content) > most:
-        raise FolderError(f"{path}: larger than {most >> 20} MiB, which no such file is")
+        raise FolderError(f"{path}: larger than {most >> 20} MiB, the limit for this file")
     check_not_in_place(path, content[:256])
     return content
 

@@ -63,7 +63,7 @@ def resolve(
     except errors.GatedRepoError:
         raise ValueError(f"{name}: access is restricted; accept its terms on the hub and pass a token") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{name}: neither a folder here nor a repository on the hub (or a private one)") from None
+        raise ValueError(f"{name}: neither a local folder nor a repository on the hub, unless it is private") from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: no revision {revision!r} on the hub") from None
     except _UNREACHABLE as error:
@@ -88,4 +88,6 @@ def resolve(
         return folder
     except _UNREACHABLE as error:
         reason = reason or str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name}: no such folder here, and the hub gave no copy ({reason})") from None
+        raise ValueError(
+            f"{name}: no such local folder, and it could not be downloaded from the hub ({reason})"
+        ) from None

@@ -133,7 +133,7 @@ def _files(folder: Path) -> list[Path]:
                 f"{folder}: only pickled weights ({others[0]}); they can run code when read and are never opened. "
                 "Convert them: transformers' LlamaForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
-        raise CheckpointError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+        raise CheckpointError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
@@ -164,7 +164,7 @@ def opened(path: Path) -> Iterator[safe_open]:
             what = f"a header of {header_bytes:,} bytes" if start[8:9] == b"{" else f"it begins {start[:16]!r}"
             raise CheckpointError(f"{path}: damaged or not a safetensors file ({what})")
         if size < 8 + header_bytes:
-            there = f"it ends after {size:,} bytes, amid its header" if size else "it is empty"
+            there = f"it ends after {size:,} bytes, in the middle of its header" if size else "it is empty"
             raise CheckpointError(
                 f"{path}: damaged or cut short, as by an interrupted download ({there}); fetch it again"
             )
@@ -173,7 +173,7 @@ def opened(path: Path) -> Iterator[safe_open]:
     except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: too large to be mapped
         whole, twice = _announced(file)
         if twice is not None:
-            raise CheckpointError(f"{path}: damaged: its header has {twice} twice; fetch it again") from None
+            raise CheckpointError(f"{path}: damaged: its header lists {twice} twice; fetch it again") from None
         if whole > size:
             raise CheckpointError(
                 f"{path}: damaged or cut short, as by an interrupted download ({size:,} of {whole:,} bytes); fetch it "

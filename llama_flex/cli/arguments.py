@@ -98,7 +98,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} are not numbers with commas between, such as 1,2,0.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers separated by commas, such as 1,2,0.5") from None
 
 
 def read_jobs(args: argparse.Namespace) -> list[Job]:
@@ -111,7 +111,7 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {args.max_new_tokens}")
     if args.output and args.prompts_file and args.output.exists() and args.output.samefile(args.prompts_file):
-        raise UsageError(f"--output {args.output} is the prompts file; give another")
+        raise UsageError(f"--output {args.output} is the prompts file; choose another")
     if args.chat and sys.stdin is None:
         raise UsageError("--chat reads from standard input, which is closed")
     if args.chat and (args.prompt or args.prompts_file or args.json or args.fuse):
@@ -119,7 +119,7 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
             "--chat reads its messages from the terminal; leave out --prompt, --prompts-file, --json, --fuse"
         )
     if args.resume and not (args.output and args.json):
-        raise UsageError("--resume continues a file of JSON rows; give --output FILE --json too")
+        raise UsageError("--resume continues a file of JSON rows; it needs --output FILE and --json")
     question = None
     if args.fuse:
         question = Question([], args.fuse_prefix or "", args.fuse_suffix or "", args.fuse_weights)
@@ -135,7 +135,7 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         asked += prompts_file.read(args.prompts_file, len(asked), question, bad_row(args))
     weighted = any(isinstance(job.prompt, Question) and job.prompt.weights for job in asked)
     if args.fuse in ("mean", "max") and (weighted or args.fuse_positions):
-        raise UsageError(f"--fuse {args.fuse} has no weights and no positions; --fuse attention has")
+        raise UsageError(f"--fuse {args.fuse} takes neither weights nor positions; use --fuse attention")
     if not args.chat and not asked:
         raise UsageError("nothing to complete: give --prompt, --prompts-file or --chat")
     return asked

@@ -75,7 +75,7 @@ class Chat:
                 messages.append({"role": "assistant", "content": reply})
             else:  # many templates refuse an empty one, and two messages of the user in a row
                 messages.pop()
-                print("no reply: the message is left out of the conversation", file=sys.stderr)
+                print("no reply; the message was dropped from the conversation", file=sys.stderr)
 
     @property
     def _context(self) -> int:
@@ -131,5 +131,5 @@ class Chat:
         session.engine.check([prompt], session.args.max_new_tokens)
         del messages[:dropped]
         if dropped:
-            print(f"a conversation has {context} tokens: {dropped} messages are forgotten", file=sys.stderr)
+            print(f"context limit of {context} tokens reached; dropped the {dropped} oldest messages", file=sys.stderr)
         return prompt

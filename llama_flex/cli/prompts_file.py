@@ -83,7 +83,7 @@ def read(path: Path, first: int, default: Question | None, bad_row: Callable[[Us
             else:
                 id, prompt = number, line if default is None else question({"prompts": [line]}, default, where)
             if (key := _key(id)) in taken:
-                raise UsageError(f"{where}: id {key} is that of {taken[key]}; give each row its own")
+                raise UsageError(f"{where}: id {key} is already used by {taken[key]}; ids must be unique")
         except UsageError as error:
             bad_row(error)
         else:
@@ -113,7 +113,7 @@ def _prompt(row: dict[str, Any], default: Question | None, where: str) -> str | 
         return question({"prompts": [prompt]} | row, default, where)
     chat = isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt)
     if not isinstance(prompt, str) and not chat:
-        raise UsageError(f"{where}: needs a text 'prompt', or 'messages' that have a role each")
+        raise UsageError(f"{where}: needs a text 'prompt', or 'messages' that each have a role")
     return prompt
 
 
@@ -121,10 +121,10 @@ def question(row: dict[str, Any], default: Question, where: str) -> Question:
     """Return the question of a row, with defaults for all but the prompts. Raises UsageError, saying where."""
     prompts = row["prompts"]
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p for p in prompts):
-        raise UsageError(f"{where}: --fuse needs 'prompts', a list of texts, none empty")
+        raise UsageError(f"{where}: --fuse needs 'prompts', a list of non-empty texts")
     prefix, suffix = (row.get(name, getattr(default, name)) for name in ("prefix", "suffix"))
     if not isinstance(prefix, str) or not isinstance(suffix, str):
-        raise UsageError(f"{where}: 'prefix' and 'suffix' must be texts")
+        raise UsageError(f"{where}: 'prefix' and 'suffix' must be text")
     weights: Any = row.get("weights", default.weights)
     if weights is not None:
         numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 < w < math.inf for w in weights)
@@ -165,10 +165,10 @@ def resume(path: Path, jobs: list[Job]) -> list[Job]:
             cut = number == len(lines) and not line.endswith(b"\n")
             if cut and any(_begins(line, job) for job in pending.values()):
                 continue  # an interrupt came while it was written
-            raise UsageError(f"--output {path}, line {number}: not a row of results; give another file") from None
+            raise UsageError(f"--output {path}, line {number}: not a row of results; choose another file") from None
         job = pending.get(_key(row.get("id"))) if isinstance(row, dict) else None
         if job is None or any(row.get(name) != value for name, value in job.given.items()):
-            raise UsageError(f"--output {path}, line {number}: not a result of these prompts; give another file")
+            raise UsageError(f"--output {path}, line {number}: not a result of these prompts; choose another file")
         if row.get("finish_reason") not in (None, "error"):
             kept.append(line.rstrip(b"\r\n") + b"\n")
             del pending[_key(job.id)]

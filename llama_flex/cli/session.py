@@ -135,7 +135,7 @@ class Session:
         if self.args.compile != "auto" or not self.engine.compile:
             raise error
         self.engine.compile = False
-        print(f"warning: goes on uncompiled, more slowly: {error}", file=sys.stderr)
+        print(f"warning: continuing uncompiled, which is slower: {error}", file=sys.stderr)
 
     def _complete_all(self, prompts: list[tuple[Job, AnyPrompt]]) -> None:
         args, model = self.args, self.engine.model
@@ -183,7 +183,10 @@ class Session:
                     if request.steps:
                         self.output.write(prompts_file.result(job, request.completion, args.json))
                 if going and args.json and args.output:
-                    print(f"{len(going)} of {len(prompts)} prompts are not done; --resume goes on", file=sys.stderr)
+                    print(
+                        f"{len(going)} of {len(prompts)} prompts are unfinished; use --resume to continue",
+                        file=sys.stderr,
+                    )
         if failed:
             raise ValueError(f"{len(failed)} of {len(prompts)} prompts ended in an error; the first: {failed[0]}")
 
@@ -209,9 +212,7 @@ class Session:
         if self._templated:
             around = self.chat_text([{"role": "user", "content": _PLACEHOLDER}]).split(_PLACEHOLDER)
             if len(around) != 2:
-                raise UsageError(
-                    "the chat template does not hold a message just once, so prompts cannot be fused in it"
-                )
+                raise UsageError("--fuse needs a chat template that contains the message exactly once")
             before, after = around
         before, after = before + question.prefix, question.suffix + after
         encode = self.tokenizer.encode

@@ -30,7 +30,7 @@ def _make_writable() -> None:
         atexit.register(shutil.rmtree, os.environ[_NAME], ignore_errors=True)
         warnings.warn(
             f"{home}, where torch keeps compiled code, cannot be written to ({error.strerror}); what is compiled now "
-            f"is not kept; name a folder in {_NAME}",
+            f"is not kept; set {_NAME} to another folder",
             stacklevel=1,
         )
 

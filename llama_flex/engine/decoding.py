@@ -124,7 +124,7 @@ class Decoding:
 
     def first(self, x: Tensor) -> None:
         """Sample the first tokens from the last layer's output `[R, 1, E]` at the prompts' last tokens."""
-        self._choose(x)
+        self._sample_next(x)
 
     def next(self) -> Captured | None:
         """Compute one more token for each request (on CUDA, only enqueue it); return the tensors that probes captured.
@@ -134,7 +134,7 @@ class Decoding:
         cache, now = self.cache, (self.model.device, self.model.dtype)
         if now != self.made_for:
             was, is_ = (f"{dtype} on {device}" for device, dtype in (self.made_for, now))
-            raise ValueError(f"the model went from {was} to {is_} amid a stream; begin a new one")
+            raise ValueError(f"the model changed from {was} to {is_} during a stream; start a new stream")
         with cache.appending(1):
             layers, tokens = self.memory
             if self.replay is not None and cache.layers is layers and cache.tokens is tokens:
@@ -161,17 +161,17 @@ class Decoding:
     def _step(self) -> Captured | None:
         s, segments = self.state, self.batch.generated_segment
         x, captured = self.runner.step(s.ids, s.lengths, s.positions, segments, self.plan, self.cache, self.probes)
-        self._choose(x)
+        self._sample_next(x)
         return captured
 
-    def _choose(self, x: Tensor) -> None:
+    def _sample_next(self, x: Tensor) -> None:
         kinds = tuple(p is None for p in self.parameters)
         counts = len(self.batch.rows), len(self.batch.rows_of), len(self.state.stop_ids)
         run = self.runner.run_for(*counts, kinds)
-        run("choose", _choose, self.model, x, self.batch, self.parameters, self.state)
+        run("sample_next", _sample_next, self.model, x, self.batch, self.parameters, self.state)
 
 
-def _choose(model: Llama, x: Tensor, batch: Batch, parameters: SamplingTensors, s: _State) -> None:
+def _sample_next(model: Llama, x: Tensor, batch: Batch, parameters: SamplingTensors, s: _State) -> None:
     """Sample the next tokens from the last layer's output `[R, 1, E]`, and update the state for the next step."""
     logits = model.head(x)[:, 0]
     finite = all_finite(logits).double()

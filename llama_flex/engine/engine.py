@@ -162,7 +162,7 @@ class Engine:
         if not isinstance(sampling, Sequence):
             sampling = [sampling or Sampling.recommended(model.generation_config)] * len(requests)
         if len(sampling) != len(requests):
-            raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one each")
+            raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one per prompt")
         sampling = [with_seed(one) for one in sampling]
         stop_ids = self.limits.stop_ids(stop_token_ids)
         before = self._cached_ids(cached_ids, cache, len(requests))
@@ -249,7 +249,7 @@ class Engine:
         if given is None:
             return [[]] * count
         if cache is None:
-            raise ValueError("cached_ids are of the tokens in a cache; give that too: cache=...")
+            raise ValueError("cached_ids needs the cache that it describes; pass cache=...")
         rule = f"cached_ids must hold a list of token ids for each of {count} prompts, such as {[[1, 2, 3]] * count}"
         wrong = ValueError(f"{rule}, not {given!r:.100}")
         try:

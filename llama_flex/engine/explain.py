@@ -18,7 +18,7 @@ def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
     """Explain the last run in lines of text; see `Engine.explain`."""
     model, last = runner.model, runner.last
     if last is None:
-        raise ValueError("nothing has run yet: explain after generating")
+        raise ValueError("nothing has run yet; generate first")
     dims, device = model.dims, model.device
     precision = torch.get_float32_matmul_precision()
     lines = [f"{model.dtype} on {device}; float32 products at precision {precision!r}".replace("torch.", "")]

@@ -164,28 +164,36 @@ def _why(error: Exception) -> str:
     last = "or do not compile"
     first = next((line for line in lines if " error: " in line), lines[0])
     if "InvalidCxxCompiler" in text or type(inner).__name__ == "InvalidCxxCompiler":
-        first, way = "there is no C++ compiler", "install g++, or name one in CXX"
+        first, way = "there is no C++ compiler", "install g++, or set CXX to one"
     elif "not supported for CPU" in text:
-        first, way = "this processor is none that it knows", "if ATEN_CPU_CAPABILITY is set, unset it"
+        first, way = "it does not recognise this processor", "if ATEN_CPU_CAPABILITY is set, unset it"
     elif "Python.h" in text:
         first, way = "Python's headers are missing", "install them (python3-dev)"
     elif is_data_dependent(text):
         first += "" if isinstance(inner, NameError) else line_of_user(inner)  # a NameError is in torch's own code
         way = "a mask, score function or edit depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or "
         way += "`nonzero`: use torch.where, or a table that is made before"
-        last = "or try it uncompiled"  # helps for shapes and edits; FlexAttention traces masks and scores there, too
+        last = (
+            "or try without compiling"  # helps for shapes and edits; FlexAttention traces masks and scores there, too
+        )
     elif isinstance(inner, Unsupported | UserError):
-        first, way = f"{first}{line_of_user(inner)}", "a mask, score function or edit uses what it cannot trace"
-        last = "or try it uncompiled"
+        first, way = (
+            f"{first}{line_of_user(inner)}",
+            "a mask, score function or edit uses an operation that it cannot trace",
+        )
+        last = "or try without compiling"
     elif isinstance(inner, OSError):
         first = f"{inner.strerror or first}, in {code_cache.folder()} or the folder for temporary files"
-        way = "make room and let it be written, or name another folder in TORCHINDUCTOR_CACHE_DIR"
+        way = "free some space and make it writable, or set TORCHINDUCTOR_CACHE_DIR to another folder"
     elif "Failed to import" in text or isinstance(inner, ImportError):
         way = f"a file in {code_cache.folder()} is damaged: delete that folder"
     elif isinstance(inner, _BEYOND_IT):
-        first, way = first.partition(". ")[0], "a mask, score function or edit uses what it has no code for"
+        first, way = (
+            first.partition(". ")[0],
+            "a mask, score function or edit uses an operation that it has no code for",
+        )
     else:
-        way = "a mask or score function may use what it cannot, "
+        way = "a mask or score function may use an unsupported operation, "
         way += f"or a file in {code_cache.folder()} is damaged: delete that folder"
     return f"torch cannot compile: {first[:300]}; {way}; {last}: compile=False, --compile off"
 

@@ -49,8 +49,8 @@ class RequestLimits:
                     )
                 if needed >= longest:
                     raise ValueError(
-                        f"prompt {number}: {needed} tokens leave no room in the {longest} that generation_config.json "
-                        "has as max_length; give max_new_tokens (--max-new-tokens), or shorten the prompt"
+                        f"prompt {number}: {needed} tokens leave no room within generation_config.json's max_length of "
+                        f"{longest}; give max_new_tokens (--max-new-tokens), or shorten the prompt"
                     )
                 limit = int(min(limit, room, longest - needed))
             limits.append(limit)

@@ -82,7 +82,7 @@ class ModelRunner:
         self._steps = {key: step for key, step in self._steps.items() if key[-1] in kept}
         self._recorded &= self._steps.keys()
 
-    def assign_slot(self, request: Request, sequence: TokenSequence, done: int) -> None:
+    def assign_batch_slot(self, request: Request, sequence: TokenSequence, done: int) -> None:
         """Initialise the batch slot of a sequence that has `done` new tokens already."""
         s = request.sampling
         slot, (id, position, segment) = sequence.batch_slot, sequence.tokens[:, -1].tolist()
@@ -248,7 +248,7 @@ class ModelRunner:
                 ids, positions, segments = given["tokens"].unbind(0)
             x, _ = self.step_runner.step(ids, count, positions, segments, plan, cache)
             if kinds:
-                run("choose", _choose, self.model, x, state, kinds)
+                run("sample_next", _sample_next, self.model, x, state, kinds)
 
         return step
 
@@ -297,7 +297,7 @@ def _feed(s: _State) -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, None], s.position[:, None].to(torch.int32), s.segment[:, None].to(torch.int32)
 
 
-def _choose(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None:
+def _sample_next(model: Llama, x: Tensor, s: _State, kinds: tuple[bool, ...]) -> None:
     """Sample the next token of each row from the last layer's output, `[R, 1, E]` or packed."""
     random, cut, least, penalty, several = kinds
     parameters = SamplingTensors(

@@ -22,9 +22,9 @@ class NonFiniteLogitsError(ValueError):
 
     def __init__(self, where: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
         prompts = ", ".join(f"prompt {prompt} at new token {token}" for prompt, token in where)
-        way = "loading warns of weights that are; an edit or score function may be the reason, too"
+        way = "loading warns about NaN or infinite weights; an edit or score function may also be the cause"
         if dtype == torch.float16:
-            way = "float16 ends at 65,504, where bfloat16 and float32 do not: try dtype bfloat16 or float32"
+            way = "float16 overflows above 65,504; try dtype bfloat16 or float32"
         super().__init__(f"{prompts}: the model's logits are NaN or infinite ({way})")
         self.where = list(where)
 

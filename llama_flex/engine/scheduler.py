@@ -94,6 +94,7 @@ class Scheduler:
         self._interrupted = False  # the last step was
 
         self._free_slots = list(range(max_batch_size))[::-1]
+        self._modules: list[torch.nn.Module] = []
         self._weights: list[tuple[int, int]] = []
         self._version = 0  # of the weights: pages computed with others are not shared
         self._allocate(pages)
@@ -183,9 +184,9 @@ class Scheduler:
         pages = sum(-(-(length + limit) // BLOCK) for length in lengths)
         if max(lengths) + limit > self.max_length or pages > self.block_manager.count:
             raise ValueError(
-                f"{sum(lengths)} tokens and {limit} new ones exceed the slots: {self.max_length} of a text and "
-                f"{self.block_manager.count * BLOCK} in all; ask for fewer, or give the engine a larger max_length or "
-                "max_slots"
+                f"{sum(lengths)} tokens and {limit} new ones exceed the slots: {self.max_length} per sequence, "
+                f"{self.block_manager.count * BLOCK} in total; ask for fewer, or give the engine a larger max_length "
+                "or max_slots"
             )
         self._follow_model()
         spec = self._spec_of(ensemble, mask, score_mod)
@@ -194,8 +195,8 @@ class Scheduler:
             spec.plan.check_last_token(longest, model.dims.num_heads)
         if model.looks_ahead_by_default(mask):
             raise ValueError(
-                "this model attends in both directions (is_causal is false), and requests are computed in chunks, of "
-                "which none sees a later one; complete one at a time (generate or stream; --prompt without --json), or "
+                "this model attends in both directions (is_causal is false), and requests are computed in chunks that "
+                "cannot see later ones; complete one at a time (generate or stream; --prompt without --json), or "
                 "give a mask"
             )
         stop_ids = limits.stop_ids(stop_token_ids)
@@ -216,7 +217,7 @@ class Scheduler:
     def cancel(self, request: Request) -> None:
         """End a request, keeping its steps so far: at once or, from another thread, after the running step."""
         if request.owner is not self:
-            raise ValueError(f"request {request.number} is of another engine; cancel it there")
+            raise ValueError(f"request {request.number} belongs to another engine; cancel it there")
         if not request.finished:
             self._end(request, "cancelled")
 
@@ -235,7 +236,7 @@ class Scheduler:
         """See `Engine.step`."""
         with self._step_lock:
             if self._stepping.locked():  # by this very thread
-                raise ValueError("the engine is amid a step, and a callback of that step asks for another")
+                raise ValueError("a callback called step() during a step; call it after the step has returned")
             with self._stepping:
                 self._compute()
             ended = [request for request in tuple(self._ended) if request.finished]
@@ -257,7 +258,7 @@ class Scheduler:
             self._inbox.popleft()
         self._check_weights()
         self._release_finished()
-        self._make_room()
+        self._allocate_or_preempt()
         outputs = self._prefill()
         first = {request for output in outputs for request, _ in output.rows}
         if decoding := [r for r in self.running if self._decodes(r) and r not in first]:
@@ -273,11 +274,14 @@ class Scheduler:
         self._interrupted = False
 
     def _check_weights(self) -> None:
-        weights = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
-        if weights != self._weights:
-            if [id for id, _ in weights] != [id for id, _ in self._weights]:
-                self.runner.forget_recorded()  # recorded steps use the old parameters
-            self._weights = weights
+        """Forget what was computed or recorded with other weights or modules."""
+        modules = list(self.model.modules())
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        weights = [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
+        if (modules, weights) != (self._modules, self._weights):
+            if modules != self._modules or [id for id, _ in weights] != [id for id, _ in self._weights]:
+                self.runner.forget_recorded()  # recorded steps use the old ones
+            self._modules, self._weights = modules, weights
             self.forget()
 
     def forget(self) -> None:
@@ -286,7 +290,7 @@ class Scheduler:
 
     # ---- admission and preemption
 
-    def _make_room(self) -> None:
+    def _allocate_or_preempt(self) -> None:
         """Allocate pages for the next token of each request; if none is left, preempt the last request in order."""
         for request in self.running:
             for sequence in request.sequences if self._decodes(request) else ():
@@ -349,7 +353,7 @@ class Scheduler:
         for sequence in request.sequences:
             self.prompt_tokens += sequence.num_tokens - sequence.num_computed_tokens
             sequence.batch_slot = self._free_slots.pop()
-            self.runner.assign_slot(request, sequence, len(new))
+            self.runner.assign_batch_slot(request, sequence, len(new))
         return request
 
     def _reuse_pages(self, sequence: TokenSequence) -> Iterator[int]:
@@ -409,7 +413,7 @@ class Scheduler:
             self._deliver(request)
         for request in under_way:
             request.sequences = []
-        arriving = set(self._inbox.copy())  # one may be in both, amid its move
+        arriving = set(self._inbox.copy())  # one may be in both while it is moved
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
         self._running, self._preempted, self._new_pages, self._copies, self._pending = [], [], [], [], []
         self._free_slots = list(range(self.max_batch_size))[::-1]
@@ -497,7 +501,9 @@ def _pages_that_fit(model: Llama, fraction: float) -> int:
         free = _free_memory()
     pages = int(free * fraction) // PagedCache.page_bytes(model.dims, model.dtype) - 1
     if pages < 1:
-        raise ValueError(f"{fraction} of {free / 1e9:.1f} GB free does not hold a page of {BLOCK} tokens")
+        raise ValueError(
+            f"memory_fraction {fraction} of {free / 1e9:.1f} GB free is less than a page of {BLOCK} tokens"
+        )
     return pages
 
 
@@ -506,4 +512,4 @@ def _free_memory() -> int:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
     except OSError:
-        raise ValueError("how much memory is free is known on Linux only; give the engine max_slots") from None
+        raise ValueError("free memory can be determined only on Linux; pass max_slots") from None

@@ -54,7 +54,7 @@ class StepRunner:
     def compile(self, on: bool) -> None:
         if on and not compiles_for(self.model.device):
             raise ValueError(
-                f"what torch {torch.__version__} compiles for a CPU damages memory; use torch 2.13 or newer, or do not "
+                f"CPU code compiled by torch {torch.__version__} corrupts memory; use torch 2.13 or newer, or do not "
                 "compile: compile=False, --compile off"
             )
         self._compile = on

@@ -71,7 +71,7 @@ def check_mask(
     is not such a function, and for arguments that do not fit.
     """
     if min(lengths, default=0) < 1:
-        raise ValueError(f"check_mask needs lengths from 1, not {lengths}")
+        raise ValueError(f"check_mask needs lengths of at least 1, not {lengths}")
     lengths, longest = sorted(lengths), max(lengths)
     segments = torch.arange(longest) // DOCUMENT if segments is None else segments
     if segments.is_floating_point() or segments.shape != (longest,):
@@ -113,7 +113,7 @@ def as_token_function(function: Callable[..., Any]) -> Mask | ScoreMod:
             continue
         return kind(function)
     known = "(q, kv), (score, q, kv), (b, h, q_idx, kv_idx), (score, b, h, q_idx, kv_idx)"
-    raise ValueError(f"{name_of(function)} is a function of none of {known}")
+    raise ValueError(f"{name_of(function)} takes none of the known argument lists: {known}")
 
 
 def attempt(function: Callable[..., Any], *args: Any) -> tuple[Any, Finding | None]:
@@ -180,14 +180,14 @@ def _answers_agree(rule: Mask | ScoreMod, tokens: Tokens, model: Llama) -> Itera
         close = torch.isclose(answers, full, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
         if (first := _first(~close, full)) is None:
             return None
-        values = f"{name} {answers[first[:4]].item()}, in the full forward {first[5]}"
+        values = f"{name} {answers[first[:4]].item()}, but {first[5]} in the full forward"
         return Finding("error", what, f"{values} {_CELL.format(*first)}: {way}")
 
     if again := differs("not-deterministic", "asked again", _cells(rule, tokens, tokens, heads), _NO_CHANCE):
         yield again
         return
     if (answers := _at_once(rule, tokens, heads)) is not None:
-        way = "each cell is asked for alone, as FlexAttention does, so `.max()`, `.any()` and sizes see that cell only"
+        way = "FlexAttention evaluates each cell alone, so `.max()`, `.any()` and sizes see only that cell"
         if found := differs("not-elementwise", "in one call for all cells", answers, way):
             yield replace(found, level="note")
     cached, cache = full.clone(), model.new_cache(b, t)
@@ -197,7 +197,7 @@ def _answers_agree(rule: Mask | ScoreMod, tokens: Tokens, model: Llama) -> Itera
             cache.append(new)
         held = Tokens(*(x.flip(1) for x in cache.tokens))  # a token may lie in any slot
         cached[:, :, start:end, :end] = _cells(rule, new, held, heads)[..., held.index[0].argsort()[-end:]]
-    way = "use q.index and kv.index, no rows, slots, sizes or offset"
+    way = "use q.index and kv.index, not rows, slots, sizes or an offset"
     if found := differs("cache-differs", "in cached decoding", cached, way):
         yield found
         return
@@ -211,8 +211,8 @@ def _meanings(rule: Mask | ScoreMod, full: Tensor) -> list[tuple[Level, str, Ten
     later = torch.ones_like(full[0, 0]).triu(1) > 0
     if isinstance(rule, ScoreMod):
         hidden, fine = full == -torch.inf, full.isfinite() | later
-        odd = f"the score becomes {{5}} {_CELL}: mind division, logarithms and powers"
-        nothing = "every score of query {2} becomes -inf (length {4}): leave it a key, such as itself"
+        odd = f"the score becomes {{5}} {_CELL}: check divisions, logarithms and powers"
+        nothing = "every score of query {2} becomes -inf (length {4}): leave it at least one key, such as itself"
         inf = f"the score becomes -inf {_CELL}: a mask hides keys without computing them"
         return [
             ("error", "not-finite", ~(fine | hidden), odd),
@@ -220,15 +220,15 @@ def _meanings(rule: Mask | ScoreMod, full: Tensor) -> list[tuple[Level, str, Ten
             ("note", "not-finite", ~fine, inf),
         ]
     by_head = torch.full_like(full, full.shape[1] > 1 and full.stride(1) > 0)
-    no_key = "query {2} sees no key (row {0}, head {1}, length {4}) and attends to nothing, which gives 0: let it see "
-    late = "query {2} sees key {3}, which arrives later (length {4}), so generation cannot give what the full forward "
-    row = f"row 0 answers otherwise {_CELL}, of the same tokens: allowed, but what a prompt gives depends on its row"
-    head = "looks at heads: allowed, but with grouped queries torch's GPU decoding kernel refuses lists of blocks by "
+    no_key = "query {2} sees no key (row {0}, head {1}, length {4}), so its output is 0: let it see "
+    late = "query {2} sees key {3}, which arrives later (length {4}), so generation cannot match the full forward"
+    row = f"row 0 differs {_CELL} for the same tokens: allowed, but results depend on a prompt's row"
+    head = "depends on the head: allowed, but torch's GPU decoding kernel does not support per-head block lists with "
     return [
         ("error", "no-key", ~full.any(-1, keepdim=True), no_key + "itself, `| (kv.index == q.index)`"),
-        ("note", "not-causal", full & later, late + "gives: `& masks.causal()`, and no offset of your own"),
+        ("note", "not-causal", full & later, late + ": use `& masks.causal()`, without an offset"),
         ("note", "depends-on-batch", full != full[:1], row),
-        ("note", "depends-on-head", by_head, head + "head"),
+        ("note", "depends-on-head", by_head, head + "grouped queries"),
     ]
 
 
@@ -254,7 +254,7 @@ def _logits_agree(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, compile: 
         for query, row in (~(off <= TOLERANCE)).T.nonzero().tolist():  # NaN too
             values = f"by {float(off.max()):.2g} of the largest, {TOLERANCE:.2g} is allowed"
             where = f"first in row {row} at query {query} (length {off.shape[1]})"
-            way = "use operations of single elements only, and no state"
+            way = "use elementwise operations only, and no state"
             raise FunctionError(str(rule), what, f"the logits of {ways} differ {values}; {where}: {way}")
 
     dense = {}

@@ -77,7 +77,7 @@ class LlamaFlex(TemplateLM):
             model = Llama.from_pretrained(pretrained, device=device, dtype=kind)
             pretrained = Engine(model, Tokenizer.from_pretrained(pretrained), compile=compile)
         if pretrained.tokenizer is None:
-            raise ValueError("lm-eval asks for text: give the engine a tokenizer, Engine(model, tokenizer)")
+            raise ValueError("lm-eval works with text; the engine needs a tokenizer: Engine(model, tokenizer)")
         self.engine, self.text, self.batch_size = pretrained, pretrained.tokenizer, batch_size
         self.rules: dict[str, Any] = {"mask": mask, "score_mod": score_mod}
 

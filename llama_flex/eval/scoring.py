@@ -82,8 +82,8 @@ def score(
     model, start = engine.model, token_ids(prefix)
     if model.looks_ahead_by_default(mask):
         raise ValueError(
-            "this model attends in both directions (is_causal is false), so that a token is not predicted but seen; "
-            "give a causal mask, such as masks.causal()"
+            "this model attends in both directions (is_causal is false), so every token is visible when it is "
+            "predicted; give a causal mask, such as masks.causal()"
         )
     texts = [token_ids(text) for text in continuations]
     batch_size = whole_number("batch_size", batch_size, least=1)
@@ -166,8 +166,8 @@ def score_text(
     stride = max(window // 2, 1) if stride is None else whole_number("stride", stride)
     if len(text) < 2 or window < 2 or not 0 < stride < window or window > engine.model.context:
         raise ValueError(
-            f"needs at least 2 tokens, a window from 2 to {engine.model.context}, and a stride from 1 to less than the "
-            f"window; found {len(text)} tokens, window {window}, stride {stride}"
+            f"score_text needs at least 2 tokens, a window from 2 to {engine.model.context}, and a stride from 1 to "
+            f"less than the window; found {len(text)} tokens, window {window}, stride {stride}"
         )
     scores, done = [], 1
     while done < len(text):

@@ -19,7 +19,7 @@ from ..usercode.arguments import named_device
 from .hook_points import ATTENTION, HOOK_POINTS, Captured, numbers_of
 
 _QUERIES = 128  # queries whose attention weights are computed at once
-_NOTHING = "nothing was captured: there was no run yet, or `where` chose none of its tokens"
+_NOTHING = "nothing was captured: nothing has run yet, or `where` selected no token"
 
 
 class Capture:
@@ -51,9 +51,13 @@ class Capture:
         if not sites or not all(site in known for site in sites):
             raise ValueError(f"capture needs some of {', '.join(known)}, found {', '.join(map(repr, sites)) or 'none'}")
         if ATTENTION in sites and where is None:
-            raise ValueError("attention takes N x S numbers a head: say of which queries, such as where=range(10)")
+            raise ValueError(
+                "capturing attention takes N x S numbers per head; select the queries, such as where=range(10)"
+            )
         if heads is not None and ATTENTION not in sites:
-            raise ValueError(f"heads are of {ATTENTION!r}, which is not captured here; other sites have them all")
+            raise ValueError(
+                f"heads selects heads of {ATTENTION!r}, which is not captured; other sites always hold all heads"
+            )
         self.device = None if device is None else named_device(device)
         self.sites, self.layers = frozenset(sites), numbers_of("layers", layers)
         self.heads = numbers_of("heads", heads)
@@ -81,7 +85,7 @@ class Capture:
         parts = [found[key] for _, found in self._parts if key in found]
         if not parts:
             held = sorted({k for _, found in self._parts for k in found})
-            raise KeyError(f"{key}: nothing captured there, but at {held}" if held else f"{key}: {_NOTHING}")
+            raise KeyError(f"{key} was not captured; these were: {held}" if held else f"{key}: {_NOTHING}")
         if key[0] == ATTENTION:  # later steps have more keys
             most = max(x.shape[-1] for x in parts)
             parts = [torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in parts]
@@ -91,7 +95,9 @@ class Capture:
         """Raise ValueError if this capture does not fit a run of `rows` rows."""
         if self._parts and len(self._parts[0][0].index) != rows:
             held = len(self._parts[0][0].index)
-            raise ValueError(f"the capture holds {held} rows, the run has {rows}; clear() it or make another")
+            raise ValueError(
+                f"the capture holds {held} rows but the run has {rows}; call clear(), or use another capture"
+            )
         if self.where is not None:
             self.where(Tokens.arriving(1, batch=rows).map(lambda x: x.to(device)))
 

@@ -37,7 +37,7 @@ class Edit:
         name: str | None = None,
     ) -> None:
         if site not in HOOK_POINTS:
-            raise ValueError(f"site {site!r} cannot be changed; {', '.join(HOOK_POINTS)} can")
+            raise ValueError(f"site {site!r} cannot be edited; choose from {', '.join(HOOK_POINTS)}")
         self.site, self.layers = site, numbers_of("layers", layers)
         self.change = Change(function, name or f"{name_of(function)} at {site}")
 
@@ -118,14 +118,16 @@ def patch(source: Capture, site: str, layer: int, where: Where = None) -> Edit:
     values[rows, at] = found
     times = at.new_zeros(values.shape[:2]).scatter_add(1, at, torch.ones_like(at))
     if bool((times[:, :count] > 1).any()):
-        raise ValueError("the source has captured a token twice, in two runs; clear() it between them")
+        raise ValueError("the source captured a token twice, in two runs; call clear() between them")
     known = times > 0
     values, known = values[:, :count].contiguous(), known[:, :count].contiguous()
     chosen = None if where is None else selection(where)
 
     def function(x: Tensor, tokens: Tokens) -> Tensor:
         if len(values) not in (1, len(x)):
-            raise ValueError(f"patch: the source has {len(values)} rows, this run {len(x)}; give it one or as many")
+            raise ValueError(
+                f"patch: the source has {len(values)} rows but this run has {len(x)}; it needs one row, or as many"
+            )
         row = torch.arange(len(x), device=x.device)[:, None] % len(values)
         at = tokens.index.clamp(0, count - 1)
         there = known[row, at] & (tokens.index < count)  # no edit changes padding

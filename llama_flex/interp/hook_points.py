@@ -110,7 +110,7 @@ def apply_edit(x: Tensor, change: TokenFunction, tokens: Tokens) -> Tensor:
     new = change.call(x.clone(), tokens)
     if not isinstance(new, Tensor) or new.shape != x.shape:
         kind = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
-        raise ValueError(f"edit {change} returned {kind} of {list(x.shape)}; it returns what it got, changed")
+        raise ValueError(f"edit {change} returned {kind}; it must return a tensor of shape {list(x.shape)}")
     return torch.where(wide(tokens.index >= 0, x), new.to(x.dtype), x)
 
 
@@ -124,7 +124,7 @@ def numbers_of(what: str, numbers: int | Sequence[int] | None) -> tuple[int, ...
     for anything else."""
     if numbers is None:
         return None
-    rule = f"{what} are numbers from 0, such as 3 or [3, 4]"
+    rule = f"{what} must be numbers from 0, such as 3 or [3, 4]"
     each = tuple(whole_numbers(rule, numbers if isinstance(numbers, Iterable) else [numbers]))
     if not each or min(each) < 0:
         raise ValueError(f"{rule}, not {numbers!r}")

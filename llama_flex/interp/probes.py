@@ -35,7 +35,7 @@ def build_probes(
     for each in captures:
         each.check(rows, device)
     if len(set(map(id, captures))) < len(captures):
-        raise ValueError("a capture is given twice, and would keep everything twice")
+        raise ValueError("the same capture was passed twice; pass it once")
     edits, count, heads = [each.to(device) for each in edits], dims.num_layers, dims.num_heads
     for layers in (*(c.layers for c in captures), *(e.layers for e in edits)):
         if layers is not None and not all(0 <= layer < count for layer in layers):

@@ -150,7 +150,9 @@ def _depth_first(parents: list[int]) -> tuple[list[int], list[int]]:
     sizes = [1] * len(parents)
     for node in range(len(parents) - 1, -1, -1):
         if not -1 <= parents[node] < node:
-            raise ValueError(f"tree: node {node} has parent {parents[node]}; give an earlier node, or -1 for a root")
+            raise ValueError(
+                f"tree: node {node} has parent {parents[node]}; a parent must be an earlier node, or -1 for a root"
+            )
         if parents[node] >= 0:
             sizes[parents[node]] += sizes[node]
     enter, free, roots = [], [0] * len(parents), 0  # free: the next free number below each node

@@ -102,9 +102,9 @@ class AttentionPlan:
 def _of_each_layer(value: Any, kind: type, name: str, num_layers: int) -> list[Any]:
     each = list(value) if isinstance(value, list | tuple) else [value] * num_layers
     if len(each) != num_layers:
-        raise ValueError(f"{len(each)} {name}s for {num_layers} layers; give one, or one each")
+        raise ValueError(f"{len(each)} {name}s for {num_layers} layers; give one, or one per layer")
     for function in each:
         if function is not None and not isinstance(function, kind):
             found = type(function).__name__
-            raise ValueError(f"{name} must be a {kind.__name__}, found {found}; {kind.__name__}(function) is one")
+            raise ValueError(f"{name} must be a {kind.__name__}, found {found}; wrap it: {kind.__name__}(function)")
     return each

@@ -56,7 +56,7 @@ class ScoreMod(TokenFunction):
         if not isinstance(changed, Tensor) or not changed.is_floating_point():
             kind = changed.dtype if isinstance(changed, Tensor) else type(changed).__name__
             missing = "; is a `return` missing?" if changed is None else ""
-            fault = f"it returned {kind}; it returns the score, such as score * 2{missing}"
+            fault = f"it returned {kind}; a score function must return the score, such as score * 2{missing}"
             raise FunctionError(self.described, "wrong-type", fault)
         return check_scalar(self.described, changed).to(score.dtype)
 
@@ -119,7 +119,7 @@ def segment_weights(log_weights: Tensor) -> ScoreMod:
     to their scores, so that a weight of 2 counts as a segment given twice; add 0 to other segments."""
     if log_weights.dim() not in (1, 2) or not log_weights.is_floating_point():
         raise ValueError(
-            f"segment_weights needs logarithms [N] or [B, N], not {log_weights.dtype} {list(log_weights.shape)}"
+            f"segment_weights needs log-weights [N] or [B, N], not {log_weights.dtype} {list(log_weights.shape)}"
         )
     count = log_weights.shape[-1]
 

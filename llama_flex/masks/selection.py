@@ -25,12 +25,12 @@ def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Cal
             chosen, shape = where(tokens), tokens.index.shape
             if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != shape:
                 found = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else repr(chosen)
-                raise ValueError(f"the function that chooses tokens returned {found}, not booleans {list(shape)}")
+                raise ValueError(f"the function that selects tokens must return booleans {list(shape)}, not {found}")
             return chosen
 
         return by_attributes
 
-    what = "tokens are chosen by indices from 0, integers [N] or [B, N], or by a function"
+    what = "tokens must be selected by indices from 0, integers [N] or [B, N], or by a function"
     try:
         which = torch.as_tensor(where if isinstance(where, Tensor) else list(where))
     except (TypeError, ValueError, RuntimeError):
@@ -46,7 +46,7 @@ def selection(where: Callable[[Tokens], Tensor] | Sequence[int] | Tensor) -> Cal
         if those.dim() == 1:
             return torch.isin(index, those)
         if len(those) not in (1, len(index)):
-            raise ValueError(f"tokens are chosen by indices [N] or [{len(index)}, N], not {list(those.shape)}")
+            raise ValueError(f"tokens must be selected by indices [N] or [{len(index)}, N], not {list(those.shape)}")
         return (index[:, :, None] == those[:, None]).any(-1)
 
     return by_index

@@ -108,7 +108,7 @@ class JsonBackend:
             id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
         if unknown := [id for id in self.encode("", True) if self._tokenizer.id_to_token(id) is None]:
-            raise TokenizerError(f"{path} puts token id {unknown[0]} around texts, which is not in its vocabulary")
+            raise TokenizerError(f"{path} adds token id {unknown[0]}, which is not in its vocabulary, around texts")
         self.token_to_id = self._tokenizer.token_to_id
         self.id_to_token = self._tokenizer.id_to_token
         # The cleanup is meant for WordPiece and spoils BPE text: transformers, too, skips it there unless told twice.
@@ -270,6 +270,6 @@ class SentencePieceBackend:
 
 def _not_sentencepiece(path: Path) -> str:
     return (
-        f"{path} is no sentencepiece model: cut short, a git-lfs pointer, or a tiktoken file as Llama 3's; "
+        f"{path} is not a sentencepiece model: cut short, a Git LFS pointer, or a tiktoken file such as Llama 3's; "
         "fetch it again, or put the model's tokenizer.json beside it"
     )

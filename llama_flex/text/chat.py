@@ -55,9 +55,7 @@ def render_chat(
             to continue that has no text, or that the template leaves out.
     """
     if continue_final_message and add_generation_prompt:
-        raise ValueError(
-            "continue_final_message ends within the last message; give add_generation_prompt=False with it"
-        )
+        raise ValueError("continue_final_message ends within the last message; it needs add_generation_prompt=False")
     if isinstance(messages, (str, Mapping)) or not messages:
         raise ValueError("a chat needs a non-empty list of messages, such as [{'role': 'user', 'content': 'Hi'}]")
     for name, entries in (("message", messages), ("tool", tools or ()), ("document", documents or ())):
@@ -76,9 +74,9 @@ def render_chat(
         final = _mark_end(data["messages"][-1], continue_final_message, template) if continue_final_message else None
         request = marshal.dumps((template, data, MAX_SECONDS))
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"the conversation is no plain data: {error}") from None
+        raise ValueError(f"the conversation is not plain data: {error}") from None
     if len(request) > MAX_BYTES // 4:
-        raise ValueError(f"the conversation has {len(request) >> 20} MiB; a chat template takes {MAX_BYTES >> 22}")
+        raise ValueError(f"the conversation is {len(request) >> 20} MiB; the limit is {MAX_BYTES >> 22} MiB")
     text = _renderer().render(request)
     return text if final is None else _up_to_mark(text, final)
 
@@ -91,7 +89,7 @@ def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
     # A template reads reasoning under one of its names only.
     names = [n for n in _REASONING_FIELDS if message.get(n) == final] if name in _REASONING_FIELDS else [name]
     if not any(n in template for n in names):
-        raise ValueError(f"the chat template does not read {name!r}, so there is nothing of it to continue")
+        raise ValueError(f"the chat template does not read {name!r}, so it cannot be continued")
     if isinstance(final, list | tuple):
         block = next((part for part in reversed(final) if isinstance(part, dict) and "text" in part), None)
         if block is None:
@@ -100,7 +98,7 @@ def _mark_end(message: dict[str, Any], field: bool | str, template: str) -> str:
     else:
         message |= dict.fromkeys(names, f"{final}{_MARK}")
     if not isinstance(final, str):
-        raise ValueError(f"the last message's {name!r} is {final!r:.80}, which is no text to continue")
+        raise ValueError(f"the last message's {name!r} is {final!r:.80}, not text, so it cannot be continued")
     return final
 
 
@@ -109,7 +107,7 @@ def _up_to_mark(text: str, final: str) -> str:
     the template strips messages then."""
     at = text.rfind(_MARK.strip())
     if at < 0 or final.strip() not in text:
-        raise ValueError("the chat template leaves out the last message, or some of it, so it cannot be continued")
+        raise ValueError("the chat template omits all or part of the last message, so it cannot be continued")
     return text[:at] if text[at : at + len(_MARK)] == _MARK else text[:at].rstrip()
 
 
@@ -127,7 +125,9 @@ def _plain(value: Any, name: str) -> Any:
         return {_plain(key, name): _plain(item, name) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(_plain(item, name) for item in value)
-    raise ValueError(f"{name} holds a {type(value).__name__}; a chat template takes str, numbers, lists and dicts")
+    raise ValueError(
+        f"{name} holds a {type(value).__name__}; a chat template takes only strings, numbers, lists and dicts"
+    )
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class _Renderer:
 
     def __init__(self) -> None:
         if sys.platform == "win32":
-            raise ValueError("a chat template is rendered under limits that Windows does not have; use WSL")
+            raise ValueError("chat templates are rendered under resource limits that Windows does not have; use WSL")
         # The folder of this package, and no relative paths: the current folder may be untrusted.
         paths = [str(Path(__file__).parents[2]), *filter(os.path.isabs, sys.path)]
         try:
@@ -153,7 +153,7 @@ class _Renderer:
                 start_new_session=True,  # Ctrl-C reaches only this process
             )
         except OSError as error:
-            raise ValueError(f"the process that renders chat templates does not start: {error}") from error
+            raise ValueError(f"the process that renders chat templates did not start: {error}") from error
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin, self._process.stdout

@@ -163,9 +163,9 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str):
-            raise ValueError(f"stop strings come as a list: [{stops!r}]")
+            raise ValueError(f"stop strings must be in a list: [{stops!r}]")
         if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
-            raise ValueError(f"stop strings must be a list of texts, not {stops!r}")
+            raise ValueError(f"stop strings must be a list of strings, not {stops!r}")
         if "" in stops:
             raise ValueError("a stop string may not be empty: it would stop before the first token")
         self._stops = tuple(stops)

@@ -67,7 +67,7 @@ def added_tokens(
 
 def _id(value: Any) -> int:
     if type(value) is not int or not 0 <= value < MAX_IDS:
-        raise ValueError(f"token id {value!r:.40} of an added token")
+        raise ValueError(f"an added token has the invalid id {value!r:.40}")
     return value
 
 
@@ -86,7 +86,7 @@ def chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         template = {entry["name"]: entry["template"] for entry in template}
     named = template if isinstance(template, dict) else {} if template is None else {"default": template}
     if not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise TypeError("a chat template, or its name, is no text")
+        raise TypeError("a chat template or its name is not a string")
     return named
 
 
@@ -112,7 +112,7 @@ def copy_files(files: Mapping[str, tuple[int, ...]], source: Path, target: Path)
     for name, stamp in files.items():
         if (now := _stamp(source / name)) != stamp:
             what = "changed since this tokenizer was loaded; load it again"
-            gone = "gone since this tokenizer was loaded; put it back, or load the tokenizer from elsewhere"
+            gone = "removed since this tokenizer was loaded; restore it, or load the tokenizer from elsewhere"
             raise TokenizerError(f"{source / name}: {what if now else gone}")
     if target.is_dir() and target.samefile(source):
         return

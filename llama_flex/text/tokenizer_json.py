@@ -25,36 +25,36 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 def check(serialized: bytes, added: list[str]) -> None:
     """Refuse a file that crashes `tokenizers` 0.23 or takes it too long. added: the texts of further added tokens.
 
-    Refused are more items than a vocabulary has, and a Unigram one of more or longer pieces, since its trie takes 350
+    Refused are too many items for a vocabulary, and a Unigram one of more or longer pieces, since its trie takes 350
     bytes a node; duplicate keys; merges that make no token of the vocabulary, by a continuing_subword_prefix or
     otherwise, since they are copied into a buffer that is too short; too many steps or too long regular expressions;
     added tokens that are too long, also after the normalizer, which may double them again and again; a normalizer whose
     regular expression may take too long on them. Raises ValueError, and others of MALFORMED.
     """
     if sum(map(serialized.count, (b",", b"[", b"{"))) + 4 * serialized.count(b":") > MAX_ITEMS:
-        raise ValueError("more items than a vocabulary has")
+        raise ValueError("too many items for a vocabulary")
     file = json.loads(serialized.decode("utf-8"), object_pairs_hook=_unique)
     model, normalizer = file["model"], file.get("normalizer")
     if model.get("type") == "Unigram":
         pieces = [piece for piece, _ in model["vocab"]]
         if len(pieces) > MAX_PIECES or _prefixes(pieces) > MAX_PREFIXES:
-            raise ValueError("more or longer pieces than those of a vocabulary")
+            raise ValueError("too many or too long pieces for a vocabulary")
     merges = [m for m in model.get("merges") or () if not (isinstance(m, str) and m.startswith("#version"))]
     joined = ("".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges)
     if (merges and model.get("continuing_subword_prefix")) or not all(map(model["vocab"].__contains__, joined)):
-        raise ValueError("merges that make no token of the vocabulary")
+        raise ValueError("merges whose result is not in the vocabulary")
     steps = list(_objects([normalizer, *(file.get(name) for name in ("pre_tokenizer", "decoder", "post_processor"))]))
     if len(steps) > MAX_STEPS or sum(map(len, _patterns(steps))) > MAX_PATTERN_CHARACTERS:
-        raise ValueError("more steps, or longer regular expressions, than a tokenizer has")
+        raise ValueError("too many steps or too long regular expressions")
     texts = [*added, *(token["content"] for token in file.get("added_tokens") or ())]
     size = sum(len(text.encode()) for text in texts)
     if size > MAX_ADDED_BYTES or size * _growth(normalizer) > MAX_NORMALIZED_BYTES:
-        raise ValueError("added tokens that are too long, or that the normalizer makes too long")
+        raise ValueError("added tokens that are too long, before or after normalization")
     searched = _patterns(_objects(normalizer))
     repeats = [len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern))) for pattern in searched]
     # With two repetitions, nested or one after the other, a search can take arbitrarily long.
     if repeats and (max(repeats) > 1 or sum(map(len, texts)) > MAX_SEARCHED_CHARACTERS):
-        raise ValueError("a normalizer with a regular expression that may take too long on its added tokens")
+        raise ValueError("a regular expression in the normalizer that may take too long on the added tokens")
 
 
 def _prefixes(pieces: Iterable[str]) -> int:
@@ -70,7 +70,7 @@ def _prefixes(pieces: Iterable[str]) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        raise ValueError("a key that is there twice")  # json keeps the last, but `tokenizers` reads each
+        raise ValueError("a duplicate key")  # json keeps the last, but `tokenizers` reads each
     return unique
 
 

@@ -51,9 +51,9 @@ def named_device(device: torch.device | str) -> torch.device:
     try:
         named = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r} is not known; cpu, cuda and cuda:N are") from None
+        raise ValueError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from None
     if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device {str(device)!r} does not exist; torch sees {torch.cuda.device_count()} CUDA devices")
     return named
 
 
@@ -63,5 +63,5 @@ def model_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = named_device(device)
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(device)!r} is not supported; cpu, cuda and cuda:N are")
+        raise ValueError(f"device {str(device)!r} is not supported; use cpu, cuda or cuda:N")
     return device

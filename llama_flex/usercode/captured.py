@@ -146,8 +146,8 @@ def _check_globals(function: types.FunctionType, device: torch.device) -> None:
         tensor = function.__globals__.get(name)
         if isinstance(tensor, Tensor) and tensor.dim() and tensor.device.type != device.type and _loads(function, name):
             raise ValueError(
-                f"{function.__name__} reads the global tensor {name} on {tensor.device}, which stays there: give it to "
-                f"the function, as in `lambda q, kv, {name}={name}: ...`"
+                f"{function.__name__} reads the global tensor {name} on {tensor.device}, which is not moved: pass it "
+                f"to the function, as in `lambda q, kv, {name}={name}: ...`"
             )
 
 

@@ -40,8 +40,8 @@ def check_scalar(name: str, answer: Any) -> Any:
     """Return the answer for one query and one key as a scalar tensor. Raises FunctionError unless it is one number."""
     if answer.numel() != 1:
         fault = (
-            f"it returned {list(answer.shape)} for one query and one key, not one value: use operations of single "
-            "elements, and tables at an index, `table[kv.index]`"
+            f"it returned {list(answer.shape)} for one query and one key, not one value: use elementwise "
+            "operations, and look up tables by index, `table[kv.index]`"
         )
         raise FunctionError(name, "wrong-shape", fault)
     return answer.reshape(())
@@ -62,22 +62,22 @@ def diagnose(error: Exception) -> tuple[str, str]:
             return "does-not-compile", str(error) if line in str(error) else f"{error}{line}"
     first = f"{type(error).__name__}: {(text.strip() or 'no message').splitlines()[0]}"
     if out := _OUT_OF_RANGE.search(text):
-        way = "make it as long as the longest text, or clamp the index"
+        way = "make it as long as the longest sequence, or clamp the index"
         if int(out[1]) < 0:
             way = "padding and free slots have index -1; clamp it, as in `kv.index.clamp(min=0)`"
         return "index-out-of-range", f"index {out[1]} into a tensor of {out[2]}{line}: {way}"
     if text == "index out of range in self":  # from an embedding, which gives no details
-        way = "make the table as long as the longest text; padding and free slots have index -1, so clamp(min=0)"
+        way = "make the table as long as the longest sequence; padding and free slots have index -1, so clamp(min=0)"
         return "index-out-of-range", f"an index is out of range{line}: {way}"
     if "called random operation" in text:
-        return "not-deterministic", f"it draws random numbers{line}: take chance from a table"
+        return "not-deterministic", f"it draws random numbers{line}: take random numbers from a table made before"
     if _DYNAMIC_SHAPE.search(text):
-        way = "no `nonzero`, `unique`, `x[flags]`; use torch.where, or a table that is made before"
+        way = "no `nonzero`, `unique`, `x[flags]`; use torch.where, or a table made before"
         return "data-dependent", f"a shape depends on the values of a tensor{line}: {way} ({first})"
     if _DATA_DEPENDENT.search(text):
         way = "no `if`, `and`, `or`, `not`, `a < b < c`, `int()`, `.item()`, `.tolist()`, `.numpy()` on tensors; "
         way += "use torch.where, `&`, `|`, `~`"
-        return "data-dependent", f"Python decides by the value of a tensor{line}: {way} ({first})"
+        return "data-dependent", f"Python code depends on the value of a tensor{line}: {way} ({first})"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return "does-not-compile", f"torch cannot trace or compile it{line}: {first}"
     if isinstance(error, AttributeError) and "'Token' object" in text:

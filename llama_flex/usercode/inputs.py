@@ -51,12 +51,12 @@ def check_inputs(
 def check_cache(cache: Any, dims: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError for a `Cache` of another batch size, or of a model of other `Dimensions`, dtype or device."""
     if cache.batch_size != batch_size:
-        raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}; give one row each")
+        raise ValueError(f"the cache has {cache.batch_size} rows but the input has {batch_size}; they must match")
     keys, _ = cache.layers[0]
     mine = (dims.num_layers, dims.num_kv_heads, dims.head_dim, dtype, device)
     other = (len(cache.layers), keys.shape[1], keys.shape[3], keys.dtype, keys.device)
     if mine != other:
-        raise ValueError(f"the cache is of another model ({other}, not {mine}); make it with model.new_cache")
+        raise ValueError(f"the cache belongs to another model ({other}, not {mine}); make it with model.new_cache")
 
 
 def warn_beyond_context(count: int, lengths: Tensor | None, cache: Any, context: int, device: torch.device) -> None:
@@ -73,8 +73,8 @@ def warn_beyond_context(count: int, lengths: Tensor | None, cache: Any, context:
     stack = enumerate(traceback.walk_stack(sys._getframe()), 1)  # past torch's frames, of which hooks add more
     level = next((n for n, (frame, _) in stack if not _is_ours_or_torchs(frame.f_globals)), 1)
     warnings.warn(
-        f"{total} tokens are more than the {context} that the model was made for (max_position_embeddings); "
-        "what it predicts there may be of no use",
+        f"{total} tokens exceed the {context} that the model was trained for (max_position_embeddings); "
+        "predictions beyond that may be meaningless",
         stacklevel=level,
     )
 

@@ -218,9 +218,9 @@ def test_a_path_that_is_no_folder_is_named(tmp_path):
     absent = tmp_path / "x.gguf" / "y"
     for path, said in (
         (tmp_path / "x.gguf", "x.gguf: is a file; give the folder that holds config.json"),
-        (absent, "y/config.json: no such file, nor its folder"),
-        (tmp_path / "gone" / "x", "x/config.json: no such file, nor its folder"),
-        ("a\0b", "no such file, nor its folder"),
+        (absent, "y/config.json: no such file or folder"),
+        (tmp_path / "gone" / "x", "x/config.json: no such file or folder"),
+        ("a\0b", "no such file or folder"),
     ):
         with pytest.raises(ConfigError, match=said) as caught:
             LlamaConfig.from_pretrained(path)

@@ -166,7 +166,9 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_long(monkeypatch, tmp_path
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         started = time.monotonic()
-        with pytest.raises(ValueError, match=r"^owner/name: no such folder here, and the hub gave no copy \(.+\)$"):
+        with pytest.raises(
+            ValueError, match=r"^owner/name: no such local folder, and it could not be downloaded from the hub \(.+\)$"
+        ):
             hub.resolve("owner/name", hub.MODEL_FILES)
         assert time.monotonic() - started < 5
 

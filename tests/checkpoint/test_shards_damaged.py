@@ -85,9 +85,9 @@ def test_a_download_cut_short_is_named_with_its_sizes(folder, kept):
 
 @pytest.mark.parametrize(
     ("kept", "said"),
-    [(0, "it is empty"), *((n, f"it ends after {n:,} bytes, amid its header") for n in (1, 7, 8, 9, 1000))],
+    [(0, "it is empty"), *((n, f"it ends after {n:,} bytes, in the middle of its header") for n in (1, 7, 8, 9, 1000))],
 )
-def test_a_download_cut_short_amid_the_header_is_named(folder, kept, said):
+def test_a_download_cut_short_within_the_header_is_named(folder, kept, said):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     refusal(folder, f"{path}: damaged or cut short, as by an interrupted download ({said}); fetch it again")
@@ -112,4 +112,4 @@ def test_a_header_that_has_a_name_twice_is_named(folder):
     end = 8 + struct.unpack("<Q", whole[:8])[0]
     header = whole[8:end].replace(b"model.layers.0.mlp.up_proj.weight", b"model.layers.1.mlp.up_proj.weight")
     path.write_bytes(whole[:8] + header + whole[end:])
-    refusal(folder, f"{path}: damaged: its header has model.layers.1.mlp.up_proj.weight twice; fetch it again")
+    refusal(folder, f"{path}: damaged: its header lists model.layers.1.mlp.up_proj.weight twice; fetch it again")

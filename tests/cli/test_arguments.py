@@ -91,7 +91,7 @@ def test_without_a_model_the_argument_is_named(cli):
         (["--fuse", "--fuse-weights", "nan,1"], ["positive weights"]),
         (["--fuse", "--fuse-weights", "inf,1"], ["positive weights"]),
         (["--fuse", "--fuse-weights", "1e999,1"], ["positive weights"]),
-        (["--fuse", "--fuse-weights", "one,two"], ["--fuse-weights", "'one,two' are not numbers"]),
+        (["--fuse", "--fuse-weights", "one,two"], ["--fuse-weights", "'one,two' must be numbers"]),
         (["--fuse", "--fuse-weights", "1,"], ["--fuse-weights", "'1,'"]),
         (["--fuse", "--fuse-weights", ""], ["--fuse-weights", "''"]),
         (["--fuse", "mean", "--fuse-weights", "1,1"], ["--fuse mean", "weights"]),

@@ -152,7 +152,7 @@ def test_an_empty_reply_is_left_out_of_the_conversation(cli, engine, folder, tmp
     code, out, err = cli("--chat", "--max-new-tokens", 5, model=copy, stdin="hello\nhow are you?\nand now?\n")
     monkeypatch.undo()
     assert code == 0
-    assert "no reply: the message is left out of the conversation" in err
+    assert "no reply; the message was dropped from the conversation" in err
     assert "error" not in err
     nothing = " " * 5 if how == "white space" else ""
     assert out == "".join(f"{reply}\n" for reply in [nothing, *conversation(engine, ["how are you?", "and now?"], 5)])
@@ -177,7 +177,7 @@ def test_a_chat_at_the_end_of_the_context_forgets_its_oldest_messages(cli, engin
     assert code == 0
     assert len(replies) == len(messages)
     assert "error" not in err
-    assert "a conversation has 512 tokens: 2 messages are forgotten" in err
+    assert "context limit of 512 tokens reached; dropped the 2 oldest messages" in err
     history = [{"role": "system", "content": "be brief"}]
     for message, reply in zip(messages[-3:-1], replies[-3:-1], strict=True):
         history += [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
@@ -195,7 +195,7 @@ def test_a_chat_at_the_end_of_what_max_length_allows_forgets_its_oldest_messages
     code, out, err = cli("--chat", model=copy, stdin="hello\nhow are you?\nand now?\nwhat?\n" + "x y " * 60)
     assert code == 0
     assert "a conversation has 120 tokens: " in err
-    assert "leave no room in the 120 that generation_config.json has as max_length; give max_new_tokens" in err
+    assert "leave no room within generation_config.json's max_length of 120; give max_new_tokens" in err
     assert out.count("\n") >= 4
 
 

@@ -1,4 +1,4 @@
-"""--compile: compiled text is the same text, and where torch cannot compile, auto goes on uncompiled."""
+"""--compile: compiled text is the same text, and where torch cannot compile, auto continues uncompiled."""
 
 import itertools
 import re
@@ -64,12 +64,12 @@ def no_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("parts", few([3], [0]))
-def test_a_compiler_that_fails_amid_a_text_changes_nothing_in_it(cli, engine, no_compiler, parts):
+def test_a_compiler_that_fails_during_a_text_changes_nothing_in_it(cli, engine, no_compiler, parts):
     no_compiler(parts)
     code, out, err = cli("--prompt", "The quick", "--max-new-tokens", 40, "--compile", "auto", "--quiet")
     assert (code, out) == (0, expected_text(engine, "The quick", 40) + "\n")
     assert err.count("\n") == 1
-    assert "goes on uncompiled, more slowly: torch cannot compile: a file is damaged; a mask or score " in err
+    assert "continuing uncompiled, which is slower: torch cannot compile: a file is damaged; a mask or score " in err
 
 
 @pytest.mark.exhaustive
@@ -80,7 +80,7 @@ def test_what_is_drawn_at_random_is_drawn_once(cli, engine, no_compiler, monkeyp
     no_compiler(3)
     drawn = ["--max-new-tokens", 40, "--temperature", 1, "--compile", "auto", "--quiet"]
     _, out, err = cli("--prompt", "The quick", *drawn)
-    assert "goes on uncompiled" in err
+    assert "continuing uncompiled" in err
     assert out == expected_text(engine, "The quick", 40, sampling=Sampling(temperature=1, seed=1)) + "\n"
 
 
@@ -90,12 +90,12 @@ def test_many_prompts_and_a_chat_go_on_uncompiled_too(cli, engine, no_compiler, 
     arguments = ["--prompts-file", tmp_path / "p.txt", "--json", "--max-new-tokens", 40]
     code, out, err = cli(*arguments, "--compile", "auto", "--quiet")
     assert code == 0
-    assert err.count("goes on uncompiled") == 1
+    assert err.count("continuing uncompiled") == 1
     texts = {row["prompt"]: row["text"] for row in parse_rows(out)}
     assert texts == {prompt: expected_text(engine, prompt, 40) for prompt in ("The quick", "hello")}
     code, out, err = cli("--chat", "--max-new-tokens", 5, "--compile", "auto", stdin="hello\nand you?\n")
     assert (code, out) == (0, "".join(reply + "\n" for reply in conversation(engine, ["hello", "and you?"], 5)))
-    assert err.count("goes on uncompiled") == 1
+    assert err.count("continuing uncompiled") == 1
     assert_one_error(
         cli("--prompt", "The quick", "--compile", "on", "--quiet"), "torch cannot compile", "--compile off"
     )
@@ -105,8 +105,8 @@ def test_many_prompts_and_a_chat_go_on_uncompiled_too(cli, engine, no_compiler, 
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
-        ({"CXX": "/nope"}, "there is no C++ compiler; install g++, or name one in CXX"),
-        ({"ATEN_CPU_CAPABILITY": "default"}, "this processor is none that it knows; if ATEN_CPU_CAPABILITY is set"),
+        ({"CXX": "/nope"}, "there is no C++ compiler; install g++, or set CXX to one"),
+        ({"ATEN_CPU_CAPABILITY": "default"}, "it does not recognise this processor; if ATEN_CPU_CAPABILITY is set"),
         ({"CXX": "fake"}, "Python's headers are missing; install them (python3-dev)"),
     ],
     ids=["no compiler", "no instructions", "no headers"],
@@ -125,7 +125,7 @@ def test_where_torch_cannot_compile_auto_goes_on_and_on_says_why(folder, engine,
 
     code, out, err = run("auto")
     assert (code, out) == (0, expected_text(engine, "The quick", 40) + "\n")
-    assert re.fullmatch(r"warning: goes on uncompiled, more slowly: torch cannot compile: .*\n", err)
+    assert re.fullmatch(r"warning: continuing uncompiled, which is slower: torch cannot compile: .*\n", err)
     assert reason in err
     code, out, err = run("on")
     assert (code, out) == (2, "")

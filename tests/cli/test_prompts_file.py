@@ -63,10 +63,14 @@ def three() -> list[Job]:
 @pytest.mark.parametrize(
     ("first", "rows", "bad"),
     [
-        (0, [{"id": "a"}, {"id": "b"}, {"id": "a"}], {3: '"a" is that of line 1'}),
-        (0, [{}, {"id": 2}, {}, {"id": 0}], {3: "2 is that of line 2", 4: "0 is that of line 1"}),
-        (2, [{"id": 1}, {}, {"id": "1"}, {"id": True}], {1: "1 is that of a --prompt"}),
-        (0, [{"id": {"a": 1, "b": [2]}}, {"id": {"b": [2], "a": 1}}], {2: '{"a": 1, "b": [2]} is that of line 1'}),
+        (0, [{"id": "a"}, {"id": "b"}, {"id": "a"}], {3: '"a" is already used by line 1'}),
+        (0, [{}, {"id": 2}, {}, {"id": 0}], {3: "2 is already used by line 2", 4: "0 is already used by line 1"}),
+        (2, [{"id": 1}, {}, {"id": "1"}, {"id": True}], {1: "1 is already used by a --prompt"}),
+        (
+            0,
+            [{"id": {"a": 1, "b": [2]}}, {"id": {"b": [2], "a": 1}}],
+            {2: '{"a": 1, "b": [2]} is already used by line 1'},
+        ),
         (0, [{"id": None}, {"id": None}], {}),
     ],
 )
@@ -74,7 +78,7 @@ def test_a_row_with_the_id_of_another_is_a_bad_one(tmp_path, first, rows, bad):
     path = write_lines(tmp_path / "p.jsonl", [json.dumps({"prompt": f"p{n}"} | row) for n, row in enumerate(rows)])
     errors = []
     found = list(prompts_file.read(path, first, None, errors.append))
-    said = [f"{path}, line {n}: id {what}; give each row its own" for n, what in bad.items()]
+    said = [f"{path}, line {n}: id {what}; ids must be unique" for n, what in bad.items()]
     assert list(map(str, errors)) == said
     assert [job.prompt for job in found] == [f"p{n}" for n in range(len(rows)) if n + 1 not in bad]
     ids = [job.id for job in found]

@@ -162,13 +162,13 @@ def test_when_all_that_is_left_cannot_be_completed_resuming_says_so_and_is_done(
 def test_a_row_with_the_id_of_another_is_skipped_so_that_resuming_knows_all(cli, tmp_path):
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"id": 1, "prompt": "a"}, "b", "c"])  # "b" has no id: its number, 1
     path, arguments = tmp_path / "rows.jsonl", ("--prompts-file", prompts, "--json", "--max-new-tokens", 1)
-    said = f"skipped: {prompts}, line 2: id 1 is that of line 1; give each row its own"
+    said = f"skipped: {prompts}, line 2: id 1 is already used by line 1; ids must be unique"
     code, _, err = cli(*arguments, "--output", path, "--quiet")
     assert (code, err.splitlines()) == (0, [said])
     assert sorted(row["id"] for row in parse_rows(path.read_text())) == [1, 2]
     code, _, err = cli(*arguments, "--output", path, "--resume")
     assert (code, err.splitlines()) == (0, [said, f"--output {path} has all results"])
-    assert_one_error(cli(*arguments, "--strict"), "line 2", "id 1 is that of line 1")
+    assert_one_error(cli(*arguments, "--strict"), "line 2", "id 1 is already used by line 1")
 
 
 @pytest.mark.parametrize("kind", UNWRITABLE)

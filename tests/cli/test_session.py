@@ -217,7 +217,7 @@ def test_instruct_without_a_chat_template_says_so(cli, folder, tmp_path):
 def test_memory_for_no_token_is_the_fault_of_no_row(cli, tmp_path):
     prompts = write_jsonl(tmp_path / "p.jsonl", ["a", "b"])
     result = cli("--prompts-file", prompts, "--json", "--memory-fraction", "1e-12")
-    assert_one_error(result, "1e-12", "does not hold a page")
+    assert_one_error(result, "1e-12", "is less than a page")
 
 
 def test_a_file_of_prompts_for_a_model_that_attends_both_ways_is_refused_and_no_success(cli, folder, tmp_path):

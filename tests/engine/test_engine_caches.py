@@ -114,5 +114,5 @@ def test_wrong_ids_of_a_cache_are_named(successor_engine, cached_ids, message):
 
 
 def test_ids_of_a_cache_need_one(successor_engine):
-    with pytest.raises(ValueError, match="give that too: cache="):
+    with pytest.raises(ValueError, match="pass cache="):
         successor_engine.generate([[ONE]], cached_ids=[[1]])

@@ -84,10 +84,10 @@ def test_gradients_are_neither_computed_nor_switched_off_for_the_caller(engine):
         assert torch.is_grad_enabled()
 
 
-def test_a_model_that_is_moved_amid_a_stream_ends_it_with_one_line(tokenizer):
+def test_a_model_that_is_moved_during_a_stream_ends_it_with_one_line(tokenizer):
     model = successor_model(eos=None)
     steps = Engine(model, tokenizer, backend="dense").stream([[ONE]], max_new_tokens=5)
     next(steps)
     model.to(torch.float64)
-    with pytest.raises(ValueError, match=r"from torch\.float32 on cpu to torch\.float64 on cpu amid a stream"):
+    with pytest.raises(ValueError, match=r"from torch\.float32 on cpu to torch\.float64 on cpu during a stream"):
         list(steps)

@@ -386,5 +386,5 @@ def test_ensembles_sample_and_stop_and_penalise_as_one(tiny_pair):
     assert stopped.tokens == one.tokens[: one.tokens.index(one.tokens[3]) + 1]
     assert stopped.finish_reason == "stop"
     cache = model.new_cache(1, 128)
-    with pytest.raises(ValueError, match="the cache has 1 rows, the input 2"):
+    with pytest.raises(ValueError, match="the cache has 1 rows but the input has 2"):
         engine.stream([ensemble], cache=cache)

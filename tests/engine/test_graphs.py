@@ -69,7 +69,7 @@ def test_what_torch_does_not_compile_is_an_error_and_never_runs_eagerly():
 
     run = Graphs().of()
     message = (
-        r"^torch cannot compile: .*graph_break.* in line \d+ of test_graphs.py.* uses what it cannot trace; .*off$"
+        r"^torch cannot compile: .*graph_break.* in line \d+ of test_graphs.py.* operation that it cannot trace; .*off$"
     )
     with pytest.raises(CompileError, match=message):
         run("breaks", breaks, torch.ones(3))
@@ -101,14 +101,14 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         ),
         (
             LoweringException(RuntimeError("no code. Please file a bug"), "dot", [], {}),
-            "RuntimeError: no code; a mask, score function or edit uses what it has no code for; or do not compile",
+            "a mask, score function or edit uses an operation that it has no code for; or do not compile",
         ),
         (
             RuntimeError("unbacked_bindings"),
             "depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or ",
         ),
-        (RuntimeError("Pending unbacked symbols {u2}"), "`nonzero`: use torch.where, or a table that is made before; "),
-        (KeyError("x"), "a mask or score function may use what it cannot, or a file in FOLDER is damaged"),
+        (RuntimeError("Pending unbacked symbols {u2}"), "`nonzero`: use torch.where, or a table made before; "),
+        (KeyError("x"), "a mask or score function may use an unsupported operation, or a file in FOLDER is damaged"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -30,7 +30,7 @@ def test_max_length_caps_the_number_of_new_tokens_where_nobody_says(tokenizer):
     assert len(engine.generate([[ONE] * 5], max_new_tokens=20)[0].tokens) == 20
     assert len(engine.generate([[ONE] * 11])[0].tokens) == 1
     for prompt in ([ONE] * 12, [ONE] * 30):  # as transformers
-        rule = f"prompt 1: {len(prompt)} tokens leave no room in the 12 that generation_config.json has as max_length"
+        rule = f"prompt 1: {len(prompt)} tokens leave no room within generation_config.json's max_length of 12"
         with pytest.raises(ValueError, match=rule):
             engine.generate([[ONE], prompt])
 
@@ -128,7 +128,7 @@ def test_prompts_that_are_no_lists_of_ids_are_refused(tiny_pair, prompts):
 
 def test_a_cache_of_another_model_is_refused(tiny_pair):
     cache = tiny_pair("mqa")[1].new_cache(1, 128)
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         Engine(tiny_pair("gqa")[1]).stream([[1]], cache=cache)
 
 

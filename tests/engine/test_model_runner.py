@@ -50,7 +50,7 @@ def test_compiled_requests_give_the_tokens_of_eager_ones(dense, flex):
 
 
 def run_many_kinds(engine: Engine, seed: int) -> list[tuple[AnyPrompt, dict, Request]]:
-    """Run requests with and without masks, score functions, sampling and ensembles, each submitted amid the others."""
+    """Run requests with and without masks, score functions, sampling and ensembles, each submitted while others run."""
     sampled = {"sampling": Sampling(temperature=0.9, top_p=0.9, seed=seed)}
     window = {"mask": masks.sliding_window(60), "score_mod": scores.softcap(3.0)}
     ids = [random_ids(length, seed) for length in (300, 140, 129, 20, 200)]

@@ -248,7 +248,7 @@ def test_an_overflow_of_float16_is_named_with_the_way_out(tokenizer):
     with torch.no_grad():
         model.lm_head.weight *= 60000
     assert torch.stack([p.isfinite().all() for p in model.parameters()]).all()
-    with pytest.raises(NonFiniteLogitsError, match="float16 ends at 65,504"):
+    with pytest.raises(NonFiniteLogitsError, match="float16 overflows above 65,504"):
         Engine(model, tokenizer, backend="dense").generate([[ONE]], max_new_tokens=2)
 
 

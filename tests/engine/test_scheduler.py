@@ -350,7 +350,7 @@ def test_who_came_first_or_has_priority_is_never_overtaken(dense, preempted, cou
         ({"prefill_tokens": 0}, "prefill_tokens must be at least 1"),
         ({"memory_fraction": 0}, "memory_fraction"),
         ({"memory_fraction": 2}, "memory_fraction"),
-        ({"memory_fraction": 1e-12}, "does not hold a page"),
+        ({"memory_fraction": 1e-12}, "is less than a page"),
         ({"max_slots": 2**40}, "more than attention can address"),
     ],
 )

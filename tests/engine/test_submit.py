@@ -106,12 +106,12 @@ def test_requests_of_other_engines_and_steps_within_steps_are_refused(dense):
     engine, other = (new_engine(dense, max_batch_size=2, max_slots=512) for _ in range(2))
     request = engine.submit([5, 6], **NEW)
     other.submit([5], **NEW)
-    with pytest.raises(ValueError, match="request 0 is of another engine"):
+    with pytest.raises(ValueError, match="request 0 belongs to another engine"):
         other.cancel(request)
     nested = engine.submit([7], **NEW, callback=lambda step: engine.run())
     engine.run()
     assert nested.finish_reason == "error"
-    with pytest.raises(ValueError, match="amid a step"):
+    with pytest.raises(ValueError, match="during a step"):
         raise nested.error
     assert request.finish_reason == "length"
     with pytest.raises(ValueError, match="n must be at least 1, not -1"):

@@ -131,7 +131,7 @@ def test_the_first_query_without_a_key_is_named():
 def test_looking_at_rows_and_heads_is_noted():
     per_row, per_head = torch.tensor([2, 5]), torch.tensor([2, 3, 5, 9])
     text = message(short(masks.sliding_window(per_row)), "note depends-on-batch")
-    assert "row 0 answers otherwise for query 2 and key 0 (row 1" in text
+    assert "row 0 differs for query 2 and key 0 (row 1" in text
     text = message(short(lambda q, kv: causal(q, kv) & (q.index - kv.index < per_head[q.head])), "note depends-on-head")
     assert "looks at heads" in text
 
@@ -227,7 +227,7 @@ def test_a_global_tensor_is_noted_and_a_captured_one_is_not():
 )
 def test_looking_at_more_than_one_cell_is_noted(predicate):
     text = message(short(predicate), "note not-elementwise")
-    assert "`.max()`, `.any()` and sizes see that cell only" in text
+    assert "`.max()`, `.any()` and sizes see only that cell" in text
 
 
 def test_chance_is_an_error():
@@ -309,7 +309,7 @@ def test_what_torch_cannot_compile_is_told_with_its_line():
             marks=pytest.mark.exhaustive,
         ),
         (lambda s, q, kv: s.masked_fill(q.index == 5, -torch.inf), "error not-finite", "every score of query 5"),
-        (lambda s, q, kv: s > 0, "error wrong-type", "returned torch.bool; it returns the score"),
+        (lambda s, q, kv: s > 0, "error wrong-type", "returned torch.bool; a score function must return the score"),
         (lambda s, q, kv: None, "error wrong-type", "returned NoneType"),
         pytest.param(
             lambda s, q, kv: s - s.max(),
@@ -345,8 +345,8 @@ def test_findings_are_values():
 @pytest.mark.parametrize(
     ("function", "options", "words"),
     [
-        (3, {}, "int is a function of none of"),
-        (lambda q: True, {}, "is a function of none of"),
+        (3, {}, "int takes none of the known argument lists"),
+        (lambda q: True, {}, "takes none of the known argument lists"),
         (causal, {"lengths": ()}, "lengths from 1"),
         (causal, {"lengths": (0,)}, "lengths from 1"),
         (causal, {"num_heads": 0}, "from 1 to"),

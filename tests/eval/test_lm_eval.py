@@ -313,7 +313,7 @@ def test_without_lm_eval_the_way_out_is_one_line(tmp_path):
 
 
 def test_wrong_arguments_are_named(engine):
-    with pytest.raises(ValueError, match="give the engine a tokenizer"):
+    with pytest.raises(ValueError, match="the engine needs a tokenizer"):
         LlamaFlex(Engine(engine.model))
     with pytest.raises(ValueError, match="batch_size must be a whole number"):
         LlamaFlex(engine, batch_size="auto")

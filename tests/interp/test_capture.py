@@ -44,13 +44,13 @@ def test_what_is_kept_is_what_was_asked_for(pair):
         with pytest.raises(KeyError, match="nothing captured there"):
             some[missing]
     some.clear()
-    with pytest.raises(ValueError, match="nothing was captured: there was no run yet"):
+    with pytest.raises(ValueError, match="nothing was captured: nothing has run yet"):
         some.tokens  # noqa: B018
     nothing = Capture("q", where=lambda t: t.segment == 7)
     model(ids, capture=nothing)
-    with pytest.raises(ValueError, match="`where` chose none of its tokens"):
+    with pytest.raises(ValueError, match="`where` selected no token"):
         nothing.count  # noqa: B018
-    with pytest.raises(KeyError, match="`where` chose none of its tokens"):
+    with pytest.raises(KeyError, match="`where` selected no token"):
         nothing["q", 0]
 
 
@@ -93,7 +93,7 @@ def test_attention_rows_take_memory_for_the_queries_that_are_asked_for(pair, mon
     model(ids, capture=capture)
     assert capture[ATTENTION, 0].shape == (1, 500, 1, 1000)
     assert max(sizes[-4:]) == 128 * 1000  # queries at a time x keys, of one head
-    with pytest.raises(ValueError, match="say of which queries"):
+    with pytest.raises(ValueError, match="select the queries"):
         Capture(ATTENTION)
 
 
@@ -128,24 +128,24 @@ def test_wrong_captures_are_refused_in_words(pair):
         (lambda: Capture(), "found none"),
         (lambda: Capture("q", layers=[]), "layers are numbers"),
         (lambda: Capture("q", layers="all"), "layers are numbers"),
-        (lambda: Capture("q", where=[0.5]), "chosen by indices"),
-        (lambda: Capture("q", layers=3.5), "layers are numbers from 0, such as 3 or .3, 4., not .3.5."),
+        (lambda: Capture("q", where=[0.5]), "selected by indices"),
+        (lambda: Capture("q", layers=3.5), "layers must be numbers from 0, such as 3 or .3, 4., not .3.5."),
         (lambda: Capture("attention", heads=[], where=[1]), "heads are numbers"),
-        (lambda: Capture("q", heads=1), "heads are of 'attention'"),
-        (lambda: Capture("q", where=[-1]), "chosen by indices from 0.* not -1"),
-        (lambda: Capture("q", where="all"), "chosen by indices.* not 'all'"),
-        (lambda: Capture("q", where=slice(3)), "chosen by indices"),
+        (lambda: Capture("q", heads=1), "heads selects heads of 'attention'"),
+        (lambda: Capture("q", where=[-1]), "selected by indices from 0.* not -1"),
+        (lambda: Capture("q", where="all"), "selected by indices.* not 'all'"),
+        (lambda: Capture("q", where=slice(3)), "selected by indices"),
         (lambda: Capture("q", device="nope"), "device 'nope' is not known"),
         (lambda: model(ids, capture=[Capture("k"), capture, capture]), "given twice"),
         (lambda: Capture("q", device="cuda:99"), "device 'cuda:99' is not there"),
-        (lambda: engine.generate([[3], [4], [5]], capture=capture), "holds 2 rows, the run has 3"),
-        (lambda: engine.generate([[3]], capture=Capture("q", where=lambda t: t.index)), "that chooses tokens"),
+        (lambda: engine.generate([[3], [4], [5]], capture=capture), "holds 2 rows but the run has 3"),
+        (lambda: engine.generate([[3]], capture=Capture("q", where=lambda t: t.index)), "that selects tokens"),
         (lambda: engine.generate([[3]], capture=[Capture("q"), 5]), "capture takes one Capture or a list of them"),
         (lambda: model(ids, capture=Capture("q", layers=2)), r"layers 0 to 1, not \[2\]"),
         (lambda: model(ids, capture=Capture("attention", heads=8, where=[1])), "heads 0 to 7"),
         (lambda: model(ids, capture="q"), "capture takes one Capture or a list of them, found str"),
         (lambda: model(ids, capture=Capture("q", where=torch.zeros(3, 1).long())), r"\[N\] or \[2, N\]"),
-        (lambda: model(ids[:1], capture=capture), "holds 2 rows, the run has 1"),
+        (lambda: model(ids[:1], capture=capture), "holds 2 rows but the run has 1"),
     ):
         with pytest.raises(ValueError, match=words):
             wrong()

@@ -123,7 +123,7 @@ def test_activation_patching_moves_what_one_run_knows_into_another(pair):
     assert not one.equal(model(corrupt.expand(3, -1)))
     two = Capture("resid_post")
     model(clean.expand(2, -1), capture=two)
-    with pytest.raises(ValueError, match="2 rows, this run 3"):
+    with pytest.raises(ValueError, match="2 rows but this run has 3"):
         model(corrupt.expand(3, -1), edit=edits.patch(two, "resid_post", 0))
 
 
@@ -193,9 +193,9 @@ def test_wrong_edits_are_refused_in_words(pair):
     capture = Capture("q")
     model(ids, capture=capture)
     for wrong, words in (
-        (lambda: Edit("attention", lambda x, t: x), "'attention' cannot be changed"),
+        (lambda: Edit("attention", lambda x, t: x), "'attention' cannot be edited"),
         (lambda: Edit("q", 3), "needs a function"),
-        (lambda: edits.ablate([-1]), "heads are numbers from 0"),
+        (lambda: edits.ablate([-1]), "heads must be numbers from 0"),
         (lambda: edits.ablate(None), "ablate needs heads"),
         (lambda: model(ids, edit=edits.ablate([99])), "heads 0 to 7, not 99"),
         (lambda: engine.generate([[3]], edit=edits.ablate(8, layers=1)), "heads 0 to 7, not 8"),
@@ -211,8 +211,8 @@ def test_wrong_edits_are_refused_in_words(pair):
         (lambda: model(ids, edit=lambda x, t: x), "edit takes one Edit or a list of them, found function"),
         (lambda: model(ids, edit=Edit("z", lambda x, t: None)), "returned NoneType"),
         (lambda: model(ids, edit=Edit("z", lambda x, t: x[:, :, :2])), r"\[2, 5, 2, 32\] of \[2, 5, 8, 32\]"),
-        (lambda: engine.generate([[3]], edit=Edit("z", lambda x, t: x.sum(1))), "it returns what it got, changed"),
-        (lambda: model(ids, edit=edits.add("q", torch.zeros(8, 32), where=lambda t: t.index)), "that chooses tokens"),
+        (lambda: engine.generate([[3]], edit=Edit("z", lambda x, t: x.sum(1))), "it must return a tensor of shape"),
+        (lambda: model(ids, edit=edits.add("q", torch.zeros(8, 32), where=lambda t: t.index)), "that selects tokens"),
     ):
         with pytest.raises(ValueError, match=words):
             wrong()

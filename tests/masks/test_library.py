@@ -55,7 +55,7 @@ def test_numbers_out_of_range_are_named(make, value):
         (lambda: masks.tree([]), r"a parent for each node, .* not float32 \[0\]"),
         (lambda: masks.tree(torch.zeros(1, 1, 1).int()), r"not int32 \[1, 1, 1\]"),
         (lambda: masks.tree([-1, 0.5]), r"not float32 \[2\]"),
-        (lambda: masks.tree([-1, 1]), "node 1 has parent 1; give an earlier node, or -1"),
+        (lambda: masks.tree([-1, 1]), "node 1 has parent 1; a parent must be an earlier node, or -1"),
         (lambda: masks.tree([-1, 0, 5, 1]), "node 2 has parent 5"),
         (lambda: masks.tree([-1, -2]), "node 1 has parent -2"),
         (lambda: masks.tree(torch.tensor([[-1, 0], [0, 0]])), "node 0 has parent 0"),

@@ -152,7 +152,7 @@ def test_bad_parameters_are_named(make, message):
 def test_an_answer_that_is_no_score_is_named(answer, tiny_pair):
     kind = answer.dtype if isinstance(answer, torch.Tensor) else type(answer).__name__
     score_mod = ScoreMod(lambda score, q, kv: answer, "odd")
-    with pytest.raises(ValueError, match=f"score function odd returned {kind}; it returns the score"):
+    with pytest.raises(ValueError, match=f"score function odd returned {kind}; a score function must return the score"):
         applied(score_mod)
     with pytest.raises(ValueError, match="score function odd returned"):
         tiny_pair("gqa")[1](torch.tensor([[1, 2]]), score_mod=score_mod)

@@ -36,9 +36,9 @@ def test_tokens_are_chosen_in_every_row(where, expected):
         ("ab", "not 'ab'"),
         (torch.zeros(1, 1, 1).long(), r"not torch.int64 .1, 1, 1."),
         (torch.zeros(3, 1).long(), r"indices .N. or .2, N., not .3, 1."),
-        (lambda t: t.index, r"returned torch.int64 .2, 4., not booleans .2, 4."),
-        (lambda t: t.index[0] > 0, r"returned torch.bool .4., not booleans"),
-        (lambda t: True, "returned True, not booleans"),
+        (lambda t: t.index, r"must return booleans .2, 4., not torch.int64 .2, 4."),
+        (lambda t: t.index[0] > 0, r"must return booleans .2, 4., not torch.bool .4."),
+        (lambda t: True, "must return booleans .2, 4., not True"),
     ],
 )
 def test_what_chooses_no_tokens_is_named(where, message):

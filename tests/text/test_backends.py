@@ -254,7 +254,7 @@ def test_an_id_around_texts_that_is_none_is_refused(tokenizer_folders, tmp_path)
     file = json.loads((tokenizer_folders["byte_level"] / "tokenizer.json").read_text())
     file["post_processor"]["special_tokens"]["<s>"]["ids"] = [2**31]
     folder = write_folder(tmp_path, None, tokenizer__json=json.dumps(file))
-    with pytest.raises(ValueError, match="puts token id 2147483648 around texts"):
+    with pytest.raises(ValueError, match="adds token id 2147483648, which is not in its vocabulary, around texts"):
         Tokenizer.from_pretrained(folder)
 
 

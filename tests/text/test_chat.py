@@ -204,7 +204,7 @@ def test_what_is_no_plain_data_but_nearly():
     nested.append(nested)
     with pytest.raises(ValueError, match="recursion"):
         render_chat("", [{"content": nested}])
-    with pytest.raises(ValueError, match="the conversation has 60 MiB; a chat template takes 32"):
+    with pytest.raises(ValueError, match="the conversation is 60 MiB; the limit is 32 MiB"):
         render_chat("", [{"content": "x" * (60 << 20)}])
 
 
@@ -289,7 +289,7 @@ def test_what_is_continued_may_be_reasoning():
     [
         ({"role": "assistant", "content": "x"}, {"add_generation_prompt": True}, "add_generation_prompt=False"),
         ({"role": "assistant"}, {}, "the last message has no 'content'"),
-        ({"role": "assistant", "content": 5}, {}, "5, which is no text"),
+        ({"role": "assistant", "content": 5}, {}, "5, not text"),
         ({"role": "assistant", "content": [{"type": "image"}]}, {}, "no text to continue"),
         ({"role": "assistant", "content": "x"}, {"continue_final_message": "thinking"}, "has no 'thinking'"),
     ],

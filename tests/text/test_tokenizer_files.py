@@ -60,7 +60,7 @@ def test_files_of_a_tokenizer_are_regular_ones_of_its_folder(tokenizer_folders, 
         (folder / name).unlink(missing_ok=True)
         source = outside if name.startswith("additional") else outside / name
         (folder / name).symlink_to(source if source.exists() else outside / "x.jinja")
-        with pytest.raises(ValueError, match=r"links to .*, out of its folder") as caught:
+        with pytest.raises(ValueError, match=r"links to .*, outside its folder") as caught:
             Tokenizer.from_pretrained(folder)
         assert str(folder / name) in str(caught.value)
         (folder / name).unlink()

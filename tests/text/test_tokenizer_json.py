@@ -24,7 +24,9 @@ def test_merges_that_make_no_token_are_refused(tokenizer_folders, tmp_path):
         {"vocab": dict(list(model["vocab"].items())[:-1])},
     ):
         folder = write_folder(tmp_path, None, tokenizer__json=json.dumps(file | {"model": model | change}))
-        with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer .*merges that make no"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer.json cannot be read as a tokenizer .*merges whose result is not"
+        ):
             Tokenizer.from_pretrained(folder)
     repeated = json.dumps(file).replace('"model":', '"model": {"merges": [["a", "b"]]}, "model":')
     with pytest.raises(ValueError, match=r"tokenizer.json cannot be read as a tokenizer .*twice"):
@@ -95,7 +97,7 @@ def test_what_would_take_too_long_is_refused(name, tokenizer_folders, tmp_path):
     file = json.loads((tokenizer_folders["byte_level"] / "tokenizer.json").read_text())
     folder = write_folder(tmp_path, None, tokenizer__json=json.dumps(file | ENDLESS[name]))
     start = time.process_time()
-    with pytest.raises(ValueError, match=r"than a vocabulary|than a tokenizer has|too long|than those of a vocabulary"):
+    with pytest.raises(ValueError, match=r"too many|too long"):
         Tokenizer.from_pretrained(folder)
     assert time.process_time() - start < 6  # a second or two on an idle machine
 

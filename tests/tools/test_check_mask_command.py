@@ -65,7 +65,7 @@ def test_the_exit_code_is_1_for_errors_only(run, name, exit_code, line):
     ("source", "name", "words"),
     [
         (SOURCE, "absent", "has no absent"),
-        (SOURCE, "number", "int is a function of none"),
+        (SOURCE, "number", "int takes none of the known argument lists"),
         ("1 / 0", "good", "ZeroDivisionError: division by zero in line 1 of mine.py, `1 / 0`"),
         ("def f(:", "good", "SyntaxError"),
         ("raise SystemExit", "good", "exits when it is run"),

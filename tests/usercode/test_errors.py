@@ -41,19 +41,19 @@ FORWARD = {
     ),
     "item": (
         lambda m: m(IDS, mask=Mask(lambda q, kv: kv.index <= q.index.item())),
-        r"Python decides by the value of a tensor in line .*: no `if`",
+        r"Python code depends on the value of a tensor in line .*: no `if`",
     ),
     "if": (
         lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s if q.index > 3 else s * 2)),
-        r"Python decides by the value of a tensor in line .*: no `if`",
+        r"Python code depends on the value of a tensor in line .*: no `if`",
     ),
     "tolist": (
         lambda m: m(IDS, mask=Mask(lambda q, kv: kv.index <= q.index.tolist())),
-        r"Python decides by the value of a tensor in line .*: no `if`.*`.tolist\(\)`",
+        r"Python code depends on the value of a tensor in line .*: no `if`.*`.tolist\(\)`",
     ),
     "numpy": (
         lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s * q.index.numpy())),
-        r"Python decides by the value of a tensor in line .*: no `if`.*`.numpy\(\)`",
+        r"Python code depends on the value of a tensor in line .*: no `if`.*`.numpy\(\)`",
     ),
     "nonzero": (
         lambda m: m(IDS, mask=Mask(lambda q, kv: torch.nonzero(q.index).sum() >= 0)),
@@ -65,11 +65,11 @@ FORWARD = {
     ),
     "if of a table": (  # which fails only when FlexAttention traces it
         lambda m: m(IDS, mask=Mask(lambda q, kv: kv.index <= q.index if NUMBERS[0] < 1 else q.index > 3)),
-        "mask <lambda>: Python decides by the value of a tensor in line .* of test_errors.py",
+        "mask <lambda>: Python code depends on the value of a tensor in line .* of test_errors.py",
     ),
     "what is unique in a table": (
         lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s + sum(n for n in NUMBERS.unique()))),
-        r"mask causal\(\) or score function <lambda>: Python decides by the value of a tensor in line .* of test_err",
+        r"mask causal\(\) or score function <lambda>: Python code depends on the value of a tensor in line .* of test_",
     ),
     "what torch does not trace": (
         lambda m: m(IDS, score_mod=ScoreMod(lambda s, q, kv: s * bool(time.time()))),
@@ -94,7 +94,7 @@ FORWARD = {
     ),
     "chance": (
         lambda m: m(IDS, mask=Mask(lambda q, kv: torch.rand(()) < 0.5)),
-        "draws random numbers in line .*: take chance from a table",
+        "draws random numbers in line .*: take random numbers from a table",
     ),
     "an edit of one argument": (
         lambda m: m(IDS, edit=Edit("resid_pre", lambda x: x)),
@@ -147,7 +147,7 @@ def test_what_torch_logs_of_a_failed_trace_is_not_shown(model):
     log, seen = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(99)
     log.addHandler(seen)
     try:
-        with pytest.raises(ValueError, match="Python decides by the value of a tensor"):
+        with pytest.raises(ValueError, match="Python code depends on the value of a tensor"):
             model(IDS, mask=Mask(lambda q, kv: (kv.index <= q.index) & (NUMBERS[0].item() > 1)))
         log.error("failed while attempting to run meta for another")
     finally:

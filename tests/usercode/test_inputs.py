@@ -89,11 +89,11 @@ def test_a_model_without_weights_is_named(tmp_path):
 def test_a_forward_beyond_the_context_is_warned_of(model):
     """The tokens are computed all the same, as transformers' generate does."""
     ids = IDS.repeat(1, 2)
-    with pytest.warns(UserWarning, match=r"^400 tokens are more than the 300 that the model was made for"):
+    with pytest.warns(UserWarning, match=r"^400 tokens exceed the 300 that the model was trained for"):
         model(ids)
     cache = model.new_cache(1, 512)
     model(ids[:, :299], cache=cache)
-    with pytest.warns(UserWarning, match=r"^301 tokens are more than the 300"):
+    with pytest.warns(UserWarning, match=r"^301 tokens exceed the 300"):
         model(ids[:, 299:301], cache=cache)
 
 
@@ -107,7 +107,7 @@ def test_padding_is_not_counted_against_the_context(model):
     model(ids[:, :100], cache=cache, **dense)
     cache.truncate(200)
     model(ids[:, :150], lengths=torch.tensor([100, 50]), cache=cache, **dense)
-    with pytest.warns(UserWarning, match=r"^310 tokens are more than the 300"):
+    with pytest.warns(UserWarning, match=r"^310 tokens exceed the 300"):
         model(ids[:, :300], lengths=torch.tensor([10, 0]), cache=cache, **dense)
 
 
@@ -117,7 +117,7 @@ def test_the_warning_names_the_line_of_the_call(hooked):
     if hooked:
         model.register_forward_hook(lambda *_: None)
     for call in (model, model.forward):
-        with pytest.warns(UserWarning, match="tokens are more than") as warned:
+        with pytest.warns(UserWarning, match="tokens exceed") as warned:
             call(IDS.repeat(1, 2))
         assert (warned[0].filename, warned[0].lineno) == (__file__, inspect.currentframe().f_lineno - 1)
 
