@@ -484,7 +484,7 @@ def test_recommended_gives_way_to_what_the_caller_says():
 def test_recommended_values_outside_their_range_are_refused_with_their_source():
     config = GenerationConfig(do_sample=True, top_p=1.5)
     with pytest.raises(
-        ValueError, match=r"^generation_config.json: top_p must be from 0 to 1, not 1.5; give top_p yourself$"
+        ValueError, match=r"^generation_config.json: top_p must be from 0 to 1, not 1.5; set top_p yourself$"
     ):
         Sampling.recommended(config, temperature=0.5)
     assert Sampling.recommended(config, top_p=0.5).top_p == 0.5

@@ -7,7 +7,7 @@ from llama_flex import Mask, masks
 widths = torch.tensor([2, 4, 7, 12])  # one for each head
 by_head = Mask(lambda q, kv, widths=widths: (kv.index <= q.index) & (q.index - kv.index < widths[q.head]), "by_head")
 
-hidden = torch.zeros(512, dtype=torch.bool)  # as long as the longest text
+hidden = torch.zeros(512, dtype=torch.bool)  # as long as the longest sequence
 hidden[[3, 4, 8]] = True
 left_out = masks.causal() & ~Mask(lambda q, kv, hidden=hidden: hidden[kv.index] & (kv.index != q.index), "hidden")
 

@@ -358,7 +358,7 @@ def test_max_length_leaves_as_many_new_tokens_as_in_transformers_or_none(length,
     try:
         expected = reference.generate(torch.tensor([ids]))[0, length:].tolist()
     except ValueError:
-        with pytest.raises(ValueError, match="has as max_length"):
+        with pytest.raises(ValueError, match="max_length of"):
             engine.generate([ids])
     else:
         assert engine.generate([ids])[0].tokens == expected

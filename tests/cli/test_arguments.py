@@ -97,7 +97,7 @@ def test_without_a_model_the_argument_is_named(cli):
         (["--fuse", "mean", "--fuse-weights", "1,1"], ["--fuse mean", "weights"]),
         (["--fuse", "max", "--fuse-weights", "1,1"], ["--fuse max", "weights"]),
         (["--fuse", "mean", "--fuse-positions", "parallel"], ["--fuse mean", "positions"]),
-        (["--fuse", "--prompt", ""], ["--prompt", "none empty"]),
+        (["--fuse", "--prompt", ""], ["--prompt", "non-empty"]),
         (["--fuse", "--prompt", "1 " * 600], ["context of 512"]),
         (["--fuse", "mean", "--prompt", "1 " * 600], ["context of 512"]),
         (["--fuse", "--max-new-tokens", "511"], ["context of 512"]),

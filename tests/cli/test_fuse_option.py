@@ -188,7 +188,7 @@ def test_stop_strings_end_a_fused_text(cli):
         ({"prompts": ["a", "b"]}, [], ["line 2", "--fuse"]),
         (["a", "b"], [], ["line 2", "--fuse"]),
         ({"messages": [{"role": "user", "content": "a"}]}, ["--fuse"], ["line 2", "'prompts'"]),
-        ({"prompts": ["a", ""]}, ["--fuse"], ["line 2", "none empty"]),
+        ({"prompts": ["a", ""]}, ["--fuse"], ["line 2", "non-empty"]),
         ({"prompts": ["a", "b"], "weights": [1]}, ["--fuse"], ["line 2", "weights"]),
         ({"prompts": ["a", "b", "c"]}, ["--fuse", "--fuse-weights", "1,2"], ["line 2", "3 prompts", "weights"]),
         ({"prompts": ["a", "b"], "weights": [1, 2]}, ["--fuse", "mean"], ["--fuse mean", "weights"]),

@@ -82,7 +82,9 @@ def test_what_torch_does_not_compile_is_an_error_and_never_runs_eagerly():
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(CompileError, match=r"^torch cannot compile: File exists, in .*/file or the .*; make room") as e:
+    with pytest.raises(
+        CompileError, match=r"^torch cannot compile: File exists, in .*/file or the .*; free some space"
+    ) as e:
         Graphs().of()("third", lambda x: x / 3, torch.ones(3))
     assert "\n" not in str(e.value)
 

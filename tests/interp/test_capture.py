@@ -41,7 +41,7 @@ def test_what_is_kept_is_what_was_asked_for(pair):
     assert by_rule.count.tolist() == [10, 5]
     assert by_rule.tokens.segment[0].tolist() == [2] * 10
     for missing in (("q", 0), ("z", 1)):
-        with pytest.raises(KeyError, match="nothing captured there"):
+        with pytest.raises(KeyError, match="was not captured; these were"):
             some[missing]
     some.clear()
     with pytest.raises(ValueError, match="nothing was captured: nothing has run yet"):
@@ -126,18 +126,18 @@ def test_wrong_captures_are_refused_in_words(pair):
     for wrong, words in (
         (lambda: Capture("residual"), "capture needs some of resid_pre, q, k, v, z.*'residual'"),
         (lambda: Capture(), "found none"),
-        (lambda: Capture("q", layers=[]), "layers are numbers"),
-        (lambda: Capture("q", layers="all"), "layers are numbers"),
+        (lambda: Capture("q", layers=[]), "layers must be numbers"),
+        (lambda: Capture("q", layers="all"), "layers must be numbers"),
         (lambda: Capture("q", where=[0.5]), "selected by indices"),
         (lambda: Capture("q", layers=3.5), "layers must be numbers from 0, such as 3 or .3, 4., not .3.5."),
-        (lambda: Capture("attention", heads=[], where=[1]), "heads are numbers"),
+        (lambda: Capture("attention", heads=[], where=[1]), "heads must be numbers"),
         (lambda: Capture("q", heads=1), "heads selects heads of 'attention'"),
         (lambda: Capture("q", where=[-1]), "selected by indices from 0.* not -1"),
         (lambda: Capture("q", where="all"), "selected by indices.* not 'all'"),
         (lambda: Capture("q", where=slice(3)), "selected by indices"),
         (lambda: Capture("q", device="nope"), "device 'nope' is not known"),
-        (lambda: model(ids, capture=[Capture("k"), capture, capture]), "given twice"),
-        (lambda: Capture("q", device="cuda:99"), "device 'cuda:99' is not there"),
+        (lambda: model(ids, capture=[Capture("k"), capture, capture]), "passed twice"),
+        (lambda: Capture("q", device="cuda:99"), "device 'cuda:99' does not exist"),
         (lambda: engine.generate([[3], [4], [5]], capture=capture), "holds 2 rows but the run has 3"),
         (lambda: engine.generate([[3]], capture=Capture("q", where=lambda t: t.index)), "that selects tokens"),
         (lambda: engine.generate([[3]], capture=[Capture("q"), 5]), "capture takes one Capture or a list of them"),

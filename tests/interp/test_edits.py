@@ -210,7 +210,10 @@ def test_wrong_edits_are_refused_in_words(pair):
         ),
         (lambda: model(ids, edit=lambda x, t: x), "edit takes one Edit or a list of them, found function"),
         (lambda: model(ids, edit=Edit("z", lambda x, t: None)), "returned NoneType"),
-        (lambda: model(ids, edit=Edit("z", lambda x, t: x[:, :, :2])), r"\[2, 5, 2, 32\] of \[2, 5, 8, 32\]"),
+        (
+            lambda: model(ids, edit=Edit("z", lambda x, t: x[:, :, :2])),
+            r"\[2, 5, 2, 32\]; it must return a tensor of shape \[2, 5, 8, 32\]",
+        ),
         (lambda: engine.generate([[3]], edit=Edit("z", lambda x, t: x.sum(1))), "it must return a tensor of shape"),
         (lambda: model(ids, edit=edits.add("q", torch.zeros(8, 32), where=lambda t: t.index)), "that selects tokens"),
     ):

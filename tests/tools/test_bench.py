@@ -182,7 +182,7 @@ def test_requests_are_the_same_for_the_same_arguments(capsys):
         (bench, "decode --config tiny --context 131072", "131200 tokens exceed the model's context of 131072"),
         (bench, "prefill --config tiny --device nothing", "--device nothing is not known"),
         (bench, "window --config tiny --device meta", "--device meta is not supported"),
-        (bench, "startup --config tiny --device cuda:99", "--device cuda:99 is not there"),
+        (bench, "startup --config tiny --device cuda:99", "--device cuda:99 does not exist"),
         (bench, "decode --config tiny --rounds 0", "must be at least 1, not 0"),
         (serving, "throughput --model nowhere", "nowhere: no such folder"),
         (serving, "requests --config tiny --low 5 --high 4", "--low 5 is more than --high 4"),

@@ -16,7 +16,7 @@ FLAGS, NUMBERS, MANY = torch.ones(3, dtype=torch.bool), torch.zeros(3), torch.ze
 short_mask = Mask(lambda q, kv: FLAGS[kv.index], "short")
 short_score = ScoreMod(lambda score, q, kv: score + NUMBERS[kv.index], "short")
 too_short = (
-    r"short: index \d+ into a tensor of 3 in line \d+ of test_errors.py, .*: make it as long as the longest text"
+    r"short: index \d+ into a tensor of 3 in line \d+ of test_errors.py, .*: make it as long as the longest sequence"
 )
 
 FORWARD = {
