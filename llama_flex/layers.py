@@ -58,10 +58,10 @@ class Linear(nn.Linear):
         gated: apply SwiGLU (arXiv:2002.05202) to the product's halves, silu(gate) * up, `[B, T, out / 2]`. Norm, SwiGLU
         and residual are part of the call because one kernel may compute it all.
         """
-        if linear.is_fused(x):
+        if linear.can_fuse(x):
             norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return linear.fused(x, self.weight, self.bias, norm_weight, eps, residual, gated)
-        y = linear.product(x if norm is None else norm(x), self.weight, self.bias)
+            return linear.fused_linear(x, self.weight, self.bias, norm_weight, eps, residual, gated)
+        y = linear.matmul(x if norm is None else norm(x), self.weight, self.bias)
         if gated:
             gate, up = y.chunk(2, dim=-1)
             y = nn.functional.silu(gate) * up

@@ -269,7 +269,7 @@ def test_requests_of_many_kinds_get_what_they_get_alone_on_the_cpu(tiny_pair, na
             for request, expected in zip(submitted, alone, strict=True):
                 assert request.completion.tokens == expected.tokens
                 assert request.completion.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
-            assert engine.scheduler.block_manager.available == engine.scheduler.block_manager.count
+            assert engine.scheduler.block_manager.available == engine.scheduler.block_manager.num_pages
 
 
 def test_requests_in_bfloat16_are_no_further_from_float64_than_dense_ones(tiny_pair):

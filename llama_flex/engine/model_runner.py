@@ -169,7 +169,7 @@ class ModelRunner:
             self._buffers[size, width] = StagingBuffer(self.model.device, shapes)
         buffer = self._buffers[size, width]
         host = buffer.fill()
-        host["page_table"].fill(self.cache.block_manager.count)
+        host["page_table"].fill(self.cache.block_manager.num_pages)
         host["rows"].fill(0)
         if width > 1:
             host["tokens"].fill(0)  # a mask may index a table by padding; stale values may be out of its range

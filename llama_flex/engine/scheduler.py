@@ -93,13 +93,13 @@ class Scheduler:
         self._step_lock, self._stepping = threading.RLock(), threading.Lock()  # one thread at a time; held in a step
         self._interrupted = False  # the last step was
 
-        self._free_slots = list(range(max_batch_size))[::-1]
+        self._free_batch_slots = list(range(max_batch_size))[::-1]
         self._modules: list[torch.nn.Module] = []
         self._weights: list[tuple[int, int]] = []
         self._version = 0  # of the weights: pages computed with others are not shared
-        self._allocate(pages)
+        self._allocate_cache(pages)
 
-    def _allocate(self, pages: int) -> None:
+    def _allocate_cache(self, pages: int) -> None:
         """Allocate the cache and the runner, in the model's dtype on its device."""
         dtype, device = self.model.dtype, self.model.device
         self.cache = PagedCache(self.model.dims, pages, dtype=dtype, device=device)
@@ -114,7 +114,7 @@ class Scheduler:
             return
         with self._step_lock:
             self.model.check_device()
-            self._allocate(self.block_manager.count)
+            self._allocate_cache(self.block_manager.num_pages)
             self._recover()
             for request in {*self._waiting, *self._inbox.copy()}:
                 request.spec = self._spec_of(request.ensemble, *(request.spec.given or (None, None)))
@@ -179,14 +179,14 @@ class Scheduler:
             raise ValueError(f"{len(ensemble.prompts)} prompts in one request; max_batch_size is {self.max_batch_size}")
         lengths = [len(p.ids) for p in ensemble.prompts]
         if max_new_tokens is None:  # as many as fit, with equal room for each prompt
-            room = min(self.max_length, self.block_manager.count // len(lengths) * BLOCK)
+            room = min(self.max_length, self.block_manager.num_pages // len(lengths) * BLOCK)
             limit = max(1, min(limit, room - max(lengths)))
         pages = sum(-(-(length + limit) // BLOCK) for length in lengths)
-        if max(lengths) + limit > self.max_length or pages > self.block_manager.count:
+        if max(lengths) + limit > self.max_length or pages > self.block_manager.num_pages:
             raise ValueError(
                 f"{sum(lengths)} tokens and {limit} new ones exceed the slots: {self.max_length} per sequence, "
-                f"{self.block_manager.count * BLOCK} in total; ask for fewer, or give the engine a larger max_length "
-                "or max_slots"
+                f"{self.block_manager.num_pages * BLOCK} in total; ask for fewer, or give the engine a larger "
+                "max_length or max_slots"
             )
         self._follow_model()
         spec = self._spec_of(ensemble, mask, score_mod)
@@ -304,7 +304,7 @@ class Scheduler:
                 sequence.pages.append(self._take_page())
 
     def _take_page(self) -> int:
-        self._new_pages.append(self.block_manager.take())
+        self._new_pages.append(self.block_manager.allocate())
         return self._new_pages[-1]
 
     def _decodes(self, request: Request) -> bool:
@@ -320,7 +320,7 @@ class Scheduler:
             return None
         prompts = request.ensemble.prompts
         spec_number = self.masks.number_of(request.spec, {r.spec_number for r in self._running})
-        if len(prompts) > len(self._free_slots) or spec_number is None:
+        if len(prompts) > len(self._free_batch_slots) or spec_number is None:
             return None
         request.spec_number = spec_number
         new = [step.token for step in request.steps]
@@ -352,14 +352,14 @@ class Scheduler:
         request.shared = any(sequence.num_computed_tokens for sequence in request.sequences)
         for sequence in request.sequences:
             self.prompt_tokens += sequence.num_tokens - sequence.num_computed_tokens
-            sequence.batch_slot = self._free_slots.pop()
+            sequence.batch_slot = self._free_batch_slots.pop()
             self.runner.assign_batch_slot(request, sequence, len(new))
         return request
 
     def _reuse_pages(self, sequence: TokenSequence) -> Iterator[int]:
         """Yield the full pages that already hold the beginning of a sequence, adding a user to each."""
         for number in range((sequence.prefill_target - 1) // BLOCK if sequence.key is not None else 0):
-            page = self.block_manager.find(sequence.prefix_hash(number + 1))
+            page = self.block_manager.acquire(sequence.prefix_hash(number + 1))
             if page is None:
                 return
             yield page
@@ -370,18 +370,20 @@ class Scheduler:
         if sequence.key is None:
             return -1, 0
         next_tokens = sequence.block(number, sequence.prefill_target - 1)
-        page, count = self.block_manager.find_beginning(sequence.prefix_hash(number), next_tokens)
+        page, count = self.block_manager.find_partial(sequence.prefix_hash(number), next_tokens)
         return (page, count) if count >= _WORTH_COPYING else (-1, 0)
 
     def _publish_full_pages(self, sequence: TokenSequence, start: int, end: int) -> None:
         """Let other requests share the pages that tokens `start` to `end` fill."""
         for number in range(start // BLOCK, end // BLOCK if sequence.key is not None else 0):
-            self.block_manager.name(sequence.pages[number], sequence.prefix_hash(number + 1))
+            self.block_manager.register_full(sequence.pages[number], sequence.prefix_hash(number + 1))
 
     def _publish_partial_pages(self, sequence: TokenSequence, start: int, end: int) -> None:
         """Let other requests copy tokens `start` to `end`, once computed, and those before them in the same pages."""
         for number in range(start // BLOCK, -(-end // BLOCK) if sequence.key is not None else 0):
-            self.block_manager.begin(sequence.pages[number], sequence.prefix_hash(number), sequence.block(number, end))
+            self.block_manager.register_partial(
+                sequence.pages[number], sequence.prefix_hash(number), sequence.block(number, end)
+            )
 
     def _release(self, request: Request) -> None:
         """Free the pages and batch slots of a request."""
@@ -391,14 +393,14 @@ class Scheduler:
             end = min(sequence.num_computed_tokens, sequence.num_tokens)
             self._publish_full_pages(sequence, sequence.prefill_target, end)
             self._publish_partial_pages(sequence, sequence.prefill_target, end)
-            self._free_slots.append(sequence.batch_slot)
+            self._free_batch_slots.append(sequence.batch_slot)
         self._free_pages(request)
         self._running.remove(request)
 
     def _free_pages(self, request: Request) -> None:
         for sequence in request.sequences:
             for page in reversed(sequence.pages):  # the end of a sequence is evicted before its beginning
-                self.block_manager.give_back(page)
+                self.block_manager.free(page)
         request.sequences = []
 
     def _release_finished(self) -> None:
@@ -416,8 +418,8 @@ class Scheduler:
         arriving = set(self._inbox.copy())  # one may be in both while it is moved
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
         self._running, self._preempted, self._new_pages, self._copies, self._pending = [], [], [], [], []
-        self._free_slots = list(range(self.max_batch_size))[::-1]
-        self.cache.block_manager = BlockManager(self.block_manager.count)
+        self._free_batch_slots = list(range(self.max_batch_size))[::-1]
+        self.cache.block_manager = BlockManager(self.block_manager.num_pages)
 
     # ---- prefill and output
 

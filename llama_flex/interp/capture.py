@@ -128,13 +128,13 @@ class Capture:
                 attention = plan.variants[plan.of_layer[layer]]
                 k = found.at["k", layer].transpose(1, 2) if cache is None else cache.layers[layer][0]
                 kv = found.tokens if cache is None else cache.tokens
-                kept[ATTENTION, layer] = self._rows(some(x).transpose(1, 2), k, tokens, kv, attention)
+                kept[ATTENTION, layer] = self._attention_rows(some(x).transpose(1, 2), k, tokens, kv, attention)
         device = index.device if self.device is None else self.device
         self._parts.append(
             (tokens.map(lambda x: x.to(device)), {key: x.to(device) for key, x in kept.items()}),
         )
 
-    def _rows(self, q: Tensor, k: Tensor, tokens: Tokens, kv: Tokens, attention: LayerAttention) -> Tensor:
+    def _attention_rows(self, q: Tensor, k: Tensor, tokens: Tokens, kv: Tokens, attention: LayerAttention) -> Tensor:
         """Return the attention weights `[B, N, heads, S]` of queries q `[B, H, N, D]`, keys in order of arrival."""
         heads = None if self.heads is None else torch.tensor(self.heads, device=q.device)
         count = int(kv.index.max()) + 1

@@ -30,12 +30,12 @@ torch.library.register_fake(
 )
 
 
-def is_fused(x: Tensor) -> bool:
-    """Return whether x `[B, T, in]` is one row of a compiled step on CUDA, the case that `fused` computes."""
-    return _reads_once(x) and x.is_cuda and x.dtype != torch.float64
+def can_fuse(x: Tensor) -> bool:
+    """Return whether x `[B, T, in]` is one row of a compiled step on CUDA, the case that `fused_linear` computes."""
+    return _is_memory_bound(x) and x.is_cuda and x.dtype != torch.float64
 
 
-def fused(
+def fused_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -44,24 +44,24 @@ def fused(
     residual: Tensor | None,
     gated: bool,
 ) -> Tensor:
-    """Compute `layers.Linear.forward` in one kernel, if `is_fused(x)`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
+    """Compute `layers.Linear.forward` in one kernel, if `can_fuse(x)`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
     y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm_weight, eps, residual, gated)
     return y.view(*x.shape[:-1], -1)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
-    if x.is_cuda or not _reads_once(x, rows=64 if x.dtype.itemsize == 2 else 1):
+    if x.is_cuda or not _is_memory_bound(x, rows=64 if x.dtype.itemsize == 2 else 1):
         return nn.functional.linear(x, weight, bias)
     # On the CPU, torch reads 16-bit weights 1.5 times as fast if they are the left operand: weight times vector, or
     # weight times the transposed rows.
-    if _reads_once(x):
+    if _is_memory_bound(x):
         y = torch.ops.llama_flex.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
     else:
         y = torch.mm(weight, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 
-def _reads_once(x: Tensor, rows: int = 1) -> bool:
+def _is_memory_bound(x: Tensor, rows: int = 1) -> bool:
     """Return whether a product is compiled and has at most `rows` rows: then reading the weights is all it costs."""
     return x.shape[:-1].numel() <= rows and torch.compiler.is_compiling() and not torch.is_grad_enabled()

@@ -93,6 +93,6 @@ def check_empty(engine: Engine) -> None:
     """Check that an idle engine has all of its pages and batch slots back."""
     scheduler = engine.scheduler
     assert scheduler.idle
-    assert scheduler.block_manager.available == scheduler.block_manager.count
-    assert not any(scheduler.block_manager.users)
-    assert sorted(scheduler._free_slots) == list(range(scheduler.max_batch_size))
+    assert scheduler.block_manager.available == scheduler.block_manager.num_pages
+    assert not any(scheduler.block_manager.ref_counts)
+    assert sorted(scheduler._free_batch_slots) == list(range(scheduler.max_batch_size))

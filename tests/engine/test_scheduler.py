@@ -162,12 +162,12 @@ def run_schedule(like: Engine, cases: list[Case], schedule: dict) -> list[tuple[
         if not coming and scheduler.idle:
             break
         ended += tested.step()
-        users = scheduler.block_manager.users
+        users = scheduler.block_manager.ref_counts
         held = [page for r in scheduler.running for sequence in r.sequences for page in sequence.pages]
         assert [held.count(page) for page in range(len(users))] == users
     assert scheduler.idle
     assert scheduler.block_manager.available == schedule["pages"]
-    assert sorted(scheduler._free_slots) == list(range(schedule["rows"]))
+    assert sorted(scheduler._free_batch_slots) == list(range(schedule["rows"]))
     assert sorted(r.number for r in ended) == [request.number for _, request, _ in submitted]  # each once
     for _, request, _ in submitted:
         assert delivered.get(request.number, []) == request.steps  # each once, in order

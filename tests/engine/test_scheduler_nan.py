@@ -70,8 +70,8 @@ def test_who_shares_pages_with_a_request_whose_numbers_are_none_gets_its_tokens(
             assert (tokens_of(done), done.finish_reason) == ([], "error")
         else:
             assert tokens_of(done) == tokens_alone(Engine(model), prompt, **NEW)
-    assert engine.scheduler.block_manager.available == engine.scheduler.block_manager.count
-    assert len(engine.scheduler._free_slots) == 3
+    assert engine.scheduler.block_manager.available == engine.scheduler.block_manager.num_pages
+    assert len(engine.scheduler._free_batch_slots) == 3
 
 
 @pytest.mark.usefixtures("read_later")

@@ -39,7 +39,7 @@ def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(dense
     engine.step()
     pages = [r.sequences[0].pages for r in requests]
     assert len({tuple(p[:2]) for p in pages}) == 1
-    assert [engine.scheduler.block_manager.users[page] for page in pages[0]] == [4, 4, 1]
+    assert [engine.scheduler.block_manager.ref_counts[page] for page in pages[0]] == [4, 4, 1]
     assert len({p[2] for p in pages}) == 4
     engine.run()
     assert [tokens_of(r) for r in requests] == expected
