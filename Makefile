@@ -17,7 +17,7 @@ test: .venv/.test weights
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-all: test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "exhaustive and not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m exhaustive
 
 weights: .venv/.tools
 	@$(BIN)/python -m tools.fetch_smollm2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from .kernels.flex_attention import kernel_options, padded_group, run_eager
+from .kernels.flex_attention import eager_errors, kernel_options, padded_group
 from .masks.block_mask import BlockLists, list_pages
 from .masks.layout import PackedRows, PageTable
 from .masks.plan import LayerAttention
@@ -29,9 +29,9 @@ class AttentionMetadata(NamedTuple):
     """Everything that a layer needs to know about a step's tokens; built once per step for each variant of a plan.
 
     q, kv: attributes of the queries and of the slots. visible: block lists for FlexAttention, or booleans
-    `[B, 1 or H, T, S]`. pages: the page table, None if slots are contiguous; the lists of a compiled step are then of
-    pages. packed: the packing of the queries, None if they come in rows. rotary: cosine and sine of the queries.
-    slots: the cache slots for the queries' keys and values, `[B, T]` or packed.
+    `[B, 1 or H, T, S]`. pages: the page table, None if slots are contiguous; the block lists of compiled steps then
+    hold page numbers. packed: the packing of the queries, None if they come in rows. rotary: cosine and sine of the
+    queries. slots: the cache slots for the queries' keys and values, `[B, T]` or packed.
     """
 
     attention: LayerAttention
@@ -69,7 +69,7 @@ def build_attention_metadata(
     else:
         decoding = q.index.is_cuda and q.index.shape[1] == 1
         lists = mask.block_lists(q, kv, num_heads, together=decoding)
-        # Rows of padding visit no block. On a CPU they, like the last page, then hold NaN; neither is ever read.
+        # Rows of padding visit no block; on a CPU their output and the last page are NaN, and never read.
         padding = (q.index < 0).all(1)[:, None, None]
         lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
         visible = list_pages(lists, pages)
@@ -90,7 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         return packed.pack(out.transpose(1, 2)).transpose(1, 2)
     group = q.shape[1] // k.shape[1]
     if pages is not None and not (isinstance(visible, BlockLists) and torch.compiler.is_compiling()):
-        # Dense, or eager FlexAttention, which is dense too: gather the rows' slots, do not attend to the whole pool.
+        # Eager FlexAttention is dense, too: gather each row's slots instead of attending to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
         wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(group, dim=1)
@@ -105,7 +105,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     if decoding and padded != group and visible.kv_num_blocks.shape[1] == 1:
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
         score_mod = _score_mod(metadata, pages, lambda h: h // padded * group + (h % padded).clamp(max=group - 1))
-    with nullcontext() if torch.compiler.is_compiling() else run_eager(attention.described):
+    with nullcontext() if torch.compiler.is_compiling() else eager_errors(attention.described):
         out = flex_attention(
             q,
             k,

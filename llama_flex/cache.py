@@ -160,7 +160,7 @@ class Cache:
         """Evict some tokens: free their slots, so that no later query attends to them; leave the others as they are.
 
         tokens: their indices, `[N]` for all rows or `[B, N]`; or a function from all tokens held to booleans `[B, S]`,
-        such as `lambda t: t.segment == 2`. The remaining keys and values keep what they took from evicted tokens.
+        such as `lambda t: t.segment == 2`. The remaining keys and values still reflect the evicted tokens.
         The next token gets the index after the highest remaining index, and the position after the highest remaining
         position; a row that has lost all of its tokens starts again at 0. A rolling cache that loses its newest tokens
         does not recover those that its window has passed.

@@ -16,8 +16,8 @@ from .checkpoint.rope_scaling import RopeParameters
 class Architecture(NamedTuple):
     """The differences between an architecture's config.json and LlamaConfig.
 
-    defaults: by key, where they differ. refused, ignored: keys that neither it nor the reference reads. A config.json
-    that sets a refused key raises ConfigError, since its author would expect an effect; an ignored key has none.
+    defaults: values that differ from LlamaConfig's. refused, ignored: keys that neither it nor transformers reads. A
+    config.json that sets a refused key raises ConfigError, since its author would expect an effect.
     """
 
     name: str
@@ -139,7 +139,7 @@ class LlamaConfig:
 
 
 class Dimensions(NamedTuple):
-    """The sizes of a model's parts, read from its modules, which may hold only a share of what its config says."""
+    """The sizes of a model, read from its modules: a tensor-parallel rank holds fewer heads than its config says."""
 
     num_layers: int
     num_heads: int

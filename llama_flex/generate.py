@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def plain_loop(model: Llama, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
     """Yield the tokens that follow a prompt, up to an end-of-text id: prefill, sample, decode step by step.
 
-    This is generation at its plainest. `Engine` gives the same tokens for many prompts at a time, in compiled steps,
-    with each request's own mask, score function and stop rules.
+    The reference for `Engine`, which gives the same tokens for many prompts at a time, in compiled steps, with each
+    request's own mask, score function and stop rules. Raises ValueError for an id outside the vocabulary.
     """
     import torch
 
@@ -31,9 +31,9 @@ def plain_loop(model: Llama, prompt: Sequence[int], max_new_tokens: int, samplin
     ids = torch.tensor([list(prompt)], device=device)
     seen = torch.zeros(1, model.dims.vocab_size, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        seen.scatter_(1, ids, True)
         with torch.no_grad():
             logits = model(ids, cache=cache, logits_to_keep=1)  # [1, 1, V]
+            seen.scatter_(1, ids, True)
             token, _ = sample(logits[:, 0], parameters, torch.tensor([step], device=device), seen)
         yield int(token)
         if int(token) in model.eos_token_ids:

@@ -47,25 +47,12 @@ class Linear(nn.Linear):
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # there it draws nothing, yet takes half of the time to build a model
+        if not self.weight.is_meta:  # where it has no effect, but takes half of the time to build a model
             super().reset_parameters()
 
-    def forward(
-        self, x: Tensor, *, norm: RMSNorm | None = None, residual: Tensor | None = None, gated: bool = False
-    ) -> Tensor:
-        """Return residual + weight @ norm(x) + bias, `[B, T, in]` -> `[B, T, out]`.
-
-        gated: apply SwiGLU (arXiv:2002.05202) to the product's halves, silu(gate) * up, `[B, T, out / 2]`. Norm, SwiGLU
-        and residual are part of the call because one kernel may compute it all.
-        """
-        if linear.can_fuse(x):
-            norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return linear.fused_linear(x, self.weight, self.bias, norm_weight, eps, residual, gated)
-        y = linear.matmul(x if norm is None else norm(x), self.weight, self.bias)
-        if gated:
-            gate, up = y.chunk(2, dim=-1)
-            y = nn.functional.silu(gate) * up
-        return y if residual is None else residual + y
+    def forward(self, x: Tensor) -> Tensor:
+        """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`."""
+        return linear.matmul(x, self.weight, self.bias)
 
 
 class TiedLinear(Linear):
@@ -73,15 +60,37 @@ class TiedLinear(Linear):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.register_parameter("bias", None)
+        self.out_features, self.in_features = embedding.weight.shape
         self.parts = (self.out_features,)
-        self.tied_to = (embedding,)  # a tuple registers no submodule, so the weight stays the embedding's alone
+        self.register_parameter("bias", None)
+        self.embedding = (embedding,)  # a tuple does not register it as a submodule
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The embedding's weight."""
-        return self.tied_to[0].weight
+        return self.embedding[0].weight
+
+
+def apply_linear(
+    module: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residual: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """Return residual + module(norm(x)), `[B, T, in]` -> `[B, T, out]`, in a single kernel where there is one.
+
+    gated: apply SwiGLU (arXiv:2002.05202) to the halves of the product, silu(gate) * up, `[B, T, out / 2]`. Any module
+    from `[B, T, in]` to `[B, T, out]` may take the place of a `Linear`; it is called, as is one with forward hooks.
+    """
+    if linear.can_fuse(x) and _is_plain(module, Linear, TiedLinear) and (norm is None or _is_plain(norm, RMSNorm)):
+        return linear.fused_linear(x, module, norm, residual, gated)
+    y = module(x if norm is None else norm(x))
+    if gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = nn.functional.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def _is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Return whether a module computes what its type defines: it is of one of these very types and has no hooks."""
+    return type(module) in types and not module._forward_pre_hooks and not module._forward_hooks
 
 
 class Attention(nn.Module):
@@ -98,19 +107,19 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries `[B, H, T, D]`, rotated keys and values, both `[B, K, T, D]`."""
-        heads = self.qkv(x, norm=self.norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = apply_linear(self.qkv, x, norm=self.norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return apply_rotary_emb(q, *rotary), apply_rotary_emb(k, *rotary), v
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
-        """Attend from x `[B, T, E]` to the slots of kv, or without kv to its own tokens; add the result to x."""
+        """Attend from x `[B, T, E]` to the cache slots, or to its own tokens if kv is None; add the result to x."""
         assert metadata.rotary is not None
         projected = zip("qkv", self.project(x, metadata.rotary), strict=True)
         q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in projected)
         if kv is not None and metadata.slots is not None:
             k, v = write_kv(kv, metadata.slots, k, v)  # [B, K, S, D]
         z = hook("z", attend(q, k, v, metadata).transpose(1, 2))  # [B, T, H, D]
-        return self.o(z.flatten(2), residual=x)
+        return apply_linear(self.o, z.flatten(2), residual=x)
 
 
 class MLP(nn.Module):
@@ -125,8 +134,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, hook: Hook = identity) -> Tensor:
         """Return x `[B, T, E]` plus the MLP's output."""
-        hidden = hook("mlp_post", self.gate_up(x, norm=self.norm, gated=True))  # [B, T, F]
-        return self.down(hidden, residual=x)
+        hidden = hook("mlp_post", apply_linear(self.gate_up, x, norm=self.norm, gated=True))  # [B, T, F]
+        return apply_linear(self.down, hidden, residual=x)
 
 
 class Block(nn.Module):

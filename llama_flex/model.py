@@ -21,14 +21,14 @@ from .interp.capture import Capture
 from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
-from .layers import Block, Linear, RMSNorm, TiedLinear
+from .layers import Block, Linear, RMSNorm, TiedLinear, apply_linear
 from .masks.layout import PackedRows, SlotCache
 from .masks.mask import Mask
 from .masks.plan import AttentionPlan, LayerAttention
 from .masks.scores import ScoreMod
 from .rope import RotaryEmbedding
 from .tokens import Tokens
-from .usercode.arguments import model_device, whole_number
+from .usercode.arguments import check_choice, model_device, whole_number
 from .usercode.inputs import check_cache, check_inputs, warn_beyond_context
 
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step: takes its name, a function and the arguments
@@ -63,6 +63,11 @@ class Llama(nn.Module):
         self.lm_head = TiedLinear(self.embed) if tied else Linear(config.hidden_size, [config.vocab_size])
         self.rotary = RotaryEmbedding(config.rope_parameters, config.head_dim, config.max_position_embeddings)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "embed" and isinstance(head := self._modules.get("lm_head"), TiedLinear):
+            head.embedding = (value,)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -91,10 +96,13 @@ class Llama(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors under Hugging Face's names; loading them back is bit-exact.
 
-        Raises ValueError for a model without weights, on the meta device.
+        Raises ValueError for a model on the meta device, and if replaced modules hold other tensors than its config.
         """
         self.check_device()
-        tensors = weights.named_weights(self, self.config)
+        with torch.device("meta"):
+            plain = Llama(self.config)
+        saving.assign(plain, self.state_dict())
+        tensors = weights.named_weights(plain, self.config)
         saving.save(tensors, self.config.to_dict(), self.generation_config, Path(folder))
 
     def blocks(self) -> Iterator[Block]:
@@ -127,7 +135,7 @@ class Llama(nn.Module):
 
     @property
     def context(self) -> int:
-        """The longest sequence: `max_position_embeddings`, or a lower limit beyond which cached keys would change."""
+        """The longest sequence: `max_position_embeddings`, or less if cached keys would be invalid beyond that."""
         limit, longest = self.rotary.limit, self.config.max_position_embeddings
         return longest if limit is None else min(limit, longest)
 
@@ -141,14 +149,14 @@ class Llama(nn.Module):
         return masks.bidirectional() if window is None else masks.bidirectional_window(window)
 
     def looks_ahead_by_default(self, mask: Mask | Sequence[Mask | None] | None = None) -> bool:
-        """Return whether any layer that `mask` (as in `forward`) leaves at the default mask sees later tokens."""
+        """Return whether any layer for which `mask` (as in `forward`) gives no mask attends to later tokens."""
         given = mask if isinstance(mask, Sequence) else [mask]
         return None in given and not self.default_mask.never_looks_ahead
 
     @property
     def _rotates_cached_keys(self) -> str:
         kind = self.config.rope_parameters.rope_type
-        return f"beyond {self.rotary.limit} tokens rope_type {kind!r} rotates all keys anew, including cached ones"
+        return f"beyond {self.rotary.limit} tokens rope_type {kind!r} re-rotates every key, cached ones included"
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Make a cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
@@ -199,8 +207,7 @@ class Llama(nn.Module):
         gradients with a cache, or on the CPU, where FlexAttention has no backward and only backend "dense" has one.
         """
         check_inputs(input_ids, lengths, positions, segments, logits_to_keep, self.config.vocab_size)
-        if backend not in get_args(Backend):
-            raise ValueError(f"backend {backend!r} is not known; choose 'flex' or 'dense'")
+        check_choice("backend", backend, get_args(Backend))
         b, t = input_ids.shape
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
@@ -218,11 +225,8 @@ class Llama(nn.Module):
             warn_beyond_context(t, lengths, cache, self.config.max_position_embeddings, self.device)
         if cache is not None:
             end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
-            if self.rotary.limit is not None and int(end.max()) > self.rotary.limit:
-                raise ValueError(
-                    f"the cache would hold {int(end.max())} tokens, but {self._rotates_cached_keys}; "
-                    "run without a cache"
-                )
+            if self.rotary.limit is not None and (longest := int(end.max())) > self.rotary.limit:
+                raise ValueError(f"the cache would hold {longest} tokens, but {self._rotates_cached_keys}; use none")
         with nullcontext() if cache is None else cache.appending(t):
             run = run_checkpointed if recompute else run_eager
             x, captured = self.step(input_ids, lengths, positions, segments, cache, plan, backend, run, probes)
@@ -243,7 +247,7 @@ class Llama(nn.Module):
         run: Run = run_eager,
         probes: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Captured | None]:
-        """Run `forward` without checks and logits; return the last layer's output `[B, T, E]`, or packed, and captures.
+        """Run the layers without checks and head; return the last one's output `[B, T, E]`, or packed, and captures.
 
         Its parts, `prepare_inputs` and each layer, are tensor operations only; `run` may compile them. probes: by
         layer, see `probes.build_probes`.
@@ -274,7 +278,8 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, list[AttentionMetadata]]:
         """Embed the tokens, `[B, T, E]`, assign their cache slots, and build the attention metadata of each variant.
 
-        If the cache has `token_indices`, all but the metadata's q and visible is packed: `[1, N]` instead of `[B, T]`.
+        If the cache has `token_indices`, tokens, rotary and slots are packed, `[1, N]`; the metadata's q and visible
+        keep `[B, T]`.
         """
         b, t = input_ids.shape
         column = torch.arange(t, dtype=torch.int32, device=input_ids.device).expand(b, t)
@@ -299,7 +304,7 @@ class Llama(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Return logits `[B, T, V]` of the last layer's output `[B, T, E]`."""
-        return self.lm_head(x, norm=self.norm)
+        return apply_linear(self.lm_head, x, norm=self.norm)
 
     def attention_plan(
         self,

@@ -45,8 +45,7 @@ class RotaryEmbedding(nn.Module):
         return cos * self.rope.attention_scale, sin * self.rope.attention_scale
 
     def _make_inv_freq(self) -> None:
-        # Computed on the CPU, as in the reference: one unit in the last place of a frequency is a visible angle at
-        # position 100,000.
+        # On the CPU, as in the reference: a frequency's last bit is a visible angle at position 100,000.
         dtype = torch.promote_types(torch.float32, self.inv_freq.dtype)
         inv_freq = self.rope.inverse_frequencies(self.head_dim, context=self.context, dtype=dtype)
         self.inv_freq = inv_freq.to(self.inv_freq.device)

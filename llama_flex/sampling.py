@@ -167,7 +167,7 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
         logits = logits.masked_fill(probability < least, -torch.inf)
     if p.temperature is None:
         return logits
-    return torch.where((p.temperature == 0)[:, None], unfiltered, logits)  # greedy: the first of ties, not the one kept
+    return torch.where((p.temperature == 0)[:, None], unfiltered, logits)  # filters may drop the first of ties
 
 
 def all_finite(logits: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from .config import LlamaConfig
 
 DTYPES = tuple(shards.DTYPES.values())  # supported for weights
 
-# By model_type: the names of the checkpoint's modules for each module of the model. If there are several, each holds
-# rows of a fused weight, in this order (`layers.Linear.parts`).
+# By model_type: for each module, the checkpoint's modules that are stacked in its weight, in this order of rows
+# (`layers.Linear.parts`).
 _LLAMA = {
     "embed": ("model.embed_tokens",),
     "norm": ("model.norm",),

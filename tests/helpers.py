@@ -11,7 +11,7 @@ from torch import nn
 
 from llama_flex import Llama
 from llama_flex.engine.graphs import Graphs
-from llama_flex.layers import Linear, RMSNorm
+from llama_flex.layers import Linear, RMSNorm, apply_linear
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "weights" / "SmolLM2-135M-Instruct"
@@ -84,11 +84,11 @@ class Products(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Multiply x `[B, T, k]`; residual: `[B, T, n]`."""
         return (
-            self.plain(x),
-            self.biased(x, norm=self.norm, residual=residual),
-            self.plain(x, residual=residual),
-            self.gated_biased(x, norm=self.norm, gated=True),
-            self.gated(x, norm=self.norm, gated=True),
+            apply_linear(self.plain, x),
+            apply_linear(self.biased, x, norm=self.norm, residual=residual),
+            apply_linear(self.plain, x, residual=residual),
+            apply_linear(self.gated_biased, x, norm=self.norm, gated=True),
+            apply_linear(self.gated, x, norm=self.norm, gated=True),
         )
 
 

@@ -30,8 +30,8 @@ def named(text: str) -> set[tuple[str, str]]:
 
 
 def names_of_package() -> dict[str, set[str]]:
-    """Return what each module, room and class has, by its last name; those with the same one, such as cli.chat and
-    text.chat, are taken together."""
+    """Return what each module, subpackage and class has, by its last name; those with the same one, such as cli.chat
+    and text.chat, are taken together."""
     names = defaultdict(set, {"llama_flex": set(llama_flex.__all__)})
     for path in (ROOT / "llama_flex").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts

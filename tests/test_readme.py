@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and its map has the rooms and the core files of the package."""
+"""The README's Python runs as it stands, and its map has the subpackages and the core files of the package."""
 
 import re
 
@@ -24,12 +24,14 @@ def test_the_python_of_the_readme_runs(demo_folder, monkeypatch, capsys):
 
 
 def absent_from_map(readme: str) -> list[str]:
-    """Return the rooms of the package that a README does not link to as `(llama_flex/masks)` or `(llama_flex/masks/)`,
+    """Return the subpackages that a README does not link to as `(llama_flex/masks)` or `(llama_flex/masks/)`,
     and the core files, such as `(llama_flex/model.py)`."""
     package = ROOT / "llama_flex"
-    rooms = [path.parent.name for path in package.glob("*/__init__.py")]
+    folders = [path.parent.name for path in package.glob("*/__init__.py")]
     files = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
-    return [name for name in sorted([*rooms, *files]) if not re.search(rf"\(llama_flex/{re.escape(name)}/?\)", readme)]
+    return [
+        name for name in sorted([*folders, *files]) if not re.search(rf"\(llama_flex/{re.escape(name)}/?\)", readme)
+    ]
 
 
 def test_every_room_and_core_file_of_the_package_is_on_the_map():

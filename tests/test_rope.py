@@ -196,7 +196,7 @@ def test_a_cache_ends_where_its_keys_would_have_to_turn(name):
     cache = model.new_cache(1, 128)
     model(ids[:, :63], cache=cache)
     model(ids[:, 63:64], cache=cache)
-    reason = f"beyond 64 tokens rope_type '{name}' rotates all keys anew"
+    reason = f"beyond 64 tokens rope_type '{name}' re-rotates every key"
     for positions in (None, torch.tensor([[64]])):
         with pytest.raises(ValueError, match=reason):
             model(ids[:, 64:], cache=cache, positions=positions)

@@ -11,13 +11,29 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import make_folder
 from .generation_config import GenerationConfig
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
+
+
+def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a new model the tensors of another with the same config. Raises ValueError listing those that do not fit."""
+    expected, found = ({name: list(t.shape) for name, t in held.items()} for held in (model.state_dict(), state))
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"unexpected: {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} is {found[name]}, not {shape}" for name, shape in expected.items() if found.get(name, shape) != shape
+    ]
+    if problems:
+        raise ValueError(
+            f"cannot save a model whose tensors do not fit its config: {'; '.join(problems[:8])}; put a Linear with "
+            "the merged weight in place of each replaced module"
+        )
+    model.load_state_dict(state, assign=True)
 
 
 def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: GenerationConfig, folder: Path) -> None:

@@ -28,8 +28,7 @@ def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
         lines.append(f"{len(runner.shapes)} steps compiled in {graphs.count} graphs, {again} of them again")
         lines += sorted(f"  {b} x {t} tokens against {slots} slots" for b, t, slots, *_ in runner.shapes)
     else:
-        ways = {"flex": "FlexAttention's own eager definition", "dense": "its dense definition"}
-        lines.append(f"not compiled: every operation runs by itself, attention by {ways[runner.backend]}")
+        lines.append(f"not compiled: every operation runs by itself; attention backend {runner.backend!r}")
 
     q, kv = last.newest(), last.tokens()
     (rows, _), group = kv.index.shape, dims.num_heads // dims.num_kv_heads
@@ -39,8 +38,8 @@ def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
         count = last.plan.of_layer.count(i)
         what = f"mask {mask}" + ("" if score_mod is None else f", scores {score_mod}")
         lines.append(f"{count} layers, {what}")
-        if runner.compile and runner.backend == "dense":
-            lines.append("  attention by its dense definition")
+        if runner.compile and runner.backend != "flex":
+            lines.append(f"  attention backend {runner.backend!r}")
         elif runner.compile:
             lines.append(f"  decoding: {flex_attention.describe(device, 1, group, some.shape[1])}")
             lines.append(f"  prompts: {flex_attention.describe(device, BLOCK, group, some.shape[1])}")

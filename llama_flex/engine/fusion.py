@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..masks.library import GENERATED, SHARED
-from ..usercode.arguments import whole_numbers
+from ..usercode.arguments import check_choice, whole_numbers
 
 Positions: TypeAlias = Literal["continue", "parallel"]
 Combine: TypeAlias = Literal["mean", "max"]
@@ -68,8 +68,7 @@ class Ensemble:
         prompts = list(prompts)
         if not prompts:
             raise ValueError("an ensemble needs at least one prompt")
-        if combine not in get_args(Combine):
-            raise ValueError(f"combine {combine!r} is not known; choose 'mean' or 'max'")
+        check_choice("combine", combine, get_args(Combine))
         object.__setattr__(self, "prompts", [p if isinstance(p, Prompt) else Prompt.plain(p) for p in prompts])
         object.__setattr__(self, "combine", combine)
 
@@ -109,8 +108,7 @@ def fuse(
     each = [token_ids(prompt) for prompt in prompts]
     if not each or not all(each):
         raise ValueError("fuse needs at least one prompt, and no empty one")
-    if positions not in get_args(Positions):
-        raise ValueError(f"positions {positions!r} is not known; choose 'continue' or 'parallel'")
+    check_choice("positions", positions, get_args(Positions))
     if weights is not None and (len(weights) != len(each) or not all(0 < w < math.inf for w in weights)):
         raise ValueError(f"fuse needs a positive weight for each of the {len(each)} prompts, not {list(weights)}")
     ids, end_ids = token_ids(prefix), token_ids(suffix)

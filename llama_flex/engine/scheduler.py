@@ -94,7 +94,7 @@ class Scheduler:
         self._interrupted = False  # the last step was
 
         self._free_batch_slots = list(range(max_batch_size))[::-1]
-        self._modules: list[torch.nn.Module] = []
+        self._modules: list[Any] = []  # and the ids of their hooks
         self._weights: list[tuple[int, int]] = []
         self._version = 0  # of the weights: pages computed with others are not shared
         self._allocate_cache(pages)
@@ -274,10 +274,12 @@ class Scheduler:
         self._interrupted = False
 
     def _check_weights(self) -> None:
-        """Forget what was computed or recorded with other weights or modules."""
-        modules = list(self.model.modules())
-        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-        weights = [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
+        """Forget what was computed or recorded with other weights, modules or hooks."""
+        modules, tensors = list[Any](), list[torch.Tensor | None]()
+        for module in self.model.modules():
+            modules += module, *module._forward_pre_hooks, *module._forward_hooks
+            tensors += *module._parameters.values(), *module._buffers.values()
+        weights = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
         if (modules, weights) != (self._modules, self._weights):
             if modules != self._modules or [id for id, _ in weights] != [id for id, _ in self._weights]:
                 self.runner.forget_recorded()  # recorded steps use the old ones

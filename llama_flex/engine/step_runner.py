@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..masks.layout import SlotCache
 from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
 from ..tokens import Tokens
+from ..usercode.arguments import check_choice
 from .graphs import Graphs, compiles_for
 
 
@@ -38,6 +39,7 @@ class StepRunner:
     """
 
     def __init__(self, model: Llama, *, compile: bool = False, backend: Backend = "flex") -> None:
+        check_choice("backend", backend, get_args(Backend))
         self.model, self.backend = model, backend
         self.compile = compile
         self.graphs = Graphs()

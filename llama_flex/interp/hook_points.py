@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Dimensions
-from ..kernels.linear import ops
+from ..kernels.flex_attention import keep_apart
 from ..tokens import TokenFunction, Tokens
 from ..usercode.arguments import whole_numbers
 
@@ -28,12 +28,6 @@ HOOK_POINTS = {
     "resid_post": "[B, T, E], the residual stream as it leaves the layer",
 }
 ATTENTION = "attention"  # [B, T, heads, S], attention weights: can be captured, not edited
-
-# torch 2.13's compiled attention on a CPU fails if Inductor fuses what follows it into the same loop ("Unsupported for
-# `epilogue_nodes`"); a copy by an operator that Inductor does not know prevents that.
-ops.define("apart(Tensor x) -> Tensor")
-ops.impl("apart", torch.clone, "CPU")
-torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
 
 Hook: TypeAlias = Callable[[str, Tensor], Tensor]  # (hook point, its tensor) -> the tensor to go on with
 
@@ -91,7 +85,7 @@ def run_probed(
     def hook(name: str, x: Tensor) -> Tensor:
         changes = [change for point, change in probe.edits if point == name]
         if changes and name == "z" and torch.compiler.is_compiling() and not (x.is_cuda or x.requires_grad):
-            x = torch.ops.llama_flex.apart(x)
+            x = keep_apart(x)
         for change in changes:
             x = apply_edit(x, change, tokens)
         if name in probe.read:

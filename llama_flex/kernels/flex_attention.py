@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..usercode.errors import FunctionError, diagnose
+from .linear import ops
 
 
 def padded_group(group: int) -> int:
@@ -66,8 +67,20 @@ def kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
     return options | {"SPLIT_KV": 1 << max(parts.bit_length() - 1, 0)}
 
 
+# torch 2.13's compiled attention on a CPU fails if Inductor fuses what follows it into the same loop ("Unsupported for
+# `epilogue_nodes`"); a copy by an operator that Inductor does not know prevents that.
+ops.define("apart(Tensor x) -> Tensor")
+ops.impl("apart", torch.clone, "CPU")
+torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
+
+
+def keep_apart(x: Tensor) -> Tensor:
+    """Copy attention's output on a CPU, so that Inductor does not fuse the operations after it with attention."""
+    return torch.ops.llama_flex.apart(x)
+
+
 @contextmanager
-def run_eager(functions: str) -> Iterator[None]:
+def eager_errors(functions: str) -> Iterator[None]:
     """Run flex_attention eagerly without its warning that this is slow: the caller chose to.
 
     It traces the mask and the score function all the same. Raises FunctionError, in one line instead of the many that

@@ -35,17 +35,10 @@ def can_fuse(x: Tensor) -> bool:
     return _is_memory_bound(x) and x.is_cuda and x.dtype != torch.float64
 
 
-def fused_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gated: bool,
-) -> Tensor:
-    """Compute `layers.Linear.forward` in one kernel, if `can_fuse(x)`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
-    y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm_weight, eps, residual, gated)
+def fused_linear(x: Tensor, module: Any, norm: Any, residual: Tensor | None, gated: bool) -> Tensor:
+    """Compute `layers.apply_linear` in one kernel, if `can_fuse(x)`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
+    norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    y = torch.ops.llama_flex.gemv(x.reshape(-1), module.weight, module.bias, norm_weight, eps, residual, gated)
     return y.view(*x.shape[:-1], -1)
 
 

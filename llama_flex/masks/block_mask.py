@@ -26,9 +26,9 @@ Predicate: TypeAlias = Callable[[Token, Token], Tensor]  # of one query and one 
 class BlockLists(NamedTuple):
     """The blocks that FlexAttention computes, under the names that its BlockMask uses.
 
-    kv_num_blocks int32 `[B, 1 or H, Tb]`, kv_indices int32 `[B, 1 or H, Tb, Sb]`: for each row of blocks, how many need
-    the predicate, and which. full_...: the same for full blocks, None if they are listed with the partial ones.
-    ...q...: the same for each column of blocks, for a backward pass.
+    kv_num_blocks int32 `[B, 1 or H, Tb]`, kv_indices int32 `[B, 1 or H, Tb, Sb]`: the number of partial blocks in each
+    row of blocks, whose cells need the predicate, and their columns. full_kv_*: the same for full blocks; None if they
+    are listed as partial ones. *q_*: the same for each column of blocks, for the backward pass.
     """
 
     kv_num_blocks: Tensor
@@ -56,7 +56,7 @@ def classify_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int) ->
     """
     (b, t), s = q.index.shape, kv.index.shape[1]
     rows_per_block = min(t, BLOCK)  # a decode step has one row, and evaluates one
-    # Rows and slots that only fill up the last block repeat the last real one, which changes no `any` or `all`.
+    # Pad the last block by repeating its last real row or slot, which changes neither `any` nor `all`.
     rows = arange(-(-t // rows_per_block) * rows_per_block, q).clamp(max=t - 1)
     slots = arange(-(-s // BLOCK) * BLOCK, q).clamp(max=s - 1)
     whole = arange(len(slots) // BLOCK, q) < s // BLOCK  # an incomplete block is never full: its bounds are checked
@@ -81,9 +81,9 @@ def list_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int, togeth
     """
     full, some = classify_blocks(allows, q, kv, num_heads)
     kv_num_blocks, kv_indices = _indices(some if together else some & ~full)
-    # A row of blocks that lists none gives NaN in the compiled CPU kernel, so it lists one, for mask_mod to mask
-    # (`attention.build_attention_metadata` undoes this for rows of padding). A row with full blocks does not: a block
-    # in both lists would count twice.
+    # The compiled CPU kernel returns NaN for a row of blocks that lists none, so list one and let mask_mod mask it
+    # (`attention.build_attention_metadata` undoes this for rows of padding). Not in a row with full blocks: a block in
+    # both lists would count twice.
     kv_num_blocks = kv_num_blocks.masked_fill(~some.any(-1), 1)
     if together:
         return BlockLists(kv_num_blocks, kv_indices, None, None)

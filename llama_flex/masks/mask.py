@@ -39,8 +39,8 @@ class Mask(TokenFunction):
         *,
         never_looks_ahead: bool = False,
     ) -> None:
-        """Wrap a predicate. never_looks_ahead: promise that no query sees a later token; without the promise, an Engine
-        finds out, at the cost of building the block lists of long prompts once more."""
+        """Wrap a predicate. never_looks_ahead: promise that no query sees a later token; otherwise an Engine
+        checks, at the cost of building the block lists of long prompts twice."""
         super().__init__(function, name)
         self.never_looks_ahead = never_looks_ahead
 
@@ -50,7 +50,7 @@ class Mask(TokenFunction):
     ) -> Mask:
         """Make a mask from FlexAttention's `mask_mod(b, h, q_idx, kv_idx)`, with `Token.index` as q_idx and kv_idx.
 
-        So it means the same in cached decoding, where the attention call has other rows and slots.
+        So it keeps its meaning in cached decoding, where the kernel's rows and slots are not token indices.
         """
         return cls(lambda q, kv: mask_mod(q.batch, q.head, logical(q), logical(kv)), name or name_of(mask_mod))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
         return list(map(_index, values))
     except TypeError:  # not iterable, too
         raise ValueError(f"{name}, not {values!r}") from None
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not known; choose {' or '.join(map(repr, choices))}")
 
 
 def _index(value: Any) -> int:

@@ -295,3 +295,45 @@ def test_a_save_that_fails_between_two_shards_leaves_the_old_checkpoint_whole(ti
         changed(model).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     assert_same_tensors(tensors_of(load_quietly(tmp_path)), tensors_of(model))
+
+
+def wrapped(linear: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.Sequential(linear)
+
+
+REPLACED = [
+    ("gqa", "layers.0.mlp.down", wrapped, "missing: layers.0.mlp.down.weight; unexpected: layers.0.mlp.down.0.weight"),
+    ("gqa", "layers.1.attention.o", lambda linear: torch.nn.Identity(), "missing: layers.1.attention.o.weight;"),
+    ("gqa", "layers.1.attention.o", lambda linear: torch.nn.Linear(4, 4, bias=False), r"o.weight is \[4, 4\], not"),
+    ("tied", "lm_head", lambda linear: torch.nn.Linear(4, 4, bias=False), "unexpected: lm_head.weight;"),
+    ("gqa", "layers", lambda layers: layers[:1], "missing: layers.1.attention.norm.weight;"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "change", "said"), REPLACED)
+def test_a_module_that_holds_other_tensors_is_refused_by_name(tiny_pair, tmp_path, name, path, change, said):
+    """Check that nothing is written: the folder would not load, or load as another model."""
+    model = copy.deepcopy(tiny_pair(name)[1])
+    model.set_submodule(path, change(model.get_submodule(path)))
+    with pytest.raises(ValueError, match=f"^cannot save a model whose tensors do not fit its config: .*{said}"):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_plain_linear_in_the_place_of_a_product_is_computed_and_saved(tiny_pair, tmp_path):
+    model = copy.deepcopy(tiny_pair("gqa")[1])
+    expected = logits(model, model.config.vocab_size)
+    for path in (
+        "layers.0.attention.qkv",
+        "layers.0.attention.o",
+        "layers.1.mlp.gate_up",
+        "layers.1.mlp.down",
+        "lm_head",
+    ):
+        weight = model.get_submodule(path).weight
+        plain = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        model.set_submodule(path, plain)
+    torch.testing.assert_close(logits(model, model.config.vocab_size), expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_quietly(tmp_path), model.config.vocab_size), expected)

@@ -194,7 +194,7 @@ def test_a_chat_at_the_end_of_what_max_length_allows_forgets_its_oldest_messages
     (copy / "generation_config.json").write_text('{"max_length": 120}')
     code, out, err = cli("--chat", model=copy, stdin="hello\nhow are you?\nand now?\nwhat?\n" + "x y " * 60)
     assert code == 0
-    assert "a conversation has 120 tokens: " in err
+    assert "context limit of 120 tokens reached; dropped the " in err
     assert "leave no room within generation_config.json's max_length of 120; give max_new_tokens" in err
     assert out.count("\n") >= 4
 
@@ -203,7 +203,7 @@ def test_a_message_too_long_by_itself_leaves_the_conversation_as_it_is(cli, engi
     messages = ["hello", "x y " * 600, "and you?"]
     _, out, err = cli("--chat", "--max-new-tokens", 4, stdin="\n".join(messages))
     assert re.search(r"error: \d+ tokens leave no room", err)
-    assert "forgotten" not in err
+    assert "dropped" not in err
     assert out == "".join(reply + "\n" for reply in conversation(engine, ["hello", "and you?"], 4))
 
 

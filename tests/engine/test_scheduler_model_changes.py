@@ -16,10 +16,8 @@ class Halved(torch.nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
 
-    def forward(self, x, *, norm=None, residual=None, gated=False) -> torch.Tensor:
-        assert norm is None
-        assert not gated
-        return residual + torch.nn.functional.linear(x, self.weight, self.bias) / 2
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias) / 2
 
 
 def test_weights_that_change_between_runs_are_seen():
@@ -29,6 +27,9 @@ def test_weights_that_change_between_runs_are_seen():
         lambda layer: layer.mlp.down.weight.mul_(1.5),
         lambda layer: setattr(layer.attention.qkv, "weight", torch.nn.Parameter(layer.attention.qkv.weight * 0.5)),
         lambda layer: setattr(layer.mlp, "down", Halved(layer.mlp.down)),
+        lambda layer: layer.mlp.gate_up.register_forward_hook(lambda module, args, output: output / 2),
+        lambda layer: layer.mlp.register_buffer("unused", torch.zeros(1)),
+        lambda layer: layer.mlp.unused.add_(1),
         lambda layer: None,
     )
     for change in changes:
