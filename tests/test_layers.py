@@ -12,7 +12,7 @@ from torch import nn
 
 from llama_flex import Capture, Engine, Llama, LlamaConfig, edits
 from llama_flex.interp.hook_points import HOOK_POINTS
-from llama_flex.layers import Linear
+from llama_flex.layers import Linear, RMSNorm, TiedLinear, apply_linear
 
 PROMPT, NEW = [5, 9, 3, 77, 20, 14, 8], 4
 OPTIONS = {"max_new_tokens": NEW, "stop_token_ids": []}
@@ -359,3 +359,49 @@ def test_weights_that_are_not_tied_would_be_seen(monkeypatch, change):
         monkeypatch.setattr("llama_flex.model.TiedLinear", mutant)
         with pytest.raises((AssertionError, RuntimeError)):
             check_tied(CHANGES[change])
+
+
+# ---- a kernel for the whole product
+
+
+def fused(x: torch.Tensor, module: Linear, norm, residual, gated: bool) -> torch.Tensor:
+    """Compute a product by its definition, and mark it: the result is off by 1."""
+    y = nn.functional.linear(x if norm is None else norm(x), module.weight, module.bias)
+    y = swiglu(y) if gated else y
+    return 1 + (y if residual is None else residual + y)
+
+
+class OtherNorm(RMSNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@torch.no_grad()
+def test_a_fused_kernel_runs_for_the_packages_own_modules_alone(monkeypatch, compile):
+    monkeypatch.setattr("llama_flex.kernels.linear.can_fuse", lambda x: True)
+    monkeypatch.setattr("llama_flex.kernels.linear.fused_linear", fused)
+    x, residual, norm = torch.randn(1, 1, 8), torch.randn(1, 1, 6), RMSNorm(8, 1e-6)
+
+    def is_fused(module: nn.Module, norm: nn.Module | None = norm) -> bool:
+        def run(module, x, norm, residual):
+            return apply_linear(module, x, norm=norm, residual=residual)
+
+        if compile:
+            torch._dynamo.reset()
+            run = torch.compile(run, backend="eager", fullgraph=True, dynamic=False)
+        off = run(module, x, norm, residual) - residual - module(x if norm is None else norm(x))
+        return off.round().unique().item() == 1
+
+    linear, tied = Linear(8, [6]), TiedLinear(nn.Embedding(6, 8))
+    assert is_fused(linear)
+    assert is_fused(linear, None)
+    assert is_fused(tied)
+    assert not is_fused(nn.Linear(8, 6))
+    assert not is_fused(linear, OtherNorm(8, 1e-6))
+    assert not is_fused(linear, nn.LayerNorm(8))
+    for module in (linear, norm):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            with register(lambda *args: None):
+                assert not is_fused(linear)
+    assert is_fused(linear)
