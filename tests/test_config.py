@@ -285,7 +285,7 @@ def test_a_base_model_and_another_name_of_silu_are_read():
     read({"hidden_act": "swish"})
 
 
-def test_what_a_config_holds_comes_back():
+def test_a_config_survives_a_round_trip():
     raw = REAL["Llama-2-7b-hf"] | {"mine": {"a": [1]}, "attention_dropout": 0.1}
     with pytest.warns(UserWarning, match="mine"):
         written = LlamaConfig.from_dict(raw).to_dict()

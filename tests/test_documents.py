@@ -79,7 +79,7 @@ def test_the_python_of_a_document_runs(name, request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_what_a_document_names_is_there(name):
+def test_names_in_documents_exist(name):
     path = DOCUMENTS[name]
     assert absent_tests(path.read_text()) == []
     assert absent_files(path.read_text(), path.parent) == []

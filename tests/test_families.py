@@ -213,7 +213,7 @@ def test_a_step_reads_no_more_than_the_window(twins):
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-def test_what_is_saved_is_read_by_both(twins, name, tmp_path):
+def test_a_saved_model_is_read_by_both(twins, name, tmp_path):
     reference, model = twins(name)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()

@@ -318,7 +318,7 @@ def test_steps_of_many_requests_wait_for_nothing(tiny_pair):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_who_shares_pages_with_a_request_whose_logits_are_nan_gets_its_tokens(tiny_pair, compile):
+def test_a_request_that_shares_pages_with_one_whose_logits_are_nan_gets_its_tokens(tiny_pair, compile):
     _, model = tiny_pair("gqa")
     model = copy.deepcopy(model)
     model.embed.weight[5] = torch.nan

@@ -90,7 +90,7 @@ def imported_at_once(node: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_what_needs_triton_or_an_extra_is_imported_lazily_only(name):
+def test_imports_that_need_triton_or_an_extra_are_lazy(name):
     at_once = imported_at_once(TREES[name])
     assert "gemv" not in at_once
     assert "lm_eval" not in at_once or name == "eval/lm_eval.py"

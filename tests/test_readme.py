@@ -38,7 +38,7 @@ def test_every_room_and_core_file_of_the_package_is_on_the_map():
     assert absent_from_map(README) == []
 
 
-def test_what_is_not_on_the_map_would_be_noticed():
+def test_a_file_missing_from_the_map_would_be_noticed():
     assert {"masks", "engine", "model.py"} <= set(absent_from_map("[masks](llama_flex/masks.py), model.py, llama_flex"))
     assert {"masks", "engine", "model.py"}.isdisjoint(
         absent_from_map("[masks/](llama_flex/masks), [engine/](llama_flex/engine/), [model.py](llama_flex/model.py)")

@@ -114,7 +114,7 @@ def test_a_file_that_is_not_used_matters_only_for_saving(tokenizer_folders, tmp_
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json"])
-def test_what_is_in_the_way_of_saving_is_found_before_anything_is_written(tokenizer_folders, tmp_path, name):
+def test_obstacles_to_saving_are_found_before_anything_is_written(tokenizer_folders, tmp_path, name):
     tokenizer = Tokenizer.from_pretrained(tokenizer_folders["converted"])
     (tmp_path / name).mkdir()
     with pytest.raises(IsADirectoryError, match=f"{name} is a directory; remove it, or save elsewhere"):

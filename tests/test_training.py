@@ -122,7 +122,7 @@ def test_a_vector_is_learned_while_the_model_stays(trainable):
     assert done.tokens == [target]
 
 
-def test_where_there_are_no_gradients_that_is_said(trainable):
+def test_missing_gradients_are_an_error(trainable):
     _, model = trainable("gqa")
     ids = random_batch(model, 5)
     with pytest.raises(ValueError, match=r"use torch.no_grad\(\) or backend='dense'"):

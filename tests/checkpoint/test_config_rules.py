@@ -103,7 +103,7 @@ LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, 
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )
-def test_what_would_be_computed_wrongly_is_refused_by_name(raw, named, tmp_path):
+def test_configs_that_would_be_computed_wrongly_are_refused_by_name(raw, named, tmp_path):
     with pytest.raises(ValueError, match=r".") as caught:
         LlamaConfig.from_dict(raw)
     assert named in str(caught.value)
@@ -116,7 +116,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(raw, named, tmp_path)
 
 
 @pytest.mark.parametrize("given", [None, 0, 1, "false"])
-def test_what_transformers_attention_functions_disagree_on_is_refused(given):
+def test_a_config_on_which_transformers_attention_functions_disagree_is_refused(given):
     """Check values of is_causal on which transformers' attention functions disagree: with null eager attention looks
     both ways and sdpa, the default, one way; with 0 sdpa raises a TypeError."""
     with pytest.raises(ConfigError, match=f"is_causal must be true or false, found {given!r}"):
@@ -162,7 +162,7 @@ def test_a_number_of_layers_that_could_not_even_be_listed_is_refused():
         ("LlamaForCausalLM", "eagle", "computes LlamaForCausalLM and MistralForCausalLM$"),
     ],
 )
-def test_of_another_architecture_is_said_what_its_name_tells(named, model_type, said):
+def test_another_architecture_is_refused_with_a_hint_from_its_name(named, model_type, said):
     with pytest.raises(ConfigError, match=rf"architecture \['{named}'\] \(model_type '{model_type}'\).*{said}"):
         read({"architectures": [named], "model_type": model_type})
 

@@ -80,7 +80,7 @@ def test_generation_config_written_by_the_newest_transformers_is_read_without_wa
     assert (config.do_sample, config.temperature, config.eos_token_ids) == (True, 0.5, (3, 4))
 
 
-def test_what_a_generation_config_holds_comes_back(tmp_path):
+def test_a_generation_config_survives_a_round_trip(tmp_path):
     raw = {
         "_from_model_config": True,
         "bos_token_id": 1,

@@ -76,7 +76,7 @@ def fetched(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_of_a_single_file_only_what_is_read_is_fetched(repository):
+def test_only_files_that_are_read_are_fetched(repository):
     hold, cache = repository
     hold(REPOSITORY | {"model.safetensors": ""})
     assert hub.resolve("owner/name", hub.MODEL_FILES) == cache
@@ -88,7 +88,7 @@ def test_of_a_single_file_only_what_is_read_is_fetched(repository):
     }
 
 
-def test_of_shards_those_that_the_index_names_are_fetched(repository):
+def test_only_shards_that_the_index_names_are_fetched(repository):
     hold, cache = repository
     hold(SHARDED)
     hub.resolve("owner/name", hub.MODEL_FILES)

@@ -73,7 +73,7 @@ def test_a_compiler_that_fails_during_a_text_changes_nothing_in_it(cli, engine, 
 
 
 @pytest.mark.exhaustive
-def test_what_is_drawn_at_random_is_drawn_once(cli, engine, no_compiler, monkeypatch):
+def test_random_numbers_are_drawn_once(cli, engine, no_compiler, monkeypatch):
     """A text that is begun again, uncompiled, keeps the seed that was drawn, and so the tokens given already."""
     seeds = itertools.count(1)
     monkeypatch.setattr("secrets.randbits", lambda _: next(seeds))
@@ -112,7 +112,7 @@ def test_many_prompts_and_a_chat_go_on_uncompiled_too(cli, engine, no_compiler, 
     ids=["no compiler", "no instructions", "no headers"],
 )
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="torch before 2.13 does not compile for a CPU")
-def test_where_torch_cannot_compile_auto_goes_on_and_on_says_why(folder, engine, tmp_path, environment, reason):
+def test_a_compiler_failure_stops_on_but_not_auto(folder, engine, tmp_path, environment, reason):
     (tmp_path / "fake").write_text(FAKE_COMPILER)
     (tmp_path / "fake").chmod(0o755)
     if environment.get("CXX") == "fake":

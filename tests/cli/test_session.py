@@ -140,7 +140,7 @@ def test_generation_config_gives_the_defaults(cli, folder, tmp_path):
     assert json.loads(out)["tokens"] == json.loads(asked)["tokens"]
 
 
-def test_what_is_saved_is_a_folder_that_the_command_line_takes(cli, engine, tmp_path):
+def test_the_command_line_takes_a_saved_folder(cli, engine, tmp_path):
     engine.model.save_pretrained(tmp_path)
     engine.tokenizer.save_pretrained(tmp_path)
     code, out, _ = cli("--prompt", "The quick", "--max-new-tokens", 6, "--instruct", model=tmp_path)
@@ -238,7 +238,7 @@ def test_a_prompt_whose_logits_are_nan_is_named_and_not_a_success(cli, damaged):
     assert "error: prompt 0 at new token 1: the model's logits are NaN or infinite" in err
 
 
-def test_of_many_prompts_those_whose_logits_are_nan_end_alone(cli, damaged, engine, tmp_path):
+def test_prompts_whose_logits_are_nan_end_alone(cli, damaged, engine, tmp_path):
     rows = [{"id": name, "prompt": text} for name, text in (("a", "hello"), ("b", "the lazy dog"), ("c", "the sea"))]
     prompts = write_jsonl(tmp_path / "in.jsonl", rows)
     arguments = ["--prompts-file", prompts, "--output", tmp_path / "out.jsonl", "--json"]

@@ -66,7 +66,7 @@ def test_an_interrupted_cache_is_good_again_once_truncated(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("penalty", few([1.4], [1.0]))
-def test_what_is_in_the_cache_counts_for_the_penalty_once_it_is_named(engine, penalty):
+def test_cached_ids_count_for_the_repetition_penalty(engine, penalty):
     tiny, start, sampling = engine.model, random_ids(30, 5), Sampling(repetition_penalty=penalty)
     prompt = start + engine.generate([start], max_new_tokens=60)[0].tokens
     (whole,) = engine.generate([prompt], max_new_tokens=20, sampling=sampling)

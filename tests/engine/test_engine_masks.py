@@ -154,7 +154,7 @@ def test_only_opaque_masks_are_asked_whether_they_look_ahead_and_at_no_more_than
 # --- Refused ---
 
 
-def test_what_is_no_score_function_is_refused(tiny_pair):
+def test_anything_but_a_score_function_is_refused(tiny_pair):
     _, model = tiny_pair("gqa")
     with pytest.raises(ValueError, match="score_mod must be a ScoreMod, found function"):
         model(torch.tensor([[1]]), score_mod=lambda score, q, kv: score)

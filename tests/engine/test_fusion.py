@@ -276,7 +276,7 @@ def test_attributes_of_fused_prompts():
         (([[1], [2]], "weights", [1.0, math.nan]), "positive weight"),
     ],
 )
-def test_what_cannot_be_fused_is_named(arguments, message):
+def test_prompts_that_cannot_be_fused_are_refused(arguments, message):
     prompts, *option = arguments
     with pytest.raises(ValueError, match=message):
         fuse(prompts, **dict([option]) if option else {})

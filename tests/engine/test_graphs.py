@@ -62,7 +62,7 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing_behind():
     assert graphs.of()("double", double, x).tolist() == [2, 2, 2]
 
 
-def test_what_torch_does_not_compile_is_an_error_and_never_runs_eagerly():
+def test_a_part_that_does_not_compile_is_an_error_and_never_runs_eagerly():
     def breaks(x):
         torch._dynamo.graph_break()
         return x + 1
@@ -114,7 +114,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_hinders_the_compiler_is_told_apart(monkeypatch, error, said):
+def test_causes_of_compiler_failures_are_told_apart(monkeypatch, error, said):
     def part(_):
         raise InductorError(error, None)
 

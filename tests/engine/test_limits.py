@@ -133,7 +133,7 @@ def test_a_cache_of_another_model_is_refused(tiny_pair):
 
 
 @pytest.mark.parametrize("wrong", [True, 1.5, "3", None])
-def test_what_is_no_id_is_refused(successor_engine, wrong):
+def test_anything_but_ids_is_refused(successor_engine, wrong):
     with pytest.raises(ValueError, match="token ids"):
         successor_engine.generate([[ONE, wrong]])
     with pytest.raises(ValueError, match="token ids"):

@@ -174,17 +174,17 @@ def test_a_stop_string_may_hold_special_tokens_as_in_transformers(tokenizer, tok
     assert done.text == "".join(c for c, special in each[: min(found, default=len(text))] if not special)
 
 
-def test_what_may_begin_a_stop_string_is_held_back_until_it_does_not(successor_engine):
+def test_text_that_may_begin_a_stop_string_is_held_back(successor_engine):
     steps = list(successor_engine.stream([[ONE]], max_new_tokens=4, stop=["three cat"]))
     assert [step.text for step in steps] == [" two", " ", "", "three caf"]
 
 
-def test_what_was_held_back_is_released_when_the_length_ends_the_text(successor_engine):
+def test_held_back_text_is_released_when_the_length_ends_the_text(successor_engine):
     (done,) = successor_engine.generate([[ONE]], max_new_tokens=2, stop=["three cafés"])
     assert (done.text, done.finish_reason) == (" two three", "length")
 
 
-def test_what_was_held_back_is_released_when_a_stop_token_ends_the_text(successor_engine):
+def test_held_back_text_is_released_when_a_stop_token_ends_the_text(successor_engine):
     (done,) = successor_engine.generate([[BANG]], max_new_tokens=9, stop=["here and there"], stop_token_ids=[END])
     assert (done.text, done.finish_reason) == (" stop here", "stop")
 

@@ -40,7 +40,7 @@ def test_requests_are_read_as_they_come_several_at_once(dense, short_cases):
     check_empty(engine)
 
 
-def test_who_stops_reading_cancels_and_others_go_on(dense):
+def test_a_reader_that_stops_cancels_its_request_alone(dense):
     engine = new_engine(dense, max_batch_size=4, max_slots=8 * BLOCK)
     options = {"max_new_tokens": 40, "stop_token_ids": ()}
     one, other = (make_case(dense, random_ids(length), **options) for length in (150, 20))
@@ -74,7 +74,7 @@ def test_who_stops_reading_cancels_and_others_go_on(dense):
     check_empty(engine)
 
 
-def test_what_a_callback_raises_comes_out_of_the_loop_after_the_steps(dense, short_cases):
+def test_an_exception_of_a_callback_is_raised_after_the_steps(dense, short_cases):
     engine = new_engine(dense, max_batch_size=4, max_slots=8 * BLOCK)
     one, other = short_cases[:4:2]
 

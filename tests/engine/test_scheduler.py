@@ -314,7 +314,7 @@ def test_two_thousand_requests_on_few_pages_end_once_and_right_in_memory_that_do
 
 
 @pytest.mark.parametrize("count", few([25], [60]))
-def test_who_came_first_or_has_priority_is_never_overtaken(dense, preempted, count):
+def test_requests_are_never_overtaken_by_later_or_lower_ones(dense, preempted, count):
     """Check that the first of those that wait runs next, and never waits while a later one runs on its pages."""
     engine = new_engine(dense, max_batch_size=4, max_slots=5 * BLOCK, prefill_tokens=256)
     rng = random.Random(1)

@@ -40,7 +40,7 @@ def test_weights_that_change_between_runs_are_seen():
             change(model.layers[0])
 
 
-def test_what_was_computed_with_weights_that_were_written_behind_torch_is_forgotten_when_asked():
+def test_forget_drops_pages_computed_before_a_write_that_torch_does_not_count():
     model, ids = random_model(), random_ids(300)
     engine = Engine(model, backend="dense", max_batch_size=2, max_slots=1024)
     before = submit_and_run(engine, ids, max_new_tokens=6)

@@ -54,7 +54,7 @@ def test_numbers_that_are_none_stay_in_their_request(backend, compile):
 
 @pytest.mark.parametrize("bad", few([0, 1], [2]))
 @pytest.mark.parametrize("ahead", [False, True])
-def test_who_shares_pages_with_a_request_whose_numbers_are_none_gets_its_tokens(ahead, bad, request):
+def test_a_request_that_shares_pages_with_a_nan_one_gets_its_tokens(ahead, bad, request):
     """Uncompiled attention spreads the NaN to earlier tokens of the step, whose pages others take in that very step."""
     if ahead:
         request.getfixturevalue("read_later")

@@ -62,7 +62,7 @@ def test_requests_with_masks_or_score_functions_of_their_own_share_nothing(dense
     assert Counter(start for _, start in prefilled) == dict.fromkeys(range(0, 300, 64), 4)
 
 
-def test_what_is_known_of_fused_prompts_is_known_for_their_weights_alone(dense, prefilled):
+def test_fused_prompts_share_pages_only_with_equal_weights(dense, prefilled):
     prompts = [fuse([[5, 6], [7]], suffix=random_ids(300), weights=w) for w in (None, [1, 9], [9, 1], [9, 1])]
     expected = [tokens_alone(dense, prompt, **NEW) for prompt in prompts]
     assert len(set(map(tuple, expected))) == 3
@@ -97,7 +97,7 @@ def test_pages_that_nobody_holds_are_used_again_until_they_are_needed_the_oldest
 
 
 @pytest.mark.parametrize("length", few([15, 16, 200], [5, 128, 280]))
-def test_what_begins_alike_within_a_page_is_copied(dense, prefilled, length):
+def test_a_common_beginning_within_a_page_is_copied(dense, prefilled, length):
     first = random_ids(300)
     other = first[:length] + [1 + id % 150 for id in first[length:]][:40]
     assert other[length] != first[length]

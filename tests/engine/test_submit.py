@@ -11,7 +11,7 @@ from llama_flex import Ensemble, Mask, Sampling, scores
 from llama_flex.engine.scheduler import Scheduler
 
 
-def test_what_cannot_be_is_refused(flex):
+def test_impossible_requests_are_refused(flex):
     engine = new_engine(flex, max_batch_size=2, max_slots=2 * 128)
     for prompt, options, match in (
         (random_ids(256), {}, "exceed the slots"),

@@ -199,7 +199,7 @@ def test_an_index_beyond_a_captured_tensor_is_named():
     assert "index 200 into a tensor of 200 in line" in message(findings, "error index-out-of-range")
 
 
-def test_what_the_function_raises_is_told_with_its_line():
+def test_an_exception_of_the_function_is_reported_with_its_line():
     def predicate(q, kv):
         raise KeyError("no such document")
 
@@ -284,7 +284,7 @@ def test_cached_logits_are_compared(wrong, monkeypatch):
     assert codes(short(masks.causal())) == ({"error cache-differs"} if wrong else set())
 
 
-def test_what_torch_cannot_compile_is_told_with_its_line():
+def test_a_compiler_failure_is_reported_with_its_line():
     def predicate(q, kv):
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()

@@ -134,7 +134,7 @@ def test_a_model_that_attends_both_ways_needs_a_causal_mask(tiny_pair, demo_fold
 
 
 @pytest.mark.exhaustive
-def test_what_fails_or_is_interrupted_leaves_no_request(engine, monkeypatch):
+def test_a_failure_or_interrupt_leaves_no_request(engine, monkeypatch):
     lm = LlamaFlex(engine)
 
     def ask(*options: dict):
@@ -258,7 +258,7 @@ def test_no_stop_string_may_be_none(engine):
     assert len(set(LlamaFlex(engine).generate_until(ask, True))) == 1
 
 
-def test_what_is_sampled_is_sampled_as_transformers_would(engine, monkeypatch):
+def test_sampling_options_mean_what_they_mean_to_transformers(engine, monkeypatch):
     """Check the options that a task leaves open: those of generation_config.json, else temperature 1 and top_k 50."""
     found, submit = [], engine.submit
 

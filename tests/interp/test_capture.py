@@ -20,7 +20,7 @@ def test_rows_that_end_early_are_captured_to_their_end(pair):
 
 
 @torch.no_grad()
-def test_what_is_kept_is_what_was_asked_for(pair):
+def test_a_capture_holds_what_was_requested(pair):
     _, model, _ = pair
     ids, whole = random_batch(model, 40), everything()
     some = Capture("q", ATTENTION, layers=1, heads=[5, 2], where=[3, 39])

@@ -63,7 +63,7 @@ def test_every_cell_is_the_function_of_its_query_and_its_key():
     )
 
 
-def test_what_the_function_does_not_look_at_takes_no_memory():
+def test_dimensions_that_the_function_does_not_read_take_no_memory():
     everyone, heads = Tokens.arriving(5, batch=2), torch.arange(4)
     cells = each_cell(lambda q, kv: kv.segment == q.segment, everyone, everyone, heads)
     assert cells.shape == (2, 4, 5, 5)

@@ -41,6 +41,6 @@ def test_tokens_are_chosen_in_every_row(where, expected):
         (lambda t: True, "must return booleans .2, 4., not True"),
     ],
 )
-def test_what_chooses_no_tokens_is_named(where, message):
+def test_invalid_selections_are_named(where, message):
     with pytest.raises(ValueError, match=message):
         selection(where)(TOKENS)

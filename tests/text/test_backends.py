@@ -60,7 +60,7 @@ def test_json_against_sentencepiece_needs_the_prefix_space(tokenizer_folders, na
 
 
 @cases("converted", "llama2", exhaustive=LARGE)
-def test_where_the_llama_class_of_transformers_5_leaves_the_file(tokenizer_folders, name, tmp_path):
+def test_differences_from_the_llama_class_of_transformers_5(tokenizer_folders, name, tmp_path):
     """Check which texts differ under `tokenizer_class: LlamaTokenizer`, which AutoTokenizer rebuilds from the
     vocabulary and `legacy` alone. With legacy=true it gives the file's ids except where a text, or the text after a
     special token, begins with a space: the file, like sentencepiece, adds a space of its own there."""

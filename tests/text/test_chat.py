@@ -189,7 +189,7 @@ def test_dates():
     assert "Today Date: 26 Jul 2024\n\n<|eot_id|>" in dated
 
 
-def test_what_is_no_plain_data_but_nearly():
+def test_values_that_are_almost_plain_data_are_converted():
     class List(list):
         pass
 
@@ -276,7 +276,7 @@ def test_a_message_that_is_continued_ends_where_it_ends_in_transformers(name, en
     assert render_chat(template, messages, bos_token="<s>", eos_token="</s>", **arguments) == expected
 
 
-def test_what_is_continued_may_be_reasoning():
+def test_reasoning_can_be_continued():
     message = {"role": "assistant", "content": "", "reasoning_content": "Let me see "}
     arguments = {"add_generation_prompt": False, "continue_final_message": "reasoning_content"}
     expected = reference(OWN["thinks"], [*TURNS[:1], message], **arguments)

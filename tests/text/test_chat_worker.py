@@ -179,7 +179,7 @@ def test_templates_that_would_not_end_are_stopped(template, monkeypatch):
         ("{{ ('€' * 3000000) }}", "its text has more than 8 MiB"),
     ],
 )
-def test_what_was_too_much_is_said(template, reason, monkeypatch):
+def test_the_limit_that_was_exceeded_is_named(template, reason, monkeypatch):
     monkeypatch.setattr(chat, "MAX_SECONDS", 1)
     with pytest.raises(ValueError, match=f"^the chat template failed: {reason}$"):
         render_chat(template, TURNS)

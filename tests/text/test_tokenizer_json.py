@@ -93,7 +93,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_what_would_take_too_long_is_refused(name, tokenizer_folders, tmp_path):
+def test_a_tokenizer_that_would_take_too_long_is_refused(name, tokenizer_folders, tmp_path):
     file = json.loads((tokenizer_folders["byte_level"] / "tokenizer.json").read_text())
     folder = write_folder(tmp_path, None, tokenizer__json=json.dumps(file | ENDLESS[name]))
     start = time.process_time()
@@ -102,7 +102,7 @@ def test_what_would_take_too_long_is_refused(name, tokenizer_folders, tmp_path):
     assert time.process_time() - start < 6  # a second or two on an idle machine
 
 
-def test_what_a_usual_normalizer_does_is_not_refused(tokenizer_folders, tmp_path):
+def test_a_usual_normalizer_is_not_refused(tokenizer_folders, tmp_path):
     file = json.loads((tokenizer_folders["byte_level"] / "tokenizer.json").read_text())
     file |= searching(" {2,}", "<a>", "<b>")
     Tokenizer.from_pretrained(write_folder(tmp_path / "a", None, tokenizer__json=json.dumps(file)))

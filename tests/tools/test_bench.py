@@ -193,7 +193,7 @@ def test_requests_are_the_same_for_the_same_arguments(capsys):
         (serving, "sweep --config tiny --device nothing", "--device nothing is not known"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_at_once(capsys, tool, arguments, message):
+def test_impossible_measurements_are_refused_at_once(capsys, tool, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         tool.main(arguments.split())
     assert stopped.value.code == 2

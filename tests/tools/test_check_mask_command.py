@@ -71,7 +71,7 @@ def test_the_exit_code_is_1_for_errors_only(run, name, exit_code, line):
         ("raise SystemExit", "good", "exits when it is run"),
     ],
 )
-def test_what_cannot_be_checked_is_one_line_and_exit_code_2(run, source, name, words):
+def test_impossible_checks_are_one_line_and_exit_code_2(run, source, name, words):
     run.file.write_text(source)
     code, out, err = run(name)
     assert (code, out, err.count("\n")) == (2, "", 1)

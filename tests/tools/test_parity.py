@@ -112,7 +112,7 @@ def test_weights_that_differ_are_named(folder, change, words):
 
 
 @torch.no_grad()
-def test_what_is_not_finite_never_agrees(folder):
+def test_non_finite_values_never_agree(folder):
     ids = torch.arange(40)[None]
     expected, *others = parity.Reference(folder, torch.float32, torch.device("cpu")).runs(ids)
     for sites in (expected, *others):

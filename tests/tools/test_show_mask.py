@@ -311,7 +311,7 @@ def refused(capsys, *arguments: str) -> str:
         ("--model ./nowhere --text a", "no such folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(capsys, folder, arguments, message):
+def test_errors_are_one_line(capsys, folder, arguments, message):
     words = [str(folder) if word == "MODEL" else word for word in arguments.replace("lambda q", "lambda_q").split()]
     assert message in refused(capsys, *(word.replace("lambda_", "lambda ") for word in words))
 
@@ -322,7 +322,7 @@ def test_without_matplotlib_a_picture_is_refused_and_text_is_not(capsys, monkeyp
     assert shown(capsys, "--length", "3").startswith("causal()")
 
 
-def test_what_cannot_be_drawn_is_refused():
+def test_impossible_drawings_are_refused():
     for function in (show_mask.text, show_mask.draw):
         with pytest.raises(ValueError, match="at least one token"):
             function(masks.causal(), Tokens.arriving(3, batch=2))

@@ -108,7 +108,7 @@ FORWARD = {
 
 
 @pytest.mark.parametrize("name", FORWARD)
-def test_of_a_forward(model, name):
+def test_errors_of_a_forward(model, name):
     call, message = FORWARD[name]
     with pytest.raises(ValueError, match=message) as caught:
         call(model)
@@ -126,7 +126,7 @@ ENGINE = {
 
 
 @pytest.mark.parametrize("name", ENGINE)
-def test_of_an_engine(model, name):
+def test_errors_of_an_engine(model, name):
     call, message = ENGINE[name]
     with pytest.raises(ValueError, match=message) as caught:
         call(Engine(model, max_length=128, max_batch_size=2))
@@ -142,7 +142,7 @@ def test_a_table_long_enough_for_the_first_tokens_is_refused_before_any_is_gener
     assert not calls
 
 
-def test_what_torch_logs_of_a_failed_trace_is_not_shown(model):
+def test_torchs_log_of_a_failed_trace_is_not_shown(model):
     """torch logs ninety lines before the error that says what is wrong."""
     log, seen = logging.getLogger("torch._subclasses.fake_tensor"), logging.handlers.BufferingHandler(99)
     log.addHandler(seen)
