@@ -43,7 +43,7 @@ def train(model: Llama, texts: list[list[int]], steps: int, lr: float, recompute
             ids,
             positions=positions,
             segments=segments,
-            mask=model.default_mask & masks.document(),
+            mask=[mask & masks.document() for mask in model.default_masks],
             backend="flex" if cuda else "dense",
             recompute=recompute,
         )

@@ -9,44 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import config_rules
+from .checkpoint.architectures import ARCHITECTURES, Architecture
 from .checkpoint.config_rules import ConfigError, token_ids
 from .checkpoint.rope_scaling import RopeParameters
 
 
-class Architecture(NamedTuple):
-    """The differences between an architecture's config.json and LlamaConfig.
-
-    defaults: values that differ from LlamaConfig's. refused, ignored: keys that neither it nor transformers reads. A
-    config.json that sets a refused key raises ConfigError, since its author would expect an effect.
-    """
-
-    name: str
-    defaults: Mapping[str, Any] = {}
-    refused: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-
-
-# By model_type. The names of their weights are in `weights.NAMES`.
-_MISTRAL = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", refused=("sliding_window",)),
-    "mistral": Architecture("MistralForCausalLM", _MISTRAL, ignored=("attention_bias", "mlp_bias")),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The hyperparameters of a LLaMA or Mistral, under Hugging Face's key names and with LLaMA's defaults.
+    """The hyperparameters of a model, under Hugging Face's key names and with LLaMA's defaults.
 
     If None, `num_key_value_heads` and `head_dim` are derived as in the reference (`num_attention_heads`,
-    `hidden_size // num_attention_heads`). `is_causal=False` lets every token attend to every other. `dtype` is the
-    checkpoint's own, as a string. `other` holds the keys of a config.json that have no effect here, so that
-    `save_pretrained` can write them back. Raises ConfigError for malformed or unsupported values.
+    `hidden_size // num_attention_heads`). `layer_types`, where an architecture has it, names the layers with the window
+    ("sliding_attention") and without it ("full_attention"). `is_causal=False` lets every token attend to every other.
+    `dtype` is the checkpoint's own, as a string. `other` holds the keys of a config.json that have no effect here, so
+    that `save_pretrained` can write them back. Raises ConfigError for malformed or unsupported values.
     """
 
     model_type: str = "llama"
@@ -64,6 +40,7 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
     is_causal: bool = True
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
@@ -78,13 +55,22 @@ class LlamaConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", config_rules.derived_head_dim(self))
-        config_rules.check_values(self, self._unread)
+        if self.architecture.use_sliding_window and self.layer_types is None:
+            types = ("full_attention" if self.sliding_window is None else "sliding_attention",) * self.num_hidden_layers
+            object.__setattr__(self, "layer_types", types)
+        config_rules.check_values(self, self.architecture.refused + self.architecture.ignored)
         self.rope_parameters.check(self.head_dim)
 
     @property
-    def _unread(self) -> tuple[str, ...]:
-        """The keys that the architecture does not read."""
-        return ARCHITECTURES[self.model_type].refused + ARCHITECTURES[self.model_type].ignored
+    def architecture(self) -> Architecture:
+        """The architecture of this model type."""
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer, `[L]`; None for those without."""
+        types = self.layer_types or ("sliding_attention",) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in types)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -108,9 +94,8 @@ class LlamaConfig:
         Raises ConfigError for an unsupported architecture, and for a known key whose value would change the
         computation. Warns of keys that transformers' config class does not know either.
         """
-        name = config_rules.architecture_of(raw, {kind: known.name for kind, known in ARCHITECTURES.items()})
-        architecture = ARCHITECTURES[raw.get("model_type", "llama")]
-        config_rules.check_supported(raw)
+        architecture = config_rules.architecture_of(raw)
+        config_rules.check_supported(raw, architecture)
 
         names = {f.name for f in dataclasses.fields(cls)} - {"other", *architecture.ignored}
         fields = {**architecture.defaults, **{key: raw[key] for key in names if raw.get(key) is not None}}
@@ -118,21 +103,29 @@ class LlamaConfig:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window", "num_key_value_heads"):
             if key in raw:  # an explicit null means none, not the default
                 fields[key] = tuple(raw[key]) if isinstance(raw[key], list) else raw[key]
+        fields |= config_rules.layer_types(raw, architecture, {"num_hidden_layers": cls.num_hidden_layers} | fields)
         fields["is_causal"] = raw.get("is_causal", True)  # null is refused: the reference's kernels disagree on it
         context = fields.get("max_position_embeddings", cls.max_position_embeddings)
         fields["rope_parameters"] = RopeParameters.from_config({**raw, "max_position_embeddings": context})
 
         read = {*names, *RopeParameters.CONFIG_KEYS, "torch_dtype"} - ({"is_causal"} if raw.get("is_causal") else set())
         fields["other"] = {key: value for key, value in raw.items() if key not in read}
-        config_rules.warn_of_unknown(fields["other"], name)
+        config_rules.warn_of_unknown(fields["other"], architecture)
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object to write as `config.json`; transformers and this package read it back."""
-        architecture = ARCHITECTURES[self.model_type].name
-        out: dict[str, Any] = {**self.other, "architectures": [architecture], "hidden_act": "silu"}
-        unwritten = {"other", *self._unread, *(["is_causal"] if self.is_causal else [])}  # true is the default
+        known = self.architecture
+        out: dict[str, Any] = {**self.other, "architectures": [known.name], "hidden_act": "silu"}
+        unwritten = {"other", *known.refused, *known.ignored}
+        unwritten |= {
+            name for name, default in (("is_causal", True), ("layer_types", None)) if getattr(self, name) is default
+        }
         out |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in unwritten}
+        if self.layer_types is not None:
+            out["layer_types"] = list(self.layer_types)
+        if known.use_sliding_window:
+            out["use_sliding_window"] = self.sliding_window is not None
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         return out | {"rope_parameters": self.rope_parameters.to_dict()}

@@ -96,19 +96,23 @@ def _is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
 class Attention(nn.Module):
     """Pre-norm grouped-query attention (arXiv:2305.13245) with residual: x + o(attend(qkv(norm(x))))."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, window: int | None) -> None:
         super().__init__()
+        self.window = window
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         parts = [heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        self.qkv = Linear(config.hidden_size, parts, config.attention_bias)
+        self.qkv = Linear(config.hidden_size, parts, config.attention_bias or config.architecture.qkv_bias)
         self.o = Linear(parts[0], [config.hidden_size], config.attention_bias)
+        norms = (RMSNorm(self.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None for _ in "qk")
+        self.q_norm, self.k_norm = norms
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries `[B, H, T, D]`, rotated keys and values, both `[B, K, T, D]`."""
         heads = apply_linear(self.qkv, x, norm=self.norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k)
         return apply_rotary_emb(q, *rotary), apply_rotary_emb(k, *rotary), v
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
@@ -141,9 +145,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then MLP. hook: may read and change the tensors at `hook_points.HOOK_POINTS`."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, window: int | None) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, window)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:

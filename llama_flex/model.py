@@ -1,4 +1,4 @@
-"""A LLaMA or Mistral for causal language modelling: embeddings, blocks, logits. Dimension letters: see `layers`."""
+"""LLaMA and its kin for causal language modelling: embeddings, blocks, logits. Dimension letters: see `layers`."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def run_block(block: Block, *args: Any) -> Any:
 
 
 class Llama(nn.Module):
-    """A LLaMA or Mistral. Parameters are fused (q, k, v; gate, up); the output matrix is the embedding if tied."""
+    """A model with fused parameters (q, k, v; gate, up); its output matrix is the embedding if tied."""
 
     def __init__(self, config: LlamaConfig, generation_config: GenerationConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.generation_config = generation_config or GenerationConfig()
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = TiedLinear(self.embed) if tied else Linear(config.hidden_size, [config.vocab_size])
@@ -140,18 +140,26 @@ class Llama(nn.Module):
         return longest if limit is None else min(limit, longest)
 
     @property
-    def default_mask(self) -> Mask:
-        """The mask if none is given: causal, or the window that the model was trained with; bidirectional if its config
-        says `is_causal: false`."""
-        window = self.config.sliding_window
-        if self.config.is_causal:
-            return masks.causal() if window is None else masks.sliding_window(window)
-        return masks.bidirectional() if window is None else masks.bidirectional_window(window)
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer, `[L]`; None for those without."""
+        return [block.attention.window for block in self.blocks()]
+
+    @property
+    def default_masks(self) -> list[Mask]:
+        """The mask of each layer if none is given, `[L]`: causal, or with the window that the layer was trained with;
+        bidirectional if the config says `is_causal: false`."""
+        full, window = (
+            (masks.causal, masks.sliding_window)
+            if self.config.is_causal
+            else (masks.bidirectional, masks.bidirectional_window)
+        )
+        of_window = {width: full() if width is None else window(width) for width in set(self.windows)}
+        return [of_window[width] for width in self.windows]
 
     def looks_ahead_by_default(self, mask: Mask | Sequence[Mask | None] | None = None) -> bool:
         """Return whether any layer for which `mask` (as in `forward`) gives no mask attends to later tokens."""
         given = mask if isinstance(mask, Sequence) else [mask]
-        return None in given and not self.default_mask.never_looks_ahead
+        return None in given and not self.default_masks[0].never_looks_ahead
 
     @property
     def _rotates_cached_keys(self) -> str:
@@ -311,15 +319,18 @@ class Llama(nn.Module):
         mask: Mask | Sequence[Mask | None] | None = None,
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
         cache: Cache | None = None,
+        fused: bool = False,
     ) -> AttentionPlan:
-        """Plan the attention of each layer; see `AttentionPlan.make`. Raises ValueError."""
+        """Plan the attention of each layer; see `AttentionPlan.make`. Raises ValueError.
+
+        fused: combine the default masks with `masks.fused()`.
+        """
         self.check_device()
         return AttentionPlan.make(
             mask,
             score_mod,
-            default=self.default_mask,
+            default=[masks.fused() & m for m in self.default_masks] if fused else self.default_masks,
             cache_mask=None if cache is None else cache.mask,
-            num_layers=len(self.layers),
             device=self.device,
         )
 

@@ -13,25 +13,10 @@ from .config import LlamaConfig
 
 DTYPES = tuple(shards.DTYPES.values())  # supported for weights
 
-# By model_type: for each module, the checkpoint's modules that are stacked in its weight, in this order of rows
-# (`layers.Linear.parts`).
-_LLAMA = {
-    "embed": ("model.embed_tokens",),
-    "norm": ("model.norm",),
-    "layers.{}.attention.norm": ("model.layers.{}.input_layernorm",),
-    "layers.{}.mlp.norm": ("model.layers.{}.post_attention_layernorm",),
-    "layers.{}.attention.qkv": tuple(f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"),
-    "layers.{}.attention.o": ("model.layers.{}.self_attn.o_proj",),
-    "layers.{}.mlp.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-    "layers.{}.mlp.down": ("model.layers.{}.mlp.down_proj",),
-    "lm_head": ("lm_head",),
-}
-NAMES = {"llama": _LLAMA, "mistral": _LLAMA}
-
 
 def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
     """Return every tensor of the checkpoint by its name there, as a view into the (fused) parameter that holds it."""
-    table, views = NAMES[config.model_type], dict[str, Tensor]()
+    table, views = config.architecture.weights, dict[str, Tensor]()
     in_layers = [(layer, path) for layer in range(config.num_hidden_layers) for path in table if "{}" in path]
     head = [] if config.tie_word_embeddings else [(0, "lm_head")]
     for layer, path in ((0, "embed"), (0, "norm"), *in_layers, *head):

@@ -8,6 +8,8 @@ from typing import Any
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu"}
 LLAMA_31_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -154,6 +156,70 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | sizes(4096, 32, 32, 8, 14336, 32768, 32768)
         | {"rope_theta": 1000000.0, "sliding_window": None, "head_dim": None},
     ),
+    "Ministral 8B": (
+        "layer_types with and without the window",
+        MISTRAL
+        | sizes(4096, 36, 32, 8, 12288, 131072, 32768)
+        | {"rope_theta": 100000000.0, "sliding_window": 32768, "head_dim": 128}
+        | {"layer_types": ["full_attention", *["sliding_attention"] * 3] * 9},
+    ),
+    "Qwen2 0.5B": (
+        "biases of q, k and v; tied; groups of 7 heads (14/2); a window that is not used",
+        QWEN2
+        | sizes(896, 24, 14, 2, 4864, 151936, 131072, 1e-6)
+        | {"rope_theta": 1000000.0, "tie_word_embeddings": True}
+        | {"sliding_window": 131072, "max_window_layers": 24, "use_sliding_window": False},
+    ),
+    "Qwen2.5 7B": (
+        "untied; a vocabulary of 152,064",
+        QWEN2
+        | sizes(3584, 28, 28, 4, 18944, 152064, 131072, 1e-6)
+        | {"rope_theta": 1000000.0, "tie_word_embeddings": False}
+        | {"sliding_window": 131072, "max_window_layers": 28, "use_sliding_window": False},
+    ),
+    "Qwen2.5 with YaRN": (
+        'rope_scaling "yarn" over biases',
+        QWEN2
+        | sizes(3584, 28, 28, 4, 18944, 152064, 32768, 1e-6)
+        | {"rope_theta": 1000000.0, "use_sliding_window": False}
+        | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+    ),
+    "Qwen2 with a window above": (
+        "use_sliding_window; the window is that of the layers from max_window_layers on",
+        QWEN2
+        | sizes(3584, 28, 28, 4, 18944, 152064, 131072, 1e-6)
+        | {"rope_theta": 1000000.0, "sliding_window": 4096, "max_window_layers": 14, "use_sliding_window": True},
+    ),
+    "Qwen3 0.6B": (
+        "q and k norms; head_dim 128 of a hidden size of 1,024; tied",
+        QWEN3
+        | sizes(1024, 28, 16, 8, 3072, 151936, 40960, 1e-6)
+        | {"rope_theta": 1000000, "head_dim": 128, "attention_bias": False, "tie_word_embeddings": True}
+        | {"sliding_window": None, "max_window_layers": 28, "use_sliding_window": False, "rope_scaling": None},
+    ),
+    "Qwen3 8B": (
+        "q and k norms; untied",
+        QWEN3
+        | sizes(4096, 36, 32, 8, 12288, 151936, 40960, 1e-6)
+        | {"rope_theta": 1000000, "head_dim": 128, "attention_bias": False, "tie_word_embeddings": False}
+        | {"sliding_window": None, "max_window_layers": 36, "use_sliding_window": False},
+    ),
+    "Qwen3 saved by transformers 5": (
+        "layer_types written out",
+        QWEN3
+        | sizes(2560, 36, 32, 8, 9728, 151936, 262144, 1e-6)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000000}, "head_dim": 128}
+        | {"sliding_window": None, "max_window_layers": 36, "use_sliding_window": False}
+        | {"layer_types": ["full_attention"] * 36, "tie_word_embeddings": True},
+    ),
+    "Qwen3 with a window in some layers": (
+        "layer_types with both; biases of q, k, v and o",
+        QWEN3
+        | sizes(2560, 36, 32, 8, 9728, 151936, 262144, 1e-6)
+        | {"rope_theta": 5000000, "head_dim": 128, "attention_bias": True}
+        | {"sliding_window": 4096, "use_sliding_window": True}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 18},
+    ),
 }
 TRAINED, WINDOW, CONTEXT = 128, 96, 512  # tokens, of the tiny twins
 
@@ -178,6 +244,10 @@ def tiny(name: str) -> dict[str, Any]:
         config["head_dim"] = small
     if config.get("sliding_window"):
         config["sliding_window"] = WINDOW
+    if "max_window_layers" in config:
+        config["max_window_layers"] = 1
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:2]
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     for place in (config, scaling):
         if "original_max_position_embeddings" in place:

@@ -22,6 +22,7 @@ FAR = 40_000  # beyond 32,768
 FIRST = (
     *("Llama 1 7B", "Llama 3.2 3B", "OpenLLaMA 3B", "Vicuna 13B v1.5 16k", "Llama with dynamic NTK"),
     *("YaRN Llama 2 7B 64k", "Llama with LongRoPE", "Mistral 7B v0.1"),
+    *("Qwen2 0.5B", "Qwen2 with a window above", "Qwen3 0.6B", "Qwen3 with a window in some layers"),
 )
 COMPUTED = few(FIRST, [name for name in FAMILIES if name not in FIRST])
 
@@ -60,11 +61,15 @@ def test_its_config_is_read_as_the_reference_reads_it(name, tmp_path):
         warnings.simplefilter("error")
         ours = LlamaConfig.from_pretrained(tmp_path)
     for key in (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
     ):
         assert getattr(ours, key) == getattr(reference, key), key
+    derived = reference.hidden_size // reference.num_attention_heads
+    assert ours.head_dim == getattr(reference, "head_dim", derived)
     assert ours.sliding_window == getattr(reference, "sliding_window", None)
+    if ours.layer_types is not None:
+        assert list(ours.layer_types) == reference.layer_types
     rotary = RotaryEmbedding(ours.rope_parameters, ours.head_dim, ours.max_position_embeddings)
     module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(reference)
     assert torch.equal(rotary.inv_freq, module.inv_freq)
@@ -145,7 +150,10 @@ def test_greedy_tokens_are_those_of_the_reference(twins, name):
     assert found.tokens == logits.argmax(-1).tolist()
 
 
-COMPILED = few(["Mistral 7B v0.1"], ["YaRN Llama 2 7B 64k", "Llama with dynamic NTK", "Yi 34B"])
+COMPILED = few(
+    ["Mistral 7B v0.1", "Qwen3 with a window in some layers"],
+    ["YaRN Llama 2 7B 64k", "Llama with dynamic NTK", "Yi 34B", "Qwen2 0.5B"],
+)
 COMPILED += [pytest.param(name, marks=pytest.mark.slow) for name in ("head_dim 80", "odd sizes")]
 
 
@@ -172,6 +180,8 @@ FAULTS = {
     "Llama with LongRoPE": {"original_max_position_embeddings": CONTEXT + 100},
     "Llama 3.1 8B": {"rope_scaling": {"rope_type": "default"}},
     "OpenLLaMA 3B": {"rms_norm_eps": 1e-5},
+    "Qwen2 with a window above": {"max_window_layers": 0},
+    "Qwen3 with a window in some layers": {"layer_types": ["full_attention", "sliding_attention"]},
 }
 
 
@@ -182,6 +192,17 @@ def test_a_config_that_is_slightly_wrong_is_caught(twins, name):
     wrong = Llama(LlamaConfig.from_dict(tiny(name) | FAULTS[name])).eval()
     wrong.load_state_dict(model.state_dict())
     ids = token_ids(model.config.vocab_size, CONTEXT + 100)
+    assert (wrong(ids) - logits_of(reference, ids)).abs().max() > 3 * budget(reference, ids)
+
+
+@pytest.mark.parametrize(("name", "part"), [("Qwen2 0.5B", "bias"), ("Qwen3 0.6B", "q_norm"), ("Qwen3 0.6B", "k_norm")])
+@torch.no_grad()
+def test_a_part_that_is_left_out_is_caught(twins, name, part):
+    reference, model = twins(name)
+    wrong = copy.deepcopy(model)
+    for block in wrong.blocks():
+        setattr(block.attention.qkv if part == "bias" else block.attention, part, None)
+    ids = token_ids(model.config.vocab_size, 140)
     assert (wrong(ids) - logits_of(reference, ids)).abs().max() > 3 * budget(reference, ids)
 
 

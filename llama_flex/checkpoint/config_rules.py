@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .architectures import ARCHITECTURES, Architecture
 from .files import FolderError, names_in, one_line, read, what_it_is
 
 # config.json is a few kilobytes; anything much larger is not one, and takes 25 times its size in memory when parsed.
@@ -54,7 +55,6 @@ INERT_KEYS = frozenset(
 # (`per_layer_config`; `text_config` and its two other names, which would replace the whole config).
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "layer_types": (None,),
     "attention_chunk_size": (None,),
     "kv_sharing_modes": (None,),
     "per_layer_config": (None, {}),
@@ -66,6 +66,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "rope_interleaved": (False, None),
 }
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # of layer_types
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Explanations of related models that are refused, and what to give instead.
 OTHER_HEAD = "it ends in another head than the one that predicts tokens; give the model that it was made of"
@@ -145,12 +146,24 @@ def check_values(config: Any, unread: Iterable[str]) -> None:
     if not isinstance(config.dtype, str | None):
         raise ConfigError(f"dtype must be a name, found {config.dtype!r}")
     rows = max(config.vocab_size, 2 * config.intermediate_size, (heads + 2 * kv_heads) * config.head_dim)
+    if config.layer_types is not None:
+        types = [*map(str, config.layer_types)]
+        if len(types) != config.num_hidden_layers or not {*types} <= {_FULL, _SLIDING}:
+            raise ConfigError(
+                f"layer_types must name {_FULL!r} or {_SLIDING!r} for each of {config.num_hidden_layers} layers, found "
+                f"{types!r:.200}"
+            )
+        if _SLIDING in types and config.sliding_window is None:
+            raise ConfigError(f"layer_types has {_SLIDING!r}, but there is no sliding_window, or it is not used")
     if rows * config.hidden_size > MAX_WEIGHTS:
         raise ConfigError(f"a weight of shape {rows} x {config.hidden_size} is too large for any memory")
 
 
-def check_supported(raw: Mapping[str, Any]) -> None:
+def check_supported(raw: Mapping[str, Any], architecture: Architecture) -> None:
     """Raise ConfigError for quantised weights, and for a known key whose value would change the computation."""
+    types = raw.get("layer_types")
+    if not (architecture.layer_types or types is None or (isinstance(types, list) and {*map(str, types)} <= {_FULL})):
+        raise ConfigError(f"layer_types={types!r} is not supported for {architecture.name} (only {_FULL!r})")
     for key in QUANTIZATION_KEYS:
         if raw.get(key) is not None:
             raise ConfigError(_quantized(key, raw[key]))
@@ -159,25 +172,51 @@ def check_supported(raw: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={raw[key]!r} is not supported (only {neutral[0]!r})")
 
 
-def warn_of_unknown(keys: Iterable[str], architecture: str) -> None:
+def layer_types(raw: Mapping[str, Any], architecture: Architecture, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `layer_types`, and `sliding_window` where that depends on another key, as the reference derives them.
+
+    fields: what has been read, defaults included. Raises ConfigError for malformed values.
+    """
+    types, found = raw.get("layer_types") if architecture.layer_types else None, dict[str, Any]()
+    if architecture.use_sliding_window and not raw.get("use_sliding_window"):
+        found["sliding_window"] = None
+    if types is not None:
+        if not isinstance(types, list):
+            raise ConfigError(f"layer_types must be a list of names, found {types!r}")
+        found["layer_types"] = tuple(types)
+    elif architecture.use_sliding_window and "sliding_window" not in found and fields["sliding_window"] is not None:
+        require_size("num_hidden_layers", fields["num_hidden_layers"])
+        first = raw.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise ConfigError(f"max_window_layers must be a whole number, found {first!r}")
+        layers = range(min(fields["num_hidden_layers"], MAX_LAYERS + 1))  # more are refused later
+        found["layer_types"] = tuple(_FULL if layer < first else _SLIDING for layer in layers)
+    return found
+
+
+def warn_of_unknown(keys: Iterable[str], architecture: Architecture) -> None:
     """Warn of keys that no field reads and that transformers' config class does not know either."""
-    if unknown := sorted(set(keys) - {*INERT_KEYS, *NEUTRAL_VALUES, *QUANTIZATION_KEYS, "is_causal"}):
+    known = {*INERT_KEYS, *NEUTRAL_VALUES, *QUANTIZATION_KEYS, "is_causal", "layer_types"}
+    if architecture.use_sliding_window:
+        known |= {"use_sliding_window", "max_window_layers"}
+    if unknown := sorted(set(keys) - known):
         named = one_line(", ".join(unknown))
-        warnings.warn(f"config.json has keys {architecture} does not use: {named}", stacklevel=3)
+        warnings.warn(f"config.json has keys {architecture.name} does not use: {named}", stacklevel=3)
 
 
-def architecture_of(raw: Mapping[str, Any], known: Mapping[str, str]) -> str:
+def architecture_of(raw: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a config.json. Raises ConfigError, saying what to do, for one that is not known.
 
-    known: architectures by model_type. A base model, such as LlamaModel, is read as its causal language model: the
-    weights tell whether there is an output matrix.
+    A base model, such as LlamaModel, is read as its causal language model: the weights tell whether there is an output
+    matrix.
     """
     model_type, architectures = raw.get("model_type", "llama"), raw.get("architectures")
+    known = {kind: row.name for kind, row in ARCHITECTURES.items()}
     architecture = known.get(str(model_type), "")
     base = architecture.removesuffix("ForCausalLM") + "Model"
     if architecture and (architectures or [architecture]) in ([architecture], [base]):
-        return architecture
-    supported = " and ".join(known.values())
+        return ARCHITECTURES[str(model_type)]
+    supported = ", ".join(known.values())
     reason = (
         f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes {supported}"
     )

@@ -50,17 +50,15 @@ class Batch:
         cache: Cache,
     ) -> AttentionPlan:
         """Return the plan for a mask (default: fused prompts are kept apart) and score function, with their weights."""
-        if any(prompt.generated_segment == library.GENERATED for prompt in self.rows):
-            fused = library.fused() & model.default_mask
-            mask = [m or fused for m in mask] if isinstance(mask, list | tuple) else mask or fused
-        plan = model.attention_plan(mask, score_mod, cache)
+        fused = any(prompt.generated_segment == library.GENERATED for prompt in self.rows)
+        plan = model.attention_plan(mask, score_mod, cache, fused)
         if any(prompt.log_weights for prompt in self.rows):
             count = max(len(prompt.log_weights) for prompt in self.rows)
             size = -(-count // WEIGHTS) * WEIGHTS
             table = pad_rows([prompt.log_weights for prompt in self.rows], size, torch.float32)
             weights = scores.segment_weights(table)
             own = [plan.variants[i].score_mod for i in plan.of_layer]
-            plan = model.attention_plan(mask, [weights if s is None else s >> weights for s in own], cache)
+            plan = model.attention_plan(mask, [weights if s is None else s >> weights for s in own], cache, fused)
         return plan
 
 

@@ -61,9 +61,9 @@ def bytes_per_step(model: Llama, contexts: Sequence[int]) -> int:
     the keys and values of every sequence. contexts: the sequences' lengths."""
     read = sum(p.nbytes for p in model.parameters())
     read -= 0 if model.config.tie_word_embeddings else model.embed.weight.nbytes
-    window = model.config.sliding_window
-    seen = sum(n if window is None else min(n, window) for n in contexts)
-    return read + model.dims.kv_numbers_per_token * model.dtype.itemsize * seen
+    windows = model.windows
+    seen = sum(n if window is None else min(n, window) for window in windows for n in contexts)
+    return read + model.dims.kv_numbers_per_token // len(windows) * model.dtype.itemsize * seen
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks import library, scores
+from ..masks import scores
 from ..masks.mask import Mask
 from ..masks.plan import AttentionPlan
 from ..masks.scores import ScoreMod
@@ -51,10 +51,9 @@ class MaskRegistry:
     def __init__(self, model: Llama, rows: int) -> None:
         """rows: the most rows of a step."""
         self.model, self.rows, self.generation = model, rows, 0
-        fused = library.fused() & model.default_mask
         self._default = {
-            False: AttentionSpec(("default", False), None, model.attention_plan(), True),
-            True: AttentionSpec(("default", True), None, model.attention_plan(fused), True),
+            fused: AttentionSpec(("default", fused), None, model.attention_plan(fused=fused), True)
+            for fused in (False, True)
         }
         self.specs = [self._default[False]]
         self._combined: dict[Hashable, AttentionPlan] = {}
@@ -69,9 +68,7 @@ class MaskRegistry:
         """Return the spec of a request. Raises ValueError for anything but a mask or score function."""
         if mask is None and score_mod is None:
             return self._default[fused]
-        default = library.fused() & self.model.default_mask if fused else None
-        given = [m or default for m in mask] if isinstance(mask, list | tuple) else mask or default
-        plan = self.model.attention_plan(given, score_mod)
+        plan = self.model.attention_plan(mask, score_mod, fused=fused)
         return AttentionSpec((fused, _identity(mask), _identity(score_mod)), (mask, score_mod), plan, False)
 
     def number_of(self, spec: AttentionSpec, running: set[int]) -> int | None:

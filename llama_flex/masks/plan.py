@@ -40,25 +40,25 @@ class AttentionPlan:
         mask: Mask | Sequence[Mask | None] | None,
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
         *,
-        default: Mask,
+        default: Sequence[Mask],
         cache_mask: Mask | None,
-        num_layers: int,
         device: torch.device,
     ) -> AttentionPlan:
         """Build a plan from one mask and score function for all layers, or one per layer; equal layers share a variant.
 
-        default: used where no mask is given. cache_mask: combined (`&`) with every mask. Captured tensors are moved to
-        `device`. Raises ValueError for anything but masks and score functions, and for a list without one per layer.
+        default: the mask of each layer if none is given. cache_mask: combined (`&`) with every mask. Captured tensors
+        are moved to `device`. Raises ValueError for anything but masks and score functions, and for a list without one
+        per layer.
         """
-        each_mask = _of_each_layer(mask, Mask, "mask", num_layers)
-        each_score_mod = _of_each_layer(score_mod, ScoreMod, "score_mod", num_layers)
+        each_mask = _of_each_layer(mask, Mask, "mask", len(default))
+        each_score_mod = _of_each_layer(score_mod, ScoreMod, "score_mod", len(default))
         # Each is tried on one token, so that a function's fault is not first reported by a compiler.
         token = Tokens.arriving(1).map(lambda x: x.to(device))
         score = torch.zeros(1, 1, 1, 1, device=device)
         variants: dict[Hashable, LayerAttention] = {}
         of_layer = []
-        for m, s in zip(each_mask, each_score_mod, strict=True):
-            m = m or default
+        for m, s, own in zip(each_mask, each_score_mod, default, strict=True):
+            m = m or own
             key = m.identity(), s and s.identity()
             if key not in variants:
                 m = m if cache_mask is None else m & cache_mask

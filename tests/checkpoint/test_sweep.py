@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine, GenerationConfig, Llama, LlamaConfig, Sampling
+from llama_flex.checkpoint.architectures import ARCHITECTURES
 from llama_flex.sampling import filter_logits, stack
 
 # How many files are drawn: some in every run, many in exhaustive ones, the same each time unless a number is given.
@@ -28,6 +29,7 @@ transformers.utils.logging.disable_progress_bar()
 
 ABSENT = object()
 LENGTH, VOCAB = 40, 64
+LAYER_TYPES = "full_attention", "full_attention", "sliding_attention", "chunked_attention"
 
 
 def sweep(examples: int, *strategies: st.SearchStrategy):
@@ -103,9 +105,9 @@ def configs(draw) -> dict:
     """Draw a config.json of a tiny model."""
     kv, group = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
     head_dim = draw(st.sampled_from([8, 16]))
-    mistral = draw(st.booleans())
+    kind = draw(st.sampled_from(list(ARCHITECTURES)))
     raw = {
-        "model_type": "mistral" if mistral else "llama",
+        "model_type": kind,
         "vocab_size": VOCAB,
         "hidden_size": kv * group * 8,
         "intermediate_size": 24,
@@ -117,7 +119,7 @@ def configs(draw) -> dict:
     raw |= some(
         draw,
         {
-            "architectures": maybe(st.just([f"{'Mistral' if mistral else 'Llama'}ForCausalLM"])),
+            "architectures": maybe(st.just([ARCHITECTURES[kind].name])),
             "head_dim": st.just(head_dim) if head_dim != 8 else maybe(null, st.just(8)),
             "rms_norm_eps": maybe(st.sampled_from([1e-5, 1e-6, 0.5, 0.0, 1.0])),
             "tie_word_embeddings": maybe(st.booleans()),
@@ -125,7 +127,9 @@ def configs(draw) -> dict:
             "attention_bias": maybe(st.booleans()),
             "mlp_bias": maybe(st.booleans()),
             "is_causal": maybe(*[st.booleans()] * 8, null, zero),
-            "sliding_window": maybe(null, st.sampled_from([1, 7, 100])) if mistral else maybe(null),
+            "sliding_window": maybe(null) if kind == "llama" else maybe(null, st.sampled_from([1, 7, 100])),
+            "layer_types": st.just(ABSENT)
+            | maybe(null, st.lists(st.sampled_from(LAYER_TYPES), min_size=2, max_size=2)),
             "eos_token_id": maybe(null, st.integers(0, 5), st.lists(st.integers(0, 5), max_size=2)),
             "pad_token_id": maybe(null, st.integers(0, 5), st.just(-1)),
             "rope_theta": maybe(st.sampled_from([10000.0, 500000])),
@@ -136,6 +140,14 @@ def configs(draw) -> dict:
             "temperature": maybe(st.just(0.5)),
         },
     )
+    if kind.startswith("qwen"):
+        raw |= some(
+            draw,
+            {
+                "use_sliding_window": maybe(st.booleans(), st.just(True), null),
+                "max_window_layers": maybe(st.sampled_from([0, 1, 2, 1.0]), null),
+            },
+        )
     spelling = draw(st.sampled_from([None, "rope_scaling", "rope_parameters"]))
     if spelling:
         raw[spelling] = draw(ropes(head_dim // 2))
@@ -173,6 +185,9 @@ REFUSED = (
     "attention_chunk_size",
     "needs a rope_theta above 1",
     "is_causal must be true or false",
+    "layer_types has 'sliding_attention', but there is no sliding_window",
+    "layer_types must name",
+    "is not supported for LlamaForCausalLM (only 'full_attention')",
 )
 
 

@@ -1,0 +1,86 @@
+"""The supported architectures, a row each: the keys of config.json, their defaults, the names of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Architecture(NamedTuple):
+    """The differences between an architecture and LLaMA.
+
+    weights: for each module, the checkpoint's modules that are stacked in its weight, in this order of rows
+    (`layers.Linear.parts`). defaults: values of config.json that differ from LlamaConfig's. refused, ignored: keys that
+    neither it nor transformers reads. A config.json that sets a refused key raises ConfigError, since its author would
+    expect an effect. qkv_bias: q, k and v have biases, whatever `attention_bias` says. qk_norm: queries and keys are
+    normalised, each head by itself. layer_types: it reads that key, without which the window is that of all layers.
+    use_sliding_window: without that key it has no window, and layers below `max_window_layers` have none.
+    """
+
+    name: str
+    weights: Mapping[str, tuple[str, ...]]
+    defaults: Mapping[str, Any] = {}
+    refused: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    layer_types: bool = False
+    use_sliding_window: bool = False
+
+
+_LLAMA = {
+    "embed": ("model.embed_tokens",),
+    "norm": ("model.norm",),
+    "layers.{}.attention.norm": ("model.layers.{}.input_layernorm",),
+    "layers.{}.mlp.norm": ("model.layers.{}.post_attention_layernorm",),
+    "layers.{}.attention.qkv": tuple(f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"),
+    "layers.{}.attention.o": ("model.layers.{}.self_attn.o_proj",),
+    "layers.{}.mlp.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
+    "layers.{}.mlp.down": ("model.layers.{}.mlp.down_proj",),
+    "lm_head": ("lm_head",),
+}
+_QK_NORM = {f"layers.{{}}.attention.{name}": (f"model.layers.{{}}.self_attn.{name}",) for name in ("q_norm", "k_norm")}
+_MISTRAL = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# By model_type.
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", _LLAMA, refused=("sliding_window",), ignored=("layer_types",)),
+    "mistral": Architecture(
+        "MistralForCausalLM",
+        _LLAMA,
+        _MISTRAL,
+        ignored=("attention_bias", "mlp_bias"),
+        layer_types=True,
+    ),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM",
+        _LLAMA,
+        _QWEN,
+        ignored=("attention_bias", "mlp_bias"),
+        qkv_bias=True,
+        layer_types=True,
+        use_sliding_window=True,
+    ),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM",
+        _LLAMA | _QK_NORM,
+        _QWEN | {"head_dim": 128},
+        ignored=("mlp_bias",),
+        qk_norm=True,
+        layer_types=True,
+        use_sliding_window=True,
+    ),
+}
