@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_flex import LlamaConfig
+from llama_flex.checkpoint.architectures import ARCHITECTURES
 
 COMMON = LLAMA | {"use_cache": True}
 # The config.json of these checkpoints, with every key that it really holds.
@@ -158,9 +159,24 @@ def test_defaults_are_those_of_transformers():
     ours, reference = LlamaConfig(), transformers.LlamaConfig()
     assert_same_mathematics(ours, reference)
     for f in dataclasses.fields(LlamaConfig):
-        if f.name not in ("rope_parameters", "sliding_window", "is_causal", "other"):  # not keys of every LLaMA
+        if f.name not in ("rope_parameters", "sliding_window", "layer_types", "is_causal", "other"):  # not LLaMA's keys
             assert getattr(ours, f.name) == getattr(reference, f.name), f.name
     assert LlamaConfig.from_dict({}) == ours
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_defaults_of_every_architecture_are_those_of_transformers(kind):
+    ours, reference = LlamaConfig.from_dict({"model_type": kind}), transformers.AutoConfig.for_model(kind)
+    named = {f.name: getattr(reference, f.name, None) for f in dataclasses.fields(LlamaConfig)}
+    for name in named.keys() - {"rope_parameters", "layer_types", "is_causal", "other", *ours.architecture.ignored}:
+        if named[name] is not None or name in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window"):
+            assert getattr(ours, name) == named[name], name
+    assert (
+        ours.windows
+        == tuple(reference.sliding_window if layer == "sliding_attention" else None for layer in reference.layer_types)
+        if kind.startswith("qwen")
+        else (getattr(reference, "sliding_window", None),) * ours.num_hidden_layers
+    )
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -9,6 +9,7 @@ from families import LLAMA_31_ROPE
 from llama_flex import GenerationConfig, LlamaConfig
 from llama_flex.checkpoint.config_rules import ConfigError
 
+WINDOWED = {"model_type": "qwen3", "num_hidden_layers": 2, "use_sliding_window": True}
 LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
@@ -23,8 +24,8 @@ LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, 
         ({"architectures": [], "model_type": None}, "architecture [] (model_type None)"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window"),
         ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window"),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
-        ({"model_type": "qwen2"}, "qwen2"),
+        ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}, "Qwen2MoeForCausalLM"),
+        ({"model_type": "qwen2_moe"}, "qwen2_moe"),
         (
             {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
             "another head than the one that",
@@ -38,6 +39,16 @@ LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, 
         ({"compression_config": {"format": "x"}}, "compression_config"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
         ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention' is not supported"),
+        (WINDOWED | {"layer_types": ["full_attention"]}, "for each of 2 layers, found ['full_attention']"),
+        (WINDOWED | {"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
+        (WINDOWED | {"layer_types": ["full_attention", 1]}, "'1'"),
+        (WINDOWED | {"layer_types": {"0": "full_attention"}}, "layer_types must be a list of names"),
+        (WINDOWED | {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
+        (WINDOWED | {"max_window_layers": "1"}, "max_window_layers must be a whole number, found '1'"),
+        (WINDOWED | {"max_window_layers": True}, "max_window_layers"),
+        (WINDOWED | {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is more than"),
+        (WINDOWED | {"sliding_window": -1}, "sliding_window"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
@@ -154,12 +165,32 @@ def test_a_number_of_layers_that_could_not_even_be_listed_is_refused():
         ("LlamaForQuestionAnswering", "llama", ": it ends in another head than the one that predicts tokens"),
         ("LlamaForCausalLM", "mistral", "; LlamaForCausalLM goes with model_type 'llama'$"),
         ("MistralForCausalLM", "llama", "; MistralForCausalLM goes with model_type 'mistral'$"),
-        ("LlamaForCausalLMVec", "llama", "computes LlamaForCausalLM and MistralForCausalLM$"),  # unknown
-        ("LlamaBiModel", "llama", "computes LlamaForCausalLM and MistralForCausalLM$"),
-        ("Qwen2ForCausalLM", "qwen2", "computes LlamaForCausalLM and MistralForCausalLM$"),
-        ("BertForQuestionAnswering", "bert", "computes LlamaForCausalLM and MistralForCausalLM$"),
-        ("Eagle2_5_VLForConditionalGeneration", "eagle_2_5_vl", "computes LlamaForCausalLM and MistralForCausalLM$"),
-        ("LlamaForCausalLM", "eagle", "computes LlamaForCausalLM and MistralForCausalLM$"),
+        (
+            "LlamaForCausalLMVec",
+            "llama",
+            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+        ),  # unknown
+        ("LlamaBiModel", "llama", "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$"),
+        (
+            "Qwen2MoeForCausalLM",
+            "qwen2_moe",
+            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+        ),
+        (
+            "BertForQuestionAnswering",
+            "bert",
+            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+        ),
+        (
+            "Eagle2_5_VLForConditionalGeneration",
+            "eagle_2_5_vl",
+            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+        ),
+        (
+            "LlamaForCausalLM",
+            "eagle",
+            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+        ),
     ],
 )
 def test_another_architecture_is_refused_with_a_hint_from_its_name(named, model_type, said):
