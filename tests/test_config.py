@@ -171,12 +171,9 @@ def test_defaults_of_every_architecture_are_those_of_transformers(kind):
     for name in named.keys() - {"rope_parameters", "layer_types", "is_causal", "other", *ours.architecture.ignored}:
         if named[name] is not None or name in ("bos_token_id", "eos_token_id", "pad_token_id", "sliding_window"):
             assert getattr(ours, name) == named[name], name
-    assert (
-        ours.windows
-        == tuple(reference.sliding_window if layer == "sliding_attention" else None for layer in reference.layer_types)
-        if kind.startswith("qwen")
-        else (getattr(reference, "sliding_window", None),) * ours.num_hidden_layers
-    )
+    window, types = getattr(reference, "sliding_window", None), getattr(reference, "layer_types", None)
+    types = types or ["sliding_attention"] * reference.num_hidden_layers
+    assert list(ours.windows) == [window if kind == "sliding_attention" else None for kind in types]
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -216,21 +216,46 @@ def test_a_sliding_window_is_the_default_and_a_mask_takes_its_place(twins):
     assert torch.equal(by_default[:, :WINDOW], model(ids, mask=masks.causal())[:, :WINDOW])
 
 
+@pytest.mark.parametrize(
+    ("name", "of_layer"),
+    [
+        ("Mistral 7B v0.1", [masks.sliding_window(WINDOW)] * 2),
+        ("Qwen3 with a window in some layers", [masks.sliding_window(WINDOW), masks.causal()]),
+    ],
+)
 @torch.no_grad()
-def test_fused_prompts_keep_the_window(twins):
-    _, model = twins("Mistral 7B v0.1")
+def test_fused_prompts_keep_the_window(twins, name, of_layer):
+    _, model = twins(name)
     prompts = token_ids(model.config.vocab_size, 90).tolist()
-    engine = Engine(model)
+    engine = Engine(model, max_batch_size=2, max_length=256)
     options = {"max_new_tokens": 5, "stop_token_ids": ()}
     (fused,) = engine.generate([fuse(prompts)], **options)
-    (same,) = engine.generate([fuse(prompts)], mask=masks.fused() & masks.sliding_window(WINDOW), **options)
+    (same,) = engine.generate([fuse(prompts)], mask=[masks.fused() & mask for mask in of_layer], **options)
     (without,) = engine.generate([fuse(prompts)], mask=masks.fused(), **options)
     assert fused.logprobs == same.logprobs != without.logprobs
+    request = engine.submit(fuse(prompts), **options)
+    engine.run()
+    assert request.completion.tokens == fused.tokens
+    torch.testing.assert_close(torch.tensor(request.completion.logprobs), torch.tensor(fused.logprobs))
+
+
+@pytest.mark.parametrize("name", ["Qwen2 with a window above", "Qwen3 with a window in some layers"])
+def test_requests_at_a_time_get_the_tokens_that_each_gets_alone(twins, name):
+    _, model = twins(name)
+    prompts = [token_ids(model.config.vocab_size, n, 1)[0].tolist() for n in (5, 90, 200)]
+    engine = Engine(model, max_batch_size=2, max_length=256)
+    options = {"max_new_tokens": 12, "stop_token_ids": ()}
+    requests = [engine.submit(prompt, **options) for prompt in prompts]
+    engine.run()
+    assert [r.completion.tokens for r in requests] == [done.tokens for done in engine.generate(prompts, **options)]
 
 
 def test_a_step_reads_no_more_than_the_window(twins):
     _, model = twins("Mistral 7B v0.1")
     assert bytes_per_step(model, [WINDOW - 1]) < bytes_per_step(model, [WINDOW]) == bytes_per_step(model, [400])
+    _, model = twins("Qwen3 with a window in some layers")
+    short, at, long = (bytes_per_step(model, [n]) for n in (WINDOW - 1, WINDOW, WINDOW + 1))
+    assert at - short == 2 * (long - at) > 0  # in one of two layers
 
 
 @pytest.mark.parametrize("name", COMPUTED)
