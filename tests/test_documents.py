@@ -115,7 +115,7 @@ def test_names_of_nothing_would_be_noticed():
     absent = ["test_a", "test_names", "wring", "strim", "tests/no", "tests/no.py"]
     assert absent_tests(named) == absent
     links = "[a](log.md) [b](no.md#part) [c](../tests/no.py) [d](https://pytorch.org/no) [e](#part)\n"
-    links += "```\nf[0](x)\n```\n`python -m tools.no`, `python -m tools.parity`, "
+    links += "```\nf[0](x)\n```\n`python -m tools.no`, `python -m llama_flex.eval.parity`, "
     links += "`python -m llama_flex.generate`. `python -m llama_flex.eval.no`, `python -m llama_flex.eval.lm_eval`.\n"
     absent = ["no.md", "../tests/no.py", "tools/no.py", "llama_flex/eval/no.py"]
     assert absent_files(links, ROOT / "docs") == absent

@@ -16,42 +16,12 @@ import torch
 
 from llama_flex import Llama, LlamaConfig
 from llama_flex.checkpoint import hub
+from llama_flex.eval.samples import CONFIGS
 
 Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "weights/SmolLM2-135M-Instruct"
-LLAMA_3 = {
-    "vocab_size": 128256,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-}
-CONFIGS: dict[str, dict[str, Any]] = {  # as published, but without the RoPE scaling of 3.1 and 3.2
-    "llama-3.1-8b": LLAMA_3
-    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "llama-3.2-1b": LLAMA_3
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-    | {"head_dim": 64, "tie_word_embeddings": True},
-    "llama-3.2-3b": LLAMA_3
-    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
-    | {"tie_word_embeddings": True},
-    "llama-3.1-70b": LLAMA_3
-    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 131072,
-    },
-}
 
 
 def whole_number(text: str) -> int:

@@ -35,6 +35,7 @@ from llama_flex import Engine, Llama, Mask, Prompt, Sampling, Tokenizer, Tokens,
 from llama_flex.checkpoint.files import FolderError
 from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.graphs import Graphs
+from llama_flex.eval.samples import PARAPHRASES
 from tools._measuring import (
     CONFIGS,
     DEMO,
@@ -61,33 +62,6 @@ Run = Callable[[], tuple[float, list[int]]]  # does the work once; returns the s
 OURS = "llama_flex"
 PEERS = ("dynamic", "static", "flex")
 START_LENGTH, START_NEW = 30, 10  # `startup`: tokens in the prompt, and tokens generated
-PARAPHRASES = (
-    "A farmer has twelve apples in a basket. He gives three of them to his neighbour and two to his daughter, and "
-    "then finds one more under the tree. In the afternoon a traveller comes to the farm and buys half of what is "
-    "left. In the evening the farmer's wife brings four apples home from the market, and puts them into the same "
-    "basket. At night a mouse spoils one apple, which the farmer throws away. How many good apples are in the "
-    "basket now?",
-    "There are twelve apples in the basket of a farmer. Three go to the neighbour, two go to the daughter, and one "
-    "is found below the tree. Half of those that remain are sold to a traveller who visits the farm in the "
-    "afternoon. Then the wife of the farmer comes back from the market with four more, which she adds to the "
-    "others. During the night one of them is spoiled by a mouse and has to be thrown away. What is the number of "
-    "good apples in the end?",
-    "Starting with twelve apples, a farmer hands three to a neighbour and two to his daughter. Under the tree he "
-    "finds another one. A man on a journey stops at the farm after noon, and he pays for one half of the apples "
-    "that are there. From the market, his wife carries four apples into the house before it is dark. The next "
-    "morning they see that a mouse has eaten from one of the apples, so they do not keep that one. Count the good "
-    "apples that they have.",
-    "Someone who grows apples owns twelve of them. After presenting three to the person next door and two to his "
-    "daughter, he picks up one more from under the tree. Later that day he sells half of all his apples to a "
-    "stranger who is passing by. His wife, who was at the market, returns with four of them and lays them beside "
-    "the rest. A mouse gets at one apple while everybody sleeps, and it is no longer good. How many good ones does "
-    "he own?",
-    "Twelve apples lie in a basket. The farmer whose basket it is takes out three for his neighbour and two for his "
-    "daughter. He puts in one which he found under the tree. A traveller then buys every second apple from the "
-    "basket. Four apples, which the farmer's wife got at the market, are put into it in the evening. In the night "
-    "one apple is bitten by a mouse, and in the morning it is taken out. How many good apples lie in the basket "
-    "after all of this?",
-)
 
 
 def main(argv: list[str] | None = None) -> int:

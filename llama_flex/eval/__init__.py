@@ -1,1 +1,1 @@
-"""Evaluation: checks of masks, scoring of given text, and the adapter for lm-eval."""
+"""Evaluation: checks and pictures of masks, scores of given text, parity with transformers, the adapter for lm-eval."""

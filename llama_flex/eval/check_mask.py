@@ -1,4 +1,4 @@
-"""Check masks and score functions, and explain what is wrong with them.
+"""Check masks and score functions, and explain what is wrong: `python -m llama_flex.eval.check_mask FILE.py:NAME`.
 
 `check_mask` evaluates one on random tokens: by its dense definition, for single cells, in eager and in compiled
 FlexAttention, in the full forward and in cached decoding. Dimensions: B batch, H query heads, T query tokens, S slots.
@@ -6,12 +6,16 @@ FlexAttention, in the full forward and in cached decoding. Dimensions: B batch, 
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,7 +36,8 @@ LENGTHS = (1, 127, 128, 129, 300)  # one token, and up to, at and past the edges
 DOCUMENT = 50  # tokens per segment
 TOLERANCE = 160 * torch.finfo(torch.float32).eps  # about 2e-5; of logits, relative to the largest
 
-_NO_CHANCE = "take chance from a table"
+_MODULE = "_checked"  # the name under which the command imports FILE.py
+_NO_CHANCE = "take random numbers from a table made before"
 _CELL = "for query {2} and key {3} (row {0}, head {1}, length {4})"
 
 
@@ -286,3 +291,67 @@ def _logits(rule: Mask | ScoreMod, model: Llama, tokens: Tokens, way: str, cache
             x, _ = model.step(part, None, None, segment, cache, plan, backend, run)
             logits.append(model.head(x))
     return torch.cat(logits, 1)
+
+
+# ---- the command
+
+
+class Parser(argparse.ArgumentParser):
+    """Report wrong arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def load(target: str) -> Any:
+    """Return the object FILE.py:NAME. Raises ValueError for a missing file or name, and for a file that fails."""
+    file, _, name = target.rpartition(":")
+    if not file or not name:
+        raise ValueError(f"{target} is not FILE.py:NAME")
+    spec = importlib.util.spec_from_file_location(_MODULE, file)
+    if not Path(file).is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"{file}: no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as `python FILE.py` does
+    try:
+        _, fault = attempt(spec.loader.exec_module, module)
+    except SystemExit as error:
+        raise ValueError(f"{file}: exits when it is run; put that under `if __name__ == '__main__':`") from error
+    if fault:
+        raise ValueError(f"{file}: {fault.message}")
+    if not hasattr(module, name):
+        raise ValueError(f"{file}: has no {name}")
+    return getattr(module, name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0 without errors, 1 with errors, 2 for a wrong argument."""
+    parser = Parser(
+        description="Check a mask or a score function for mistakes.", prog="python -m llama_flex.eval.check_mask"
+    )
+    parser.add_argument("target", metavar="FILE.py:NAME", help="a mask, a predicate, a score function; FILE.py is run")
+    parser.add_argument("--heads", type=int, default=4, help="number of query heads (default: 4)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="skip the checks of compiled code, which take most of the time"
+    )
+    options = parser.parse_args(arguments)
+
+    try:
+        findings = check_mask(
+            load(options.target),
+            num_heads=options.heads,
+            compile=not options.no_compile,
+            passed=lambda line: print(f"passed: {line}", flush=True),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for finding in findings:
+        print(finding)
+    return int(any(finding.level == "error" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""tools.parity: correct models agree with transformers, and each fault is found and named."""
+"""llama_flex.eval.parity: correct models agree with transformers, and each fault is found and named."""
 
 import dataclasses
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import few
+from helpers import ROOT, few
 
 from llama_flex import Engine, Llama, Tokenizer
+from llama_flex.eval import parity
 from llama_flex.weights import named_weights
-from tools import parity
 
 TINY = ("random:tiny", "--device", "cpu", "--length", "40")
 
@@ -224,10 +224,11 @@ def test_without_transformers_the_way_out_is_one_line(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'x'\")")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "tools.parity", "random:tiny"]
+    command = [sys.executable, "-m", "llama_flex.eval.parity", "random:tiny"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: tools.parity needs transformers (No module named 'x'): pip install -e '.[test]'\n"
+    said = "llama_flex.eval.parity needs transformers (No module named 'x'): pip install 'llama_flex[parity]'"
+    assert done.stderr == f"error: {said}\n"
 
 
 @pytest.mark.parametrize(
@@ -239,8 +240,9 @@ def test_without_transformers_the_way_out_is_one_line(tmp_path):
         ("random:tiny --inject q-rows:2", "the model has layers 0 to 1"),
         ("random:tiny --inject theta:1", "leave out :1"),
         ("random:tiny --length 1", "found 1 tokens, 2 are needed"),
+        ("random:tiny --length 0", "length must be at least 1, not 0"),
         ("random:tiny --length 131072", "give --length 131040 or less"),
-        ("random:tiny --text README.md", "no tokenizer for --text; leave that out"),
+        ("random:tiny --text README.md", "no tokenizer for a text (--text); leave that out"),
         ("random:tiny --device tpu", "device 'tpu' is not known"),
         ("random:tiny --against FOLDER", "vocab_size is 512 in MODEL and 500 in --against; give models of one shape"),
         ("random:tiny --dtype int8", "invalid choice: 'int8'"),
@@ -262,3 +264,16 @@ def test_the_demo_model_agrees(capsys, demo_folder):
     result = as_json(capsys, 0, str(demo_folder), "--device", "cpu", "--length", "48", "--no-compile")
     names = [check["name"].split(",")[0] for check in result["checks"]]
     assert names[-2:] == ["texts with other ids", "chats with another text"]
+
+
+def test_the_test_in_the_document_passes_and_explains_a_failure(folder, tmp_path):
+    text = (ROOT / "docs" / "parity.md").read_text()
+    [block] = re.findall(r"```python\n(.*?def test_.*?)```", text, re.DOTALL)
+    assert block.count("\n") <= 10
+    block = block.replace("weights/SmolLM2-135M-Instruct", str(folder))
+    for extra, said in (("", "1 passed"), (', inject="theta"', "This points to RoPE: its theta or scaling.")):
+        (tmp_path / "test_mine.py").write_text(block.replace("compile=False", f"compile=False{extra}"))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_mine.py")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == bool(extra), done.stdout
+        assert said in done.stdout

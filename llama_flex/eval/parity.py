@@ -1,4 +1,4 @@
-"""Compare this package with transformers on the same weights and tokens: `python -m tools.parity MODEL`.
+"""Compare this package with transformers on the same weights and tokens: `python -m llama_flex.eval.parity MODEL`.
 
 First compares site by site, from the embeddings to the logits, and explains what the first site that diverges points
 to. Then compares what must give the same logits: chunks, single tokens, ragged batches, compiled code, far positions;
@@ -37,23 +37,31 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.models.llama.modeling_llama import eager_attention_forward
 except ModuleNotFoundError as error:
-    needs = f"tools.parity needs transformers ({error}): pip install -e '.[test]'"
+    needs = f"llama_flex.eval.parity needs transformers ({error}): pip install 'llama_flex[parity]'"
     if __name__ == "__main__":
         sys.exit(f"error: {needs}")
     raise ImportError(needs) from error
 
-from llama_flex import Capture, Engine, Llama, LlamaConfig, Mask, Sampling, Tokenizer, masks
-from llama_flex.cache import Cache
-from llama_flex.checkpoint import hub
-from llama_flex.engine.graphs import Graphs
-from llama_flex.layers import RMSNorm
-from tools._measuring import CONFIGS, whole_number
-from tools.bench import PARAPHRASES
-from tools.check_mask import Parser
+from .. import masks
+from ..cache import Cache
+from ..checkpoint import hub
+from ..config import LlamaConfig
+from ..engine.engine import Engine
+from ..engine.graphs import Graphs
+from ..interp.capture import Capture
+from ..layers import RMSNorm
+from ..masks.mask import Mask
+from ..model import Llama
+from ..sampling import Sampling
+from ..tokenizer import Tokenizer
+from ..usercode.arguments import whole_number
+from .check_mask import Parser
+from .samples import CONFIGS, PARAPHRASES
 
 # On a CPU, a correct model is bit-exact in float32 and within 0.41 of the limit in bfloat16; from 33 tokens on, each of
 # the faults exceeds the limit at least 2.9 times, in both.
 FACTOR, FLOOR = 4, 2
+CHECKS_HEAD = f"{'what must be the same':36}{'difference':>10}{'limit':>10}"
 SKIPPED = "  ...  what follows from it: --all"
 LENGTH, STEPS, FAR = 256, 32, 32768  # tokens to compare, the most new tokens, the first of the far positions
 FAULTS = {
@@ -126,6 +134,27 @@ class Check:
     def agrees(self) -> bool:
         """Whether the difference is within the limit."""
         return self.difference <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name:36}{self.difference:10.1e}{self.limit:10.1e}{'' if self.agrees else '  diverges'}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The comparison of a checkpoint with transformers over a number of tokens; `str` explains it."""
+
+    tokens: int
+    sites: Sequence[Site]
+    checks: Sequence[Check]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether nothing diverges."""
+        return not any(site.diverges for site in self.sites) and all(check.agrees for check in self.checks)
+
+    def __str__(self) -> str:
+        checks = ["", CHECKS_HEAD, *map(str, self.checks)] if self.checks else []
+        return "\n".join([table(self.sites, every=False), *checks, "", verdict(self.sites, self.checks)])
 
 
 class Reference:
@@ -250,7 +279,7 @@ def _cause(names: Sequence[str], start: int) -> str:
     return f"the rows of {' and '.join(f'{name}_proj' for name in names)} (permuted?)"
 
 
-def inject(model: Llama, fault: str, layer: int) -> None:
+def make_fault(model: Llama, fault: str, layer: int) -> None:
     """Make one of FAULTS in the model, except for `window`, which is in the masks."""
     block = list(model.blocks())[layer]
     if fault == "q-rows":
@@ -361,21 +390,20 @@ def new_tokens(context: int) -> int:
     return max(0, min(STEPS, context // 2, context - 2))
 
 
-def token_ids(args: argparse.Namespace, tokenizer: Tokenizer | None, model: Llama) -> list[int]:
+def token_ids(model: Llama, tokenizer: Tokenizer | None, text: str | None, length: int | None, seed: int) -> list[int]:
     """Return the first tokens of the text, or random ones without a tokenizer. Raises ValueError for a wrong number."""
     context, new = model.context, new_tokens(model.context)
     if context < 2:
         raise ValueError(f"a context of {context} has no room for the 2 tokens that are needed; give another model")
-    count = args.length or min(LENGTH, context - new)
-    if tokenizer is None and args.text is not None:
-        raise ValueError("the model has no tokenizer for --text; leave that out, and tokens are random")
+    count = length or min(LENGTH, context - new)
+    if tokenizer is None and text is not None:
+        raise ValueError("the model has no tokenizer for a text (--text); leave that out, and tokens are random")
     if tokenizer is None:
-        generator = torch.Generator().manual_seed(args.seed)
+        generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
     else:
-        text = " ".join(PARAPHRASES) if args.text is None else args.text.read_text(encoding="utf-8")
-        ids = tokenizer.encode(text)[:count]
-    least = max(2, args.length or 0)
+        ids = tokenizer.encode(" ".join(PARAPHRASES) if text is None else text)[:count]
+    least = max(2, length or 0)
     if len(ids) < least:
         raise ValueError(f"found {len(ids)} tokens, {least} are needed; give a longer --text, or another --length")
     if len(ids) + new > context:
@@ -426,13 +454,13 @@ def table(compared: Sequence[Site], every: bool) -> str:
 
 def _parser() -> Parser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="python -m tools.parity", description=__doc__, formatter_class=form)
+    parser = Parser(prog="python -m llama_flex.eval.parity", description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"a folder, a name on the hub, or random: and one of {', '.join(CONFIGS)}")
     add("--against", metavar="PATH", help="a folder, or a name on the hub, for transformers (default: MODEL)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--length", type=whole_number, metavar="N", help=f"tokens, at least 2 (default: {LENGTH}, or what there is)")
+    add("--length", type=int, metavar="N", help=f"tokens, at least 2 (default: {LENGTH}, or what there is)")
     add("--seed", type=int, default=0, help="seed of random weights and tokens (default: 0)")
     add("--text", type=Path, metavar="FILE", help="the text to compare on (default: one of this tool's)")
     faults = "; ".join(f"{name}: {what}" for name, what in FAULTS.items())
@@ -444,56 +472,60 @@ def _parser() -> Parser:
 
 
 @torch.no_grad()
-def run(args: argparse.Namespace, folder: Path) -> bool:
-    """Compare and print; return whether everything agrees. folder: where random weights may be saved.
+def compare_checkpoint(
+    path_or_repo: str | Path,
+    *,
+    against: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    length: int | None = None,
+    text: str | None = None,
+    seed: int = 0,
+    compile: bool = True,
+    inject: str | None = None,
+    progress: Callable[[str], None] = lambda lines: None,
+    every_site: bool = False,
+) -> Report:
+    """Compare a checkpoint, a folder or a hub repository, with transformers; see the module's description.
 
-    Raises ValueError for a wrong argument.
+    against: another checkpoint of the same shape for transformers. length: the number of tokens to compare, default 256
+    or what there is. text: default one of this tool's; without a tokenizer, random ids by `seed`. compile: also compare
+    compiled code, which takes most of the time. inject: a fault to make in memory, `FAULT[:LAYER]`; then only the sites
+    are compared. progress: called with lines as results come. every_site: let it show all sites of all layers.
+    Raises ValueError for a wrong argument, and whatever `Llama.from_pretrained` raises.
     """
     files = hub.MODEL_FILES + hub.TOKENIZER_FILES
-    if args.model.startswith("random:"):
-        random_checkpoint(args.model.removeprefix("random:"), args.seed, folder)
-    else:
-        folder = hub.resolve(args.model, files)
-    model = Llama.from_pretrained(folder, device=args.device, dtype=getattr(torch, args.dtype))
-    against = folder if args.against is None else hub.resolve(args.against, files)
-    if against != folder:
-        check_shapes(model.config, LlamaConfig.from_pretrained(against))
-        Llama.from_pretrained(
-            against, device="cpu"
-        )  # raises for missing tensors, which transformers would fill with random numbers
+    if length is not None:
+        whole_number("length", length, least=1)
+    folder = hub.resolve(path_or_repo, files)
+    model = Llama.from_pretrained(folder, device=device, dtype=dtype)
+    other = folder if against is None else hub.resolve(against, files)
+    if other != folder:
+        check_shapes(model.config, LlamaConfig.from_pretrained(other))
+        Llama.from_pretrained(other, device="cpu")  # raises for missing tensors, which transformers would make up
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
-    ids = torch.tensor([token_ids(args, tokenizer, model)], device=model.device)
-    mask, options, what = None, {}, ""
-    if args.inject is not None:
-        fault, layer = fault_and_layer(args.inject, model.config.num_hidden_layers)
-        inject(model, fault, layer)
+    ids = torch.tensor([token_ids(model, tokenizer, text, length, seed)], device=model.device)
+    mask, options, what = None, dict[str, Any](), ""
+    if inject is not None:
+        fault, layer = fault_and_layer(inject, model.config.num_hidden_layers)
+        make_fault(model, fault, layer)
         what = f", {FAULTS[fault]}" + f" in layer {layer}" * (fault in IN_ONE_LAYER)
         if fault == "window":
             mask, options["attention_mask"] = windows(ids.shape[1], model)
-    reference = Reference(against, model.dtype, model.device)
+    progress(f"{path_or_repo}{what}, against {against or 'the same'} in transformers {transformers.__version__}")
+    progress(f"{dtype}, {model.device}, {ids.shape[1]} tokens".removeprefix("torch."))
+    reference = Reference(other, model.dtype, model.device)
     expected, *others = reference.runs(ids, **options)
-    compared = compare(walk(model, ids, mask), expected, others)
-    say: Callable[[str], None] = (lambda line: None) if args.json else partial(print, flush=True)
-    say(f"{args.model}{what}, against {args.against or 'the same'} in transformers {transformers.__version__}")
-    say(f"{args.dtype}, {model.device}, {ids.shape[1]} tokens\n\n{table(compared, args.all)}\n")
-    checks: list[Check] = []
-    if args.inject is None:
-        say(f"{'what must be the same':36}{'difference':>10}{'limit':>10}")
-        of_logits = logits_checks(model, reference, ids, compared[-1].limit, not args.no_compile)
+    sites, checks = compare(walk(model, ids, mask), expected, others), list[Check]()
+    progress(f"\n{table(sites, every_site)}\n")
+    if inject is None:
+        progress(CHECKS_HEAD)
+        of_logits = logits_checks(model, reference, ids, sites[-1].limit, compile)
         for check in chain(of_logits, () if tokenizer is None else tokenizer_checks(folder, tokenizer)):
             checks.append(check)
-            mark = "" if check.agrees else "  diverges"
-            say(f"{check.name:36}{check.difference:10.1e}{check.limit:10.1e}{mark}")
-    found = verdict(compared, checks)
-    say(f"\n{found}" if checks else found)
-    agrees = not any(site.diverges for site in compared) and all(check.agrees for check in checks)
-    if args.json:
-        given = {name: getattr(args, name) for name in ("model", "against", "dtype", "inject")}
-        given |= {"device": str(model.device), "tokens": ids.shape[1], "agrees": agrees, "verdict": found}
-        of_checks = [asdict(check) | {"agrees": check.agrees} for check in checks]
-        print(json.dumps(given | {"sites": [asdict(site) for site in compared], "checks": of_checks}))
-    return agrees
+            progress(str(check))
+    return Report(ids.shape[1], sites, checks)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -502,11 +534,34 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    say: Callable[[str], None] = (lambda lines: None) if args.json else partial(print, flush=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return int(not run(args, Path(folder)))
+            if args.model.startswith("random:"):
+                random_checkpoint(args.model.removeprefix("random:"), args.seed, Path(folder))
+            report = compare_checkpoint(
+                folder if args.model.startswith("random:") else args.model,
+                against=args.against,
+                dtype=getattr(torch, args.dtype),
+                device=args.device,
+                length=args.length,
+                text=None if args.text is None else args.text.read_text(encoding="utf-8"),
+                seed=args.seed,
+                compile=not args.no_compile,
+                inject=args.inject,
+                progress=say,
+                every_site=args.all,
+            )
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+    found = verdict(report.sites, report.checks)
+    say(f"\n{found}" if report.checks else found)
+    if args.json:
+        given = {name: getattr(args, name) for name in ("model", "against", "dtype", "inject", "device")}
+        given |= {"tokens": report.tokens, "agrees": report.agrees, "verdict": found}
+        of_checks = [asdict(check) | {"agrees": check.agrees} for check in report.checks]
+        print(json.dumps(given | {"sites": [asdict(site) for site in report.sites], "checks": of_checks}))
+    return int(not report.agrees)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from helpers import few
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from llama_flex import Llama, LlamaConfig, Mask, Tokenizer, Tokens, fuse, masks
-from tools import show_mask
+from llama_flex.eval import show_mask
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_errors_are_one_line(capsys, folder, arguments, message):
 
 def test_without_matplotlib_a_picture_is_refused_and_text_is_not(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert 'pip install -e ".[tools]"' in refused(capsys, "--length", "3", "--output", "mask.png")
+    assert "pip install 'llama_flex[tools]'" in refused(capsys, "--length", "3", "--output", "mask.png")
     assert shown(capsys, "--length", "3").startswith("causal()")
 
 

@@ -8,7 +8,6 @@ import pytest
 from helpers import ROOT
 
 from llama_flex.eval import check_mask
-from tools import check_mask as tool
 
 SOURCE = """
 import torch
@@ -28,12 +27,12 @@ def run(tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.py"
     file.write_text(SOURCE)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr(tool, "MODULE", "_checked_here")
+    monkeypatch.setattr(check_mask, "_MODULE", "_checked_here")
     monkeypatch.setattr(check_mask, "check_mask", functools.partial(check_mask.check_mask, lengths=(1, 9)))
 
     def command(name, *options):
         try:
-            code = tool.main([f"{file}:{name}", *options, "--no-compile"])
+            code = check_mask.main([f"{file}:{name}", *options, "--no-compile"])
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()
@@ -81,7 +80,7 @@ def test_impossible_checks_are_one_line_and_exit_code_2(run, source, name, words
 
 @pytest.mark.parametrize("target", ["no_such_file.py:good", "mine.py", ":good", "."])
 def test_a_target_that_is_none_is_one_line_and_exit_code_2(target, capsys):
-    assert tool.main([target]) == 2
+    assert check_mask.main([target]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -92,7 +91,7 @@ def test_wrong_options_are_one_line_and_exit_code_2(run):
 
 
 @pytest.mark.exhaustive
-def test_the_command_runs_as_a_module_and_as_a_file():
-    for command in (["-m", "tools.check_mask"], ["tools/check_mask.py"]):
-        done = subprocess.run([sys.executable, *command, "nothing"], cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nothing is not FILE.py:NAME\n")
+def test_the_command_runs_as_a_module():
+    command = [sys.executable, "-m", "llama_flex.eval.check_mask", "nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: nothing is not FILE.py:NAME\n")

@@ -1,4 +1,4 @@
-"""Draw a mask over tokens, in the terminal or as a picture: `python -m tools.show_mask --mask "causal()" --length 8`.
+"""Draw a mask over tokens, as text or as a picture: `python -m llama_flex.eval.show_mask --mask "causal()" --length 8`.
 
 FlexAttention works in blocks of 128 x 128: it computes full blocks without evaluating the mask, evaluates it for each
 cell of partial blocks, and skips empty ones. T tokens, as queries (down) and as keys (across), in N blocks.
@@ -20,13 +20,17 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
-from llama_flex import Capture, Llama, Mask, Prompt, Tokenizer, Tokens, fuse, masks
-from llama_flex.engine.fusion import Positions
-from llama_flex.eval.check_mask import attempt
-from llama_flex.masks.cells import Sparsity
-from llama_flex.masks.layout import BLOCK
-from llama_flex.masks.library import GENERATED
-from tools.check_mask import Parser, load
+from .. import masks
+from ..engine.fusion import Positions, Prompt, fuse
+from ..interp.capture import Capture
+from ..masks.cells import Sparsity
+from ..masks.layout import BLOCK
+from ..masks.library import GENERATED
+from ..masks.mask import Mask
+from ..model import Llama
+from ..tokenizer import Tokenizer
+from ..tokens import Tokens
+from .check_mask import Parser, attempt, load
 
 if TYPE_CHECKING:  # matplotlib is an optional extra
     from matplotlib.axes import Axes
@@ -177,7 +181,7 @@ def draw(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError('a picture needs matplotlib: pip install -e ".[tools]"') from error
+        raise ValueError("a picture needs matplotlib: pip install 'llama_flex[tools]'") from error
     segments = tokens.segment[0].tolist()
     count = len(segments)
     _check_fit(count, DRAWN, labels, weights)
@@ -290,7 +294,7 @@ def layer_and_head(given: str) -> tuple[int, int]:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m tools.show_mask", description="Draw a mask over tokens.")
+    parser = Parser(prog="python -m llama_flex.eval.show_mask", description="Draw a mask over tokens.")
     add = parser.add_argument
     names = 'Python with the names of llama_flex.masks, Mask and torch, such as "sliding_window(4) | sink(1)"'
     names += "; or FILE.py:NAME, a Mask or a predicate (q, kv) there (default: causal(), with --fuse fused())"

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, few
 
 from llama_flex import Tokens, masks
-from tools import show_mask
+from llama_flex.eval import show_mask
 
 TEXT = (ROOT / "docs" / "masks.md").read_text()
 START = TEXT.index("```python\nimport torch")
@@ -45,7 +45,7 @@ def test_command_code_and_picture_are_of_one_mask(title, tmp_path, monkeypatch, 
     _, code, command, link = SECTIONS[TITLES.index(title)]
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "tools.show_mask"]
+    assert words[:3] == ["python", "-m", "llama_flex.eval.show_mask"]
     assert words[-2:] == ["--output", f"docs/{link}"]
     drawn, draw = [], show_mask.draw
 
@@ -76,7 +76,7 @@ def test_command_code_and_picture_are_of_one_mask(title, tmp_path, monkeypatch, 
 
 def test_every_command_and_picture_belongs_to_a_section():
     commands = re.findall(
-        r"^python -m tools\.show_mask .*", TEXT, re.MULTILINE
+        r"^python -m llama_flex\.eval\.show_mask .*", TEXT, re.MULTILINE
     )  # as the command that draws all of them finds them
     assert commands == [section[2] for section in SECTIONS]
     pictures = [section[3] for section in SECTIONS]
@@ -93,7 +93,7 @@ def test_every_named_mask_has_its_place():
 
 
 def test_blocks_in_the_terminal_are_as_shown(capsys):
-    [(command, shown)] = re.findall(r"```\n\$ (python -m tools\.show_mask .*?)\n(.*?)```", TEXT, re.DOTALL)
+    [(command, shown)] = re.findall(r"```\n\$ (python -m llama_flex\.eval\.show_mask .*?)\n(.*?)```", TEXT, re.DOTALL)
     show_mask.main(shlex.split(command)[3:])
     assert capsys.readouterr().out == shown
 
