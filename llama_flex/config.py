@@ -55,9 +55,8 @@ class LlamaConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", config_rules.derived_head_dim(self))
-        if self.architecture.use_sliding_window and self.layer_types is None:
-            types = ("full_attention" if self.sliding_window is None else "sliding_attention",) * self.num_hidden_layers
-            object.__setattr__(self, "layer_types", types)
+        if self.layer_types is not None:
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))
         config_rules.check_values(self, self.architecture.refused + self.architecture.ignored)
         self.rope_parameters.check(self.head_dim)
 
@@ -126,6 +125,8 @@ class LlamaConfig:
             out["layer_types"] = list(self.layer_types)
         if known.use_sliding_window:
             out["use_sliding_window"] = self.sliding_window is not None
+            if self.layer_types is None and self.sliding_window is not None:
+                out["max_window_layers"] = 0
         if isinstance(self.eos_token_id, tuple):
             out["eos_token_id"] = list(self.eos_token_id)
         return out | {"rope_parameters": self.rope_parameters.to_dict()}

@@ -94,7 +94,10 @@ def _is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
 
 
 class Attention(nn.Module):
-    """Pre-norm grouped-query attention (arXiv:2305.13245) with residual: x + o(attend(qkv(norm(x))))."""
+    """Pre-norm grouped-query attention (arXiv:2305.13245) with residual: x + o(attend(qkv(norm(x)))).
+
+    window: the layer's sliding window, or None. q_norm, k_norm: norms of each head's queries and keys, or None.
+    """
 
     def __init__(self, config: LlamaConfig, window: int | None) -> None:
         super().__init__()

@@ -205,7 +205,7 @@ class Llama(nn.Module):
         lengths `[B]`: the number of real tokens in each row; the rest is padding on the right (default: all are real).
         positions `[B, T]`: rotary positions (default: continue after the row's highest, or from 0). segments `[B, T]`:
         default 0.
-        mask: default causal, or the model's sliding window. score_mod: default none. Either: one for all layers, or one
+        mask: default each layer's own, see `default_masks`. score_mod: default none. Either: one for all layers, or one
         per layer; captured tensors are moved to the model's device. logits_to_keep: compute logits for that many of
         each row's last real tokens only, `[B, logits_to_keep, V]` (0: all).
         capture, edit: one or several of each, to record and to change the tensors at hook points. recompute: keep only

@@ -177,6 +177,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rope_theta": 1000000.0, "tie_word_embeddings": False}
         | {"sliding_window": 131072, "max_window_layers": 28, "use_sliding_window": False},
     ),
+    "DeepSeek-R1-Distill-Qwen 1.5B": (
+        "use_mrope false; groups of 6 heads (12/2)",
+        QWEN2
+        | sizes(1536, 28, 12, 2, 8960, 151936, 131072, 1e-6)
+        | {"rope_theta": 10000, "tie_word_embeddings": False, "use_mrope": False}
+        | {"sliding_window": 4096, "max_window_layers": 21, "use_sliding_window": False},
+    ),
     "Qwen2.5 with YaRN": (
         'rope_scaling "yarn" over biases',
         QWEN2

@@ -68,8 +68,8 @@ def test_its_config_is_read_as_the_reference_reads_it(name, tmp_path):
     derived = reference.hidden_size // reference.num_attention_heads
     assert ours.head_dim == getattr(reference, "head_dim", derived)
     assert ours.sliding_window == getattr(reference, "sliding_window", None)
-    if ours.layer_types is not None:
-        assert list(ours.layer_types) == reference.layer_types
+    types = getattr(reference, "layer_types", None) or ["sliding_attention"] * ours.num_hidden_layers
+    assert list(ours.windows) == [ours.sliding_window if kind == "sliding_attention" else None for kind in types]
     rotary = RotaryEmbedding(ours.rope_parameters, ours.head_dim, ours.max_position_embeddings)
     module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(reference)
     assert torch.equal(rotary.inv_freq, module.inv_freq)

@@ -20,7 +20,8 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 MODULES = [".".join(("llama_flex", *Path(name).with_suffix("").parts)).removesuffix(".__init__") for name in TREES]
 FORBIDDEN = ("transformers", "accelerate", "triton", "flash_attn", "xformers")
 CUDA_ONLY = "kernels/gemv.py"  # imports Triton, which comes with torch's CUDA builds only
-LAZY = ("llama_flex.kernels.gemv", "llama_flex.eval.lm_eval")  # import what the package alone does not have
+PARITY = "eval/parity.py"  # compares with transformers: imported by nothing else of the package
+LAZY = ("llama_flex.kernels.gemv", "llama_flex.eval.lm_eval", "llama_flex.eval.parity")  # import what only extras bring
 
 
 def run(code: str) -> str:
@@ -60,7 +61,8 @@ def last_name(node: ast.AST) -> str | None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_file_imports_what_the_package_does_without(name):
-    assert imported(TREES[name]) & set(FORBIDDEN) <= ({"triton"} if name == CUDA_ONLY else set())
+    allowed = {CUDA_ONLY: {"triton"}, PARITY: {"transformers"}}
+    assert imported(TREES[name]) & set(FORBIDDEN) <= allowed.get(name, set())
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,7 @@ def test_imports_that_need_triton_or_an_extra_are_lazy(name):
     at_once = imported_at_once(TREES[name])
     assert "gemv" not in at_once
     assert "lm_eval" not in at_once or name == "eval/lm_eval.py"
+    assert "parity" not in at_once
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,7 @@ ALLOWED = {
     ("generate.py", "warnings.showwarning"),  # documented as a hook
     ("generate.py", "sys.stderr"),  # becomes the null device where it is closed
     ("engine/code_cache.py", "os.environ[_NAME]"),  # where torch keeps compiled code
+    ("eval/check_mask.py", "sys.modules[_MODULE]"),  # the user's file, imported by the command
 }
 
 
@@ -278,6 +282,8 @@ def test_flex_attention_gets_no_other_name():
 
 def test_no_other_attention_is_ever_named():
     for path in FILES:
+        if path == PACKAGE / PARITY:
+            continue  # the reference's own attention
         text = path.read_text()
         for name in ("scaled_dot_product_attention", "sdpa", "SDPA", "MultiheadAttention", "flash_attn", "xformers"):
             assert name not in text, f"{path.name} names {name}"

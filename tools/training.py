@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
             ids,
             positions=positions,
             segments=segments,
-            mask=masks.causal() & masks.document(),
+            mask=[mask & masks.document() for mask in model.default_masks],
             backend="flex" if cuda else "dense",
             recompute=args.recompute,
         )

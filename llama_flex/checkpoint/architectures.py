@@ -13,8 +13,8 @@ class Architecture(NamedTuple):
     (`layers.Linear.parts`). defaults: values of config.json that differ from LlamaConfig's. refused, ignored: keys that
     neither it nor transformers reads. A config.json that sets a refused key raises ConfigError, since its author would
     expect an effect. qkv_bias: q, k and v have biases, whatever `attention_bias` says. qk_norm: queries and keys are
-    normalised, each head by itself. layer_types: it reads that key, without which the window is that of all layers.
-    use_sliding_window: without that key it has no window, and layers below `max_window_layers` have none.
+    normalised, each head by itself. layer_types: config.json may have that key; without it, every layer has the window.
+    use_sliding_window: the window applies only if that key is true, and from layer `max_window_layers` on.
     """
 
     name: str
@@ -60,6 +60,13 @@ ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", _LLAMA, refused=("sliding_window",), ignored=("layer_types",)),
     "mistral": Architecture(
         "MistralForCausalLM",
+        _LLAMA,
+        _MISTRAL,
+        ignored=("attention_bias", "mlp_bias"),
+        layer_types=True,
+    ),
+    "ministral": Architecture(  # as transformers saves a Mistral with layer_types
+        "MinistralForCausalLM",
         _LLAMA,
         _MISTRAL,
         ignored=("attention_bias", "mlp_bias"),

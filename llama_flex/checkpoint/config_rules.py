@@ -65,6 +65,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
     "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
 }
 _FULL, _SLIDING = "full_attention", "sliding_attention"  # of layer_types
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -145,25 +146,21 @@ def check_values(config: Any, unread: Iterable[str]) -> None:
         raise ConfigError(f"num_hidden_layers={config.num_hidden_layers} is more than {MAX_LAYERS}")
     if not isinstance(config.dtype, str | None):
         raise ConfigError(f"dtype must be a name, found {config.dtype!r}")
-    rows = max(config.vocab_size, 2 * config.intermediate_size, (heads + 2 * kv_heads) * config.head_dim)
     if config.layer_types is not None:
-        types = [*map(str, config.layer_types)]
-        if len(types) != config.num_hidden_layers or not {*types} <= {_FULL, _SLIDING}:
+        _check_layer_types(config.layer_types, config.num_hidden_layers, (_FULL, _SLIDING))
+        if _SLIDING in config.layer_types and config.sliding_window is None:
             raise ConfigError(
-                f"layer_types must name {_FULL!r} or {_SLIDING!r} for each of {config.num_hidden_layers} layers, found "
-                f"{types!r:.200}"
+                f"layer_types has {_SLIDING!r}, but sliding_window is null, or use_sliding_window is not true"
             )
-        if _SLIDING in types and config.sliding_window is None:
-            raise ConfigError(f"layer_types has {_SLIDING!r}, but there is no sliding_window, or it is not used")
+    rows = max(config.vocab_size, 2 * config.intermediate_size, (heads + 2 * kv_heads) * config.head_dim)
     if rows * config.hidden_size > MAX_WEIGHTS:
         raise ConfigError(f"a weight of shape {rows} x {config.hidden_size} is too large for any memory")
 
 
 def check_supported(raw: Mapping[str, Any], architecture: Architecture) -> None:
     """Raise ConfigError for quantised weights, and for a known key whose value would change the computation."""
-    types = raw.get("layer_types")
-    if not (architecture.layer_types or types is None or (isinstance(types, list) and {*map(str, types)} <= {_FULL})):
-        raise ConfigError(f"layer_types={types!r} is not supported for {architecture.name} (only {_FULL!r})")
+    if raw.get("layer_types") is not None and not architecture.layer_types:
+        _check_layer_types(_renamed(raw["layer_types"]), raw.get("num_hidden_layers", 32), (_FULL,))
     for key in QUANTIZATION_KEYS:
         if raw.get(key) is not None:
             raise ConfigError(_quantized(key, raw[key]))
@@ -177,21 +174,36 @@ def layer_types(raw: Mapping[str, Any], architecture: Architecture, fields: Mapp
 
     fields: what has been read, defaults included. Raises ConfigError for malformed values.
     """
-    types, found = raw.get("layer_types") if architecture.layer_types else None, dict[str, Any]()
-    if architecture.use_sliding_window and not raw.get("use_sliding_window"):
-        found["sliding_window"] = None
-    if types is not None:
-        if not isinstance(types, list):
-            raise ConfigError(f"layer_types must be a list of names, found {types!r}")
-        found["layer_types"] = tuple(types)
-    elif architecture.use_sliding_window and "sliding_window" not in found and fields["sliding_window"] is not None:
+    found, window, used = dict[str, Any](), fields.get("sliding_window"), raw.get("use_sliding_window")
+    if architecture.use_sliding_window and not isinstance(used, bool | None):
+        raise ConfigError(f"use_sliding_window must be true or false, found {used!r}")
+    if architecture.use_sliding_window and not used:
+        found["sliding_window"] = window = None
+    if architecture.layer_types and raw.get("layer_types") is not None:
+        found["layer_types"] = _renamed(raw["layer_types"])
+    elif architecture.use_sliding_window and window is not None:
         require_size("num_hidden_layers", fields["num_hidden_layers"])
         first = raw.get("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int):
             raise ConfigError(f"max_window_layers must be a whole number, found {first!r}")
-        layers = range(min(fields["num_hidden_layers"], MAX_LAYERS + 1))  # more are refused later
-        found["layer_types"] = tuple(_FULL if layer < first else _SLIDING for layer in layers)
+        if first > 0:  # else the window is that of all layers
+            layers = range(min(fields["num_hidden_layers"], MAX_LAYERS + 1))  # more are refused later
+            found["layer_types"] = tuple(_FULL if layer < first else _SLIDING for layer in layers)
     return found
+
+
+def _renamed(types: Any) -> tuple[Any, ...]:
+    """Return layer types under the names of transformers 5. Raises ConfigError for anything but a list."""
+    if not isinstance(types, list):
+        raise ConfigError(f"layer_types must be a list of names, found {types!r}")
+    return tuple(_FULL if kind == "attention" else kind for kind in types)
+
+
+def _check_layer_types(types: tuple[Any, ...], num_layers: Any, supported: tuple[str, ...]) -> None:
+    """Raise ConfigError unless there is a supported type for each layer."""
+    if len(types) != num_layers or not all(kind in supported for kind in types):
+        names = " or ".join(map(repr, supported))
+        raise ConfigError(f"layer_types must name {names} for each of {num_layers} layers, found {list(types)!r:.200}")
 
 
 def warn_of_unknown(keys: Iterable[str], architecture: Architecture) -> None:
@@ -221,10 +233,10 @@ def architecture_of(raw: Mapping[str, Any]) -> Architecture:
         f"architecture {architectures} (model_type {model_type!r}) is not supported; this package computes {supported}"
     )
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else str(architectures)
-    kin = [name.removesuffix("ForCausalLM") for name in known.values()]
+    kin = tuple(name.removesuffix("CausalLM") for name in known.values())  # "LlamaFor", ...
     if "eagle" in named.lower() and any(name in named for name in kin):
         reason += f": {DRAFT}"
-    elif named.startswith(tuple(kin)) and named.endswith(("Classification", "QuestionAnswering")):
+    elif named.startswith(kin) and named.endswith(("Classification", "QuestionAnswering")):
         reason += f": {OTHER_HEAD}"
     elif architecture and (own := [kind for kind, name in known.items() if name == named]):
         reason += f"; {named} goes with model_type {own[0]!r}"

@@ -90,6 +90,8 @@ class RopeParameters:
         given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(given, Mapping):
             raise ValueError(f"rope_scaling / rope_parameters must be an object, found {given!r}")
+        if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
+            raise ValueError(f"rope_parameters by layer type ({', '.join(map(repr, nested))}) are not supported")
         given = dict(given)
         old_name = given.pop("type", "default")
         values = {"rope_type": given.pop("rope_type", old_name)}

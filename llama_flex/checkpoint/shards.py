@@ -131,7 +131,7 @@ def _files(folder: Path) -> list[Path]:
         if others := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
             raise CheckpointError(
                 f"{folder}: only pickled weights ({others[0]}); they can run code when read and are never opened. "
-                "Convert them: transformers' LlamaForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+                "Convert them: transformers' AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )
         raise CheckpointError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map")

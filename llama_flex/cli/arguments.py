@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     p = _Parser(
-        prog="python -m llama_flex.generate",
+        prog="llama-flex" if Path(sys.argv[0]).stem == "llama-flex" else "python -m llama_flex.generate",
         description="Generate text with a LLaMA on FlexAttention.",
         allow_abbrev=False,
     )

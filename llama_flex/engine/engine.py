@@ -142,7 +142,7 @@ class Engine:
         sampling: one for all prompts or one each; default what generation_config.json recommends, else greedy.
         stop: strings that end a text; searched for in the new text only. stop_token_ids: default the model's
         end-of-text ids. Neither appears in the text, but their tokens are yielded.
-        mask: default causal, or the model's sliding window; combined with `masks.fused()` if a prompt is fused.
+        mask: default `Llama.default_masks`, combined with `masks.fused()` if a prompt is fused.
         score_mod: default none. One for all layers or one each. Masks of the same code share compiled steps, whatever
         the values of their tensors.
         cache: continue after its tokens; default a new one. It must have a row per prompt (for an ensemble, one per

@@ -172,7 +172,7 @@ def _why(error: Exception) -> str:
     elif is_data_dependent(text):
         first += "" if isinstance(inner, NameError) else line_of_user(inner)  # a NameError is in torch's own code
         way = "a mask, score function or edit depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or "
-        way += "`nonzero`: use torch.where, or a table made before"
+        way += "`nonzero`: use torch.where, or a table made beforehand"
         last = (
             "or try without compiling"  # helps for shapes and edits; FlexAttention traces masks and scores there, too
         )

@@ -37,7 +37,7 @@ DOCUMENT = 50  # tokens per segment
 TOLERANCE = 160 * torch.finfo(torch.float32).eps  # about 2e-5; of logits, relative to the largest
 
 _MODULE = "_checked"  # the name under which the command imports FILE.py
-_NO_CHANCE = "take random numbers from a table made before"
+_NO_CHANCE = "take random numbers from a table made beforehand"
 _CELL = "for query {2} and key {3} (row {0}, head {1}, length {4})"
 
 
@@ -329,7 +329,10 @@ def load(target: str) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code: 0 without errors, 1 with errors, 2 for a wrong argument."""
     parser = Parser(
-        description="Check a mask or a score function for mistakes.", prog="python -m llama_flex.eval.check_mask"
+        prog="python -m llama_flex.eval.check_mask",
+        description="Check a mask or a score function for mistakes. NAME is a Mask, a predicate (q, kv), a ScoreMod, a "
+        "score function (score, q, kv), or FlexAttention's mask_mod(b, h, q_idx, kv_idx) or score_mod(score, b, h, "
+        "q_idx, kv_idx). Exit code: 0 without errors, 1 with errors, 2 for a wrong argument.",
     )
     parser.add_argument("target", metavar="FILE.py:NAME", help="a mask, a predicate, a score function; FILE.py is run")
     parser.add_argument("--heads", type=int, default=4, help="number of query heads (default: 4)")

@@ -21,7 +21,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -100,6 +100,8 @@ WITH_SPECIAL_TOKENS = (" leading space", "{bos}begins {eos}and ends{eos}", "a {b
 SAID = (("user", "Is it raining?"), ("assistant", "  No.\n"), ("user", "Warum nicht? 🌧"))
 CHAT = [{"role": role, "content": content} for role, content in SAID]
 
+_FILES = hub.MODEL_FILES + hub.TOKENIZER_FILES
+
 Sites: TypeAlias = dict[tuple[int | None, str], Tensor]  # [1, T, ...] by layer and name, in the order of computation
 
 
@@ -144,6 +146,7 @@ class Report:
     """The comparison of a checkpoint with transformers over a number of tokens; `str` explains it."""
 
     tokens: int
+    device: str
     sites: Sequence[Site]
     checks: Sequence[Check]
 
@@ -273,10 +276,12 @@ def _cause(names: Sequence[str], start: int) -> str:
         other = "the scale of the scores" if start else "which heads share keys"
         return f"the mask, which is wrong from query {start} on, or {other}"
     if len(names) == 3:
-        return "the norm before attention: its eps or weight"
+        return "the norm before attention: its eps or weight; or the biases of q, k and v"
     if "v" not in names and start > 0:  # a rotation by 0 changes nothing
         return "RoPE: its theta or scaling"
-    return f"the rows of {' and '.join(f'{name}_proj' for name in names)} (permuted?)"
+    norms = [f"{name}_norm" for name in names if name != "v"]
+    or_norm = f", or {' and '.join(norms)}, if the model has them" if norms else ""
+    return f"the rows of {' and '.join(f'{name}_proj' for name in names)} (permuted?){or_norm}"
 
 
 def make_fault(model: Llama, fault: str, layer: int) -> None:
@@ -370,7 +375,7 @@ def tokenizer_checks(folder: Path, tokenizer: Tokenizer) -> Iterator[Check]:
 
 
 def random_checkpoint(name: str, seed: int, folder: Path) -> None:
-    """Save a shape of `tools.bench`, scaled down, with random weights. Raises ValueError for an unknown name."""
+    """Save a shape of `samples.CONFIGS`, scaled down, with random weights. Raises ValueError for an unknown name."""
     if name not in CONFIGS:
         raise ValueError(f"random:{name} is not known; choose random: and one of {', '.join(CONFIGS)}")
     shape = LlamaConfig.from_dict(CONFIGS[name] | {"bos_token_id": None, "eos_token_id": None})
@@ -471,6 +476,17 @@ def _parser() -> Parser:
     return parser
 
 
+@contextmanager
+def _folder_of(path_or_repo: str | Path, seed: int) -> Iterator[Path]:
+    """Yield the folder of a checkpoint; one of random weights is removed afterwards."""
+    if not str(path_or_repo).startswith("random:"):
+        yield hub.resolve(path_or_repo, _FILES)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        random_checkpoint(str(path_or_repo).removeprefix("random:"), seed, Path(folder))
+        yield Path(folder)
+
+
 @torch.no_grad()
 def compare_checkpoint(
     path_or_repo: str | Path,
@@ -488,44 +504,44 @@ def compare_checkpoint(
 ) -> Report:
     """Compare a checkpoint, a folder or a hub repository, with transformers; see the module's description.
 
-    against: another checkpoint of the same shape for transformers. length: the number of tokens to compare, default 256
-    or what there is. text: default one of this tool's; without a tokenizer, random ids by `seed`. compile: also compare
-    compiled code, which takes most of the time. inject: a fault to make in memory, `FAULT[:LAYER]`; then only the sites
-    are compared. progress: called with lines as results come. every_site: let it show all sites of all layers.
+    path_or_repo: or `random:` and a name in `samples.CONFIGS`, for random weights. against: another checkpoint of the
+    same shape for transformers. length: the number of tokens to compare, default 256 or what there is. text: default
+    one of this tool's; without a tokenizer, random ids by `seed`. compile: also compare compiled code, which takes most
+    of the time. inject: a fault to make in memory, `FAULT[:LAYER]`; then only the sites are compared. progress: called
+    with lines as results come. every_site: include all sites of all layers in them.
     Raises ValueError for a wrong argument, and whatever `Llama.from_pretrained` raises.
     """
-    files = hub.MODEL_FILES + hub.TOKENIZER_FILES
     if length is not None:
         whole_number("length", length, least=1)
-    folder = hub.resolve(path_or_repo, files)
-    model = Llama.from_pretrained(folder, device=device, dtype=dtype)
-    other = folder if against is None else hub.resolve(against, files)
-    if other != folder:
-        check_shapes(model.config, LlamaConfig.from_pretrained(other))
-        Llama.from_pretrained(other, device="cpu")  # raises for missing tensors, which transformers would make up
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
-    ids = torch.tensor([token_ids(model, tokenizer, text, length, seed)], device=model.device)
-    mask, options, what = None, dict[str, Any](), ""
-    if inject is not None:
-        fault, layer = fault_and_layer(inject, model.config.num_hidden_layers)
-        make_fault(model, fault, layer)
-        what = f", {FAULTS[fault]}" + f" in layer {layer}" * (fault in IN_ONE_LAYER)
-        if fault == "window":
-            mask, options["attention_mask"] = windows(ids.shape[1], model)
-    progress(f"{path_or_repo}{what}, against {against or 'the same'} in transformers {transformers.__version__}")
-    progress(f"{dtype}, {model.device}, {ids.shape[1]} tokens".removeprefix("torch."))
-    reference = Reference(other, model.dtype, model.device)
-    expected, *others = reference.runs(ids, **options)
-    sites, checks = compare(walk(model, ids, mask), expected, others), list[Check]()
-    progress(f"\n{table(sites, every_site)}\n")
-    if inject is None:
-        progress(CHECKS_HEAD)
-        of_logits = logits_checks(model, reference, ids, sites[-1].limit, compile)
-        for check in chain(of_logits, () if tokenizer is None else tokenizer_checks(folder, tokenizer)):
-            checks.append(check)
-            progress(str(check))
-    return Report(ids.shape[1], sites, checks)
+    with _folder_of(path_or_repo, seed) as folder:
+        model = Llama.from_pretrained(folder, device=device, dtype=dtype)
+        other = folder if against is None else hub.resolve(against, _FILES)
+        if other != folder:
+            check_shapes(model.config, LlamaConfig.from_pretrained(other))
+            Llama.from_pretrained(other, device="cpu")  # raises for missing tensors, which transformers would make up
+        has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
+        ids = torch.tensor([token_ids(model, tokenizer, text, length, seed)], device=model.device)
+        mask, options, what = None, dict[str, Any](), ""
+        if inject is not None:
+            fault, layer = fault_and_layer(inject, model.config.num_hidden_layers)
+            make_fault(model, fault, layer)
+            what = f", {FAULTS[fault]}" + f" in layer {layer}" * (fault in IN_ONE_LAYER)
+            if fault == "window":
+                mask, options["attention_mask"] = windows(ids.shape[1], model)
+        progress(f"{path_or_repo}{what}, against {against or 'the same'} in transformers {transformers.__version__}")
+        progress(f"{dtype}, {model.device}, {ids.shape[1]} tokens".removeprefix("torch."))
+        reference = Reference(other, model.dtype, model.device)
+        expected, *others = reference.runs(ids, **options)
+        sites, checks = compare(walk(model, ids, mask), expected, others), list[Check]()
+        progress(f"\n{table(sites, every_site)}\n")
+        if inject is None:
+            progress(CHECKS_HEAD)
+            of_logits = logits_checks(model, reference, ids, sites[-1].limit, compile)
+            for check in chain(of_logits, () if tokenizer is None else tokenizer_checks(folder, tokenizer)):
+                checks.append(check)
+                progress(str(check))
+    return Report(ids.shape[1], str(model.device), sites, checks)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -536,29 +552,26 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     say: Callable[[str], None] = (lambda lines: None) if args.json else partial(print, flush=True)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            if args.model.startswith("random:"):
-                random_checkpoint(args.model.removeprefix("random:"), args.seed, Path(folder))
-            report = compare_checkpoint(
-                folder if args.model.startswith("random:") else args.model,
-                against=args.against,
-                dtype=getattr(torch, args.dtype),
-                device=args.device,
-                length=args.length,
-                text=None if args.text is None else args.text.read_text(encoding="utf-8"),
-                seed=args.seed,
-                compile=not args.no_compile,
-                inject=args.inject,
-                progress=say,
-                every_site=args.all,
-            )
+        report = compare_checkpoint(
+            args.model,
+            against=args.against,
+            dtype=getattr(torch, args.dtype),
+            device=args.device,
+            length=args.length,
+            text=None if args.text is None else args.text.read_text(encoding="utf-8"),
+            seed=args.seed,
+            compile=not args.no_compile,
+            inject=args.inject,
+            progress=say,
+            every_site=args.all,
+        )
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     found = verdict(report.sites, report.checks)
     say(f"\n{found}" if report.checks else found)
     if args.json:
-        given = {name: getattr(args, name) for name in ("model", "against", "dtype", "inject", "device")}
-        given |= {"tokens": report.tokens, "agrees": report.agrees, "verdict": found}
+        given = {name: getattr(args, name) for name in ("model", "against", "dtype", "inject")}
+        given |= {"device": report.device, "tokens": report.tokens, "agrees": report.agrees, "verdict": found}
         of_checks = [asdict(check) | {"agrees": check.agrees} for check in report.checks]
         print(json.dumps(given | {"sites": [asdict(site) for site in report.sites], "checks": of_checks}))
     return int(not report.agrees)

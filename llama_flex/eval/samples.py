@@ -34,6 +34,19 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as published, but without the RoPE sca
         "num_key_value_heads": 2,
         "max_position_embeddings": 131072,
     },
+    "tiny-qwen3": {
+        "model_type": "qwen3",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
 }
 PARAPHRASES = (
     "A farmer has twelve apples in a basket. He gives three of them to his neighbour and two to his daughter, and "

@@ -297,7 +297,8 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m llama_flex.eval.show_mask", description="Draw a mask over tokens.")
     add = parser.add_argument
     names = 'Python with the names of llama_flex.masks, Mask and torch, such as "sliding_window(4) | sink(1)"'
-    names += "; or FILE.py:NAME, a Mask or a predicate (q, kv) there (default: causal(), with --fuse fused())"
+    names += "; or FILE.py:NAME, a Mask or a predicate (q, kv) there "
+    names += "(default: causal(), with --fuse fused(), with --weights that of the layer)"
     add("--mask", metavar="EXPR", help=names)
     add("--mask-mod", action="store_true", help="--mask is FlexAttention's mask_mod(b, h, q_idx, kv_idx)")
     which = parser.add_mutually_exclusive_group().add_argument
@@ -335,6 +336,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.weights:
             layer, head = args.weights
             model = Llama.from_pretrained(args.model, device="cpu", dtype=torch.float32)
+            if args.mask is None and not args.fuse:
+                mask = model.default_masks[layer]
             weights = attention_weights(model, ids, tokens, mask, layer, head)
             options = {"head": head, "weights": weights, "title": f"{mask}: weights of layer {layer}, head {head}"}
         if args.output is None:

@@ -70,9 +70,9 @@ def diagnose(error: Exception) -> tuple[str, str]:
         way = "make the table as long as the longest sequence; padding and free slots have index -1, so clamp(min=0)"
         return "index-out-of-range", f"an index is out of range{line}: {way}"
     if "called random operation" in text:
-        return "not-deterministic", f"it draws random numbers{line}: take random numbers from a table made before"
+        return "not-deterministic", f"it draws random numbers{line}: take random numbers from a table made beforehand"
     if _DYNAMIC_SHAPE.search(text):
-        way = "no `nonzero`, `unique`, `x[flags]`; use torch.where, or a table made before"
+        way = "no `nonzero`, `unique`, `x[flags]`; use torch.where, or a table made beforehand"
         return "data-dependent", f"a shape depends on the values of a tensor{line}: {way} ({first})"
     if _DATA_DEPENDENT.search(text):
         way = "no `if`, `and`, `or`, `not`, `a < b < c`, `int()`, `.item()`, `.tolist()`, `.numpy()` on tensors; "

@@ -7,9 +7,11 @@ from config_helpers import read, write
 from families import LLAMA_31_ROPE
 
 from llama_flex import GenerationConfig, LlamaConfig
+from llama_flex.checkpoint.architectures import ARCHITECTURES
 from llama_flex.checkpoint.config_rules import ConfigError
 
 WINDOWED = {"model_type": "qwen3", "num_hidden_layers": 2, "use_sliding_window": True}
+COMPUTES = f"computes {', '.join(row.name for row in ARCHITECTURES.values())}$"
 LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
@@ -38,16 +40,29 @@ LONGROPE = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 64, 
         ({"quantization_config": {"quant_method": "awq"}}, "give the checkpoint that they were made of"),
         ({"compression_config": {"format": "x"}}, "compression_config"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types"),
-        ({"layer_types": "full_attention"}, "layer_types='full_attention' is not supported"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types must name 'full_attention' for each of 32 layers"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name 'full_attention' for each of 32 layers"),
+        ({"layer_types": "full_attention"}, "layer_types must be a list of names, found 'full_attention'"),
         (WINDOWED | {"layer_types": ["full_attention"]}, "for each of 2 layers, found ['full_attention']"),
         (WINDOWED | {"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
-        (WINDOWED | {"layer_types": ["full_attention", 1]}, "'1'"),
+        (WINDOWED | {"layer_types": ["full_attention", 1]}, "found ['full_attention', 1]"),
+        (WINDOWED | {"layer_types": ["full_attention", ["full_attention"]]}, "layer_types must name"),
+        (WINDOWED | {"use_sliding_window": "false"}, "use_sliding_window must be true or false, found 'false'"),
+        (WINDOWED | {"use_sliding_window": 1}, "use_sliding_window must be true or false, found 1"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "by layer type ('full_attention') are not"),
         (WINDOWED | {"layer_types": {"0": "full_attention"}}, "layer_types must be a list of names"),
-        (WINDOWED | {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, "no sliding_window"),
+        (
+            WINDOWED | {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2},
+            "use_sliding_window is not",
+        ),
         (WINDOWED | {"max_window_layers": "1"}, "max_window_layers must be a whole number, found '1'"),
         (WINDOWED | {"max_window_layers": True}, "max_window_layers"),
         (WINDOWED | {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is more than"),
+        *(
+            ({"model_type": kind, "num_hidden_layers": number}, "num_hidden_layers")
+            for kind in ARCHITECTURES
+            for number in ("32", 4.5, [2], {}, 10**30, 2**31 - 1)
+        ),
         (WINDOWED | {"sliding_window": -1}, "sliding_window"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -168,28 +183,32 @@ def test_a_number_of_layers_that_could_not_even_be_listed_is_refused():
         (
             "LlamaForCausalLMVec",
             "llama",
-            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+            COMPUTES,
         ),  # unknown
-        ("LlamaBiModel", "llama", "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$"),
+        (
+            "LlamaBiModel",
+            "llama",
+            COMPUTES,
+        ),
         (
             "Qwen2MoeForCausalLM",
             "qwen2_moe",
-            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+            COMPUTES,
         ),
         (
             "BertForQuestionAnswering",
             "bert",
-            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+            COMPUTES,
         ),
         (
             "Eagle2_5_VLForConditionalGeneration",
             "eagle_2_5_vl",
-            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+            COMPUTES,
         ),
         (
             "LlamaForCausalLM",
             "eagle",
-            "computes LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM$",
+            COMPUTES,
         ),
     ],
 )

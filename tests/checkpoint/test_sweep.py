@@ -29,7 +29,7 @@ transformers.utils.logging.disable_progress_bar()
 
 ABSENT = object()
 LENGTH, VOCAB = 40, 64
-LAYER_TYPES = "full_attention", "full_attention", "sliding_attention", "chunked_attention"
+LAYER_TYPES = "full_attention", "full_attention", "sliding_attention", "attention", "chunked_attention"
 
 
 def sweep(examples: int, *strategies: st.SearchStrategy):
@@ -185,9 +185,8 @@ REFUSED = (
     "attention_chunk_size",
     "needs a rope_theta above 1",
     "is_causal must be true or false",
-    "layer_types has 'sliding_attention', but there is no sliding_window",
-    "layer_types must name",
-    "is not supported for LlamaForCausalLM (only 'full_attention')",
+    "layer_types has 'sliding_attention', but sliding_window is null",
+    "layer_types must name 'full_attention' for each of 2 layers",  # of LLaMA
 )
 
 

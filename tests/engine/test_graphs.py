@@ -109,7 +109,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
             RuntimeError("unbacked_bindings"),
             "depends on the values of a tensor, as by `if`, `.item()`, `.tolist()` or ",
         ),
-        (RuntimeError("Pending unbacked symbols {u2}"), "`nonzero`: use torch.where, or a table made before; "),
+        (RuntimeError("Pending unbacked symbols {u2}"), "`nonzero`: use torch.where, or a table made beforehand; "),
         (KeyError("x"), "a mask or score function may use an unsupported operation, or a file in FOLDER is damaged"),
     ],
     ids=lambda value: type(value).__name__,

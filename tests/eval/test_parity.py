@@ -42,7 +42,9 @@ def as_json(capsys, code: int, *arguments: str) -> dict:
 
 @pytest.mark.exhaustive
 def test_a_right_model_agrees(capsys):
+    assert printed(capsys, 0, *TINY, "--no-compile").startswith("random:tiny, against the same in transformers ")
     result = as_json(capsys, 0, *TINY)
+    assert result["device"] == "cpu"
     assert result["agrees"]
     assert result["verdict"] == "nothing diverges"
     assert (result["tokens"], len(result["sites"]), len(result["checks"])) == (40, 1 + 2 * 7 + 2, 6)
@@ -53,7 +55,12 @@ def test_a_right_model_agrees(capsys):
 @pytest.mark.parametrize(
     ("fault", "layer", "site", "words"),
     [
-        ("q-rows", 1, "q", "in heads [0], from position 0 on. This points to the rows of q_proj (permuted?)"),
+        (
+            "q-rows",
+            1,
+            "q",
+            "in heads [0], from position 0 on. This points to the rows of q_proj (permuted?), or q_norm, if the",
+        ),
         ("q-rows:0", 0, "q", "the rows of q_proj (permuted?)"),
         ("theta", 0, "q", "RoPE: its theta or scaling"),
         (
@@ -74,6 +81,23 @@ def test_a_fault_is_found_and_named(capsys, fault, layer, site, words, dtype):
     assert result["verdict"].startswith(f"layer {layer}, {site}")
     assert words in result["verdict"]
     assert (result["agrees"], result["checks"]) == (False, [])
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("q_norm", "layer 0, q: .* the rows of q_proj .permuted.., or q_norm, if the model has them"),
+        ("k_norm", "layer 0, k: .* the rows of k_proj .permuted.., or k_norm, if the model has them"),
+    ],
+)
+@torch.no_grad()
+def test_a_norm_that_differs_is_named(tmp_path, part, words):
+    parity.random_checkpoint("tiny-qwen3", 0, tmp_path)
+    model, ids = Llama.from_pretrained(tmp_path, device="cpu"), torch.arange(40)[None]
+    expected, *others = parity.Reference(tmp_path, torch.float32, model.device).runs(ids)
+    assert parity.verdict(parity.compare(parity.walk(model, ids), expected, others)) == "nothing diverges"
+    getattr(model.layers[0].attention, part).weight.mul_(1.01)
+    assert re.match(words, parity.verdict(parity.compare(parity.walk(model, ids), expected, others)))
 
 
 def scaled(name: str, rows: slice = slice(None)):
