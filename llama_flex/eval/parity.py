@@ -107,7 +107,7 @@ Sites: TypeAlias = dict[tuple[int | None, str], Tensor]  # [1, T, ...] by layer 
 
 @dataclass(frozen=True)
 class Site:
-    """How far apart both sides are at one site. layer: None before the first layer and after the last.
+    """The difference between both sides at one site. layer: None before the first layer and after the last.
 
     relative_error: the root mean square of the difference over that of the reference. first_position, heads: where the
     limit is exceeded; heads is None if all exceed it.

@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.weights:
             layer, head = args.weights
             model = Llama.from_pretrained(args.model, device="cpu", dtype=torch.float32)
-            if args.mask is None and not args.fuse:
+            if args.mask is None and not args.fuse and layer < len(model.layers):
                 mask = model.default_masks[layer]
             weights = attention_weights(model, ids, tokens, mask, layer, head)
             options = {"head": head, "weights": weights, "title": f"{mask}: weights of layer {layer}, head {head}"}
