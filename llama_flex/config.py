@@ -94,7 +94,7 @@ class LlamaConfig:
         computation. Warns of keys that transformers' config class does not know either.
         """
         architecture = config_rules.architecture_of(raw)
-        config_rules.check_supported(raw, architecture)
+        config_rules.check_supported(raw)
 
         names = {f.name for f in dataclasses.fields(cls)} - {"other", *architecture.ignored}
         fields = {**architecture.defaults, **{key: raw[key] for key in names if raw.get(key) is not None}}

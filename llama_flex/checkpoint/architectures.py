@@ -40,12 +40,18 @@ _LLAMA = {
     "lm_head": ("lm_head",),
 }
 _QK_NORM = {f"layers.{{}}.attention.{name}": (f"model.layers.{{}}.self_attn.{name}",) for name in ("q_norm", "k_norm")}
-_MISTRAL = {
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
+_MISTRAL = Architecture(
+    "MistralForCausalLM",
+    _LLAMA,
+    {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    ignored=("attention_bias", "mlp_bias"),
+    layer_types=True,
+)
 _QWEN = {
     "vocab_size": 151936,
     "intermediate_size": 22016,
@@ -58,20 +64,8 @@ _QWEN = {
 # By model_type.
 ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", _LLAMA, refused=("sliding_window",), ignored=("layer_types",)),
-    "mistral": Architecture(
-        "MistralForCausalLM",
-        _LLAMA,
-        _MISTRAL,
-        ignored=("attention_bias", "mlp_bias"),
-        layer_types=True,
-    ),
-    "ministral": Architecture(  # as transformers saves a Mistral with layer_types
-        "MinistralForCausalLM",
-        _LLAMA,
-        _MISTRAL,
-        ignored=("attention_bias", "mlp_bias"),
-        layer_types=True,
-    ),
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL._replace(name="MinistralForCausalLM"),  # as transformers saves a Mistral with layer_types
     "qwen2": Architecture(
         "Qwen2ForCausalLM",
         _LLAMA,

@@ -157,10 +157,8 @@ def check_values(config: Any, unread: Iterable[str]) -> None:
         raise ConfigError(f"a weight of shape {rows} x {config.hidden_size} is too large for any memory")
 
 
-def check_supported(raw: Mapping[str, Any], architecture: Architecture) -> None:
+def check_supported(raw: Mapping[str, Any]) -> None:
     """Raise ConfigError for quantised weights, and for a known key whose value would change the computation."""
-    if raw.get("layer_types") is not None and not architecture.layer_types:
-        _check_layer_types(_renamed(raw["layer_types"]), raw.get("num_hidden_layers", 32), (_FULL,))
     for key in QUANTIZATION_KEYS:
         if raw.get(key) is not None:
             raise ConfigError(_quantized(key, raw[key]))
@@ -172,16 +170,22 @@ def check_supported(raw: Mapping[str, Any], architecture: Architecture) -> None:
 def layer_types(raw: Mapping[str, Any], architecture: Architecture, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return `layer_types`, and `sliding_window` where that depends on another key, as the reference derives them.
 
-    fields: what has been read, defaults included. Raises ConfigError for malformed values.
+    fields: what has been read, defaults included. Raises ConfigError for malformed values, and for types that an
+    architecture does not read, unless they change nothing.
     """
-    found, window, used = dict[str, Any](), fields.get("sliding_window"), raw.get("use_sliding_window")
-    if architecture.use_sliding_window and not isinstance(used, bool | None):
+    types = None if raw.get("layer_types") is None else _renamed(raw["layer_types"])
+    if not architecture.layer_types:
+        if types is not None:
+            _check_layer_types(types, fields["num_hidden_layers"], (_FULL,))
+        return {}
+    found: dict[str, Any] = {} if types is None else {"layer_types": types}
+    if not architecture.use_sliding_window:
+        return found
+    if not isinstance(used := raw.get("use_sliding_window"), bool | None):
         raise ConfigError(f"use_sliding_window must be true or false, found {used!r}")
-    if architecture.use_sliding_window and not used:
-        found["sliding_window"] = window = None
-    if architecture.layer_types and raw.get("layer_types") is not None:
-        found["layer_types"] = _renamed(raw["layer_types"])
-    elif architecture.use_sliding_window and window is not None:
+    if not used:
+        found["sliding_window"] = None
+    elif types is None and fields["sliding_window"] is not None:
         require_size("num_hidden_layers", fields["num_hidden_layers"])
         first = raw.get("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -61,9 +62,10 @@ def bytes_per_step(model: Llama, contexts: Sequence[int]) -> int:
     the keys and values of every sequence. contexts: the sequences' lengths."""
     read = sum(p.nbytes for p in model.parameters())
     read -= 0 if model.config.tie_word_embeddings else model.embed.weight.nbytes
-    windows = model.windows
-    seen = sum(n if window is None else min(n, window) for window in windows for n in contexts)
-    return read + model.dims.kv_numbers_per_token // len(windows) * model.dtype.itemsize * seen
+    dims, seen = model.dims, 0
+    for window, layers in Counter(model.windows).items():
+        seen += layers * sum(n if window is None else min(n, window) for n in contexts)
+    return read + dims.kv_numbers_per_token // dims.num_layers * model.dtype.itemsize * seen
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -384,9 +384,10 @@ def random_checkpoint(name: str, seed: int, folder: Path) -> None:
     sizes |= {"num_hidden_layers": min(4, shape.num_hidden_layers), "head_dim": min(64, shape.head_dim)}
     heads = 2 * shape.num_attention_heads // shape.num_key_value_heads
     model = Llama(replace(shape, **sizes, num_attention_heads=heads, num_key_value_heads=2)).requires_grad_(False)
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # the caller's own random numbers stay as they are
     for weight in model.parameters():
-        weight.normal_(1.0, 0.2) if weight.dim() == 1 else weight.normal_(std=weight.shape[1] ** -0.5)
+        mean, std = (1.0, 0.2) if weight.dim() == 1 else (0.0, weight.shape[1] ** -0.5)
+        weight.normal_(mean, std, generator=generator)
     model.save_pretrained(folder)
 
 

@@ -14,6 +14,15 @@ _LLAMA_3 = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
+_TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+}
 CONFIGS: dict[str, dict[str, Any]] = {  # as published, but without the RoPE scaling of 3.1 and 3.2
     "llama-3.1-8b": _LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -25,28 +34,10 @@ CONFIGS: dict[str, dict[str, Any]] = {  # as published, but without the RoPE sca
     | {"tie_word_embeddings": True},
     "llama-3.1-70b": _LLAMA_3
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 131072,
-    },
-    "tiny-qwen3": {
-        "model_type": "qwen3",
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "use_sliding_window": True,
-        "sliding_window": 24,
-        "layer_types": ["full_attention", "sliding_attention"],
-    },
+    "tiny": _TINY,
+    "tiny-qwen3": _TINY
+    | {"model_type": "qwen3", "head_dim": 32, "use_sliding_window": True, "sliding_window": 24}
+    | {"layer_types": ["full_attention", "sliding_attention"]},
 }
 PARAPHRASES = (
     "A farmer has twelve apples in a basket. He gives three of them to his neighbour and two to his daughter, and "
