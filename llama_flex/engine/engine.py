@@ -1,43 +1,37 @@
-"""Generate with a model: chunked prefill, streams of tokens and text, requests in batches."""
+"""Generate with a model: streams of tokens and text, and requests that join and leave while others run."""
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..attention import Backend
 from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
-from ..interp.hook_points import Captured, Probe
 from ..interp.probes import as_tuple
 from ..masks.layout import BLOCK
 from ..masks.mask import Mask
-from ..masks.plan import AttentionPlan
 from ..masks.scores import ScoreMod
-from ..model import Llama, last_tokens
-from ..sampling import Sampling, stack, with_seed
+from ..model import Llama
+from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
-from ..tokens import Tokens
 from ..usercode.arguments import check_options, whole_number
 from . import explain
-from .decoding import Batch, Decoding
-from .fusion import AnyPrompt, Prompt, as_requests, token_ids
+from .fusion import AnyPrompt, as_requests, shift_positions
 from .graphs import Graphs
 from .limits import RequestLimits
+from .model_runner import ModelRunner
 from .output import Completion, NonFiniteLogitsError, OutputProcessor, Step
-from .request import Request, longest_of
+from .request import Request, TokenSequence, longest_of, tokens_of
+from .request_masks import AttentionSpec, plan_of_rows
 from .scheduler import Scheduler
-from .step_runner import LastRun, StepRunner
-from .transfer import pad_rows
+from .stream import Stream
 
-# Prefill chunk sizes in tokens: the largest that the prompt still fills, the last one padded. A GPU needs large ones.
-CHUNKS = {"cpu": (512, 128), "cuda": (2048, 512, 128)}
 # Compiled graphs have static shapes, so caches come in few sizes: powers of two, from this many slots in total.
 MIN_SLOTS = 8192
 
@@ -73,7 +67,7 @@ class Engine:
         """
         self.model = model
         self.tokenizer = tokenizer
-        self.runner = StepRunner(model, compile=compile, backend=backend)
+        self.runner = ModelRunner(model, compile=compile, backend=backend)
         self.limits = RequestLimits(model)
         self._scheduler: Scheduler | None = None
         self._making = threading.Lock()  # guards making the scheduler: the first requests may come from several threads
@@ -156,112 +150,58 @@ class Engine:
         that token; once the others are done, NonFiniteLogitsError names it. A cache that was passed in may then hold
         NaN: do not reuse it.
         """
-        model = self.model
-        requests = as_requests(prompts)
-        limits = self.limits.check(requests, max_new_tokens, cache)
+        model, ensembles = self.model, as_requests(prompts)
+        limits = self.limits.check(ensembles, max_new_tokens, cache)
         if not isinstance(sampling, Sequence):
-            sampling = [sampling or Sampling.recommended(model.generation_config)] * len(requests)
-        if len(sampling) != len(requests):
-            raise ValueError(f"{len(sampling)} samplings for {len(requests)} prompts; give one, or one per prompt")
-        sampling = [with_seed(one) for one in sampling]
-        stop_ids = self.limits.stop_ids(stop_token_ids)
-        before = self._cached_ids(cached_ids, cache, len(requests))
-        outputs = [
-            OutputProcessor(q, self.tokenizer, [*before[q], *request.prompts[0].ids], stop, stop_ids, limit)
-            for q, (request, limit) in enumerate(zip(requests, limits, strict=True))
-        ]
-        seen_ids = [
-            [*ids, *(id for prompt in request.prompts for id in prompt.ids)]
-            for ids, request in zip(before, requests, strict=True)
-        ]
-        batch = Batch(requests, model.device)
-        # A caller's cache must not run ahead: when a token is yielded, it holds the tokens before that one.
-        ahead = cache is None and model.device.type == "cuda"
-        if cache is None:
-            longest = max(len(p.ids) + limits[q] for p, q in zip(batch.rows, batch.requests, strict=True))
-            cache = self.new_cache(len(batch.rows), longest)
-        plan = batch.attention_plan(model, mask, score_mod, cache)
+            sampling = [sampling or Sampling.recommended(model.generation_config)] * len(ensembles)
+        if len(sampling) != len(ensembles):
+            raise ValueError(f"{len(sampling)} samplings for {len(ensembles)} prompts; give one, or one per prompt")
+        before = self.limits.cached_ids(cached_ids, cache, len(ensembles))
+        if cache is not None:
+            ensembles = shift_positions(ensembles, cache.next_position.tolist())
+        plan = plan_of_rows(model, [p for each in ensembles for p in each.prompts], mask, score_mod, cache)
         if mask is not None or score_mod is not None:
-            tokens = longest_of(batch.rows, [limits[q] for q in batch.requests])
-            tokens = tokens._replace(
-                index=torch.where(tokens.index < 0, -1, tokens.index + cache.length[:, None].cpu())
+            plan.check_last_token(longest_of(ensembles, limits, cache), model.dims.num_heads)
+        stop_ids, spec = self.limits.stop_ids(stop_token_ids), AttentionSpec(None, None, plan, False)
+        captures, edits = as_tuple(capture, Capture, "capture"), as_tuple(edit, Edit, "edit")
+        requests = []
+        for q, (each, limit) in enumerate(zip(ensembles, limits, strict=True)):
+            text = [*before[q], *each.prompts[0].ids]
+            request = Request(
+                q,
+                with_seed(sampling[q]),
+                ensemble=each,
+                output_processor=OutputProcessor(q, self.tokenizer, text, stop, stop_ids, limit),
+                spec=spec,
+                captures=captures,
+                edits=edits,
+                cache=cache,
+                cached_ids=before[q],
             )
-            plan.check_last_token(tokens, model.dims.num_heads)
-        captures = as_tuple(capture, Capture, "capture")
-        probes = model.probes(captures, edit, len(batch.rows), stepwise=True)
-        ahead = ahead and not captures  # captures may be copied to the host, which waits
-        return self._run(batch, outputs, sampling, stop_ids, seen_ids, plan, cache, ahead, captures, probes)
+            request.sequences = [TokenSequence(prompt, tokens_of(prompt, []), None) for prompt in each.prompts]
+            requests.append(request)
+        if cache is None:
+            rows = [len(s.prompt.ids) + limits[r.number] for r in requests for s in r.sequences]
+            cache = self.new_cache(len(rows), max(rows))
+        return self._steps(Stream(self.runner, requests, cache))
 
     @torch.no_grad()
-    def _run(
-        self,
-        batch: Batch,
-        outputs: list[OutputProcessor],
-        sampling: Sequence[Sampling],
-        stop_ids: frozenset[int],
-        seen_ids: Sequence[Sequence[int]],
-        plan: AttentionPlan,
-        cache: Cache,
-        ahead: bool,
-        captures: Sequence[Capture],
-        probes: Mapping[int, Probe],
-    ) -> Iterator[Step]:
-        held, limits = cache.tokens, [output.limit for output in outputs]
-        self.runner.last = LastRun(plan, lambda: held)
-
-        def keep(captured: Captured | None) -> None:
-            for each in captures:
-                assert captured is not None
-                each.add(captured, plan, cache)
-
-        parameters = stack(sampling, self.model.device)
-        decoding = Decoding(self.runner, batch, plan, cache, parameters, limits, stop_ids, seen_ids, probes)
-        decoding.first(_ends(batch.rows, self.outputs(batch.rows, plan, cache, probes, keep)))
-        alive, failed = set(range(len(limits))), []
-        for count in range(1, max(limits) + 1):
-            read = decoding.result()
-            # Enqueue the next step before reading this one's tokens, unless the caller holds the cache or captures.
-            if ahead and any(limits[q] > count for q in alive):
-                keep(decoding.next())
-            tokens, logprobs, finite = read()
-            for q in sorted(alive):
-                if not finite[q]:
-                    alive.remove(q)
-                    decoding.stop(q)
-                    failed.append((q, count))
+    def _steps(self, stream: Stream) -> Iterator[Step]:
+        """Yield the steps of a stream's requests."""
+        failed = []
+        for output in stream.outputs():
+            for request, token, logprob, finite in output.tokens():
+                if request.finished:
                     continue
-                new = outputs[q].put(int(tokens[q]), logprobs[q])
-                if new.finish_reason is not None:
-                    alive.remove(q)
-                if new.finish_reason == "stop" and new.token not in stop_ids:
-                    decoding.stop(q)  # a stop string, which only the host sees
-                yield new
-            if not alive:
-                break
-            if not ahead:
-                keep(decoding.next())
+                if not finite:
+                    request.finish_reason = "error"
+                    failed.append((request.number, len(request.steps) + 1))
+                    continue
+                step = request.add(token, logprob)
+                request.finish_reason = step.finish_reason
+                yield step
         if failed:
             raise NonFiniteLogitsError(failed, self.model.dtype)
-
-    def _cached_ids(
-        self, given: Sequence[Sequence[int]] | None, cache: Cache | None, count: int
-    ) -> Sequence[Sequence[int]]:
-        if given is None:
-            return [[]] * count
-        if cache is None:
-            raise ValueError("cached_ids needs the cache that it describes; pass cache=...")
-        rule = f"cached_ids must hold a list of token ids for each of {count} prompts, such as {[[1, 2, 3]] * count}"
-        wrong = ValueError(f"{rule}, not {given!r:.100}")
-        try:
-            ids = [token_ids(each) for each in given]
-        except (TypeError, ValueError):
-            raise wrong from None
-        if len(ids) != count:
-            raise wrong
-        for n, each in enumerate(ids):
-            if each:
-                self.limits.check_ids(f"cached_ids {n}", each)
-        return ids
 
     @property
     def scheduler(self) -> Scheduler:
@@ -274,16 +214,19 @@ class Engine:
     def submit(self, prompt: AnyPrompt, **options: Any) -> Request:
         """Queue a prompt for completion by `step` or `run`, many at a time; requests may be submitted at any time.
 
-        prompt, max_new_tokens, sampling, stop, stop_token_ids, mask, score_mod: as in `stream`, for one prompt; a mask
-        that reads `batch` sees the rows of this request only. priority: higher ones go first, equal ones in order of
-        arrival. callback: called with each `Step`; an exception in it ends this request; if Ctrl-C interrupts it, it is
-        called again with the same step.
+        prompt, max_new_tokens, sampling, stop, stop_token_ids, mask, score_mod, cache, cached_ids, capture, edit: as in
+        `stream`, for one prompt; a mask that reads `batch` sees the rows of this request only. priority: higher ones go
+        first, equal ones in order of arrival. callback: called with each `Step`; an exception in it ends this request;
+        if Ctrl-C interrupts it, it is called again with the same step.
         In float32 a request gets the tokens that it would get alone; bfloat16 rounds differently in another batch.
         Prompts with a common prefix share its keys and values, a block of 128 tokens at a time, unless they have a mask
         or score function of their own. At most 8 different ones run at a time. A mask that looks ahead sees what is
         appended in the same step.
+        A request with a cache, captures or edits is computed in steps of its own beside those of the others: an edit
+        sees the rows of its request, a cache is the request's until it has finished, and so is a capture.
         Can be called from any thread. Raises ValueError as `stream` does, for a request that does not fit in the slots,
-        and for a mask or score function that fails for its last token, or whose Python code reads a tensor's value.
+        for a cache or capture of an unfinished request, and for a mask or score function that fails for its last token,
+        or whose Python code reads a tensor's value.
         """
         check_options("submit", Scheduler.submit, options)
         return self.scheduler.submit(prompt, **options)
@@ -352,97 +295,3 @@ class Engine:
     ) -> list[int]:
         """Return the most new tokens that each prompt can get; raises the ValueErrors of `stream`."""
         return self.limits.check(as_requests(prompts), max_new_tokens, cache)
-
-    def outputs(
-        self,
-        rows: Sequence[Prompt],
-        plan: AttentionPlan,
-        cache: Cache,
-        probes: Mapping[int, Probe] | None = None,
-        keep: Callable[[Captured | None], None] = lambda captured: None,
-    ) -> Iterator[Tensor]:
-        """Append prompts to the cache in chunks of fixed sizes; yield the last layer's output of each, `[R, T, E]`.
-
-        If any token sees one of a later chunk, all are computed in one chunk. Shorter rows are padded at the end.
-        keep: called with the tensors that probes captured.
-        """
-        device = self.model.device
-        sizes = CHUNKS[device.type]
-        length = torch.tensor([len(prompt.ids) for prompt in rows], dtype=torch.int32, device=device)
-        longest = max(len(prompt.ids) for prompt in rows)
-        whole = 1 << (-(-longest // sizes[-1]) * sizes[-1] - 1).bit_length()
-        width = max(whole, longest + 2 * sizes[-1])  # if chunks are split, the last one reaches further
-        ids = pad_rows([prompt.ids for prompt in rows], width, torch.int64).to(device)
-        positions = pad_rows([prompt.positions for prompt in rows], width, torch.int32).to(device)
-        positions += cache.next_position[:, None]
-        segments = pad_rows([prompt.segments for prompt in rows], width, torch.int32).to(device)
-        chunks = _chunks(longest, sizes, cache.largest_append)
-        column = torch.arange(width, dtype=torch.int32, device=device)
-        index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
-        if self._looks_ahead(plan, Tokens(index, positions, segments), chunks, whole):
-            chunks = _chunks(longest, (whole,), cache.largest_append)
-        for start, size, count in chunks:
-            here = (length - start).clamp(0, count)
-            chunk = [_part(x, start, start + size) for x in (ids, positions, segments)]
-            with cache.appending(count):
-                output, captured = self.runner.step(chunk[0], here, chunk[1], chunk[2], plan, cache, probes)
-            keep(captured)
-            yield output[:, :count]
-
-    def _looks_ahead(
-        self, plan: AttentionPlan, tokens: Tokens, chunks: Sequence[tuple[int, int, int]], width: int
-    ) -> bool:
-        """Return whether any of these tokens sees one of a later chunk, among the first `width`.
-
-        Masks marked `never_looks_ahead` are skipped. Any other is evaluated, at the cost of making the block lists of
-        the chunks: compiled if steps are, else only for the cells in question.
-        """
-        masks = tuple(v.mask for v in plan.variants if not v.mask.never_looks_ahead)
-        if not masks:
-            return False
-        heads, found, longest = self.model.dims.num_heads, [], sum(chunks[-1][::2])
-        column = torch.arange(tokens.index.shape[1], device=tokens.index.device)
-        for start, size, count in chunks[:-1]:
-            end = start + count
-            here, later = (
-                tokens._replace(index=tokens.index.masked_fill(out, -1)) for out in (column >= end, column < end)
-            )
-            q = Tokens(*(_part(x, start, start + size) for x in here))
-            kv = Tokens(*(_part(x, 0, width) if self.compile else _part(x, end, longest) for x in later))
-            run = self.runner.run_for(q.index.shape, kv.index.shape, *(mask.structure() for mask in masks))
-            found.append(run("looks ahead", _sees_any, masks, q, kv, heads))
-        return bool(found) and bool(torch.stack(found).any())
-
-
-def _chunks(longest: int, sizes: Sequence[int], most: int) -> list[tuple[int, int, int]]:
-    """Split prompts of up to `longest` tokens into chunks: for each its start, its size with padding, and how many of
-    its tokens are appended, at most `most`, since a rolling cache may have less room than a chunk."""
-    padded, start, chunks = -(-longest // sizes[-1]) * sizes[-1], 0, []
-    while start < longest:
-        size = next((size for size in sizes if start + size <= padded), sizes[-1])
-        chunks.append((start, size, min(size, longest - start, most)))
-        start += max(chunks[-1][2], 1)  # a full cache appends none, and raises an error on the attempt
-    return chunks
-
-
-def _part(x: Tensor, start: int, end: int) -> Tensor:
-    """Copy columns of `[R, T]`: a slice keeps the strides of the whole, and every new stride would recompile."""
-    return x[:, start:end].clone(memory_format=torch.contiguous_format)
-
-
-def _sees_any(masks: Sequence[Mask], q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
-    """Return whether any query q, padding aside, sees any key kv under any of the masks, as a boolean tensor."""
-    real = Mask(lambda q, kv: q.index >= 0)
-    return torch.stack([(real & mask).blocks(q, kv, num_heads)[1].any() for mask in masks]).any()
-
-
-def _ends(rows: Sequence[Prompt], outputs: Iterable[Tensor]) -> Tensor:
-    """Return the output `[R, 1, E]` at each prompt's last token, given the outputs of the chunks."""
-    ends, start = torch.empty(0), 0
-    for x in outputs:
-        left = torch.tensor([len(prompt.ids) - start for prompt in rows], device=x.device)
-        end = last_tokens(x, left.clamp(0, x.shape[1]), 1)
-        here = (left > 0) & (left <= x.shape[1])
-        ends = end if start == 0 else torch.where(here[:, None, None], end, ends)
-        start += x.shape[1]
-    return ends

@@ -12,10 +12,10 @@ import torch
 from ..kernels import flex_attention
 from ..masks.layout import BLOCK
 from ..model import Llama
-from .step_runner import StepRunner
+from .model_runner import ModelRunner
 
 
-def explain(runner: StepRunner, bytes_per_second: float | None = None) -> str:
+def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
     """Explain the last run in lines of text; see `Engine.explain`."""
     model, last = runner.model, runner.last
     if last is None:

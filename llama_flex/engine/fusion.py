@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -36,6 +36,18 @@ class Prompt:
     generated_segment: int = 0
     generated_position: int | None = None
     log_weights: tuple[float, ...] = ()  # of segments 0, 1, ...; see `scores.segment_weights`
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether its segments are prompts that the generated text continues together."""
+        return self.generated_segment == GENERATED
+
+    def shifted(self, by: int) -> Prompt:
+        """Return this prompt with all positions moved by a number."""
+        if not by:
+            return self
+        positions = [position + by for position in self.positions]
+        return replace(self, positions=positions, generated_position=(self.generated_position or 0) + by)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", token_ids(self.ids))
@@ -87,6 +99,12 @@ def as_requests(prompts: Sequence[AnyPrompt]) -> list[Ensemble]:
         return [as_ensemble(request) for request in prompts]
     except TypeError:
         raise ValueError(f"prompts must be lists of token ids, such as [[1, 2, 3]], not {prompts!r}") from None
+
+
+def shift_positions(requests: Sequence[Ensemble], by: Sequence[int]) -> list[Ensemble]:
+    """Return the requests with all positions of each prompt moved by a number; by: one for each prompt, in order."""
+    each = iter(by)
+    return [Ensemble([p.shifted(n) for p, n in zip(q.prompts, each, strict=False)], q.combine) for q in requests]
 
 
 def fuse(

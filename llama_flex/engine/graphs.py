@@ -17,7 +17,7 @@ from . import code_cache  # before torch's compiler
 
 # isort: split
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, OperatorIssue, SubgraphLoweringException
@@ -59,14 +59,16 @@ class Graphs:
         self._recording = _Recording()
 
     def of(self, *key: Hashable) -> Callable[..., Any]:
-        """Return a function that runs a part of a step, compiled for `key`: shapes and all else the code depends on.
+        """Return a function that runs a part of a step, compiled for `key` and the `structure` of the modules it gets.
+        key: shapes and all else the code depends on.
 
         It raises CompileError, before anything has run, if torch cannot compile at all, or not this part.
         """
 
         def run(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
             self._recording.parts += 1
-            part = self.parts.get((*key, name))
+            structures = (structure(arg) for arg in args if isinstance(arg, nn.Module))
+            part = self.parts.get(whole := (*key, name, *structures))
             if part is not None:
                 return part(*args)
             started = time.perf_counter()
@@ -81,7 +83,7 @@ class Graphs:
                 raise CompileError(_why(error)) from error
             finally:
                 self.seconds += time.perf_counter() - started
-            self.parts[*key, name] = part
+            self.parts[whole] = part
             return result
 
         return run
@@ -148,6 +150,24 @@ class Graphs:
             return outputs
 
         return call
+
+
+def structure(module: nn.Module) -> Hashable:
+    """Return a key of what compiled code takes for granted of a module: its class, hooks, tensors but for their values,
+    and numbers; and those of its children, except modules in a list, such as layers, which run as parts of their own.
+    """
+    kind, hooks = type(module), (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    children = (child for child in module._modules.values() if child and not isinstance(child, nn.ModuleList))
+    # The code of the package's own modules reads no numbers that differ between layers.
+    values = () if kind.__module__.startswith(__package__.partition(".")[0]) else vars(module).items()
+    return (
+        kind,
+        *(getattr(hook, "__code__", hook) for hook in hooks),
+        *(None if x is None else (type(x), x.dtype, x.shape, x.stride()) for x in tensors),
+        *((name, value) for name, value in values if isinstance(value, bool | int | float | str)),
+        *map(structure, children),
+    )
 
 
 def compiles_for(device: torch.device) -> bool:

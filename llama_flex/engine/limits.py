@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from ..cache import Cache
 from ..model import Llama
 from ..usercode.arguments import whole_number, whole_numbers
-from .fusion import Ensemble, Prompt
+from .fusion import Ensemble, Prompt, token_ids
 
 DEFAULT_NEW_TOKENS = 256  # if neither the caller nor generation_config.json gives a number
 
@@ -69,6 +69,27 @@ class RequestLimits:
         if asked is None:
             return frozenset(self.model.eos_token_ids)
         return frozenset(whole_numbers("stop_token_ids must be token ids, such as [2]", asked))
+
+    def cached_ids(
+        self, given: Sequence[Sequence[int]] | None, cache: Cache | None, count: int
+    ) -> Sequence[Sequence[int]]:
+        """Return the ids in the cache for each of `count` requests, none if not given. Raises ValueError."""
+        if given is None:
+            return [[]] * count
+        if cache is None:
+            raise ValueError("cached_ids needs the cache that it describes; pass cache=...")
+        rule = f"cached_ids must hold a list of token ids for each of {count} prompts, such as {[[1, 2, 3]] * count}"
+        wrong = ValueError(f"{rule}, not {given!r:.100}")
+        try:
+            ids = [token_ids(each) for each in given]
+        except (TypeError, ValueError):
+            raise wrong from None
+        if len(ids) != count:
+            raise wrong
+        for n, each in enumerate(ids):
+            if each:
+                self.check_ids(f"cached_ids {n}", each)
+        return ids
 
     def check_ids(self, what: str, ids: Sequence[int]) -> None:
         """Raise ValueError for an empty list, and for ids outside the model's vocabulary."""

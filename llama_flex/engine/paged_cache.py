@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..cache import Cache
 from ..config import Dimensions
 from ..masks.layout import BLOCK, PageTable, slot_mapping
 from ..tokens import Tokens
@@ -121,3 +124,45 @@ class PagedCacheView:
         self._cache.position[at] = tokens.position
         self._cache.segment[at] = tokens.segment
         return at
+
+
+class PagedSequence(Protocol):
+    """The pages of a sequence, in order, and how many of its tokens are in them."""
+
+    pages: list[int]
+    num_computed_tokens: int
+
+
+class PagedRows(PagedCacheView):
+    """The pages of a few sequences as a cache of their own, a row each, which grows as a `Cache` does."""
+
+    def __init__(self, cache: PagedCache, sequences: Sequence[PagedSequence], blocks: int) -> None:
+        """blocks: the most blocks of slots of a sequence. Pages are added by whoever allocates them."""
+        device = cache.position.device
+        computed = torch.tensor([s.num_computed_tokens for s in sequences], dtype=torch.int32, device=device)
+        unused = torch.full((len(sequences), blocks), cache.block_manager.num_pages, dtype=torch.int32, device=device)
+        super().__init__(cache, unused, computed, computed)
+        self._sequences, self._known = sequences, [0] * len(sequences)
+
+    @property
+    def largest_append(self) -> int:
+        """The maximum number of tokens that one step can append."""
+        return self.max_length
+
+    def appending(self, count: int) -> AbstractContextManager[None]:
+        """Read which pages the sequences have now, before appending to them."""
+        for row, sequence in enumerate(self._sequences):
+            if (known := self._known[row]) < len(sequence.pages):
+                new = to_device_async(torch.tensor(sequence.pages[known:], dtype=torch.int32), self._page_table.device)
+                self._page_table[row, known : len(sequence.pages)] = new
+                self._known[row] = len(sequence.pages)
+        return nullcontext()
+
+    def append(self, tokens: Tokens) -> Tensor:
+        """Store new tokens' attributes as `PagedCacheView.append` does, and count them."""
+        at = super().append(tokens)
+        self.length.add_((tokens.index >= 0).sum(1))
+        return at
+
+
+RowCache = Cache | PagedRows  # a cache with a row for each prompt

@@ -11,7 +11,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..cache import Cache
+from ..interp.capture import Capture
+from ..interp.edits import Edit
 from ..masks.layout import BLOCK
+from ..model import Llama
 from ..sampling import Sampling
 from ..tokens import Tokens
 from .fusion import Ensemble, Prompt
@@ -76,15 +80,21 @@ class Request:
 
     number: int
     sampling: Sampling
-    priority: int
+    priority: int = 0
     steps: list[Step] = field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
     ensemble: Ensemble = field(kw_only=True, repr=False)
     output_processor: OutputProcessor = field(kw_only=True, repr=False)
-    callback: Callable[[Step], object] | None = field(kw_only=True, repr=False)
+    callback: Callable[[Step], object] | None = field(default=None, kw_only=True, repr=False)
     spec: AttentionSpec = field(kw_only=True, repr=False)
-    owner: RequestOwner = field(kw_only=True, repr=False)
+    owner: RequestOwner | None = field(default=None, kw_only=True, repr=False)
+    captures: Sequence[Capture] = field(default=(), kw_only=True, repr=False)
+    edits: Sequence[Edit] = field(default=(), kw_only=True, repr=False)
+    cache: Cache | None = field(default=None, kw_only=True, repr=False)  # the caller's
+    cached_ids: Sequence[int] = field(default=(), kw_only=True, repr=False)  # of the tokens in it
+    held: Sequence[int] = field(default=(), kw_only=True, repr=False)  # lengths of the cache's rows before it
+    captured: list[int] | None = field(default=None, kw_only=True, repr=False)  # parts in its captures before it
     sequences: list[TokenSequence] = field(default_factory=list, repr=False)
     num_scheduled: int = field(default=0, repr=False)  # new tokens enqueued; the last may not be read yet
     num_delivered: int = field(default=0, repr=False)  # steps whose finish_reason and callback were handled
@@ -102,9 +112,41 @@ class Request:
         return whole
 
     @property
+    def runs_alone(self) -> bool:
+        """Whether it is computed in steps of its own: its captures and edits see its rows only."""
+        return bool(self.captures or self.edits or self.cache)
+
+    @property
     def finished(self) -> bool:
         """Whether no more steps will come."""
         return self.finish_reason is not None
+
+    def resume(self, model: Llama) -> None:
+        """Set which tokens its cache holds, before they are followed by the others, and drop from its captures those
+        that are computed again. Raises ValueError for a cache that was changed meanwhile."""
+        cache, device = self.cache, model.device
+        most = torch.tensor([sequence.num_tokens - 1 for sequence in self.sequences], dtype=torch.int32, device=device)
+        ends = torch.zeros_like(most)
+        if cache is not None:
+            model.check_cache(cache, len(most))
+            before = torch.tensor(self.held, dtype=torch.int32, device=device)
+            computed = cache.length - before
+            if int(computed.min()) < 0 or (self.captured is None and int(computed.max()) > 0):
+                raise ValueError(f"the cache of request {self.number} was changed before the request had finished")
+            # A token whose successor was not read is computed again.
+            ends = before + computed.minimum(most)
+            cache.evict(lambda t: t.index >= ends[:, None])
+            for sequence, end, start in zip(self.sequences, ends.tolist(), self.held, strict=True):
+                sequence.num_computed_tokens = end - start
+        if self.captured is None:
+            self.captured = [capture.num_parts for capture in self.captures]
+        for capture, parts in zip(self.captures, self.captured, strict=True):
+            capture.rewind(parts, ends)
+
+    def add(self, token: int, logprob: float) -> Step:
+        """Append a new token and return its step."""
+        self.steps.append(self.output_processor.put(token, logprob))
+        return self.steps[-1]
 
     def __lt__(self, other: Request) -> bool:
         return (-self.priority, self.number) < (-other.priority, other.number)
@@ -112,28 +154,34 @@ class Request:
     async def __aiter__(self) -> AsyncIterator[Step]:
         """Yield the steps as they come, while the engine runs in a thread. Cancels the request if the loop is left
         early."""
+        owner = self.owner
+        assert owner is not None
         try:
             for n in itertools.count():
                 while n >= len(self.steps) and not self.finished:
-                    await self.owner.advance()
+                    await owner.advance()
                 if n >= len(self.steps):
                     break
                 yield self.steps[n]
         finally:
-            self.owner.cancel(self)
+            owner.cancel(self)
         if self.error is not None:
             raise self.error
 
 
-def longest_of(prompts: Sequence[Prompt], limits: Sequence[int]) -> Tokens:
-    """Return the attributes `[B, T]` of prompts, each followed by as many new tokens as it may get."""
-    sequences = [tokens_of(prompt, [0] * limit) for prompt, limit in zip(prompts, limits, strict=True)]
+def longest_of(requests: Sequence[Ensemble], limits: Sequence[int], cache: Cache | None = None) -> Tokens:
+    """Return the attributes `[B, T]` of requests' prompts, after the tokens of a cache, each followed by as many new
+    tokens as it may get."""
+    sequences = [tokens_of(p, [0] * limit) for q, limit in zip(requests, limits, strict=True) for p in q.prompts]
     padded = np.zeros((3, len(sequences), max(sequence.shape[1] for sequence in sequences)), np.int32)
     padded[0] = -1
     for row, sequence in enumerate(sequences):
         padded[0, row, : sequence.shape[1]] = range(sequence.shape[1])
         padded[1:, row, : sequence.shape[1]] = sequence[1:]
-    return Tokens(*torch.from_numpy(padded))
+    tokens = Tokens(*torch.from_numpy(padded))
+    if cache is None:
+        return tokens
+    return tokens._replace(index=torch.where(tokens.index < 0, -1, tokens.index + cache.length[:, None].cpu()))
 
 
 def tokens_of(prompt: Prompt, new: Sequence[int]) -> np.ndarray:

@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache import Cache
 from ..masks import scores
 from ..masks.mask import Mask
 from ..masks.plan import AttentionPlan
 from ..masks.scores import ScoreMod
 from ..model import Llama
 from ..tokens import Token, take
-from .decoding import WEIGHTS
-from .transfer import StagingBuffer
+from .fusion import Prompt
+from .transfer import StagingBuffer, pad_rows
 
 MAX_SPECS = 8  # specs that may run at a time: each is evaluated for every row
+WEIGHTS = 16  # fused prompts' tables of log-weights are padded to a multiple of this, so that graphs are shared
 
 
 class AttentionSpec(NamedTuple):
@@ -130,11 +132,32 @@ class MaskRegistry:
             each = [plan.variants[plan.of_layer[layer]] for plan in plans]
             own_masks.append(_mask_of_each(numbers, [a.mask for a in each], tables["number"], tables["member"]))
             score = _score_of_each(numbers, [a.score_mod for a in each], tables["number"], tables["member"])
-            if weighted:
-                weights = scores.segment_weights(tables["weights"])
-                score = weights if score is None else score >> weights
-            own_scores.append(score)
+            own_scores.append(_with_weights(score, tables["weights"]) if weighted else score)
         return self.model.attention_plan(own_masks, own_scores)
+
+
+def plan_of_rows(
+    model: Llama,
+    prompts: Sequence[Prompt],
+    mask: Mask | Sequence[Mask | None] | None,
+    score_mod: ScoreMod | Sequence[ScoreMod | None] | None,
+    cache: Cache | None,
+) -> AttentionPlan:
+    """Return the plan for prompts that have a cache to themselves, a row each: a mask (default: fused prompts are kept
+    apart) and a score function, and the weights of fused prompts."""
+    fused = any(prompt.is_fused for prompt in prompts)
+    plan = model.attention_plan(mask, score_mod, cache, fused)
+    if count := max(len(prompt.log_weights) for prompt in prompts):
+        table = pad_rows([prompt.log_weights for prompt in prompts], -(-count // WEIGHTS) * WEIGHTS, torch.float32)
+        weighted = [_with_weights(plan.variants[i].score_mod, table) for i in plan.of_layer]
+        plan = model.attention_plan(mask, weighted, cache, fused)
+    return plan
+
+
+def _with_weights(score_mod: ScoreMod | None, table: Tensor) -> ScoreMod:
+    """Return a score function followed by the weights of fused prompts."""
+    weights = scores.segment_weights(table)
+    return weights if score_mod is None else score_mod >> weights
 
 
 class _RequestToken:

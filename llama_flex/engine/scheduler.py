@@ -12,27 +12,33 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ..cache import Cache
+from ..interp.capture import Capture
+from ..interp.edits import Edit
+from ..interp.probes import as_tuple
 from ..masks.layout import BLOCK
-from ..masks.library import GENERATED
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
 from ..model import Llama
 from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
+from .batch import PendingOutput
 from .block_manager import BlockManager
-from .fusion import AnyPrompt, Ensemble, as_ensemble
+from .fusion import AnyPrompt, Ensemble, as_requests, shift_positions
 from .limits import RequestLimits
-from .model_runner import WIDTH, ModelRunner, PendingOutput, PrefillChunk
+from .model_runner import ModelRunner
 from .output import NonFiniteLogitsError, OutputProcessor, Step
-from .paged_cache import PagedCache
+from .paged_batch import WIDTH, PagedBatch, PrefillChunk
+from .paged_cache import PagedCache, PagedRows, RowCache
 from .request import Request, TokenSequence, longest_of, tokens_of
-from .request_masks import AttentionSpec
-from .step_runner import StepRunner
+from .request_masks import AttentionSpec, plan_of_rows
+from .stream import Stream
 
 BATCH_SIZE = {"cpu": 8, "cuda": 256}
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # per step; a GPU needs many to be busy
@@ -48,7 +54,7 @@ class Scheduler:
     @torch.inference_mode(False)  # tensors made here must be usable outside of inference mode
     def __init__(
         self,
-        step_runner: StepRunner,
+        runner: ModelRunner,
         tokenizer: Tokenizer | None,
         limits: RequestLimits,
         *,
@@ -58,7 +64,7 @@ class Scheduler:
         memory_fraction: float,
         prefill_tokens: int | None,
     ) -> None:
-        self.step_runner, self.model, self.tokenizer, self.limits = step_runner, step_runner.model, tokenizer, limits
+        self.runner, self.model, self.tokenizer, self.limits = runner, runner.model, tokenizer, limits
         self.model.check_device()
         device = self.model.device
         for name, value in (
@@ -85,12 +91,14 @@ class Scheduler:
         self._copies: list[tuple[int, int, int]] = []  # (from page, to page, tokens), in this step
         self._preempted: list[Request] = []  # in this step; they wait again at its end
         self._running: list[Request] = []
+        self._streams: dict[Request, Stream] = {}  # of those running requests that run alone
         self._ended: dict[Request, None] = {}  # but not returned yet; from any thread
         self._pending: list[PendingOutput] = []
         self.prompt_tokens = self.new_tokens = 0  # computed so far, and generated so far
         self._numbers = itertools.count()
         self._advancing: asyncio.Task[object] | None = None
         self._step_lock, self._stepping = threading.RLock(), threading.Lock()  # one thread at a time; held in a step
+        self._submitting = threading.Lock()  # guards what an unfinished request holds for itself
         self._interrupted = False  # the last step was
 
         self._free_batch_slots = list(range(max_batch_size))[::-1]
@@ -100,11 +108,11 @@ class Scheduler:
         self._allocate_cache(pages)
 
     def _allocate_cache(self, pages: int) -> None:
-        """Allocate the cache and the runner, in the model's dtype on its device."""
+        """Allocate the cache and the batch, in the model's dtype on its device."""
         dtype, device = self.model.dtype, self.model.device
         self.cache = PagedCache(self.model.dims, pages, dtype=dtype, device=device)
-        self.runner = ModelRunner(self.step_runner, self.cache, self.max_batch_size, self.prefill_tokens, self.blocks)
-        self.masks = self.runner.masks
+        self.batch = PagedBatch(self.runner, self.cache, self.max_batch_size, self.prefill_tokens, self.blocks)
+        self.masks = self.batch.masks
         self._ahead = device.type == "cuda"  # a step's tokens are read while the next one runs
         self._made_for = dtype, device
 
@@ -117,12 +125,19 @@ class Scheduler:
             self._allocate_cache(self.block_manager.num_pages)
             self._recover()
             for request in {*self._waiting, *self._inbox.copy()}:
-                request.spec = self._spec_of(request.ensemble, *(request.spec.given or (None, None)))
+                mask, score_mod = request.spec.given or (None, None)
+                request.spec = self._spec_of(
+                    request.ensemble, mask, score_mod, alone=request.runs_alone, cache=request.cache
+                )
 
-    def _spec_of(self, ensemble: Ensemble, mask: Any, score_mod: Any) -> AttentionSpec:
-        """Return the attention spec of a request; raises ValueError as `MaskRegistry.spec` does."""
-        fused = any(p.generated_segment == GENERATED for p in ensemble.prompts)
-        return self.masks.spec(mask, score_mod, fused)
+    def _spec_of(
+        self, ensemble: Ensemble, mask: Any, score_mod: Any, alone: bool, cache: Cache | None
+    ) -> AttentionSpec:
+        """Return the attention spec of a request; raises ValueError for anything but a mask or score function."""
+        if alone:
+            plan = plan_of_rows(self.model, ensemble.prompts, mask, score_mod, cache)
+            return AttentionSpec(None, (mask, score_mod), plan, False)
+        return self.masks.spec(mask, score_mod, any(prompt.is_fused for prompt in ensemble.prompts))
 
     @property
     def block_manager(self) -> BlockManager:
@@ -165,19 +180,65 @@ class Scheduler:
         stop_token_ids: Iterable[int] | None = None,
         mask: Mask | Sequence[Mask | None] | None = None,
         score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
+        cache: Cache | None = None,
+        cached_ids: Sequence[int] | None = None,
+        capture: Capture | Sequence[Capture] | None = None,
+        edit: Edit | Sequence[Edit] | None = None,
         priority: int = 0,
         callback: Callable[[Step], object] | None = None,
     ) -> Request:
         """See `Engine.submit`."""
-        model, limits = self.model, self.limits
+        model = self.model
         whole_number("priority", priority)
         if callback is not None and not callable(callback):
             raise ValueError(f"callback must be a function of a Step, not {callback!r}")
-        ensemble = as_ensemble(prompt)
-        (limit,) = limits.check([ensemble], max_new_tokens)
+        (ensemble,) = as_requests([prompt])
+        (limit,) = self.limits.check([ensemble], max_new_tokens, cache)
         if len(ensemble.prompts) > self.max_batch_size:
             raise ValueError(f"{len(ensemble.prompts)} prompts in one request; max_batch_size is {self.max_batch_size}")
-        lengths = [len(p.ids) for p in ensemble.prompts]
+        if cache is None:
+            limit = self._fit([len(p.ids) for p in ensemble.prompts], limit, max_new_tokens)
+        (before,) = self.limits.cached_ids(None if cached_ids is None else [cached_ids], cache, 1)
+        self._follow_model()
+        captures, edits = as_tuple(capture, Capture, "capture"), as_tuple(edit, Edit, "edit")
+        model.probes(captures, edits, len(ensemble.prompts), stepwise=True)  # raises what would end the request later
+        if cache is not None:
+            (ensemble,) = shift_positions([ensemble], cache.next_position.tolist())
+        alone = bool(captures or edits or cache)
+        spec = self._spec_of(ensemble, mask, score_mod, alone, cache)
+        if mask is not None or score_mod is not None:
+            spec.plan.check_last_token(longest_of([ensemble], [limit], cache), model.dims.num_heads)
+        if not alone and model.looks_ahead_by_default(mask):
+            raise ValueError(
+                "this model attends in both directions (is_causal is false), and requests are computed in chunks that "
+                "cannot see later ones; complete one at a time (generate or stream; --prompt without --json), or "
+                "give a mask"
+            )
+        number, stop_ids = next(self._numbers), self.limits.stop_ids(stop_token_ids)
+        text = [*before, *ensemble.prompts[0].ids]
+        request = Request(
+            number,
+            with_seed(sampling or Sampling.recommended(model.generation_config)),
+            priority,
+            ensemble=ensemble,
+            output_processor=OutputProcessor(number, self.tokenizer, text, stop, stop_ids, limit),
+            callback=callback,
+            spec=spec,
+            owner=self,
+            captures=captures,
+            edits=edits,
+            cache=cache,
+            cached_ids=before,
+            held=[] if cache is None else cache.length.tolist(),
+        )
+        with self._submitting:
+            self._check_unused(request)
+            self._inbox.append(request)
+        return request
+
+    def _fit(self, lengths: list[int], limit: int, max_new_tokens: int | None) -> int:
+        """Return how many new tokens of at most `limit` fit in the slots after prompts of these lengths; raises
+        ValueError if too few do."""
         if max_new_tokens is None:  # as many as fit, with equal room for each prompt
             room = min(self.max_length, self.block_manager.num_pages // len(lengths) * BLOCK)
             limit = max(1, min(limit, room - max(lengths)))
@@ -188,31 +249,15 @@ class Scheduler:
                 f"{self.block_manager.num_pages * BLOCK} in total; ask for fewer, or give the engine a larger "
                 "max_length or max_slots"
             )
-        self._follow_model()
-        spec = self._spec_of(ensemble, mask, score_mod)
-        if not spec.shares:
-            longest = longest_of(ensemble.prompts, [limit] * len(ensemble.prompts))
-            spec.plan.check_last_token(longest, model.dims.num_heads)
-        if model.looks_ahead_by_default(mask):
-            raise ValueError(
-                "this model attends in both directions (is_causal is false), and requests are computed in chunks that "
-                "cannot see later ones; complete one at a time (generate or stream; --prompt without --json), or "
-                "give a mask"
-            )
-        stop_ids = limits.stop_ids(stop_token_ids)
-        number = next(self._numbers)
-        request = Request(
-            number,
-            with_seed(sampling or Sampling.recommended(model.generation_config)),
-            priority,
-            ensemble=ensemble,
-            output_processor=OutputProcessor(number, self.tokenizer, ensemble.prompts[0].ids, stop, stop_ids, limit),
-            callback=callback,
-            spec=spec,
-            owner=self,
-        )
-        self._inbox.append(request)
-        return request
+        return limit
+
+    def _check_unused(self, request: Request) -> None:
+        """Raise ValueError if an unfinished request has the same cache or capture: they hold the tokens of one."""
+        mine = {id(each) for each in (request.cache, *request.captures) if each is not None}
+        for other in (*self._inbox.copy(), *self._waiting, *self._running, *self._preempted) if mine else ():
+            if not other.finished and mine & {id(each) for each in (other.cache, *other.captures)}:
+                what = "cache" if other.cache is request.cache else "capture"
+                raise ValueError(f"the {what} belongs to request {other.number}, which is not finished; give another")
 
     def cancel(self, request: Request) -> None:
         """End a request, keeping its steps so far: at once or, from another thread, after the running step."""
@@ -252,7 +297,8 @@ class Scheduler:
             self._recover()
         self._interrupted = True
         while self._inbox:
-            if not self.masks.is_full():  # register specs early, so that steps are compiled once for all
+            # Register specs early, so that steps are compiled once for all.
+            if not (self.masks.is_full() or self._inbox[0].runs_alone):
                 self.masks.number_of(self._inbox[0].spec, set())
             heapq.heappush(self._waiting, self._inbox[0])
             self._inbox.popleft()
@@ -261,8 +307,9 @@ class Scheduler:
         self._allocate_or_preempt()
         outputs = self._prefill()
         first = {request for output in outputs for request, _ in output.rows}
-        if decoding := [r for r in self.running if self._decodes(r) and r not in first]:
-            outputs.append(self.runner.decode(decoding))
+        if decoding := [r for r in self.running if self._decodes(r) and r not in first and not r.runs_alone]:
+            outputs.append(self.batch.decode(decoding))
+        outputs += self._advance_streams()
         if self._ahead:
             outputs, self._pending = self._pending, outputs
         for output in outputs:
@@ -282,7 +329,8 @@ class Scheduler:
         weights = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
         if (modules, weights) != (self._modules, self._weights):
             if modules != self._modules or [id for id, _ in weights] != [id for id, _ in self._weights]:
-                self.runner.forget_recorded()  # recorded steps use the old ones
+                for batch in (self.batch, *self._streams.values()):
+                    batch.recorded.forget()  # recorded steps use the old ones
             self._modules, self._weights = modules, weights
             self.forget()
 
@@ -295,11 +343,11 @@ class Scheduler:
     def _allocate_or_preempt(self) -> None:
         """Allocate pages for the next token of each request; if none is left, preempt the last request in order."""
         for request in self.running:
-            for sequence in request.sequences if self._decodes(request) else ():
+            for sequence in request.sequences if self._decodes(request) and request.cache is None else ():
                 if sequence.num_computed_tokens < len(sequence.pages) * BLOCK:
                     continue
                 while not self.block_manager.available and request.sequences:
-                    self._preempted.append(max(self._running))
+                    self._preempted.append(max(r for r in self._running if r.cache is None))
                     self._release(self._preempted[-1])
                 if not request.sequences:
                     break
@@ -321,10 +369,13 @@ class Scheduler:
         if request is None or request in self._preempted:  # a preempted one waits until its tokens are read
             return None
         prompts = request.ensemble.prompts
-        spec_number = self.masks.number_of(request.spec, {r.spec_number for r in self._running})
-        if len(prompts) > len(self._free_batch_slots) or spec_number is None:
+        if len(prompts) > self.max_batch_size - sum(len(r.sequences) for r in self._running):
             return None
-        request.spec_number = spec_number
+        if not request.runs_alone:
+            spec_number = self.masks.number_of(request.spec, {r.spec_number for r in self._running})
+            if spec_number is None:
+                return None
+            request.spec_number = spec_number
         new = [step.token for step in request.steps]
         for prompt in prompts:
             # Log-weights of a fused prompt change the keys and values after it.
@@ -335,7 +386,7 @@ class Scheduler:
         for sequence in request.sequences:
             sequence.pages = list(self._reuse_pages(sequence))
             sequence.num_computed_tokens = len(sequence.pages) * BLOCK
-            needed = -(-sequence.num_tokens // BLOCK) - len(sequence.pages)
+            needed = -(-sequence.num_tokens // BLOCK) - len(sequence.pages) if request.cache is None else 0
             if needed > self.block_manager.available:
                 self._free_pages(request)
                 return None
@@ -345,7 +396,8 @@ class Scheduler:
                 copies.append((page, sequence.pages[sequence.num_computed_tokens // BLOCK], count))
                 sequence.num_computed_tokens += count
             # Members of an ensemble sample together in a decode step; if only the last token is uncached, one suffices.
-            if len(prompts) > 1 or sequence.num_computed_tokens == sequence.prefill_target - 1:
+            alone = len(prompts) == 1 and sequence.num_computed_tokens < sequence.prefill_target - 1
+            if not (alone or request.runs_alone):
                 sequence.prefill_target -= 1
         self._copies += copies
         self._running.append(request)  # first: an interrupt between the two must not lose it
@@ -354,8 +406,9 @@ class Scheduler:
         request.shared = any(sequence.num_computed_tokens for sequence in request.sequences)
         for sequence in request.sequences:
             self.prompt_tokens += sequence.num_tokens - sequence.num_computed_tokens
-            sequence.batch_slot = self._free_batch_slots.pop()
-            self.runner.assign_batch_slot(request, sequence, len(new))
+            if not request.runs_alone:
+                sequence.batch_slot = self._free_batch_slots.pop()
+                self.batch.assign_batch_slot(request, sequence)
         return request
 
     def _reuse_pages(self, sequence: TokenSequence) -> Iterator[int]:
@@ -395,7 +448,8 @@ class Scheduler:
             end = min(sequence.num_computed_tokens, sequence.num_tokens)
             self._publish_full_pages(sequence, sequence.prefill_target, end)
             self._publish_partial_pages(sequence, sequence.prefill_target, end)
-            self._free_batch_slots.append(sequence.batch_slot)
+            if not request.runs_alone:
+                self._free_batch_slots.append(sequence.batch_slot)
         self._free_pages(request)
         self._running.remove(request)
 
@@ -403,6 +457,7 @@ class Scheduler:
         for sequence in request.sequences:
             for page in reversed(sequence.pages):  # the end of a sequence is evicted before its beginning
                 self.block_manager.free(page)
+        self._streams.pop(request, None)
         request.sequences = []
 
     def _release_finished(self) -> None:
@@ -420,6 +475,7 @@ class Scheduler:
         arriving = set(self._inbox.copy())  # one may be in both while it is moved
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
         self._running, self._preempted, self._new_pages, self._copies, self._pending = [], [], [], [], []
+        self._streams = {}
         self._free_batch_slots = list(range(self.max_batch_size))[::-1]
         self.cache.block_manager = BlockManager(self.block_manager.num_pages)
 
@@ -431,10 +487,10 @@ class Scheduler:
         chunks: list[PrefillChunk] = []
         left = self.prefill_tokens
         begun = (r for r in self.running if not all(sequence.is_prefilled for sequence in r.sequences))
-        while left and len(chunks) < self.runner.max_chunks and (request := next(begun, None) or self._admit()):
-            for sequence in request.sequences:
+        while left and len(chunks) < self.batch.max_chunks and (request := next(begun, None) or self._admit()):
+            for sequence in request.sequences if not request.runs_alone else ():
                 first = sequence.num_computed_tokens
-                while not sequence.is_prefilled and left and len(chunks) < self.runner.max_chunks:
+                while not sequence.is_prefilled and left and len(chunks) < self.batch.max_chunks:
                     start = sequence.num_computed_tokens
                     length = min(WIDTH, sequence.prefill_target - start, left)
                     chunks.append(PrefillChunk(request, sequence, start, length))
@@ -447,17 +503,52 @@ class Scheduler:
         if taken := set(self._new_pages).difference(page for _, page, _ in self._copies):
             self.cache.clear(sorted(taken))
         self._new_pages, self._copies = [], []
-        outputs = self.runner.prefill(chunks, self._running) if chunks else []
+        together = [r for r in self._running if not r.runs_alone]
+        outputs = self.batch.prefill(chunks, together) if chunks else []
         for _, sequence, start, length in chunks:
             self._publish_partial_pages(sequence, start, start + length)
         return outputs
 
+    def _advance_streams(self) -> list[PendingOutput]:
+        """Enqueue a chunk or a decode step of each request that runs alone; return the tokens sampled."""
+        outputs = []
+        for request in [r for r in self.running if r.runs_alone and not r.finished]:
+            output = None
+            with self._errors_end(request):
+                if request not in self._streams:
+                    self._streams[request] = self._start_stream(request)
+                output = next(self._streams[request].steps, None)
+            if output is not None and self._streams[request].ahead:
+                outputs.append(output)
+            elif output is not None:
+                self._process_output(output)
+        return outputs
+
+    @contextmanager
+    def _errors_end(self, request: Request) -> Iterator[None]:
+        """Let an error in the user's code end this request and no other."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  - the user's code may raise anything
+            request.error = error
+            self._end(request, "error")
+
+    def _start_stream(self, request: Request) -> Stream:
+        """Start the stream of a request that runs alone, or resume it after it was preempted or interrupted."""
+        request.resume(self.model)
+        cache: RowCache | None = request.cache
+        if cache is None:
+            longest = max(s.num_tokens for s in request.sequences) + request.output_processor.limit
+            blocks = self.blocks if self.runner.compile else min(self.blocks, -(-longest // BLOCK))
+            cache = PagedRows(self.cache, request.sequences, blocks)
+        return Stream(self.runner, [request], cache)
+
     def _process_output(self, output: PendingOutput) -> None:
         """Append sampled tokens; drop those of finished requests."""
-        tokens, logprobs, finite = output.read()
-        for request, row in output.rows:
-            if not finite[row]:
-                self.forget()  # keys and values may hold NaN, too
+        for request, token, logprob, finite in output.tokens():
+            if not finite:
+                if not request.runs_alone:
+                    self.forget()  # keys and values may hold NaN, too
                 if request.shared and not request.finished:
                     self._restart_isolated(request)
                     continue
@@ -466,7 +557,7 @@ class Scheduler:
                     request.error = NonFiniteLogitsError(where, self.model.dtype)
                     self._end(request, "error")
             if not request.finished:
-                request.steps.append(request.output_processor.put(int(tokens[row]), logprobs[row]))
+                request.add(token, logprob)
                 self.new_tokens += 1
                 self._deliver(request)
 
@@ -487,11 +578,8 @@ class Scheduler:
         if reason is not None and not request.finished:
             self._end(request, reason)
         if request.callback is not None:
-            try:  # whatever it raises ends this request and no other
+            with self._errors_end(request):
                 request.callback(request.steps[-1])
-            except Exception as error:  # noqa: BLE001  - runs the user's code
-                request.error = error
-                self._end(request, "error")
         request.num_delivered += 1
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..engine.engine import Engine
 from ..engine.fusion import Prompt, token_ids
+from ..engine.prefill import prefill
+from ..engine.request import tokens_of
 from ..engine.transfer import pad_rows
 from ..interp.edits import Edit
 from ..masks.mask import Mask
@@ -99,7 +101,7 @@ def score(
     cache = model.new_cache(1, slots)
     plan = model.attention_plan(mask, score_mod, cache)
     probes = model.probes((), edit, 1, stepwise=True)
-    *_, first = engine.outputs([Prompt.plain(start)], plan, cache, probes)
+    *_, first = prefill(engine.runner, [tokens_of(Prompt.plain(start), [])], plan, cache, probes)
     found = []
     for group in (texts[n : n + batch_size] for n in range(0, len(texts), batch_size)):
         # Few batch sizes, to share compiled steps: rows without tokens fill up a group.
@@ -107,7 +109,8 @@ def score(
         rows = [text[:-1] for text in group] + [[]] * (b - len(group))
         x = [first[:, -1:].expand(b, -1, -1)]
         if any(rows):
-            x += engine.outputs([Prompt.plain(row) for row in rows], plan, cache.expand(b), probes)
+            after = [tokens_of(Prompt.plain(row).shifted(len(start)), []) for row in rows]
+            x += prefill(engine.runner, after, plan, cache.expand(b), probes)
         found += _scores(model, torch.cat(x, 1)[: len(group)], start, group, sampling)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attention_weights, build_attention_metadata
-from ..cache import Cache
+from ..masks.layout import SlotCache
 from ..masks.plan import AttentionPlan, LayerAttention
 from ..masks.selection import Where, selection
 from ..tokens import Tokens
@@ -101,7 +101,17 @@ class Capture:
         if self.where is not None:
             self.where(Tokens.arriving(1, batch=rows).map(lambda x: x.to(device)))
 
-    def add(self, found: Captured, plan: AttentionPlan, cache: Cache | None) -> None:
+    @property
+    def num_parts(self) -> int:
+        """The number of steps from which it holds tokens."""
+        return len(self._parts)
+
+    def rewind(self, parts: int, lengths: Tensor) -> None:
+        """Drop what was captured after the first `parts` steps of tokens from index `lengths` `[B]` on."""
+        later, ends = self._parts[parts:], lengths[:, None]
+        self._parts[parts:] = [part for part in later if bool((part[0].index < ends.to(part[0].index)).all())]
+
+    def add(self, found: Captured, plan: AttentionPlan, cache: SlotCache | None) -> None:
         """Append the requested tensors of a step."""
         index = found.tokens.index
         chosen = index >= 0 if self.where is None else (index >= 0) & self.where(found.tokens)
@@ -127,6 +137,7 @@ class Capture:
             if site == "q" and ATTENTION in self.sites:
                 attention = plan.variants[plan.of_layer[layer]]
                 k = found.at["k", layer].transpose(1, 2) if cache is None else cache.layers[layer][0]
+                k = k if cache is None or cache.pages is None else cache.pages.gather(k)
                 kv = found.tokens if cache is None else cache.tokens
                 kept[ATTENTION, layer] = self._attention_rows(some(x).transpose(1, 2), k, tokens, kv, attention)
         device = index.device if self.device is None else self.device

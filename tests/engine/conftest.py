@@ -8,8 +8,8 @@ from generation_helpers import save_pieces_tokenizer, successor_model
 from request_helpers import Case, make_case, random_ids, random_model
 
 from llama_flex import Engine, Ensemble, Llama, Sampling, Tokenizer, masks
-from llama_flex.engine import model_runner
-from llama_flex.engine.model_runner import ModelRunner
+from llama_flex.engine import batch
+from llama_flex.engine.paged_batch import PagedBatch
 from llama_flex.engine.request import Request
 from llama_flex.engine.scheduler import Scheduler
 
@@ -56,7 +56,7 @@ def dense() -> Engine:
 @pytest.fixture
 def read_later(monkeypatch):
     """A step may be read after the next one, as on CUDA, where what it left is copied at once."""
-    monkeypatch.setattr(model_runner, "read_async", lambda x: x.clone().tolist)
+    monkeypatch.setattr(batch, "read_async", lambda x: x.clone().tolist)
 
 
 @pytest.fixture
@@ -76,14 +76,14 @@ def preempted(monkeypatch) -> list[Request]:
 @pytest.fixture
 def prefilled(monkeypatch) -> list[tuple[int, int]]:
     """The request and the first token of every chunk of a prompt that is computed."""
-    found, run = [], ModelRunner._run
+    found, run = [], PagedBatch._run
 
-    def noting(self, size, width, buffer, host, rows, *given):
+    def noting(self, size, width, buffers, host, rows, *given):
         if width > 1:
             found.extend((r.number, int(host["rows"][0, row])) for row, (r, _) in rows.items())
-        return run(self, size, width, buffer, host, rows, *given)
+        return run(self, size, width, buffers, host, rows, *given)
 
-    monkeypatch.setattr(ModelRunner, "_run", noting)
+    monkeypatch.setattr(PagedBatch, "_run", noting)
     return found
 
 

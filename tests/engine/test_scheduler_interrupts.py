@@ -8,8 +8,9 @@ import pytest
 from helpers import few
 from request_helpers import check_empty, new_engine, random_ids, tokens_of
 
-from llama_flex.engine.model_runner import ModelRunner
+from llama_flex.engine.batch import Batch
 from llama_flex.engine.output import OutputProcessor
+from llama_flex.engine.paged_batch import PagedBatch
 from llama_flex.engine.scheduler import Scheduler
 from llama_flex.masks.layout import BLOCK
 from llama_flex.text.detokenizer import _BYTE_LEVEL, Decoding, StreamDecoder
@@ -74,7 +75,7 @@ class Bytes:
 )
 def test_ctrl_c_at_any_line_loses_nothing(dense, read_later, preempted, again, ahead, every):
     """Interrupt every so many lines; with `again`, once more so many lines later, while the first is handled."""
-    parts = Scheduler, ModelRunner, OutputProcessor, StreamDecoder
+    parts = Scheduler, Batch, PagedBatch, OutputProcessor, StreamDecoder
     files = [sys.modules[part.__module__].__file__ for part in parts]
     # The first two need two pages each in the end, so the second has to give way to the first.
     prompts, options = [random_ids(length) for length in (126, 127, 20)], {"max_new_tokens": 5, "stop_token_ids": ()}

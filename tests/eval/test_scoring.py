@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scoring_helpers import reference_logprobs
 
 from llama_flex import Engine, Sampling, Score, Tokenizer, choose, edits, masks, score, score_text
-from llama_flex.engine.step_runner import StepRunner
+from llama_flex.engine.model_runner import ModelRunner
 from llama_flex.sampling import filter_logits, stack
 
 
@@ -66,13 +66,13 @@ def test_compiled_scores_are_the_same_and_compile_nothing_again(pair):
 def test_a_prefix_is_computed_once(pair, monkeypatch):
     _, model, _ = pair
     fed = []
-    step = StepRunner.step
+    step = ModelRunner.step
 
     def spy(self, ids, lengths, *rest):
         fed.append(int(lengths.sum()))
         return step(self, ids, lengths, *rest)
 
-    monkeypatch.setattr(StepRunner, "step", spy)
+    monkeypatch.setattr(ModelRunner, "step", spy)
     score(model, random_ids(200), [random_ids(n) for n in (1, 1, 1, 1)])
     assert sum(fed) == 200  # and one token needs no more
     fed.clear()

@@ -16,19 +16,19 @@ from request_helpers import (
 
 from llama_flex import Engine, Ensemble, Sampling, attention, masks, scores
 from llama_flex.engine.fusion import AnyPrompt
-from llama_flex.engine.model_runner import ModelRunner
+from llama_flex.engine.paged_batch import PagedBatch
 from llama_flex.engine.request import Request
 from llama_flex.masks.layout import BLOCK
 
 
 def test_a_step_of_prompts_has_little_padding_and_gives_their_first_tokens(dense, monkeypatch):
-    steps, run = [], ModelRunner._run
+    steps, run = [], PagedBatch._run
 
     def noting(self, size, width, *given):
         steps.append((size, width))
         return run(self, size, width, *given)
 
-    monkeypatch.setattr(ModelRunner, "_run", noting)
+    monkeypatch.setattr(PagedBatch, "_run", noting)
     prompts = [random_ids(45, seed) for seed in range(8)]
     expected = [tokens_alone(dense, ids, **NEW)[:1] for ids in prompts]
     engine = new_engine(dense, max_batch_size=8, max_slots=20 * BLOCK, prefill_tokens=512)

@@ -1,0 +1,133 @@
+"""Run the steps of many requests over one pool of pages, in a few sizes, so that they can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .batch import Batch, Kinds, PendingOutput, StepBuffers, kinds_of
+from .model_runner import LastRun, ModelRunner
+from .paged_cache import PagedCache, PagedCacheView
+from .request import Request, TokenSequence
+from .request_masks import MaskRegistry, RowSpec
+
+WIDTH = 64  # the most prompt tokens in a row of a step
+_ROW_MEAN = 32  # a step of N tokens has N // 32 rows: room for short prompts, whose rows are half empty
+
+
+class PrefillChunk(NamedTuple):
+    """The prompt tokens that one row of a step computes: `length` of them, from `start` on."""
+
+    request: Request
+    sequence: TokenSequence
+    start: int
+    length: int
+
+
+class PagedBatch(Batch):
+    """The steps of requests that share pages: each request has a row in a decode step, or several chunks in a prefill
+    step, whose masks are combined by row."""
+
+    def __init__(self, runner: ModelRunner, cache: PagedCache, batch_slots: int, tokens: int, blocks: int) -> None:
+        """tokens: the most prompt tokens in a step, a multiple of WIDTH. blocks: the most blocks of slots of a
+        sequence."""
+        super().__init__(runner, batch_slots)
+        self.cache, self.blocks = cache, blocks
+        # Compiled for each size that occurs. Up to 64 rows take no longer: products are bound by reading weights.
+        sizes = 1, 8, *(64 << i for i in range(batch_slots.bit_length()))
+        self.decode_sizes = sorted({min(size, batch_slots) for size in sizes})
+        self.prefill_sizes = sorted({min(WIDTH << i, tokens) for i in range(tokens.bit_length())})
+        self.max_chunks = tokens // _ROW_MEAN
+        self.masks = MaskRegistry(self.model, max(batch_slots, self.max_chunks))
+        self._generation = self.masks.generation
+
+    def prefill(self, chunks: Sequence[PrefillChunk], running: Iterable[Request]) -> list[PendingOutput]:
+        """Enqueue prefill chunks, and the next token of each prompt that ends in one, sampled with the filters of all
+        running requests, so that few graphs are compiled."""
+        count = sum(chunk.length for chunk in chunks)
+        size = next(s for s in self.prefill_sizes if s >= count and s // _ROW_MEAN >= len(chunks))
+        buffers, host = self._fill(size, WIDTH)
+        # Spread the chunks: a CPU's threads get adjacent rows, and all of them should have work.
+        at = {n * (size // _ROW_MEAN) // len(chunks): chunk for n, chunk in enumerate(chunks)}
+        for row, (_, sequence, start, length) in at.items():
+            host["rows"][:, row] = start, sequence.num_computed_tokens, length
+            host["tokens"][:, row, :length] = sequence.tokens[:, start : start + length]
+        lengths = host["rows"][2]
+        padding = np.arange(WIDTH) >= lengths[:, None]
+        host["token_indices"][:] = np.argsort(padding.ravel(), kind="stable")[:size]
+        host["last"][:] = np.maximum(lengths.cumsum() - 1, 0)
+        ends = {row: c for row, c in at.items() if c.start + c.length == c.sequence.num_tokens}
+        self._fill_state(host, {row: (c.request, c.sequence) for row, c in ends.items()})
+        rows = {row: (c.request, c.sequence) for row, c in at.items()}
+        self._run(size, WIDTH, buffers, host, rows, kinds_of(running) if ends else ())
+        return [self._sampled(buffers, [(c.request, row) for row, c in ends.items()])] if ends else []
+
+    def decode(self, requests: Sequence[Request]) -> PendingOutput:
+        """Enqueue a decode step: one token for each request."""
+        rows = dict(enumerate((request, sequence) for request in requests for sequence in request.sequences))
+        size = next(s for s in self.decode_sizes if s >= len(rows))
+        buffers, host = self._fill(size, 1)
+        self._fill_state(host, rows)
+        for row, (_, sequence) in rows.items():
+            computed = sequence.num_computed_tokens
+            host["rows"][:, row] = computed, computed + 1, 1
+            sequence.num_computed_tokens += 1
+        sampled = self._fill_leaders(host, rows)
+        self._run(size, 1, buffers, host, rows, kinds_of(requests))
+        return self._sampled(buffers, sampled)
+
+    def _fill(self, size: int, width: int) -> tuple[StepBuffers, dict[str, np.ndarray]]:
+        """Return the buffers of a step of `size` tokens in rows of `width`, and host arrays, filled with padding."""
+        rows = size if width == 1 else size // _ROW_MEAN
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "page_table": (torch.int32, (rows, self.blocks)),
+            "rows": (torch.int32, (3, rows)),
+        }
+        if width > 1:
+            shapes |= {"tokens": (torch.int64, (3, rows, width)), "token_indices": (torch.int64, (size,))}
+            shapes |= {"last": (torch.int64, (rows,))}
+        buffers = self._buffers_for((size, width), rows, shapes)
+        host = buffers.inputs.fill()
+        host["page_table"].fill(self.cache.block_manager.num_pages)
+        host["rows"].fill(0)
+        if width > 1:
+            host["tokens"].fill(0)  # a mask may index a table by padding; stale values may be out of its range
+        return buffers, host
+
+    def _run(
+        self,
+        size: int,
+        width: int,
+        buffers: StepBuffers,
+        host: dict[str, np.ndarray],
+        rows: Mapping[int, tuple[Request, TokenSequence]],
+        kinds: Kinds,
+    ) -> None:
+        """Enqueue a step. kinds: of sampling; empty if no row samples."""
+        for row, (_, sequence) in rows.items():
+            host["page_table"][row, : len(sequence.pages)] = sequence.pages
+        plan = self.masks.plan(
+            {n: RowSpec(r.spec_number, r.sequences.index(s), s.prompt.log_weights) for n, (r, s) in rows.items()}
+        )
+        if self._generation != self.masks.generation:
+            self._generation = self.masks.generation
+            self.recorded.forget(keep=[spec.plan for spec in self.masks.specs])
+        buffers.inputs.send()
+        given = buffers.inputs.on_device
+        start, end, count = given["rows"].unbind(0)
+        page_table = given["page_table"]
+        if not self.runner.compile:  # eager shapes may vary: drop columns that no row uses
+            page_table = page_table[:, : max(len(sequence.pages) for _, sequence in rows.values())]
+        cache = PagedCacheView(self.cache, page_table, start, end, given.get("token_indices"))
+        self.runner.last = LastRun(plan, lambda: cache.tokens)
+        ids, positions, segments = self._newest_tokens(buffers) if width == 1 else given["tokens"].unbind(0)
+
+        def step() -> None:
+            x, _ = self.runner.step(ids, count, positions, segments, plan, cache)
+            if kinds:
+                self._sample(x, buffers, kinds)
+
+        self.recorded.run((size, width, kinds, plan), step)  # `forget` reads the plan as the last

@@ -1,0 +1,123 @@
+"""Append prompts to a cache in chunks of few sizes, so that prompts of all lengths share compiled steps.
+
+Dimensions: R rows, N tokens of a row, T tokens of a chunk, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..interp.capture import Capture
+from ..interp.hook_points import Probe
+from ..masks.mask import Mask
+from ..masks.plan import AttentionPlan
+from ..model import last_tokens
+from ..tokens import Tokens
+from .model_runner import ModelRunner
+from .paged_cache import RowCache
+
+# Chunk sizes in tokens: the largest that the prompt still fills, the last one padded. A GPU needs large ones.
+CHUNKS = {"cpu": (512, 128), "cuda": (2048, 512, 128)}
+
+
+def prefill(
+    runner: ModelRunner,
+    rows: Sequence[np.ndarray],
+    plan: AttentionPlan,
+    cache: RowCache,
+    probes: Mapping[int, Probe] | None = None,
+    captures: Sequence[Capture] = (),
+) -> Iterator[Tensor]:
+    """Append rows of tokens (ids, positions and segments, `[3, N]` each) to a cache; yield the last layer's output of
+    each chunk, `[R, T, E]`.
+
+    If any token sees one of a later chunk, all are computed in one chunk. Shorter rows are padded at the end.
+    """
+    device = runner.model.device
+    sizes = CHUNKS[device.type]
+    longest = max(row.shape[1] for row in rows)
+    whole = 1 << (-(-longest // sizes[-1]) * sizes[-1] - 1).bit_length()
+    width = max(whole, longest + 2 * sizes[-1])  # if chunks are split, the last one reaches further
+    padded = np.zeros((3, len(rows), width), np.int64)
+    for n, row in enumerate(rows):
+        padded[:, n, : row.shape[1]] = row
+    ids, positions, segments = torch.from_numpy(padded).to(device).unbind(0)
+    positions, segments = positions.to(torch.int32), segments.to(torch.int32)
+    length = torch.tensor([row.shape[1] for row in rows], dtype=torch.int32, device=device)
+    chunks = _chunks(longest, sizes, cache.largest_append)
+    column = torch.arange(width, dtype=torch.int32, device=device)
+    index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
+    if _looks_ahead(runner, plan, Tokens(index, positions, segments), chunks, whole):
+        chunks = _chunks(longest, (whole,), cache.largest_append)
+    for start, size, count in chunks:
+        here = (length - start).clamp(0, count)
+        chunk = [_part(x, start, start + size) for x in (ids, positions, segments)]
+        with cache.appending(count):
+            output, captured = runner.step(chunk[0], here, chunk[1], chunk[2], plan, cache, probes)
+            for each in captures:
+                assert captured is not None
+                each.add(captured, plan, cache)
+        yield output[:, :count]
+
+
+def newest_outputs(rows: Sequence[np.ndarray], outputs: Iterable[Tensor]) -> Iterator[Tensor | None]:
+    """Yield None for each chunk but the last, and then the outputs `[R, 1, E]` at each row's last token."""
+    ends, start, longest = torch.empty(0), 0, max(row.shape[1] for row in rows)
+    for x in outputs:
+        left = torch.tensor([row.shape[1] - start for row in rows], device=x.device)
+        end = last_tokens(x, left.clamp(0, x.shape[1]), 1)
+        here = (left > 0) & (left <= x.shape[1])
+        ends = end if start == 0 else torch.where(here[:, None, None], end, ends)
+        start += x.shape[1]
+        yield ends if start == longest else None
+
+
+def _looks_ahead(
+    runner: ModelRunner, plan: AttentionPlan, tokens: Tokens, chunks: Sequence[tuple[int, int, int]], width: int
+) -> bool:
+    """Return whether any of these tokens sees one of a later chunk, among the first `width`.
+
+    Masks marked `never_looks_ahead` are skipped. Any other is evaluated, at the cost of making the block lists of the
+    chunks: compiled if steps are, else only for the cells in question.
+    """
+    masks = tuple(v.mask for v in plan.variants if not v.mask.never_looks_ahead)
+    if not masks:
+        return False
+    heads, found, longest = runner.model.dims.num_heads, [], sum(chunks[-1][::2])
+    column = torch.arange(tokens.index.shape[1], device=tokens.index.device)
+    for start, size, count in chunks[:-1]:
+        end = start + count
+        here, later = (
+            tokens._replace(index=tokens.index.masked_fill(out, -1)) for out in (column >= end, column < end)
+        )
+        q = Tokens(*(_part(x, start, start + size) for x in here))
+        kv = Tokens(*(_part(x, 0, width) if runner.compile else _part(x, end, longest) for x in later))
+        run = runner.run_for(q.index.shape, kv.index.shape, *(mask.structure() for mask in masks))
+        found.append(run("looks ahead", _sees_any, masks, q, kv, heads))
+    return bool(found) and bool(torch.stack(found).any())
+
+
+def _chunks(longest: int, sizes: Sequence[int], most: int) -> list[tuple[int, int, int]]:
+    """Split prompts of up to `longest` tokens into chunks: for each its start, its size with padding, and how many of
+    its tokens are appended, at most `most`, since a rolling cache may have less room than a chunk."""
+    padded, start, chunks = -(-longest // sizes[-1]) * sizes[-1], 0, []
+    while start < longest:
+        size = next((size for size in sizes if start + size <= padded), sizes[-1])
+        chunks.append((start, size, min(size, longest - start, most)))
+        start += max(chunks[-1][2], 1)  # a full cache appends none, and raises an error on the attempt
+    return chunks
+
+
+def _part(x: Tensor, start: int, end: int) -> Tensor:
+    """Copy columns of `[R, T]`: a slice keeps the strides of the whole, and every new stride would recompile."""
+    return x[:, start:end].clone(memory_format=torch.contiguous_format)
+
+
+def _sees_any(masks: Sequence[Mask], q: Tokens, kv: Tokens, num_heads: int) -> Tensor:
+    """Return whether any query q, padding aside, sees any key kv under any of the masks, as a boolean tensor."""
+    real = Mask(lambda q, kv: q.index >= 0)
+    return torch.stack([(real & mask).blocks(q, kv, num_heads)[1].any() for mask in masks]).any()
