@@ -22,6 +22,7 @@ from .transfer import StagingBuffer, read_async, to_device_async
 
 # The host's inputs for sampling the next token of each row of a step; _INTS as int64, _REALS as float32.
 _INTS = ("batch_slot", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max")
+_FOLLOWING = slice(1, 4)  # those of _INTS that change from token to token
 _REALS = ("temperature", "tail", "min_p", "repetition_penalty")
 Kinds = tuple[bool, ...]  # of sampling in a step; see `kinds_of`
 
@@ -94,7 +95,7 @@ class Batch:
             device = self.model.device
             sampled = {"ints": (torch.int64, (len(_INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
             self._buffers[key] = StepBuffers(
-                StagingBuffer(device, sampled | dict(shapes)),
+                StagingBuffer(device, {**sampled, **shapes}),
                 torch.zeros(rows, 1, dtype=torch.int64, device=device),
                 torch.zeros(3, rows, dtype=torch.float64, device=device),
             )
@@ -134,16 +135,15 @@ class Batch:
 
     def _sampled(self, buffers: StepBuffers, rows: list[tuple[Request, int]]) -> PendingOutput:
         """Count the tokens that a step has sampled, and return them."""
+        following = []
         for request, _ in rows:
-            request.num_scheduled += 1
+            request.num_scheduled = done = request.num_scheduled + 1
             for sequence in request.sequences:
-                after = sequence.prompt.generated_position or 0
-                values = {
-                    "position": after + request.num_scheduled - 1,
-                    "segment": sequence.prompt.generated_segment,
-                    "done": request.num_scheduled,
-                }
-                self._ints[sequence.batch_slot, [_INTS.index(n) for n in values]] = list(values.values())
+                prompt = sequence.prompt
+                position = (prompt.generated_position or 0) + done - 1
+                following.append((sequence.batch_slot, position, prompt.generated_segment, done))
+        slots, *columns = np.array(following).T
+        self._ints[slots, _FOLLOWING] = np.array(columns).T
         return PendingOutput(read_async(buffers.result), rows)
 
 

@@ -93,6 +93,7 @@ class Request:
     edits: Sequence[Edit] = field(default=(), kw_only=True, repr=False)
     cache: Cache | None = field(default=None, kw_only=True, repr=False)  # the caller's
     cached_ids: Sequence[int] = field(default=(), kw_only=True, repr=False)  # of the tokens in it
+    runs_alone: bool = field(init=False, repr=False)  # in steps of its own, whose rows captures and edits see
     held: Sequence[int] = field(default=(), kw_only=True, repr=False)  # lengths of the cache's rows before it
     captured: list[int] | None = field(default=None, kw_only=True, repr=False)  # parts in its captures before it
     sequences: list[TokenSequence] = field(default_factory=list, repr=False)
@@ -102,6 +103,9 @@ class Request:
     shared: bool = field(default=False, repr=False)  # whether it uses pages that other requests computed
     isolated: bool = field(default=False, repr=False)  # whether it must not use such pages
 
+    def __post_init__(self) -> None:
+        self.runs_alone = bool(self.captures or self.edits or self.cache)
+
     @property
     def completion(self) -> Completion:
         """All steps so far as one completion."""
@@ -110,11 +114,6 @@ class Request:
             whole.add(step)
         whole.finish_reason = self.finish_reason
         return whole
-
-    @property
-    def runs_alone(self) -> bool:
-        """Whether it is computed in steps of its own: its captures and edits see its rows only."""
-        return bool(self.captures or self.edits or self.cache)
 
     @property
     def finished(self) -> bool:
