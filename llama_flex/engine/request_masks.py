@@ -96,10 +96,11 @@ class MaskRegistry:
         self._combined = {}
         self.generation += 1
 
-    def _tables(self, weights: int) -> StagingBuffer:
+    def _tables(self, weights: int) -> dict[str, StagingBuffer]:
+        """Make the tables that masks and score functions capture, which must not share memory."""
         number = torch.int32, (self.rows,)
         shapes = {"number": number, "member": number, "weights": (torch.float32, (self.rows, weights))}
-        return StagingBuffer(self.model.device, shapes)
+        return {name: StagingBuffer(self.model.device, {name: shape}) for name, shape in shapes.items()}
 
     def plan(self, rows: Mapping[int, RowSpec]) -> AttentionPlan:
         """Return the attention plan of the next step. rows: the specs of its rows, by row number."""
@@ -107,16 +108,17 @@ class MaskRegistry:
         weights = max(len(row.log_weights) for row in rows.values())
         if len(numbers) == 1 and self.specs[numbers[0]].shares and not weights:
             return self.specs[numbers[0]].plan
-        if weights > self._of_row.on_device["weights"].shape[1]:
+        if weights > self._of_row["weights"].on_device["weights"].shape[1]:
             self._of_row = self._tables(-(-weights // WEIGHTS) * WEIGHTS)
             self._forget()
-        filled = self._of_row.fill()
+        filled = {name: buffer.fill()[name] for name, buffer in self._of_row.items()}
         for table in filled.values():
             table.fill(0)
         for n, row in rows.items():
             filled["number"][n], filled["member"][n] = row.number, row.member
             filled["weights"][n, : len(row.log_weights)] = row.log_weights
-        self._of_row.send()
+        for buffer in self._of_row.values():
+            buffer.send()
         numbers = numbers if len(numbers) == 1 else list(range(len(self.specs)))  # one or all: few graphs
         key = *numbers, weights > 0
         if key not in self._combined:
@@ -124,7 +126,7 @@ class MaskRegistry:
         return self._combined[key]
 
     def _combine(self, numbers: list[int], weighted: bool) -> AttentionPlan:
-        tables = self._of_row.on_device
+        tables = {name: buffer.on_device[name] for name, buffer in self._of_row.items()}
         own_masks: list[Mask] = []
         own_scores: list[ScoreMod | None] = []
         for layer in range(len(self.model.layers)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,18 +23,25 @@ def pad_rows(rows: Sequence[Sequence[float]], size: int, dtype: torch.dtype) -> 
     return padded
 
 
+_ALIGNMENT = 64  # bytes: every input begins where vectors may be loaded
+
+
 class StagingBuffer:
     """The inputs of one step, written by the host and read by the device, always in the same memory: one block, for
     one copy."""
 
     def __init__(self, device: torch.device, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self._device, self._shapes = device, shapes
-        self._block = self._allocate(device=device)
-        self.on_device = self._split(self._block)
+        size, parts = 0, dict[str, tuple[int, torch.dtype, tuple[int, ...]]]()
+        for name, (dtype, shape) in shapes.items():
+            start = -(-size // _ALIGNMENT) * _ALIGNMENT
+            parts[name] = start // dtype.itemsize, dtype, shape
+            size = start + math.prod(shape) * dtype.itemsize
+        self._device, self._block = device, torch.zeros(size, dtype=torch.uint8, device=device)
+        self.on_device = _split(self._block, parts)
         self._hosts = []  # two, so that one is filled while the other is copied
         for _ in range(2 if device.type == "cuda" else 0):
-            pinned = self._allocate(pin_memory=True)
-            self._hosts.append((pinned, self._split(pinned), torch.cuda.Event()))
+            pinned = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+            self._hosts.append((pinned, _split(pinned, parts), torch.cuda.Event()))
 
     def fill(self) -> dict[str, np.ndarray]:
         """Return the arrays to fill with the next step's inputs, before `send`."""
@@ -52,24 +58,17 @@ class StagingBuffer:
             self._block.copy_(pinned, non_blocking=True)
             sent.record(torch.cuda.current_stream(self._device))
 
-    def _allocate(self, **options: Any) -> Tensor:
-        sizes = (_aligned(math.prod(shape) * dtype.itemsize) for dtype, shape in self._shapes.values())
-        return torch.zeros(sum(sizes), dtype=torch.uint8, **options)
 
-    def _split(self, block: Tensor) -> dict[str, Tensor]:
-        """Return the block's parts as tensors of their own, not views, which compilers would trace to their base."""
-        parts, start, storage = {}, 0, block.untyped_storage()
-        for name, (dtype, shape) in self._shapes.items():
-            stride = torch.empty(shape, device="meta").stride()
-            empty = torch.empty(0, dtype=dtype, device=block.device)
-            parts[name] = empty.set_(storage, start // dtype.itemsize, shape, stride)
-            start += _aligned(math.prod(shape) * dtype.itemsize)
-        return parts
-
-
-def _aligned(size: int) -> int:
-    """Round a number of bytes up, so that every part begins where vectors may be loaded."""
-    return -(-size // 64) * 64
+def _split(block: Tensor, parts: Mapping[str, tuple[int, torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Return parts of a block of memory as tensors of their own: compilers would trace views to their base. parts: for
+    each its first element, dtype and shape."""
+    found = {}
+    for name, (start, dtype, shape) in parts.items():
+        stride = torch.empty(shape, device="meta").stride()
+        found[name] = torch.empty(0, dtype=dtype, device=block.device).set_(
+            block.untyped_storage(), start, shape, stride
+        )
+    return found
 
 
 def read_async(x: Tensor) -> Callable[[], list[list[float]]]:

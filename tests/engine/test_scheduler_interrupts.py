@@ -5,13 +5,18 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import few
 from request_helpers import check_empty, new_engine, random_ids, tokens_of
 
+from llama_flex import Capture
 from llama_flex.engine.batch import Batch
 from llama_flex.engine.output import OutputProcessor
 from llama_flex.engine.paged_batch import PagedBatch
+from llama_flex.engine.prefill import prefill
+from llama_flex.engine.request import Request
 from llama_flex.engine.scheduler import Scheduler
+from llama_flex.engine.stream import Stream
 from llama_flex.masks.layout import BLOCK
 from llama_flex.text.detokenizer import _BYTE_LEVEL, Decoding, StreamDecoder
 
@@ -73,22 +78,28 @@ class Bytes:
         pytest.param(11, True, 17, marks=pytest.mark.exhaustive),
     ],
 )
-def test_ctrl_c_at_any_line_loses_nothing(dense, read_later, preempted, again, ahead, every):
+@pytest.mark.parametrize("alone", [False, True])
+def test_ctrl_c_at_any_line_loses_nothing(dense, read_later, preempted, again, ahead, every, alone):
     """Interrupt every so many lines; with `again`, once more so many lines later, while the first is handled."""
-    parts = Scheduler, Batch, PagedBatch, OutputProcessor, StreamDecoder
+    parts = Scheduler, Batch, PagedBatch, OutputProcessor, StreamDecoder, Stream, Request, prefill, Capture
     files = [sys.modules[part.__module__].__file__ for part in parts]
     # The first two need two pages each in the end, so the second has to give way to the first.
     prompts, options = [random_ids(length) for length in (126, 127, 20)], {"max_new_tokens": 5, "stop_token_ids": ()}
     expected = new_engine(dense, Bytes()).generate(prompts, **options)
     assert any(len(c.text.encode()) > 3 for c in expected)
+    captured = Capture("resid_pre", "k", layers=1)
+    dense.generate(prompts[1:2], **options, capture=captured)
 
     def interrupted(at: int) -> bool:
         engine = new_engine(dense, Bytes(), max_batch_size=2, max_slots=3 * BLOCK, prefill_tokens=128)
         engine.scheduler._ahead = ahead
-        delivered = {}
+        delivered, capture = {}, Capture("resid_pre", "k", layers=1)
+        own = [{}, {"capture": capture}, {"cache": dense.model.new_rolling_cache(1, 200, largest_append=128)}]
         requests = [
-            engine.submit(ids, **options, callback=lambda step: delivered.setdefault(step.row, []).append(step))
-            for ids in prompts
+            engine.submit(
+                ids, **options, **own[n] if alone else {}, callback=lambda s: delivered.setdefault(s.row, []).append(s)
+            )
+            for n, ids in enumerate(prompts)
         ]
         left = at
         steps = []
@@ -129,6 +140,11 @@ def test_ctrl_c_at_any_line_loses_nothing(dense, read_later, preempted, again, a
         for request in requests:
             once = [step for step, _ in itertools.groupby(delivered[request.number], id)]
             assert once == list(map(id, request.steps)), at
+        if alone:
+            assert capture.tokens.index.tolist() == captured.tokens.index.tolist(), at
+            assert own[2]["cache"].length.tolist() == [len(prompts[2]) + 4], at
+            for site in ("resid_pre", "k"):
+                torch.testing.assert_close(capture[site, 1], captured[site, 1], atol=2e-4, rtol=1e-4)
         assert len(steps) == len(set(steps)) <= 3, at
         assert len(steps) == 3 or hit, at
         check_empty(engine)
