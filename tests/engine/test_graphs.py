@@ -1,15 +1,18 @@
 """Compiled parts of steps: recorded and replayed, and what is said where torch does not compile."""
 
+import copy
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import TINY, few
+from helpers import TINY, few, random_ids
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.exc import InductorError, LoweringException
 from torch.torch_version import TorchVersion
 
 from llama_flex import Engine
+from llama_flex.engine import graphs
 from llama_flex.engine.graphs import Graphs
 from llama_flex.usercode.errors import CompileError
 
@@ -45,6 +48,41 @@ def test_a_recorded_step_runs_again_on_the_same_memory():
     assert state.item() == 2 * 24 + 3 * 48
     assert graphs.count == len(graphs.parts) == 2
     assert graphs.seconds > 0
+
+
+class Scaled(torch.nn.Module):
+    """A module that multiplies the output of another by a number."""
+
+    def __init__(self, inner: torch.nn.Module, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * self.inner(x)
+
+
+@pytest.mark.exhaustive
+def test_modules_of_any_structure_have_compiled_parts_of_their_own(tiny_pair, monkeypatch):
+    """Try more than torch's limit of recompilations, and that it is what stops one who does not tell them apart."""
+    model, ids = copy.deepcopy(tiny_pair("gqa")[1]), random_ids(20)
+    options, down = {"max_new_tokens": 3, "stop_token_ids": ()}, model.layers[0].mlp.down
+
+    def run(engine: Engine, factors: list[float]) -> None:
+        for factor in factors:
+            model.layers[0].mlp.down = Scaled(down, factor)
+            (expected,) = Engine(model, backend="dense").generate([ids], **options)
+            assert engine.generate([ids], **options)[0].tokens == expected.tokens
+
+    engine = Engine(model, compile=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(engine, [0.1 * n for n in range(10)])
+        model.layers[0].mlp.down.register_forward_hook(lambda module, args, output: -output)
+        (expected,) = Engine(model, backend="dense").generate([ids], **options)
+        assert engine.generate([ids], **options)[0].tokens == expected.tokens
+    assert engine.graphs.count == len(engine.graphs.parts)
+    monkeypatch.setattr(graphs, "structure", lambda module: type(module))
+    with pytest.raises(FailOnRecompileLimitHit):
+        run(Engine(model, compile=True), [0.1 * n for n in range(10)])
 
 
 @torch.no_grad()
