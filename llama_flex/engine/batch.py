@@ -78,14 +78,14 @@ class Batch:
         }
         self._ints[slot] = [row.get(name, 0) for name in _INTS]
         self._reals[slot] = s.divisor, 1 - s.top_p, s.min_p, s.repetition_penalty
-        self._newest[slot] = int(sequence.tokens[0, -1])
+        self._newest[slot].fill_(int(sequence.tokens[0, -1]))  # assigning a number would wait for the device
         if s.repetition_penalty != 1:
             if self._seen is None:
                 shape = self.batch_slots + 1, self.model.dims.vocab_size
                 self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
             ids = np.concatenate([request.cached_ids, *(other.tokens[0] for other in request.sequences)])
-            self._seen[slot] = False
-            self._seen[slot, to_device_async(torch.from_numpy(ids.astype(np.int64)), self.model.device)] = True
+            ids = to_device_async(torch.from_numpy(ids.astype(np.int64)), self.model.device)
+            self._seen[slot].fill_(False).index_fill_(0, ids, True)
 
     def _buffers_for(
         self, key: Hashable, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
