@@ -84,8 +84,8 @@ class Batch:
                 shape = self.batch_slots + 1, self.model.dims.vocab_size
                 self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
             ids = np.concatenate([request.cached_ids, *(other.tokens[0] for other in request.sequences)])
-            ids = to_device_async(torch.from_numpy(ids.astype(np.int64)), self.model.device)
-            self._seen[slot].fill_(False).index_fill_(0, ids, True)
+            known = to_device_async(torch.from_numpy(ids.astype(np.int64)), self.model.device)
+            self._seen[slot].fill_(False).index_fill_(0, known, True)
 
     def _buffers_for(
         self, key: Hashable, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

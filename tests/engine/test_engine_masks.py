@@ -7,6 +7,7 @@ from generation_helpers import reference_tokens
 from helpers import few, random_ids
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, Prompt, ScoreMod, masks
+from llama_flex.engine import prefill
 from llama_flex.masks import block_mask
 from llama_flex.usercode.errors import CompileError
 
@@ -119,23 +120,23 @@ def test_a_model_that_is_not_causal_attends_both_ways_as_in_transformers(tmp_pat
 def cells_of_a_prompt(monkeypatch, engine: Engine, length: int, mask: Mask | None) -> tuple[int, int]:
     """Count the cells of the mask that are evaluated to find out whether it looks ahead, and to list its blocks."""
     counts = {True: 0, False: 0}
-    evaluate_cells, looks_ahead, asking = block_mask.evaluate_cells, Engine._looks_ahead, []
+    evaluate_cells, looks_ahead, asking = block_mask.evaluate_cells, prefill._looks_ahead, []
 
     def counted(*given):
         answers = evaluate_cells(*given)
         counts[bool(asking)] += answers[:, 0].numel()
         return answers
 
-    def asked(self, *given):
+    def asked(*given):
         asking.append(1)
         try:
-            return looks_ahead(self, *given)
+            return looks_ahead(*given)
         finally:
             asking.pop()
 
     with monkeypatch.context() as patch:
         patch.setattr(block_mask, "evaluate_cells", counted)
-        patch.setattr(Engine, "_looks_ahead", asked)
+        patch.setattr(prefill, "_looks_ahead", asked)
         engine.generate([[3] * length], max_new_tokens=1, mask=mask)
     return counts[True], counts[False]
 
