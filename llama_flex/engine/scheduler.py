@@ -529,7 +529,7 @@ class Scheduler:
         """Let an error in the user's code end this request and no other."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001  - the user's code may raise anything
+        except Exception as error:  # noqa: BLE001  - runs the user's code, which may raise anything
             request.error = error
             self._end(request, "error")
 
