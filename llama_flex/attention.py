@@ -93,8 +93,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         # Eager FlexAttention is dense, too: gather each row's slots instead of attending to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
-        wide = v.to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(group, dim=1)
-        return (attention_weights(q, k, metadata) @ wide).to(q.dtype)
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))
+        return _grouped_matmul(attention_weights(q, k, metadata), wide).to(q.dtype)
     if not q.is_cuda and _wants_gradients(q, k, v, attention.score_mod):
         raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
@@ -127,13 +127,19 @@ def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: 
     wide, group = torch.promote_types(q.dtype, torch.float32), h // k.shape[1]
     head = torch.arange(h, device=q.device) if heads is None else heads
     if heads is not None:
-        q, visible = q[:, heads], visible if visible.shape[1] == 1 else visible[:, heads]
-    scores = q.to(wide) @ k.to(wide)[:, head // group].transpose(-1, -2) * d**-0.5
+        q, k, visible = q[:, heads], k[:, heads // group], visible if visible.shape[1] == 1 else visible[:, heads]
+    scores = _grouped_matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * d**-0.5
     if score_mod is not None:
         scores = score_mod.dense(scores, metadata.q, metadata.kv, head)
     scores = scores.masked_fill(~visible, -torch.inf)
     # The softmax of a row with nothing visible is NaN; such a row attends to nothing.
     return torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Multiply each head's matrix of x `[B, H, T, N]` by that of its group in y `[B, K, N, M]`, without repeating y."""
+    group = x.shape[1] // y.shape[1]
+    return (x.unflatten(1, (-1, group)).flatten(2, 3) @ y).unflatten(2, (group, -1)).flatten(1, 2)
 
 
 def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None) -> bool:

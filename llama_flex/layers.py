@@ -79,8 +79,10 @@ def apply_linear(
     gated: apply SwiGLU (arXiv:2002.05202) to the halves of the product, silu(gate) * up, `[B, T, out / 2]`. Any module
     from `[B, T, in]` to `[B, T, out]` may take the place of a `Linear`; it is called, as is one with forward hooks.
     """
-    if linear.can_fuse(x) and _is_plain(module, Linear, TiedLinear) and (norm is None or _is_plain(norm, RMSNorm)):
-        return linear.fused_linear(x, module, norm, residual, gated)
+    if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and _are_plain(module, norm):
+        weight, bias, norm_weight = module.weight, module.bias, None if norm is None else norm.weight
+        if linear.can_fuse(x, weight, bias, norm_weight, residual):
+            return linear.fused_linear(x, weight, bias, norm_weight, 0.0 if norm is None else norm.eps, residual, gated)
     y = module(x if norm is None else norm(x))
     if gated:
         gate, up = y.chunk(2, dim=-1)
@@ -88,9 +90,13 @@ def apply_linear(
     return y if residual is None else residual + y
 
 
-def _is_plain(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Return whether a module computes what its type defines: it is of one of these very types and has no hooks."""
-    return type(module) in types and not module._forward_pre_hooks and not module._forward_hooks
+def _are_plain(*modules: nn.Module | None) -> bool:
+    """Return whether modules compute what is defined here: they are of these very types and have no hooks."""
+    return all(
+        module is None
+        or (type(module) in (Linear, TiedLinear, RMSNorm) and not (module._forward_pre_hooks or module._forward_hooks))
+        for module in modules
+    )
 
 
 class Attention(nn.Module):

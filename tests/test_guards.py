@@ -179,7 +179,7 @@ def test_every_public_name_is_there():
 ALLOWED = {
     ("generate.py", "warnings.showwarning"),  # documented as a hook
     ("generate.py", "sys.stderr"),  # becomes the null device where it is closed
-    ("engine/code_cache.py", "os.environ[_NAME]"),  # where torch keeps compiled code
+    ("kernels/code_cache.py", "os.environ[_NAME]"),  # where torch keeps compiled code
     ("eval/check_mask.py", "sys.modules[_MODULE]"),  # the user's file, imported by the command
 }
 
@@ -311,7 +311,7 @@ def test_the_model_tries_nothing(name):
 
 
 CATCHING = (
-    "engine/code_cache.py",  # a folder that cannot be written is replaced, with a warning
+    "kernels/code_cache.py",  # a folder that cannot be written is replaced, with a warning
     "engine/scheduler.py",  # an error in a request's callback ends that request
 )
 

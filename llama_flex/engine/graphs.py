@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
-from . import code_cache  # before torch's compiler
+from ..kernels import code_cache  # before torch's compiler
 
 # isort: split
 import torch

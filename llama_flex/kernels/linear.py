@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import few_rows
+
 ops = torch.library.Library("llama_flex", "FRAGMENT")
-# torch.mv under a name that Inductor does not know: it would turn mv into a sum of products, a slower loop.
-ops.define("mv(Tensor weight, Tensor x) -> Tensor")
-ops.impl("mv", torch.ops.aten.mv.default, "CPU")
-torch.library.register_fake("llama_flex::mv", lambda weight, x: x.new_empty(len(weight)), lib=ops)
 
 
 def _gemv(*args: Any) -> Tensor:
@@ -30,31 +28,44 @@ torch.library.register_fake(
 )
 
 
-def can_fuse(x: Tensor) -> bool:
-    """Return whether x `[B, T, in]` is one row of a compiled step on CUDA, the case that `fused_linear` computes."""
-    return _is_memory_bound(x) and x.is_cuda and x.dtype != torch.float64
+def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
+    """Return whether `fused_linear` computes a product of x `[B, T, in]` with other tensors: without gradients, in one
+    dtype, for few rows on a CPU, and on CUDA for one row of a compiled step."""
+    rows = x.shape[:-1].numel()
+    if torch.is_grad_enabled() or any(other is not None and other.dtype != x.dtype for other in others):
+        return False
+    if x.is_cuda:
+        return rows == 1 and torch.compiler.is_compiling() and x.dtype != torch.float64
+    if x.device.type != "cpu" or x.dtype not in few_rows.DTYPES or not 0 < rows <= few_rows.ROWS:
+        return False
+    return few_rows.loaded if torch.compiler.is_compiling() else few_rows.load()
 
 
-def fused_linear(x: Tensor, module: Any, norm: Any, residual: Tensor | None, gated: bool) -> Tensor:
-    """Compute `layers.apply_linear` in one kernel, if `can_fuse(x)`: `[B, T, in]` -> `[B, T, out]`; see `gemv`."""
-    norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    y = torch.ops.llama_flex.gemv(x.reshape(-1), module.weight, module.bias, norm_weight, eps, residual, gated)
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """Compute `layers.apply_linear` in one kernel, if it can be fused: `[B, T, in]` -> `[B, T, out]`."""
+    if x.is_cuda:
+        y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm, eps, residual, gated)
+    else:
+        residual = None if residual is None else residual.flatten(0, -2)
+        y = few_rows.few_rows(x.flatten(0, -2), weight, bias, norm, eps, residual, gated)
     return y.view(*x.shape[:-1], -1)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
-    if x.is_cuda or not _is_memory_bound(x, rows=64 if x.dtype.itemsize == 2 else 1):
+    if not x.is_cuda and can_fuse(x, weight, bias):
+        return fused_linear(x, weight, bias)
+    rows = x.shape[:-1].numel()
+    if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not torch.compiler.is_compiling():
         return nn.functional.linear(x, weight, bias)
-    # On the CPU, torch reads 16-bit weights 1.5 times as fast if they are the left operand: weight times vector, or
-    # weight times the transposed rows.
-    if _is_memory_bound(x):
-        y = torch.ops.llama_flex.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    else:
-        y = torch.mm(weight, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    # On the CPU, torch reads 16-bit weights 1.5 times as fast if they are the left operand.
+    y = torch.mm(weight, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
-
-
-def _is_memory_bound(x: Tensor, rows: int = 1) -> bool:
-    """Return whether a product is compiled and has at most `rows` rows: then reading the weights is all it costs."""
-    return x.shape[:-1].numel() <= rows and torch.compiler.is_compiling() and not torch.is_grad_enabled()

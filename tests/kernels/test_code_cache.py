@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from llama_flex.engine import code_cache
+from llama_flex.kernels import code_cache
 
 NAMELESS = """
 import os, pwd
