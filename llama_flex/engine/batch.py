@@ -6,7 +6,7 @@ need not wait for them. Dimensions: R rows of a step, N batch slots, E hidden si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +61,6 @@ class Batch:
         self._ints[:, _INTS.index("batch_slot")] = np.arange(batch_slots + 1)
         self._newest = torch.zeros(batch_slots + 1, dtype=torch.int64, device=self.model.device)
         self._seen: Tensor | None = None  # [N + 1, V], once a request has a repetition penalty
-        self._buffers: dict[Hashable, StepBuffers] = {}
 
     def assign_batch_slot(self, request: Request, sequence: TokenSequence) -> None:
         """Initialise the batch slot of a sequence."""
@@ -87,19 +86,15 @@ class Batch:
             known = to_device_async(torch.from_numpy(ids.astype(np.int64)), self.model.device)
             self._seen[slot].fill_(False).index_fill_(0, known, True)
 
-    def _buffers_for(
-        self, key: Hashable, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-    ) -> StepBuffers:
-        """Return the buffers of a step of R rows, with inputs of the given shapes and those of sampling."""
-        if key not in self._buffers:
-            device = self.model.device
-            sampled = {"ints": (torch.int64, (len(_INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
-            self._buffers[key] = StepBuffers(
-                StagingBuffer(device, {**sampled, **shapes}),
-                torch.zeros(rows, 1, dtype=torch.int64, device=device),
-                torch.zeros(3, rows, dtype=torch.float64, device=device),
-            )
-        return self._buffers[key]
+    def _new_buffers(self, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> StepBuffers:
+        """Make the buffers of a step of R rows, with inputs of the given shapes and those of sampling."""
+        device = self.model.device
+        sampled = {"ints": (torch.int64, (len(_INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
+        return StepBuffers(
+            StagingBuffer(device, {**sampled, **shapes}),
+            torch.zeros(rows, 1, dtype=torch.int64, device=device),
+            torch.zeros(3, rows, dtype=torch.float64, device=device),
+        )
 
     def _fill_state(self, host: Mapping[str, np.ndarray], rows: Mapping[int, tuple[Request, TokenSequence]]) -> None:
         """Copy each sequence's state into its row; unused rows point at the dummy slot."""

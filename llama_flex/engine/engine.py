@@ -22,7 +22,7 @@ from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import check_options, whole_number
 from . import explain
-from .fusion import AnyPrompt, as_requests, shift_positions
+from .fusion import AnyPrompt, as_requests
 from .graphs import Graphs
 from .limits import RequestLimits
 from .model_runner import ModelRunner
@@ -157,8 +157,6 @@ class Engine:
         if len(sampling) != len(ensembles):
             raise ValueError(f"{len(sampling)} samplings for {len(ensembles)} prompts; give one, or one per prompt")
         before = self.limits.cached_ids(cached_ids, cache, len(ensembles))
-        if cache is not None:
-            ensembles = shift_positions(ensembles, cache.next_position.tolist())
         plan = plan_of_rows(model, [p for each in ensembles for p in each.prompts], mask, score_mod, cache)
         if mask is not None or score_mod is not None:
             plan.check_last_token(longest_of(ensembles, limits, cache), model.dims.num_heads)
@@ -180,14 +178,18 @@ class Engine:
             )
             request.sequences = [TokenSequence(prompt, tokens_of(prompt, []), None) for prompt in each.prompts]
             requests.append(request)
-        if cache is None:
-            rows = [len(s.prompt.ids) + limits[r.number] for r in requests for s in r.sequences]
-            cache = self.new_cache(len(rows), max(rows))
-        return self._steps(Stream(self.runner, requests, cache))
+        rows = [len(s.prompt.ids) + limits[r.number] for r in requests for s in r.sequences]
+        model.probes(captures, edits, len(rows), stepwise=True)  # raises what the stream would raise later
+        return self._steps(requests, self.new_cache(len(rows), max(rows)) if cache is None else cache)
 
     @torch.no_grad()
-    def _steps(self, stream: Stream) -> Iterator[Step]:
-        """Yield the steps of a stream's requests."""
+    def _steps(self, requests: Sequence[Request], cache: Cache) -> Iterator[Step]:
+        """Yield the steps of requests that run together."""
+        row = 0
+        for request in requests:
+            request.prepare(row)
+            row += len(request.sequences)
+        stream = Stream(self.runner, requests, cache)
         failed = []
         for output in stream.outputs():
             for request, token, logprob, finite in output.tokens():
@@ -234,6 +236,10 @@ class Engine:
     def submit_samples(self, prompt: AnyPrompt, n: int, *, sampling: Sampling, **options: Any) -> list[Request]:
         """Submit `n` requests for one prompt, which share its computation; sample i has the seed of `sampling` + i."""
         check_options("submit_samples", Scheduler.submit, options)
+        if n > 1 and (held := [name for name in ("cache", "capture") if options.get(name) is not None]):
+            raise ValueError(
+                f"{' and '.join(held)}: only one request at a time can have it; submit each sample by itself"
+            )
         first = with_seed(sampling)
         return [
             self.submit(prompt, sampling=with_seed(first, i), **options) for i in range(whole_number("n", n, least=1))

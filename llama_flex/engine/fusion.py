@@ -101,12 +101,6 @@ def as_requests(prompts: Sequence[AnyPrompt]) -> list[Ensemble]:
         raise ValueError(f"prompts must be lists of token ids, such as [[1, 2, 3]], not {prompts!r}") from None
 
 
-def shift_positions(requests: Sequence[Ensemble], by: Sequence[int]) -> list[Ensemble]:
-    """Return the requests with all positions of each prompt moved by a number; by: one for each prompt, in order."""
-    each = iter(by)
-    return [Ensemble([p.shifted(n) for p, n in zip(q.prompts, each, strict=False)], q.combine) for q in requests]
-
-
 def fuse(
     prompts: Sequence[Sequence[int]],
     *,

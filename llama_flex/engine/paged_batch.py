@@ -43,6 +43,7 @@ class PagedBatch(Batch):
         self.max_chunks = tokens // _ROW_MEAN
         self.masks = MaskRegistry(self.model, max(batch_slots, self.max_chunks))
         self._generation = self.masks.generation
+        self._buffers: dict[tuple[int, int], StepBuffers] = {}
 
     def prefill(self, chunks: Sequence[PrefillChunk], running: Iterable[Request]) -> list[PendingOutput]:
         """Enqueue prefill chunks, and the next token of each prompt that ends in one, sampled with the filters of all
@@ -89,7 +90,9 @@ class PagedBatch(Batch):
         if width > 1:
             shapes |= {"tokens": (torch.int64, (3, rows, width)), "token_indices": (torch.int64, (size,))}
             shapes |= {"last": (torch.int64, (rows,))}
-        buffers = self._buffers_for((size, width), rows, shapes)
+        if (size, width) not in self._buffers:
+            self._buffers[size, width] = self._new_buffers(rows, shapes)
+        buffers = self._buffers[size, width]
         host = buffers.inputs.fill()
         host["page_table"].fill(self.cache.block_manager.num_pages)
         host["rows"].fill(0)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..masks.layout import BLOCK
-from ..model import Llama
 from ..sampling import Sampling
 from ..tokens import Tokens
 from .fusion import Ensemble, Prompt
@@ -47,6 +46,11 @@ class TokenSequence:
         """Whether prefill is done, so that its next token comes from a decode step."""
         return self.num_computed_tokens >= self.prefill_target
 
+    def place(self, prompt: Prompt, new: Sequence[int]) -> None:
+        """Replace its tokens by a prompt and the tokens generated after it."""
+        self.prompt, self.tokens = prompt, tokens_of(prompt, new)
+        self.prefill_target = self.num_tokens
+
     def prefix_hash(self, page: int) -> bytes:
         """Return a hash of `key` and of all tokens before a page, in order."""
         hashes = self._prefix_hashes
@@ -62,6 +66,15 @@ class TokenSequence:
         return self.tokens[:, page * BLOCK : min((page + 1) * BLOCK, end or self.tokens.shape[1])]
 
 
+class Start(NamedTuple):
+    """What a request began with: the lengths and next positions of its cache's rows, and the number of steps from which
+    each of its captures held tokens."""
+
+    lengths: list[int]
+    positions: list[int]
+    capture_parts: list[int]
+
+
 class RequestOwner(Protocol):
     """The interface that a request uses of the scheduler that computes it."""
 
@@ -74,8 +87,8 @@ class Request:
     """A submitted prompt and its output so far, as returned by `Engine.submit`.
 
     steps: one per token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error", or None
-    while it waits or runs. error: the exception that its callback raised, or a NonFiniteLogitsError. `async for step in
-    request` yields steps as they come.
+    while it waits or runs. error: what its callback, edits or captures raised, or a NonFiniteLogitsError. `async for
+    step in request` yields steps as they come.
     """
 
     number: int
@@ -93,18 +106,14 @@ class Request:
     edits: Sequence[Edit] = field(default=(), kw_only=True, repr=False)
     cache: Cache | None = field(default=None, kw_only=True, repr=False)  # the caller's
     cached_ids: Sequence[int] = field(default=(), kw_only=True, repr=False)  # of the tokens in it
-    runs_alone: bool = field(init=False, repr=False)  # in steps of its own, whose rows captures and edits see
-    held: Sequence[int] = field(default=(), kw_only=True, repr=False)  # lengths of the cache's rows before it
-    captured: list[int] | None = field(default=None, kw_only=True, repr=False)  # parts in its captures before it
+    runs_alone: bool = field(default=False, kw_only=True, repr=False)  # in steps of its own, see `Stream`
+    start: Start | None = field(default=None, init=False, repr=False)  # None until it has begun, if it runs alone
     sequences: list[TokenSequence] = field(default_factory=list, repr=False)
     num_scheduled: int = field(default=0, repr=False)  # new tokens enqueued; the last may not be read yet
     num_delivered: int = field(default=0, repr=False)  # steps whose finish_reason and callback were handled
     spec_number: int = field(default=0, repr=False)
     shared: bool = field(default=False, repr=False)  # whether it uses pages that other requests computed
     isolated: bool = field(default=False, repr=False)  # whether it must not use such pages
-
-    def __post_init__(self) -> None:
-        self.runs_alone = bool(self.captures or self.edits or self.cache)
 
     @property
     def completion(self) -> Completion:
@@ -120,26 +129,32 @@ class Request:
         """Whether no more steps will come."""
         return self.finish_reason is not None
 
-    def resume(self, model: Llama) -> None:
-        """Set which tokens its cache holds, before they are followed by the others, and drop from its captures those
-        that are computed again. Raises ValueError for a cache that was changed meanwhile."""
-        cache, device = self.cache, model.device
-        most = torch.tensor([sequence.num_tokens - 1 for sequence in self.sequences], dtype=torch.int32, device=device)
-        ends = torch.zeros_like(most)
+    def prepare(self, row: int = 0) -> None:
+        """Place its sequences after the tokens of its cache, whose rows begin at `row`. If it was under way already,
+        forget the cached and captured tokens that will be computed again; raise ValueError if that cache was changed.
+        """
+        cache, count, resumed = self.cache, len(self.sequences), self.start is not None
+        if self.start is None:
+            lengths = [0] * count if cache is None else cache.length.tolist()[row : row + count]
+            positions = [0] * count if cache is None else cache.next_position.tolist()[row : row + count]
+            self.start = Start(lengths, positions, [capture.num_parts for capture in self.captures])
+        for sequence, position in zip(self.sequences, self.start.positions, strict=True):
+            sequence.place(sequence.prompt.shifted(position), [step.token for step in self.steps])
+        if not resumed:
+            return
+        ends = self.start.lengths
         if cache is not None:
-            model.check_cache(cache, len(most))
-            before = torch.tensor(self.held, dtype=torch.int32, device=device)
-            computed = cache.length - before
-            if int(computed.min()) < 0 or (self.captured is None and int(computed.max()) > 0):
+            computed = [now - before for now, before in zip(cache.length.tolist(), self.start.lengths, strict=True)]
+            if min(computed) < 0:
                 raise ValueError(f"the cache of request {self.number} was changed before the request had finished")
             # A token whose successor was not read is computed again.
-            ends = before + computed.minimum(most)
-            cache.evict(lambda t: t.index >= ends[:, None])
-            for sequence, end, start in zip(self.sequences, ends.tolist(), self.held, strict=True):
-                sequence.num_computed_tokens = end - start
-        if self.captured is None:
-            self.captured = [capture.num_parts for capture in self.captures]
-        for capture, parts in zip(self.captures, self.captured, strict=True):
+            computed = [min(n, sequence.num_tokens - 1) for n, sequence in zip(computed, self.sequences, strict=True)]
+            ends = [n + before for n, before in zip(computed, self.start.lengths, strict=True)]
+            after = torch.tensor(ends, device=cache.length.device)[:, None]
+            cache.evict(lambda t: t.index >= after)
+            for sequence, n in zip(self.sequences, computed, strict=True):
+                sequence.num_computed_tokens = n
+        for capture, parts in zip(self.captures, self.start.capture_parts, strict=True):
             capture.rewind(parts, ends)
 
     def add(self, token: int, logprob: float) -> Step:
@@ -171,7 +186,12 @@ class Request:
 def longest_of(requests: Sequence[Ensemble], limits: Sequence[int], cache: Cache | None = None) -> Tokens:
     """Return the attributes `[B, T]` of requests' prompts, after the tokens of a cache, each followed by as many new
     tokens as it may get."""
-    sequences = [tokens_of(p, [0] * limit) for q, limit in zip(requests, limits, strict=True) for p in q.prompts]
+    after = iter(itertools.repeat(0) if cache is None else cache.next_position.tolist())
+    sequences = [
+        tokens_of(prompt.shifted(next(after)), [0] * limit)
+        for request, limit in zip(requests, limits, strict=True)
+        for prompt in request.prompts
+    ]
     padded = np.zeros((3, len(sequences), max(sequence.shape[1] for sequence in sequences)), np.int32)
     padded[0] = -1
     for row, sequence in enumerate(sequences):

@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import itertools
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
 from .batch import PendingOutput
 from .block_manager import BlockManager
-from .fusion import AnyPrompt, Ensemble, as_requests, shift_positions
+from .fusion import AnyPrompt, Ensemble, as_requests
 from .limits import RequestLimits
 from .model_runner import ModelRunner
 from .output import NonFiniteLogitsError, OutputProcessor, Step
@@ -91,7 +92,8 @@ class Scheduler:
         self._copies: list[tuple[int, int, int]] = []  # (from page, to page, tokens), in this step
         self._preempted: list[Request] = []  # in this step; they wait again at its end
         self._running: list[Request] = []
-        self._streams: dict[Request, Stream] = {}  # of those running requests that run alone
+        # Of those running requests that run alone: their streams, and the steps of these.
+        self._streams: dict[Request, tuple[Stream, Iterator[PendingOutput | None]]] = {}
         self._ended: dict[Request, None] = {}  # but not returned yet; from any thread
         self._pending: list[PendingOutput] = []
         self.prompt_tokens = self.new_tokens = 0  # computed so far, and generated so far
@@ -122,6 +124,7 @@ class Scheduler:
             return
         with self._step_lock:
             self.model.check_device()
+            self.runner.last = None  # it may hold the old pages
             self._allocate_cache(self.block_manager.num_pages)
             self._recover()
             for request in {*self._waiting, *self._inbox.copy()}:
@@ -202,8 +205,8 @@ class Scheduler:
         self._follow_model()
         captures, edits = as_tuple(capture, Capture, "capture"), as_tuple(edit, Edit, "edit")
         model.probes(captures, edits, len(ensemble.prompts), stepwise=True)  # raises what would end the request later
-        if cache is not None:
-            (ensemble,) = shift_positions([ensemble], cache.next_position.tolist())
+        if cache is not None and cache.tokens.index.is_inference():
+            raise ValueError("the cache was made in torch.inference_mode(), where submitted requests do not run")
         alone = bool(captures or edits or cache)
         spec = self._spec_of(ensemble, mask, score_mod, alone, cache)
         if mask is not None or score_mod is not None:
@@ -229,7 +232,7 @@ class Scheduler:
             edits=edits,
             cache=cache,
             cached_ids=before,
-            held=[] if cache is None else cache.length.tolist(),
+            runs_alone=alone,
         )
         with self._submitting:
             self._check_unused(request)
@@ -256,7 +259,7 @@ class Scheduler:
         mine = {id(each) for each in (request.cache, *request.captures) if each is not None}
         for other in (*self._inbox.copy(), *self._waiting, *self._running, *self._preempted) if mine else ():
             if not other.finished and mine & {id(each) for each in (other.cache, *other.captures)}:
-                what = "cache" if other.cache is request.cache else "capture"
+                what = "cache" if request.cache is not None and other.cache is request.cache else "capture"
                 raise ValueError(f"the {what} belongs to request {other.number}, which is not finished; give another")
 
     def cancel(self, request: Request) -> None:
@@ -329,7 +332,7 @@ class Scheduler:
         weights = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
         if (modules, weights) != (self._modules, self._weights):
             if modules != self._modules or [id for id, _ in weights] != [id for id, _ in self._weights]:
-                for batch in (self.batch, *self._streams.values()):
+                for batch in (self.batch, *(stream for stream, _ in self._streams.values())):
                     batch.recorded.forget()  # recorded steps use the old ones
             self._modules, self._weights = modules, weights
             self.forget()
@@ -512,17 +515,26 @@ class Scheduler:
     def _advance_streams(self) -> list[PendingOutput]:
         """Enqueue a chunk or a decode step of each request that runs alone; return the tokens sampled."""
         outputs = []
-        for request in [r for r in self.running if r.runs_alone and not r.finished]:
-            output = None
+        for request in [r for r in self.running if r.runs_alone]:
+            if request.finished:  # by the callback of another, perhaps
+                continue
+            output, ahead = None, False
             with self._errors_end(request):
-                if request not in self._streams:
-                    self._streams[request] = self._start_stream(request)
-                output = next(self._streams[request].steps, None)
-            if output is not None and self._streams[request].ahead:
+                output, ahead = self._advance_stream(request)
+            if output is not None and ahead:
                 outputs.append(output)
             elif output is not None:
                 self._process_output(output)
         return outputs
+
+    def _advance_stream(self, request: Request) -> tuple[PendingOutput | None, bool]:
+        """Enqueue the next chunk or decode step of a request that runs alone; return the tokens sampled, if any, and
+        whether they may be read later."""
+        if request not in self._streams:
+            stream = self._start_stream(request)
+            self._streams[request] = stream, stream.steps()
+        stream, steps = self._streams[request]
+        return next(steps, None), stream.ahead
 
     @contextmanager
     def _errors_end(self, request: Request) -> Iterator[None]:
@@ -530,18 +542,23 @@ class Scheduler:
         try:
             yield
         except Exception as error:  # noqa: BLE001  - runs the user's code, which may raise anything
+            traceback.clear_frames(error.__traceback__)  # they hold the stream and its cache
             request.error = error
             self._end(request, "error")
 
     def _start_stream(self, request: Request) -> Stream:
         """Start the stream of a request that runs alone, or resume it after it was preempted or interrupted."""
-        request.resume(self.model)
-        cache: RowCache | None = request.cache
+        cache = request.cache
         if cache is None:
             longest = max(s.num_tokens for s in request.sequences) + request.output_processor.limit
             blocks = self.blocks if self.runner.compile else min(self.blocks, -(-longest // BLOCK))
-            cache = PagedRows(self.cache, request.sequences, blocks)
-        return Stream(self.runner, [request], cache)
+            rows: RowCache = PagedRows(self.cache, request.sequences, blocks)
+        elif request.start is None:  # its length may have changed while the request waited
+            self.limits.check([request.ensemble], request.output_processor.limit, cache)
+        else:
+            self.model.check_cache(cache, len(request.sequences))
+        request.prepare()
+        return Stream(self.runner, [request], rows if cache is None else cache)
 
     def _process_output(self, output: PendingOutput) -> None:
         """Append sampled tokens; drop those of finished requests."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache import Cache
 from ..interp.hook_points import Captured
-from .batch import Batch, PendingOutput, StepBuffers, kinds_of
+from ..tokens import Tokens
+from .batch import Batch, PendingOutput, kinds_of
 from .model_runner import LastRun, ModelRunner
-from .paged_cache import RowCache
+from .paged_cache import PagedRows, RowCache
 from .prefill import newest_outputs, prefill
 from .request import Request
 
@@ -36,14 +37,12 @@ class Stream(Batch):
         for row, (request, sequence) in self.rows.items():
             sequence.batch_slot = row
             self.assign_batch_slot(request, sequence)
-        self.steps = self._steps()
-        held = cache.tokens if isinstance(cache, Cache) else None
-        self.runner.last = LastRun(self.plan, (lambda: held) if held else lambda: cache.tokens)
+        self._buffers = self._new_buffers(len(rows), {"count": (torch.int32, (len(rows),))})
 
     def outputs(self) -> Iterator[PendingOutput]:
         """Run all steps; yield the tokens of each, after the next one is enqueued if they may run ahead."""
         before: PendingOutput | None = None
-        for output in self.steps:
+        for output in self.steps():
             if before is not None:
                 yield before
             before = output if self.ahead else None
@@ -52,40 +51,56 @@ class Stream(Batch):
         if before is not None:
             yield before
 
-    def _steps(self) -> Iterator[PendingOutput | None]:
+    def steps(self) -> Iterator[PendingOutput | None]:
         """Enqueue a prefill chunk or a decode step at a time; yield the tokens that it samples, None if none.
 
         Raises ValueError if the model's dtype or device has changed, since the cached keys and values have not.
         """
         made_for = self.model.device, self.model.dtype
-        buffers = self._buffers_for("decode", len(self.rows), {"count": (torch.int32, (len(self.rows),))})
-        left = [sequence.tokens[:, sequence.num_computed_tokens :] for _, sequence in self.rows.values()]
-        for x in newest_outputs(left, prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures)):
-            yield None if x is None else self._first(x, buffers)
-        while any(self._continues(request) for request in self.requests):
+        self.runner.last = LastRun(self.plan, _tokens_of(self.cache))
+        for n, left in enumerate(pieces := self._pieces(), start=1):
+            chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures)
+            for x in newest_outputs(left, chunks):
+                yield None if x is None or n < len(pieces) else self._first(x)
+        while any(map(_continues, self.requests)):
             now = self.model.device, self.model.dtype
             if now != made_for:
                 was, is_ = (f"{dtype} on {device}" for device, dtype in (made_for, now))
                 raise ValueError(f"the model changed from {was} to {is_} during a stream; start a new stream")
-            yield self._next(buffers)
+            yield self._next()
 
-    def _first(self, x: Tensor, buffers: StepBuffers) -> PendingOutput:
+    def _pieces(self) -> list[list[np.ndarray]]:
+        """Return the tokens of each row that are not computed yet, in pieces that are prefilled one after the other.
+
+        In a resumed request they include generated ones; where a mask may look ahead, none of those is appended
+        together with earlier tokens, which have not seen it.
+        """
+        sequences = [sequence for _, sequence in self.rows.values()]
+        new = 0
+        if not all(variant.mask.never_looks_ahead for variant in self.plan.variants):
+            new = min(s.num_tokens - max(len(s.prompt.ids), s.num_computed_tokens + 1) for s in sequences)
+        first = [s.tokens[:, s.num_computed_tokens : s.num_tokens - new] for s in sequences]
+        return [first, *([s.tokens[:, s.num_tokens - n :][:, :1] for s in sequences] for n in range(new, 0, -1))]
+
+    def _first(self, x: Tensor) -> PendingOutput | None:
         """Sample the first new tokens from the output `[R, 1, E]` at the prompts' last tokens."""
-        sampled = self._fill_rows(buffers)
-        self._sample(x, buffers, self.kinds)
         for _, sequence in self.rows.values():
             sequence.num_computed_tokens = sequence.num_tokens
-        return self._sampled(buffers, sampled)
+        if not (sampled := self._fill_rows()):
+            return None
+        self._sample(x, self._buffers, self.kinds)
+        return self._sampled(self._buffers, sampled)
 
-    def _next(self, buffers: StepBuffers) -> PendingOutput:
+    def _next(self) -> PendingOutput | None:
         """Compute one more token for each request that continues."""
-        sampled = self._fill_rows(buffers)
-        count = buffers.inputs.on_device["count"]
-        ids, positions, segments = self._newest_tokens(buffers)
+        if not (sampled := self._fill_rows()):
+            return None
+        count = self._buffers.inputs.on_device["count"]
+        ids, positions, segments = self._newest_tokens(self._buffers)
 
         def step() -> Captured | None:
             x, captured = self.runner.step(ids, count, positions, segments, self.plan, self.cache, self.probes)
-            self._sample(x, buffers, self.kinds)
+            self._sample(x, self._buffers, self.kinds)
             return captured
 
         with self.cache.appending(1):
@@ -96,18 +111,28 @@ class Stream(Batch):
         for request, _ in sampled:
             for sequence in request.sequences:
                 sequence.num_computed_tokens += 1
-        return self._sampled(buffers, sampled)
+        return self._sampled(self._buffers, sampled)
 
-    def _fill_rows(self, buffers: StepBuffers) -> list[tuple[Request, int]]:
+    def _fill_rows(self) -> list[tuple[Request, int]]:
         """Send the state of the rows that continue; return their requests, each with its first row."""
-        rows = {row: each for row, each in self.rows.items() if self._continues(each[0])}
-        host = buffers.inputs.fill()
+        rows = {row: each for row, each in self.rows.items() if _continues(each[0])}
+        if not rows:
+            return []
+        host = self._buffers.inputs.fill()
         self._fill_state(host, rows)
         sampled = self._fill_leaders(host, rows)
         host["count"][:] = [row in rows for row in self.rows]
-        buffers.inputs.send()
+        self._buffers.inputs.send()
         return sampled
 
-    @staticmethod
-    def _continues(request: Request) -> bool:
-        return not request.finished and request.num_scheduled < request.output_processor.limit
+
+def _tokens_of(cache: RowCache) -> Callable[[], Tokens]:
+    """Return a function that returns a cache's tokens and does not keep its keys and values in memory."""
+    if isinstance(cache, PagedRows):
+        return lambda: cache.tokens  # the pages stay anyway
+    held = cache.tokens
+    return lambda: held
+
+
+def _continues(request: Request) -> bool:
+    return not request.finished and request.num_scheduled < request.output_processor.limit

@@ -106,10 +106,15 @@ class Capture:
         """The number of steps from which it holds tokens."""
         return len(self._parts)
 
-    def rewind(self, parts: int, lengths: Tensor) -> None:
-        """Drop what was captured after the first `parts` steps of tokens from index `lengths` `[B]` on."""
-        later, ends = self._parts[parts:], lengths[:, None]
-        self._parts[parts:] = [part for part in later if bool((part[0].index < ends.to(part[0].index)).all())]
+    def rewind(self, parts: int, lengths: Sequence[int]) -> None:
+        """Drop the tokens captured after the first `parts` steps from index `lengths` on, one for each row."""
+        left = []
+        for tokens, kept in self._parts[parts:]:
+            ends = torch.tensor(lengths, device=tokens.index.device)[:, None]
+            index = torch.where(tokens.index < ends, tokens.index, -1)
+            if bool((index >= 0).any()):
+                left.append((tokens._replace(index=index), kept))
+        self._parts[parts:] = left
 
     def add(self, found: Captured, plan: AttentionPlan, cache: SlotCache | None) -> None:
         """Append the requested tensors of a step."""

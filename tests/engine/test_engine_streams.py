@@ -91,3 +91,18 @@ def test_a_model_that_is_moved_during_a_stream_ends_it_with_one_line(tokenizer):
     model.to(torch.float64)
     with pytest.raises(ValueError, match=r"from torch\.float32 on cpu to torch\.float64 on cpu during a stream"):
         list(steps)
+
+
+def test_streams_that_are_made_before_a_cache_changes_go_on_after_what_it_holds_then(engine):
+    caches, prompts = [engine.new_cache(1, 300) for _ in "ab"], ([5, 6, 7], [8, 9])
+    options = {"max_new_tokens": 4, "stop_token_ids": ()}
+    made = [engine.stream([prompt], cache=caches[0], **options) for prompt in prompts]
+    found = [[step.token for step in stream] for stream in made]
+    assert found == [engine.generate([prompt], cache=caches[1], **options)[0].tokens for prompt in prompts]
+    assert caches[0].tokens.position.tolist() == caches[1].tokens.position.tolist()
+
+
+def test_a_stream_that_was_not_begun_is_not_explained(engine):
+    engine.stream([[5, 6]])
+    with pytest.raises(ValueError, match="nothing has run yet"):
+        engine.explain()

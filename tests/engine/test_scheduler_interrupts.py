@@ -87,14 +87,16 @@ def test_ctrl_c_at_any_line_loses_nothing(dense, read_later, preempted, again, a
     prompts, options = [random_ids(length) for length in (126, 127, 20)], {"max_new_tokens": 5, "stop_token_ids": ()}
     expected = new_engine(dense, Bytes()).generate(prompts, **options)
     assert any(len(c.text.encode()) > 3 for c in expected)
-    captured = Capture("resid_pre", "k", layers=1)
-    dense.generate(prompts[1:2], **options, capture=captured)
+    expected_captures = [Capture("resid_pre", "k", layers=1) for _ in "ab"]
+    for prompt, each in zip(prompts[1:], expected_captures, strict=True):
+        dense.generate([prompt], **options, capture=each)
 
     def interrupted(at: int) -> bool:
         engine = new_engine(dense, Bytes(), max_batch_size=2, max_slots=3 * BLOCK, prefill_tokens=128)
         engine.scheduler._ahead = ahead
-        delivered, capture = {}, Capture("resid_pre", "k", layers=1)
-        own = [{}, {"capture": capture}, {"cache": dense.model.new_rolling_cache(1, 200, largest_append=128)}]
+        delivered, captures = {}, [Capture("resid_pre", "k", layers=1) for _ in "ab"]
+        cache = dense.model.new_rolling_cache(1, 200, largest_append=128)
+        own = [{}, {"capture": captures[0]}, {"cache": cache, "capture": captures[1]}]
         requests = [
             engine.submit(
                 ids, **options, **own[n] if alone else {}, callback=lambda s: delivered.setdefault(s.row, []).append(s)
@@ -141,10 +143,11 @@ def test_ctrl_c_at_any_line_loses_nothing(dense, read_later, preempted, again, a
             once = [step for step, _ in itertools.groupby(delivered[request.number], id)]
             assert once == list(map(id, request.steps)), at
         if alone:
-            assert capture.tokens.index.tolist() == captured.tokens.index.tolist(), at
-            assert own[2]["cache"].length.tolist() == [len(prompts[2]) + 4], at
-            for site in ("resid_pre", "k"):
-                torch.testing.assert_close(capture[site, 1], captured[site, 1], atol=2e-4, rtol=1e-4)
+            assert cache.length.tolist() == [len(prompts[2]) + 4], at
+            for capture, reference in zip(captures, expected_captures, strict=True):
+                assert capture.tokens.index.tolist() == reference.tokens.index.tolist(), at
+                for site in ("resid_pre", "k"):
+                    torch.testing.assert_close(capture[site, 1], reference[site, 1], atol=2e-4, rtol=1e-4)
         assert len(steps) == len(set(steps)) <= 3, at
         assert len(steps) == 3 or hit, at
         check_empty(engine)

@@ -1,7 +1,9 @@
 """Requests with captures, edits or a cache of the caller's: each gives what it gives alone, beside all others."""
 
 import asyncio
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -17,12 +19,14 @@ from request_helpers import (
     tokens_of,
 )
 
-from llama_flex import Capture, Engine, Ensemble, Sampling, edits, fuse, masks, scores
+from llama_flex import Capture, Engine, Ensemble, Mask, Sampling, edits, fuse, masks, scores
 from llama_flex.cache import Cache
 from llama_flex.engine.fusion import AnyPrompt
 from llama_flex.engine.request import Request
+from llama_flex.engine.stream import Stream
 from llama_flex.masks.layout import BLOCK
 
+CANCEL = []  # what an edit calls; what it captures would be copied with its tensors
 SITES = "resid_post", "z", "k", "attention"
 
 
@@ -214,15 +218,137 @@ def test_wrong_captures_edits_and_caches_are_refused(dense, options, match):
     check_empty(engine)
 
 
-def test_a_cache_that_was_changed_meanwhile_ends_the_request_alone(dense):
-    engine, cache = new_engine(dense, max_batch_size=2, max_slots=512), dense.model.new_cache(1, 100)
-    request, other = engine.submit(random_ids(9), **NEW, cache=cache), engine.submit([5, 6], **NEW)
-    dense.model(torch.tensor([[5, 6]]), cache=cache)
+def test_a_request_goes_on_after_what_its_cache_holds_when_it_begins(dense):
+    engine, caches = new_engine(dense, max_batch_size=2, max_slots=512), [dense.model.new_cache(1, 100) for _ in "ab"]
+    request = engine.submit(random_ids(9), **NEW, cache=caches[0])
+    for cache in caches:
+        dense.model(torch.tensor([[5, 6]]), cache=cache)
+    full = engine.submit(random_ids(70), max_new_tokens=30, cache=(late := dense.model.new_cache(1, 128)))
+    dense.model(torch.tensor([[5] * 40]), cache=late)
     engine.run()
-    assert request.finish_reason == "error"
-    assert "the cache of request 0 was changed before the request had finished" in str(request.error)
-    assert tokens_of(other) == tokens_alone(dense, [5, 6], **NEW)
+    assert tokens_of(request) == tokens_alone(dense, random_ids(9), **NEW, cache=caches[1])
+    assert caches[0].tokens.position.tolist() == caches[1].tokens.position.tolist()
+    assert full.finish_reason == "error"
+    assert "exceed the cache of 128 tokens" in str(full.error)
     check_empty(engine)
+
+
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_a_request_that_is_cancelled_before_its_first_token_ends_so_and_frees_its_cache(dense, chunks):
+    """Let a callback, or the request's own edit, cancel it before or within its prompt."""
+    engine, cache = new_engine(dense, max_batch_size=4, max_slots=4096), dense.model.new_cache(1, 1000)
+    again = []
+
+    def cancel(step):
+        if len(first.steps) == 2 - chunks:
+            engine.cancel(second)
+            again.append(engine.submit([5, 6], **NEW, cache=cache))
+
+    def cancel_itself(x, tokens):
+        if bool((tokens.index > 0).any()):
+            CANCEL[0]()
+        return x
+
+    first = engine.submit(random_ids(10), **NEW, edit=edits.scale("z", 0.5), callback=cancel)
+    second = engine.submit(random_ids(700), **NEW, cache=cache, priority=-1)
+    third = engine.submit(random_ids(700), **NEW, edit=edits.Edit("z", cancel_itself))
+    CANCEL[:] = [lambda: engine.cancel(third)]
+    engine.run()
+    assert [r.finish_reason for r in (first, second, third, *again)] == ["length", "cancelled", "cancelled", "length"]
+    assert second.steps == third.steps == []
+    held = int(cache.length) - 7
+    reference = dense.model.new_cache(1, 1000)
+    if held:
+        dense.model(torch.tensor([random_ids(700)[:held]]), cache=reference)
+    assert tokens_of(again[0]) == tokens_alone(dense, [5, 6], **NEW, cache=reference)
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("how", ["preempted", "interrupted"])
+def test_a_mask_that_looks_ahead_sees_no_more_when_a_request_is_computed_again(dense, preempted, how):
+    engine = new_engine(dense, max_batch_size=2, max_slots=(3 if how == "preempted" else 20) * BLOCK)
+    everything = Mask(lambda q, kv: kv.index >= 0)
+    options = {"max_new_tokens": 20, "stop_token_ids": (), "mask": everything, "edit": edits.scale("z", 0.9)}
+    raised = []
+
+    def once(step):
+        if how == "interrupted" and len(requests[1].steps) == 9 and not raised:
+            raised.append(step)
+            raise KeyboardInterrupt
+
+    captures = [Capture("resid_post", "k"), Capture("resid_post", "k")]
+    requests = [engine.submit(random_ids(n), **options, callback=once) for n in (120,)]
+    requests.append(engine.submit(random_ids(121), **options, callback=once, capture=captures[0]))
+    for _ in range(2):
+        try:
+            engine.run()
+        except KeyboardInterrupt:
+            assert how == "interrupted"
+    assert tokens_of(requests[0]) == tokens_alone(dense, random_ids(120), **options)
+    assert tokens_of(requests[1]) == tokens_alone(dense, random_ids(121), **options, capture=captures[1])
+    for layer in range(2):
+        found, expected = (capture["k", layer] for capture in captures)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert bool(preempted) == (how == "preempted")
+    assert bool(raised) == (how == "interrupted")
+
+
+def test_nothing_keeps_the_memory_of_a_stream_or_request_that_is_gone(dense):
+    """Collect no cycles: on a GPU nothing would trigger that."""
+
+    def left_early(start: int) -> weakref.ref:
+        stream = dense.stream([random_ids(9)], **NEW)
+        for _ in range(start):
+            next(stream)
+        (cache,) = (x for x in gc.get_objects() if isinstance(x, Cache) and x not in before)
+        return weakref.ref(cache)
+
+    def submitted(**options) -> list[weakref.ref]:
+        engine = new_engine(dense, max_batch_size=2, max_slots=512)
+        request = engine.submit(random_ids(9), **NEW, **options)
+        engine.run()
+        assert request.finished
+        return [weakref.ref(x) for x in gc.get_objects() if isinstance(x, Stream)]
+
+    def fails(x, tokens):
+        if bool((tokens.index > 0).any()):
+            raise ArithmeticError
+        return x
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = [x for x in gc.get_objects() if isinstance(x, Cache)]
+        for start in (0, 1, 3):
+            assert left_early(start)() is None
+        cache = dense.model.new_cache(1, 100)
+        alive = submitted(cache=cache) + submitted(edit=edits.scale("z", 0.5)) + submitted(edit=edits.Edit("z", fails))
+        cache = weakref.ref(cache)
+        assert [ref() for ref in alive] == []
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+def test_samples_cannot_share_a_cache_or_a_capture_and_none_is_submitted(dense):
+    engine = new_engine(dense, max_batch_size=2, max_slots=512)
+    sampling = Sampling(temperature=1.0, seed=1)
+    with pytest.raises(ValueError, match="capture: only one request at a time can have it"):
+        engine.submit_samples([5, 6], 2, sampling=sampling, capture=new_capture())
+    assert not engine.scheduler.waiting
+    capture = new_capture()
+    (request,) = engine.submit_samples([5, 6], 1, sampling=sampling, capture=capture, max_new_tokens=3)
+    engine.run()
+    assert len(request.steps) == 3
+    assert capture.count.tolist() == [1]
+
+
+def test_a_cache_of_inference_mode_is_refused(dense):
+    engine = new_engine(dense, max_batch_size=2, max_slots=512)
+    with torch.inference_mode():
+        cache = dense.model.new_cache(1, 100)
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode"):
+        engine.submit([5, 6], cache=cache)
 
 
 def test_an_edit_that_fails_or_makes_nan_ends_its_request_alone(dense):

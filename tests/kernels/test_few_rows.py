@@ -24,7 +24,8 @@ assert kernel.load() and torch.backends.cpu.get_cpu_capability() == {capability!
 for n, dtype in enumerate(kernel.DTYPES):
     for rows, out, k in ((1, 1, 1), (3, 50, 127), (8, 33, 576), (5, 6, 65)):
         for gated in (False, True):
-            check_product(dtype, rows, 2 * out if gated else out, k, (n + rows) % 2 == 0, rows != 3, out != 50, gated, rows)
+            parts = (n + rows) % 2 == 0, rows != 3, out != 50, gated
+            check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows)
 """
 
 
