@@ -36,7 +36,6 @@ constexpr int LANES = 4;
 #endif
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 template <class T>
 static T load(const void* from) {
@@ -46,17 +45,32 @@ static T load(const void* from) {
 }
 
 // A dtype: how its numbers are stored, widened to float, and rounded. Another way to store weights is one more of these.
+// `widen` reads 2 * LANES numbers, in the order into which `arrange` brings as many of x.
 struct Float32 {
   typedef float Stored;
-  static Vector widen(const float* p) { return load<Vector>(p); }
+  static void widen(const float* p, Vector& a, Vector& b) {
+    a = load<Vector>(p);
+    b = load<Vector>(p + LANES);
+  }
+  static void arrange(float*) {}
   static float widen_one(float x) { return x; }
   static float round(float x) { return x; }
 };
 
 struct BFloat16 {
   typedef uint16_t Stored;
-  static Vector widen(const uint16_t* p) {
-    return (Vector)(__builtin_convertvector(load<Halves>(p), Words) << 16);
+  static void widen(const uint16_t* p, Vector& a, Vector& b) {  // two numbers in each word: the even ones, the odd ones
+    Words words = load<Words>(p);
+    a = (Vector)(words << 16);
+    b = (Vector)(words & 0xffff0000u);
+  }
+  static void arrange(float* x) {
+    float odd[LANES];
+    for (int i = 0; i < LANES; i++) {
+      odd[i] = x[2 * i + 1];
+      x[i] = x[2 * i];
+    }
+    std::memcpy(x + LANES, odd, sizeof odd);
   }
   static float widen_one(uint16_t x) {
     uint32_t bits = uint32_t{x} << 16;
@@ -71,43 +85,64 @@ struct BFloat16 {
 
 struct Float16 {
   typedef uint16_t Stored;
-  static Vector widen(const uint16_t* p) {
+  static void widen(const uint16_t* p, Vector& a, Vector& b) {
 #if defined(__AVX512F__)
-    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    a = (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    b = (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + LANES)));
 #elif defined(__F16C__)
-    return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    a = (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    b = (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + LANES)));
 #else
-    Vector wide;
-    for (int i = 0; i < LANES; i++) wide[i] = widen_one(p[i]);
-    return wide;
+    for (int i = 0; i < LANES; i++) {
+      a[i] = widen_one(p[i]);
+      b[i] = widen_one(p[LANES + i]);
+    }
 #endif
   }
+  static void arrange(float*) {}
   static float widen_one(uint16_t x) { return (float)load<_Float16>(&x); }
-  static uint16_t round(float x) { _Float16 y = (_Float16)x; return load<uint16_t>(&y); }
+  static uint16_t round(float x) {
+    _Float16 y = (_Float16)x;
+    return load<uint16_t>(&y);
+  }
 };
 
-// The products of R rows of a weight, each K long and STRIDE apart, with M rows of x. The order of the sums does not
-// depend on R and M, so that a row gets the same bits in any company.
+static float total(Vector sum) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)sum);
+#else
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
+  return sum[0];
+#endif
+}
+
+// The products of R rows of a weight, each K long, with M rows of x. The order of the sums does not depend on R and M, so
+// that a row gets the same bits in any company.
 template <class D, int R, int M>
-static void dot(const typename D::Stored* w, int64_t stride, const float* x, int64_t k, float (*y)[M]) {
-  Vector sums[R][M][2] = {};
+static void dot(const typename D::Stored* w, const float* x, int64_t k, float (*y)[M]) {
+  Vector sums[R][M] = {};
   int64_t i = 0;
-  for (; i + 2 * LANES <= k; i += 2 * LANES)
-    for (int half = 0; half < 2; half++) {
-      Vector xs[M];
-      for (int m = 0; m < M; m++) xs[m] = load<Vector>(x + m * k + i + half * LANES);
-      for (int r = 0; r < R; r++) {
-        Vector row = D::widen(w + r * stride + i + half * LANES);
-        for (int m = 0; m < M; m++) sums[r][m][half] += row * xs[m];
-      }
+  for (; i + 2 * LANES <= k; i += 2 * LANES) {
+    Vector a[M], b[M];
+    for (int m = 0; m < M; m++) {
+      a[m] = load<Vector>(x + m * k + i);
+      b[m] = load<Vector>(x + m * k + i + LANES);
     }
+    for (int r = 0; r < R; r++) {
+      Vector c, d;
+      const typename D::Stored* from = w + r * k + i;
+      // Short rows end before the processor has found out that they are read in order.
+      for (int line = 0; line < int(2 * LANES * sizeof *from); line += 64) __builtin_prefetch((char*)(from + R * k) + line, 0, 2);
+      D::widen(from, c, d);
+      for (int m = 0; m < M; m++) sums[r][m] += c * a[m];
+      for (int m = 0; m < M; m++) sums[r][m] += d * b[m];
+    }
+  }
   for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
-      Vector sum = sums[r][m][0] + sums[r][m][1];
-      float total = 0;
-      for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-      for (int64_t j = i; j < k; j++) total += D::widen_one(w[r * stride + j]) * x[m * k + j];
-      y[r][m] = total;
+      y[r][m] = total(sums[r][m]);
+      for (int64_t j = i; j < k; j++) y[r][m] += D::widen_one(w[r * k + j]) * x[m * k + j];
     }
 }
 
@@ -119,14 +154,14 @@ struct Product {
   bool gated;
 };
 
-// Rows `begin` to `end` of the weight, or of the two halves of a gated one, with M rows of x from row `m` on.
+// R rows of the weight, or of both halves of a gated one, with M rows of x from row `m` on.
 template <class D, int R, int M>
 static void rows_of(const Product& p, int64_t row, int64_t m) {
   typedef typename D::Stored Stored;
   const Stored *w = (const Stored*)p.weight, *bias = (const Stored*)p.bias, *residual = (const Stored*)p.residual;
   float y[R][M], up[R][M];
-  dot<D, R, M>(w + row * p.k, p.k, p.x + m * p.k, p.k, y);
-  if (p.gated) dot<D, R, M>(w + (p.n + row) * p.k, p.k, p.x + m * p.k, p.k, up);
+  dot<D, R, M>(w + row * p.k, p.x + m * p.k, p.k, y);
+  if (p.gated) dot<D, R, M>(w + (p.n + row) * p.k, p.x + m * p.k, p.k, up);
   for (int r = 0; r < R; r++)
     for (int i = 0; i < M; i++) {
       float value = y[r][i];
@@ -138,8 +173,9 @@ static void rows_of(const Product& p, int64_t row, int64_t m) {
     }
 }
 
+// R rows of the weight with all rows of x, which are read from the cache but for the first.
 template <class D, int R>
-static void all_rows_of(const Product& p, int64_t row) {
+static void block(const Product& p, int64_t row) {
   int64_t m = 0;
   if (LANES == 16)
     for (; m + 4 <= p.rows; m += 4) rows_of<D, R, 4>(p, row, m);
@@ -147,13 +183,15 @@ static void all_rows_of(const Product& p, int64_t row) {
   for (; m < p.rows; m++) rows_of<D, R, 1>(p, row, m);
 }
 
+constexpr int BLOCK = 8;  // rows of a weight, for as many sums at a time as hide the latency of an addition
+
 template <class D>
 static void part(int64_t begin, int64_t end, void* context) {
   const Product& p = *(const Product*)context;
-  constexpr int R = 4;
-  int64_t row = begin * R, last = end * R < p.n ? end * R : p.n;
-  for (; row + R <= last; row += R) all_rows_of<D, R>(p, row);
-  for (; row < last; row++) all_rows_of<D, 1>(p, row);
+  int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
+  for (; p.rows == 1 && row + BLOCK <= last; row += BLOCK) rows_of<D, BLOCK, 1>(p, row, 0);
+  for (; row + 4 <= last; row += 4) block<D, 4>(p, row);
+  for (; row < last; row++) block<D, 1>(p, row);
 }
 
 template <class D>
@@ -164,19 +202,23 @@ static void multiply(Product p, const void* x, const void* norm, double eps) {
     const Stored* from = (const Stored*)x + m * p.k;
     float* to = rows.get() + m * p.k;
     for (int64_t i = 0; i < p.k; i++) to[i] = D::widen_one(from[i]);
-    if (!norm) continue;
-    Vector sums = {};
-    int64_t i = 0;
-    for (; i + LANES <= p.k; i += LANES) { Vector v = load<Vector>(to + i); sums += v * v; }
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
-    for (; i < p.k; i++) total += to[i] * to[i];
-    float scale = 1 / std::sqrt(total / p.k + (float)eps);
-    for (i = 0; i < p.k; i++) to[i] = D::widen_one(D::round(to[i] * scale * D::widen_one(((const Stored*)norm)[i])));
+    if (norm) {
+      Vector sums = {};
+      int64_t i = 0;
+      for (; i + LANES <= p.k; i += LANES) {
+        Vector v = load<Vector>(to + i);
+        sums += v * v;
+      }
+      float sum = total(sums);
+      for (; i < p.k; i++) sum += to[i] * to[i];
+      float scale = 1 / std::sqrt(sum / p.k + (float)eps);
+      for (i = 0; i < p.k; i++) to[i] = D::widen_one(D::round(to[i] * scale * D::widen_one(((const Stored*)norm)[i])));
+    }
+    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) D::arrange(to + i);
   }
   p.x = rows.get();
-  int64_t bytes = 4 * p.k * sizeof(Stored) * (1 + p.gated);
-  torch_parallel_for(0, (p.n + 3) / 4, 1 + 65536 / bytes, part<D>, &p);  // a thread is worth 64 KiB
+  int64_t bytes = BLOCK * p.k * sizeof(Stored) * (1 + p.gated);
+  torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part<D>, &p);  // a thread is worth 64 KiB
 }
 
 static double as_double(uint64_t bits) { return load<double>(&bits); }

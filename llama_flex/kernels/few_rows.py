@@ -94,7 +94,7 @@ def _build() -> Path:
         raise FileNotFoundError(f"there is no C++ compiler {name!r}; install g++, or set CXX to one")
     vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
     torch_lib = Path(torch.__file__).parent / "lib"
-    command = [compiler, "-O2", "-ftree-vectorize", "-fno-math-errno", "-std=gnu++17", "-fPIC", "-shared", *vectors]
+    command = [compiler, "-O3", "-fno-math-errno", "-std=gnu++17", "-fPIC", "-shared", *vectors]
     command += [str(_SOURCE), f"-L{torch_lib}", "-ltorch_cpu"]
     about = "\0".join([*command, torch.__version__, str(os.stat(compiler).st_mtime_ns)]).encode()
     name = hashlib.sha256(_SOURCE.read_bytes() + about).hexdigest()[:32]
