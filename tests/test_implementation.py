@@ -20,7 +20,7 @@ OTHERS = {
     ("torch", "mm"),
     ("torch", "vmap"),
 }
-FILE_ENDINGS = ("py", "md", "json", "toml")
+FILE_ENDINGS = ("py", "cpp", "md", "json", "toml")
 
 
 def named(text: str) -> set[tuple[str, str]]:

@@ -173,14 +173,14 @@ static void rows_of(const Product& p, int64_t row, int64_t m) {
     }
 }
 
-// R rows of the weight with all rows of x, which are read from the cache but for the first.
-template <class D, int R>
+// Four rows of the weight with all rows of x, after the first of which they are in the cache.
+template <class D>
 static void block(const Product& p, int64_t row) {
   int64_t m = 0;
   if (LANES == 16)
-    for (; m + 4 <= p.rows; m += 4) rows_of<D, R, 4>(p, row, m);
-  for (; m + 2 <= p.rows; m += 2) rows_of<D, R, 2>(p, row, m);
-  for (; m < p.rows; m++) rows_of<D, R, 1>(p, row, m);
+    for (; m + 4 <= p.rows; m += 4) rows_of<D, 4, 4>(p, row, m);
+  for (; m + 2 <= p.rows; m += 2) rows_of<D, 4, 2>(p, row, m);
+  for (; m < p.rows; m++) rows_of<D, 4, 1>(p, row, m);
 }
 
 constexpr int BLOCK = 8;  // rows of a weight, for as many sums at a time as hide the latency of an addition
@@ -190,8 +190,9 @@ static void part(int64_t begin, int64_t end, void* context) {
   const Product& p = *(const Product*)context;
   int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
   for (; p.rows == 1 && row + BLOCK <= last; row += BLOCK) rows_of<D, BLOCK, 1>(p, row, 0);
-  for (; row + 4 <= last; row += 4) block<D, 4>(p, row);
-  for (; row < last; row++) block<D, 1>(p, row);
+  for (; row + 4 <= last; row += 4) block<D>(p, row);
+  for (; row < last; row++)
+    for (int64_t m = 0; m < p.rows; m++) rows_of<D, 1, 1>(p, row, m);
 }
 
 template <class D>
