@@ -93,8 +93,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         # Eager FlexAttention is dense, too: gather each row's slots instead of attending to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
-        wide = v.to(torch.promote_types(v.dtype, torch.float32))
-        return _grouped_matmul(attention_weights(q, k, metadata), wide).to(q.dtype)
+        return _grouped_matmul(attention_weights(q, k, metadata), v).to(q.dtype)
     if not q.is_cuda and _wants_gradients(q, k, v, attention.score_mod):
         raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
@@ -123,23 +122,20 @@ def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: 
     `[B, H, T, S]`, float32 or wider; differentiable. Needs dense metadata. heads: only these heads, in this order."""
     visible, score_mod = metadata.visible, metadata.attention.score_mod
     assert isinstance(visible, Tensor)
-    _, h, _, d = q.shape
-    wide, group = torch.promote_types(q.dtype, torch.float32), h // k.shape[1]
-    head = torch.arange(h, device=q.device) if heads is None else heads
+    wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
     if heads is not None:
         q, k, visible = q[:, heads], k[:, heads // group], visible if visible.shape[1] == 1 else visible[:, heads]
-    scores = _grouped_matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * d**-0.5
+    scores = _grouped_matmul(q.to(wide), k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     if score_mod is not None:
-        scores = score_mod.dense(scores, metadata.q, metadata.kv, head)
+        scores = score_mod.dense(scores, metadata.q, metadata.kv, heads)
     scores = scores.masked_fill(~visible, -torch.inf)
     # The softmax of a row with nothing visible is NaN; such a row attends to nothing.
     return torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
 def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """Multiply each head's matrix of x `[B, H, T, N]` by that of its group in y `[B, K, N, M]`, without repeating y."""
-    group = x.shape[1] // y.shape[1]
-    return (x.unflatten(1, (-1, group)).flatten(2, 3) @ y).unflatten(2, (group, -1)).flatten(1, 2)
+    """Multiply each head's matrix of x `[B, H, T, N]` by that of its group in y `[B, K, N, M]`, in x's dtype."""
+    return (x.unflatten(1, (y.shape[1], -1)).flatten(2, 3) @ y.to(x.dtype)).unflatten(2, (-1, x.shape[2])).flatten(1, 2)
 
 
 def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None) -> bool:

@@ -92,11 +92,8 @@ def apply_linear(
 
 def _are_plain(*modules: nn.Module | None) -> bool:
     """Return whether modules compute what is defined here: they are of these very types and have no hooks."""
-    return all(
-        module is None
-        or (type(module) in (Linear, TiedLinear, RMSNorm) and not (module._forward_pre_hooks or module._forward_hooks))
-        for module in modules
-    )
+    own = Linear, TiedLinear, RMSNorm, type(None)
+    return all(type(m) in own and not (m and (m._forward_pre_hooks or m._forward_hooks)) for m in modules)
 
 
 class Attention(nn.Module):

@@ -67,8 +67,8 @@ class TokenSequence:
 
 
 class Start(NamedTuple):
-    """What a request began with: the lengths and next positions of its cache's rows, and the number of steps from which
-    each of its captures held tokens."""
+    """The state a request began with: lengths and next positions of its cache's rows, and the number of steps from
+    which each of its captures held tokens."""
 
     lengths: list[int]
     positions: list[int]
