@@ -290,9 +290,13 @@ def test_no_other_attention_is_ever_named():
 
 
 AROUND_ATTENTION = ("attention.py", "cache.py", "tokens.py", "kernels/", "masks/")
+BUILDING = (
+    "kernels/code_cache.py",  # a folder that cannot be written is replaced, with a warning
+    "kernels/few_rows.py",  # without a compiler torch's products run, with a warning; a damaged file is built again
+)
 
 
-@pytest.mark.parametrize("name", [name for name in TREES if name.startswith(AROUND_ATTENTION)])
+@pytest.mark.parametrize("name", [n for n in TREES if n.startswith(AROUND_ATTENTION) and n not in BUILDING])
 def test_nothing_is_caught_around_attention(name):
     """Check that an exception is caught only to be raised again, in words."""
     for node in ast.walk(TREES[name]):
@@ -311,7 +315,6 @@ def test_the_model_tries_nothing(name):
 
 
 CATCHING = (
-    "kernels/code_cache.py",  # a folder that cannot be written is replaced, with a warning
     "engine/scheduler.py",  # an error in a request's callback ends that request
 )
 
