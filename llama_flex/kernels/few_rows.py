@@ -1,8 +1,8 @@
 """Build and load the C++ kernel for products of few rows on the CPU, `few_rows.cpp`.
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. This kernel
-reads them once, at that speed, for up to `ROWS` rows. It is compiled on first use, in about a second, for the vectors
-of this processor, and kept beside what torch compiles.
+reads them once, at that speed, for up to `ROWS` rows. It is compiled on first use, in two to three seconds, for the
+vectors of this processor, and kept beside what torch compiles.
 """
 
 from __future__ import annotations
