@@ -29,6 +29,12 @@ for n, dtype in enumerate(kernel.DTYPES):
 """
 
 
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    """Load the kernel, whichever test comes first."""
+    assert kernel.load()
+
+
 def check_product(
     dtype: torch.dtype, rows: int, out: int, k: int, bias: bool, norm: bool, residual: bool, gated: bool, seed: int
 ) -> None:
