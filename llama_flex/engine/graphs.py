@@ -67,8 +67,8 @@ class Graphs:
 
         def run(name: Hashable, function: Callable[..., Any], *args: Any) -> Any:
             self._recording.parts += 1
-            structures = (structure(arg) for arg in args if isinstance(arg, nn.Module))
-            part = self.parts.get(whole := (*key, name, *structures))
+            structures = tuple(structure(arg) for arg in args if isinstance(arg, nn.Module))
+            part = self.parts.get(whole := (key, name, structures))
             if part is not None:
                 return part(*args)
             started = time.perf_counter()

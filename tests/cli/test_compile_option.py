@@ -123,13 +123,15 @@ def test_a_compiler_failure_stops_on_but_not_auto(folder, engine, tmp_path, envi
         cache = str(tmp_path / "cache")
         return run_process(*arguments, "--compile", compile, TORCHINDUCTOR_CACHE_DIR=cache, **environment)
 
+    # Our own kernel needs the compiler too.
+    lost = r"warning: .*; products of few rows use torch's kernels, .*\n" if "CXX" in environment else ""
     code, out, err = run("auto")
     assert (code, out) == (0, expected_text(engine, "The quick", 40) + "\n")
-    assert re.fullmatch(r"warning: continuing uncompiled, which is slower: torch cannot compile: .*\n", err)
+    assert re.fullmatch(lost + r"warning: continuing uncompiled, which is slower: torch cannot compile: .*\n", err)
     assert reason in err
     code, out, err = run("on")
     assert (code, out) == (2, "")
-    assert re.fullmatch(r"error: torch cannot compile: .*--compile off\n", err)
+    assert re.fullmatch(lost + r"error: torch cannot compile: .*--compile off\n", err)
     assert reason in err
 
 

@@ -139,7 +139,7 @@ def test_new_vectors_compile_nothing_and_other_runs_stay_as_they_were(pair):
     plain = engine.generate(PROMPTS, max_new_tokens=NEW)
     count = engine.graphs.count
     # Without captures and edits, nothing of hook points is in the name of a layer's code, nor in what is compiled.
-    assert {name for *_, name in engine.graphs.parts} == {"prepare_inputs", "block, variant 0", "sample_next"}
+    assert {name for _, name, _ in engine.graphs.parts} == {"prepare_inputs", "block, variant 0", "sample_next"}
     vectors = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     engine.generate(PROMPTS, max_new_tokens=NEW, edit=edits.add("resid_post", vectors[0], layers=1))
     once = engine.graphs.count
