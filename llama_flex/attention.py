@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
+from .kernels import cpu
 from .kernels.flex_attention import eager_errors, kernel_options, padded_group
 from .masks.block_mask import BlockLists, list_pages
 from .masks.layout import PackedRows, PageTable
@@ -89,6 +90,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         out = attend(rows, k, v, metadata._replace(packed=None))
         return packed.pack(out.transpose(1, 2)).transpose(1, 2)
     group = q.shape[1] // k.shape[1]
+    if pages is None and not torch.compiler.is_compiling():
+        k, v = (x[:, :, : metadata.kv.index.shape[1]] for x in (k, v))  # the slots in use
     if pages is not None and not (isinstance(visible, BlockLists) and torch.compiler.is_compiling()):
         # Eager FlexAttention is dense, too: gather each row's slots instead of attending to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
@@ -115,6 +118,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
             kernel_options=kernel_options(q, k, pages is not None) if q.is_cuda else None,
         )
     return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
+
+
+def can_attend_newest(q: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> bool:
+    """Return whether `attend_newest` computes this attention: uncompiled, dense, on a CPU, one query in each row, none
+    of whose rows shares slots, without a score function and gradients."""
+    visible, rotary, plain = metadata.visible, metadata.rotary, metadata.pages is None and metadata.packed is None
+    if not isinstance(visible, Tensor) or not plain or metadata.attention.score_mod is not None or rotary is None:
+        return False
+    dtypes = q.dtype == kv[0].dtype and q.dtype in cpu.DTYPES and rotary[0].dtype == torch.float32
+    few = q.shape[1] == 1 and q.device.type == "cpu" and not torch.is_grad_enabled()
+    return few and dtypes and not torch.compiler.is_compiling() and cpu.load()
+
+
+def attend_newest(q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
+    """Rotate q `[B, 1, H, D]` and k `[B, 1, K, D]`, store k and v `[B, 1, K, D]` in the cache, and `attend`, all in a
+    single kernel: `[B, 1, H * D]`."""
+    assert metadata.rotary is not None and metadata.slots is not None and isinstance(metadata.visible, Tensor)
+    return cpu.attend_newest(q, k, v, metadata.rotary, metadata.slots, kv, metadata.visible)
 
 
 def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:

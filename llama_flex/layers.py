@@ -13,12 +13,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionMetadata, attend
+from .attention import AttentionMetadata, attend, attend_newest, can_attend_newest
 from .cache import write_kv
 from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import linear
-from .rope import Rotary, apply_rotary_emb
+from .rope import apply_rotary_emb
 
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
 
@@ -92,8 +92,13 @@ def apply_linear(
 
 def _are_plain(*modules: nn.Module | None) -> bool:
     """Return whether modules compute what is defined here: they are of these very types and have no hooks."""
-    own = Linear, TiedLinear, RMSNorm, type(None)
-    return all(type(m) in own and not (m and (m._forward_pre_hooks or m._forward_hooks)) for m in modules)
+    for module in modules:
+        if module is not None and (type(module) not in _OWN or module._forward_pre_hooks or module._forward_hooks):
+            return False
+    return True
+
+
+_OWN = Linear, TiedLinear, RMSNorm
 
 
 class Attention(nn.Module):
@@ -114,18 +119,21 @@ class Attention(nn.Module):
         norms = (RMSNorm(self.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None for _ in "qk")
         self.q_norm, self.k_norm = norms
 
-    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries `[B, H, T, D]`, rotated keys and values, both `[B, K, T, D]`."""
-        heads = apply_linear(self.qkv, x, norm=self.norm).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k)
-        return apply_rotary_emb(q, *rotary), apply_rotary_emb(k, *rotary), v
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries `[B, T, H, D]`, keys and values, both `[B, T, K, D]`, before rotation."""
+        heads = apply_linear(self.qkv, x, norm=self.norm).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
+        return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
         """Attend from x `[B, T, E]` to the cache slots, or to its own tokens if kv is None; add the result to x."""
         assert metadata.rotary is not None
-        projected = zip("qkv", self.project(x, metadata.rotary), strict=True)
-        q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in projected)
+        q, k, v = self.project(x)
+        if hook is identity and kv is not None and can_attend_newest(q, kv, metadata):
+            return apply_linear(self.o, attend_newest(q, k, v, kv, metadata), residual=x)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
+        rotated = zip("qkv", (*(apply_rotary_emb(heads, *metadata.rotary) for heads in (q, k)), v), strict=True)
+        q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in rotated)
         if kv is not None and metadata.slots is not None:
             k, v = write_kv(kv, metadata.slots, k, v)  # [B, K, S, D]
         z = hook("z", attend(q, k, v, metadata).transpose(1, 2))  # [B, T, H, D]

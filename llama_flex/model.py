@@ -302,6 +302,8 @@ class Llama(nn.Module):
         )
         slots = None if cache is None else cache.append(tokens)
         kv, pages, chosen = (tokens, None, None) if cache is None else (cache.tokens, cache.pages, cache.token_indices)
+        if isinstance(cache, Cache) and not torch.compiler.is_compiling():
+            kv = kv.map(lambda x: x[:, : cache.slots_in_use])
         packed = None if chosen is None else PackedRows.of(chosen, (b, t))
         queries = tokens
         if packed is not None and slots is not None:

@@ -13,7 +13,7 @@ from helpers import ROOT, compiled_forward, few
 
 from llama_flex import Engine, Llama, LlamaConfig, fuse, masks
 from llama_flex.engine.explain import bytes_per_step
-from llama_flex.kernels import few_rows
+from llama_flex.kernels import cpu
 from llama_flex.rope import RotaryEmbedding
 
 LENGTHS = (1, 127, 128, 129, 300)
@@ -54,7 +54,7 @@ def budget(reference, ids: torch.Tensor, start: int = 0) -> float:
     reference's distance from float64.
     """
     eager, others = logits_of(reference, ids, start), [logits_of(reference, ids, start, "sdpa")]
-    if ids.numel() <= few_rows.ROWS:
+    if ids.numel() <= cpu.ROWS:
         others.append(logits_of(copy.deepcopy(reference).double(), ids, start))
     spread = max((eager - other).abs().max().item() for other in others)
     return 2 * max(spread, 4 * torch.finfo(eager.dtype).eps * eager.abs().max().item())

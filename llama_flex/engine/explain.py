@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels import few_rows, flex_attention
+from ..kernels import cpu, flex_attention
 from ..masks.layout import BLOCK
 from ..model import Llama
 from .model_runner import ModelRunner
@@ -32,7 +32,7 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
         lines.append(f"not compiled: every operation runs by itself; attention backend {runner.backend!r}")
 
     if device.type == "cpu":
-        lines.append(f"products of few rows: {few_rows.describe()}")
+        lines.append(f"products of few rows: {cpu.describe()}")
     q, kv = last.newest(), last.tokens()
     (rows, _), group = kv.index.shape, dims.num_heads // dims.num_kv_heads
     for i, (mask, score_mod) in enumerate(last.plan.variants):

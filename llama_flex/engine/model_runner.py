@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import Backend
 from ..interp.hook_points import Captured, Probe
-from ..kernels import few_rows
+from ..kernels import cpu
 from ..masks.layout import SlotCache
 from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
@@ -67,7 +67,7 @@ class ModelRunner:
     def run_for(self, *key: Any) -> Run:
         """Return a function that runs the parts of a step, compiled for `key` if steps are compiled."""
         if self.model.device.type == "cpu":
-            few_rows.load()  # compiled code can only use it
+            cpu.load()  # compiled code can only use it
         return self.graphs.of(*key) if self.compile else run_eager
 
     def step(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import few_rows
+from . import cpu
 
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 
@@ -32,13 +32,16 @@ def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether `fused_linear` computes a product of x `[B, T, in]` with other tensors: without gradients, in one
     dtype, for few rows on a CPU, and on CUDA for one row of a compiled step."""
     rows = x.shape[:-1].numel()
-    if torch.is_grad_enabled() or any(other is not None and other.dtype != x.dtype for other in others):
+    if torch.is_grad_enabled():
         return False
+    for other in others:
+        if other is not None and other.dtype != x.dtype:
+            return False
     if x.is_cuda:
         return rows == 1 and torch.compiler.is_compiling() and x.dtype != torch.float64
-    if x.device.type != "cpu" or x.dtype not in few_rows.DTYPES or not 0 < rows <= few_rows.ROWS:
+    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS:
         return False
-    return few_rows.loaded if torch.compiler.is_compiling() else few_rows.load()
+    return cpu.loaded if torch.compiler.is_compiling() else cpu.load()
 
 
 def fused_linear(
@@ -53,10 +56,8 @@ def fused_linear(
     """Compute `layers.apply_linear` in one kernel, if it can be fused: `[B, T, in]` -> `[B, T, out]`."""
     if x.is_cuda:
         y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm, eps, residual, gated)
-    else:
-        residual = None if residual is None else residual.flatten(0, -2)
-        y = few_rows.few_rows(x.flatten(0, -2), weight, bias, norm, eps, residual, gated)
-    return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1)
+    return cpu.few_rows(x, weight, bias, norm, eps, residual, gated)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine
-from llama_flex.kernels import few_rows as kernel
+from llama_flex.kernels import cpu as kernel
 from llama_flex.kernels import linear
 from llama_flex.layers import Linear, RMSNorm, apply_linear
 
 CHECK = """
 import torch
-from llama_flex.kernels import few_rows as kernel
-from test_few_rows import check_product
+from llama_flex.kernels import cpu as kernel
+from test_cpu import check_product
 assert kernel.load() and torch.backends.cpu.get_cpu_capability() == {capability!r}
 for n, dtype in enumerate(kernel.DTYPES):
     for rows, out, k in ((1, 1, 1), (3, 50, 127), (8, 33, 576), (5, 6, 65)):

@@ -1,8 +1,9 @@
-"""Build and load the C++ kernel for products of few rows on the CPU, `few_rows.cpp`.
+"""Build and load the C++ kernels for decoding on the CPU, `cpu.cpp`.
 
-torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. This kernel
-reads them once, at that speed, for up to `ROWS` rows. It is compiled on first use, in two to three seconds, for the
-vectors of this processor, and kept beside what torch compiles.
+torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
+reads them once, at that speed, for up to `ROWS` rows; `attend_newest` does as much for the keys and values of uncompiled
+steps. They are compiled on first use, in two to three seconds, for the vectors of this processor, and kept beside what
+torch compiles.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ ops.define(
 )
 torch.library.register_fake(
     "llama_flex::few_rows",
-    lambda x, weight, *rest: x.new_empty(len(x), len(weight) // (2 if rest[-1] & GATED else 1)),
+    lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight) // (2 if rest[-1] & GATED else 1)),
     lib=ops,
+)
+ops.define(
+    "attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys,"
+    " Tensor(b!) values, Tensor visible) -> Tensor"
 )
 loaded = False  # read by compiled steps, which cannot build it
 
@@ -60,9 +65,9 @@ def load() -> bool:
 def describe() -> str:
     """Return which kernel computes products of few rows on the CPU, and why."""
     if not load():
-        return "torch's: few_rows.cpp could not be compiled"
+        return "torch's: cpu.cpp could not be compiled"
     vectors = torch.backends.cpu.get_cpu_capability()
-    return f"few_rows.cpp for {vectors} up to {ROWS} rows; torch's for more, which are bound by arithmetic"
+    return f"cpu.cpp for {vectors} up to {ROWS} rows; torch's for more, which are bound by arithmetic"
 
 
 def few_rows(
@@ -74,14 +79,34 @@ def few_rows(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """Return residual + weight @ norm(x) + bias, or SwiGLU of it: x `[M, in]`, weight `[out, in]` -> `[M, out]`.
+    """Return residual + weight @ norm(x) + bias, or SwiGLU of it: x `[..., in]`, weight `[out, in]` -> `[..., out]`.
 
     All in one dtype of DTYPES; sums in float32. `load` must have returned True.
     """
-    given = ((bias, BIAS), (norm, NORM), (residual, RESIDUAL))
-    parts = sum(part for tensor, part in given if tensor is not None) + GATED * gated
-    tensors = (x if tensor is None else tensor.contiguous() for tensor, _ in given)
-    return torch.ops.llama_flex.few_rows(x.contiguous(), weight.contiguous(), *tensors, eps, parts)
+    parts = GATED * gated
+    x, weight = x.contiguous(), weight.contiguous()
+    if bias is not None:
+        bias, parts = bias.contiguous(), parts | BIAS
+    if norm is not None:
+        norm, parts = norm.contiguous(), parts | NORM
+    if residual is not None:
+        residual, parts = residual.contiguous(), parts | RESIDUAL
+    # A tensor stands for each that is not given: `parts` says so, and the kernel's interface knows no optional ones.
+    given = (x if bias is None else bias, x if norm is None else norm, x if residual is None else residual)
+    return torch.ops.llama_flex.few_rows(x, weight, *given, eps, parts)
+
+
+def attend_newest(
+    q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], slots: Tensor, kv: tuple[Tensor, Tensor], visible: Tensor
+) -> Tensor:
+    """Rotate each row's newest query `[B, 1, H, D]` and key `[B, 1, K, D]`, store key and value in the given slots
+    `[B, 1]` of kv, both `[B, K, S, D]`, and return what attention is by definition, `[B, 1, H * D]`.
+
+    rotary: cosine and sine, float32 `[B, 1, 1, D/2]`. visible: booleans `[B, 1 or H, 1, up to S]`. All else is in one
+    dtype of DTYPES; sums in float32. `load` must have returned True.
+    """
+    assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (q.shape[3], 1)
+    return torch.ops.llama_flex.attend_newest(q, k, v, *rotary, slots, *kv, visible.contiguous())
 
 
 def _build() -> Path:

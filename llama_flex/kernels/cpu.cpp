@@ -1,0 +1,475 @@
+// Two kernels for the CPU, both bound by memory. `few_rows`: the product of a few rows with a weight matrix, which is read
+// once, y = residual + W norm(x) + bias, or SwiGLU of it. `attend_newest`: rotate each row's newest query, key and value,
+// store key and value in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots.
+//
+// Built by `cpu.py` without torch's headers, which take longer to compile than all of this: what it needs of torch's
+// stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h, torch/csrc/stable/c/shim.h) is declared here.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+extern "C" {
+typedef struct OpaqueTensor* Tensor;
+typedef struct OpaqueLibrary* Library;
+int32_t aoti_torch_get_data_ptr(Tensor, void**);
+int32_t aoti_torch_get_dtype(Tensor, int32_t*);
+int32_t aoti_torch_get_size(Tensor, int64_t dimension, int64_t*);
+int32_t aoti_torch_get_stride(Tensor, int64_t dimension, int64_t*);
+int32_t aoti_torch_get_dim(Tensor, int64_t*);
+int32_t aoti_torch_get_numel(Tensor, int64_t*);
+int32_t aoti_torch_empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                 int32_t device_type, int32_t device_index, Tensor*);
+int32_t aoti_torch_delete_tensor_object(Tensor);
+int32_t aoti_torch_library_init_impl(const char* name, const char* key, const char* file, uint32_t line, Library*);
+int32_t aoti_torch_library_impl(Library, const char* name, void (*)(uint64_t* stack, uint64_t, uint64_t));
+int32_t aoti_torch_dtype_float32();
+int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_float16();
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);
+}
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+template <class T>
+static T load(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// A dtype: how its numbers are stored, widened to float, and rounded. Another way to store weights is one more of these.
+// `widen` reads 2 * LANES numbers, in the order into which `arrange` brings as many of x, and `restore` undoes that.
+struct Float32 {
+  typedef float Stored;
+  static void widen(const float* p, Vector& a, Vector& b) {
+    a = load<Vector>(p);
+    b = load<Vector>(p + LANES);
+  }
+  static void arrange(float*) {}
+  static void restore(float*) {}
+  static float widen_one(float x) { return x; }
+  static float round(float x) { return x; }
+};
+
+struct BFloat16 {
+  typedef uint16_t Stored;
+  static void widen(const uint16_t* p, Vector& a, Vector& b) {  // two numbers in each word: the even ones, the odd ones
+    Words words = load<Words>(p);
+    a = (Vector)(words << 16);
+    b = (Vector)(words & 0xffff0000u);
+  }
+  static void arrange(float* x) {
+    float odd[LANES];
+    for (int i = 0; i < LANES; i++) {
+      odd[i] = x[2 * i + 1];
+      x[i] = x[2 * i];
+    }
+    std::memcpy(x + LANES, odd, sizeof odd);
+  }
+  static void restore(float* x) {
+    float even[LANES];
+    std::memcpy(even, x, sizeof even);
+    for (int i = 0; i < LANES; i++) {
+      x[2 * i] = even[i];
+      x[2 * i + 1] = x[LANES + i];
+    }
+  }
+  static float widen_one(uint16_t x) {
+    uint32_t bits = uint32_t{x} << 16;
+    return load<float>(&bits);
+  }
+  static uint16_t round(float x) {
+    uint32_t bits = load<uint32_t>(&x);
+    if (x != x) return 0x7fc0;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  }
+};
+
+struct Float16 {
+  typedef uint16_t Stored;
+  static void widen(const uint16_t* p, Vector& a, Vector& b) {
+#if defined(__AVX512F__)
+    a = (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+    b = (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + LANES)));
+#elif defined(__F16C__)
+    a = (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    b = (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + LANES)));
+#else
+    for (int i = 0; i < LANES; i++) {
+      a[i] = widen_one(p[i]);
+      b[i] = widen_one(p[LANES + i]);
+    }
+#endif
+  }
+  static void arrange(float*) {}
+  static void restore(float*) {}
+  static float widen_one(uint16_t x) { return (float)load<_Float16>(&x); }
+  static uint16_t round(float x) {
+    _Float16 y = (_Float16)x;
+    return load<uint16_t>(&y);
+  }
+};
+
+static float total(Vector sum) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)sum);
+#else
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
+  return sum[0];
+#endif
+}
+
+// The products of R rows of a weight, each K long, with M rows of x. The order of the sums does not depend on R and M, so
+// that a row gets the same bits in any company.
+template <class D, int R, int M>
+static void dot(const typename D::Stored* w, const float* x, int64_t k, float (*y)[M]) {
+  Vector sums[R][M] = {};
+  int64_t i = 0;
+  for (; i + 2 * LANES <= k; i += 2 * LANES) {
+    Vector a[M], b[M];
+    for (int m = 0; m < M; m++) {
+      a[m] = load<Vector>(x + m * k + i);
+      b[m] = load<Vector>(x + m * k + i + LANES);
+    }
+    for (int r = 0; r < R; r++) {
+      Vector c, d;
+      const typename D::Stored* from = w + r * k + i;
+      // Short rows end before the processor has found out that they are read in order.
+      for (int line = 0; line < int(2 * LANES * sizeof *from); line += 64) __builtin_prefetch((char*)(from + R * k) + line, 0, 2);
+      D::widen(from, c, d);
+      for (int m = 0; m < M; m++) sums[r][m] += c * a[m];
+      for (int m = 0; m < M; m++) sums[r][m] += d * b[m];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++) {
+      y[r][m] = total(sums[r][m]);
+      for (int64_t j = i; j < k; j++) y[r][m] += D::widen_one(w[r * k + j]) * x[m * k + j];
+    }
+}
+
+struct Product {
+  const void *weight, *bias, *residual;
+  void* y;
+  const float* x;  // [rows, k]
+  int64_t rows, n, k;
+  bool gated;
+};
+
+// R rows of the weight, or of both halves of a gated one, with M rows of x from row `m` on.
+template <class D, int R, int M>
+static void rows_of(const Product& p, int64_t row, int64_t m) {
+  typedef typename D::Stored Stored;
+  const Stored *w = (const Stored*)p.weight, *bias = (const Stored*)p.bias, *residual = (const Stored*)p.residual;
+  float y[R][M], up[R][M];
+  dot<D, R, M>(w + row * p.k, p.x + m * p.k, p.k, y);
+  if (p.gated) dot<D, R, M>(w + (p.n + row) * p.k, p.x + m * p.k, p.k, up);
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < M; i++) {
+      float value = y[r][i];
+      if (bias) value += D::widen_one(bias[row + r]);
+      if (p.gated) value = value / (1 + std::exp(-value)) * (up[r][i] + (bias ? D::widen_one(bias[p.n + row + r]) : 0));
+      int64_t at = (m + i) * p.n + row + r;
+      if (residual) value += D::widen_one(residual[at]);
+      ((Stored*)p.y)[at] = D::round(value);
+    }
+}
+
+// Four rows of the weight with all rows of x, after the first of which they are in the cache.
+template <class D>
+static void block(const Product& p, int64_t row) {
+  int64_t m = 0;
+  if (LANES == 16)
+    for (; m + 4 <= p.rows; m += 4) rows_of<D, 4, 4>(p, row, m);
+  for (; m + 2 <= p.rows; m += 2) rows_of<D, 4, 2>(p, row, m);
+  for (; m < p.rows; m++) rows_of<D, 4, 1>(p, row, m);
+}
+
+constexpr int BLOCK = 8;  // rows of a weight, for as many sums at a time as hide the latency of an addition
+
+template <class D>
+static void part(int64_t begin, int64_t end, void* context) {
+  const Product& p = *(const Product*)context;
+  int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
+  for (; p.rows == 1 && row + BLOCK <= last; row += BLOCK) rows_of<D, BLOCK, 1>(p, row, 0);
+  for (; row + 4 <= last; row += 4) block<D>(p, row);
+  for (; row < last; row++)
+    for (int64_t m = 0; m < p.rows; m++) rows_of<D, 1, 1>(p, row, m);
+}
+
+template <class D>
+static void multiply(Product p, const void* x, const void* norm, double eps) {
+  typedef typename D::Stored Stored;
+  std::unique_ptr<float[]> rows(new float[p.rows * p.k]);
+  for (int64_t m = 0; m < p.rows; m++) {
+    const Stored* from = (const Stored*)x + m * p.k;
+    float* to = rows.get() + m * p.k;
+    for (int64_t i = 0; i < p.k; i++) to[i] = D::widen_one(from[i]);
+    if (norm) {
+      Vector sums = {};
+      int64_t i = 0;
+      for (; i + LANES <= p.k; i += LANES) {
+        Vector v = load<Vector>(to + i);
+        sums += v * v;
+      }
+      float sum = total(sums);
+      for (; i < p.k; i++) sum += to[i] * to[i];
+      float scale = 1 / std::sqrt(sum / p.k + (float)eps);
+      for (i = 0; i < p.k; i++) to[i] = D::widen_one(D::round(to[i] * scale * D::widen_one(((const Stored*)norm)[i])));
+    }
+    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) D::arrange(to + i);
+  }
+  p.x = rows.get();
+  int64_t bytes = BLOCK * p.k * sizeof(Stored) * (1 + p.gated);
+  torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part<D>, &p);  // a thread is worth 64 KiB
+}
+
+constexpr int PART = 128;  // slots of a row that are attended to at a time; parts are merged as in flash decoding
+constexpr float NONE = -INFINITY;
+
+struct Heads {  // of the newest tokens, [B, heads, D]
+  const void* data;
+  int64_t stride;  // from row to row
+};
+
+struct Attention {
+  Heads newest_q, newest_k, newest_v;
+  const float *cos, *sin;  // [B, D/2]
+  const int64_t* at;       // [B], the slots of the newest tokens
+  void *k, *v, *y;
+  const bool* visible;
+  const float* q;  // [B, H, D], rotated and arranged
+  float* parts;    // [B, H, parts, D + 2]: the sum of weighted values, the greatest score, the sum of weights
+  int64_t heads, kv_heads, dim, visible_heads, slots, row_slots, count;
+  float scale;
+};
+
+// e to the power x, for x <= 0 (Cephes' expf; relative error < 2e-7).
+static Vector exp(Vector x) {
+  x = x > -87.f ? x : Vector{} - 87.f;
+  Vector n = (x * 1.44269504f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  y = ((((y * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1.f;
+  return y * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+// M query heads with the same keys, from `head` on, and up to PART slots from `start` on.
+template <class D, int M>
+static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
+  typedef typename D::Stored Stored;
+  int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART, d = p.dim;
+  int64_t held = ((b * p.kv_heads + head / (p.heads / p.kv_heads)) * p.row_slots + start) * d;
+  const Stored *k = (const Stored*)p.k + held, *v = (const Stored*)p.v + held;
+  const float* q = p.q + (b * p.heads + head) * d;
+  float* out[M];
+  alignas(64) float w[M][PART];
+  bool any = false;
+  for (int m = 0; m < M; m++) {
+    out[m] = p.parts + ((b * p.heads + head + m) * p.count + part) * (d + 2);
+    std::memset(out[m], 0, (d + 2) * sizeof(float));
+    out[m][d] = NONE;
+    const bool* visible = p.visible + (b * p.visible_heads + (p.visible_heads > 1 ? head + m : 0)) * p.slots + start;
+    for (int64_t s = 0; s < n; s++) any |= visible[s];
+  }
+  if (!any) return;
+  for (int64_t s = 0; s < n; s += 4) {
+    float y[4][M];
+    int rows = n - s < 4 ? int(n - s) : 4;
+    if (rows == 4) dot<D, 4, M>(k + s * d, q, d, y);
+    else for (int r = 0; r < rows; r++) dot<D, 1, M>(k + (s + r) * d, q, d, y + r);
+    for (int r = 0; r < rows; r++)
+      for (int m = 0; m < M; m++) w[m][s + r] = y[r][m] * p.scale;
+  }
+  for (int m = 0; m < M; m++) {
+    const bool* visible = p.visible + (b * p.visible_heads + (p.visible_heads > 1 ? head + m : 0)) * p.slots + start;
+    for (int64_t s = 0; s < n; s++) w[m][s] = visible[s] ? w[m][s] : NONE;
+    for (int64_t s = n; s < PART; s++) w[m][s] = NONE;
+    float greatest = NONE;
+    for (int s = 0; s < PART; s++) greatest = w[m][s] > greatest ? w[m][s] : greatest;
+    Vector sums = {};
+    for (int s = 0; s < PART && greatest > NONE; s += LANES) {
+      Vector score = load<Vector>(w[m] + s), weight = score == NONE ? Vector{} : exp(score - greatest);
+      std::memcpy(w[m] + s, &weight, sizeof weight);
+      sums += weight;
+    }
+    if (greatest == NONE) std::memset(w[m], 0, sizeof w[m]);
+    out[m][d] = greatest;
+    out[m][d + 1] = total(sums);
+  }
+  int64_t i = 0;
+  for (; i + 2 * LANES <= d; i += 2 * LANES) {
+    Vector low[M] = {}, high[M] = {};
+    for (int64_t s = 0; s < n; s++) {
+      Vector a, c;
+      D::widen(v + s * d + i, a, c);
+      for (int m = 0; m < M; m++) low[m] += w[m][s] * a, high[m] += w[m][s] * c;
+    }
+    for (int m = 0; m < M; m++) {
+      std::memcpy(out[m] + i, &low[m], sizeof low[m]);
+      std::memcpy(out[m] + i + LANES, &high[m], sizeof high[m]);
+    }
+  }
+  for (int64_t s = 0; s < n && i < d; s++)
+    for (int64_t j = i; j < d; j++)
+      for (int m = 0; m < M; m++) out[m][j] += w[m][s] * D::widen_one(v[s * d + j]);
+}
+
+template <class D>
+static void attend_parts(int64_t begin, int64_t end, void* context) {
+  const Attention& p = *(const Attention*)context;
+  int64_t group = p.heads / p.kv_heads;
+  for (int64_t at = begin; at < end; at++) {
+    int64_t part = at % p.count, b = at / p.count / p.kv_heads, head = at / p.count % p.kv_heads * group, last = head + group;
+    for (; head + 4 <= last; head += 4) attend_part<D, 4>(p, b, head, part);
+    if (head + 3 == last) attend_part<D, 3>(p, b, head, part);
+    if (head + 2 == last) attend_part<D, 2>(p, b, head, part);
+    if (head + 1 == last) attend_part<D, 1>(p, b, head, part);
+  }
+}
+
+// Rows of (row, head), whose parts are merged.
+template <class D>
+static void merge_parts(int64_t begin, int64_t end, void* context) {
+  const Attention& p = *(const Attention*)context;
+  int64_t d = p.dim;
+  for (int64_t at = begin; at < end; at++) {
+    float* parts = p.parts + at * p.count * (d + 2);
+    float greatest = NONE, sum = 0;
+    for (int64_t n = 0; n < p.count; n++) greatest = std::fmax(greatest, parts[n * (d + 2) + d]);
+    for (int64_t n = 0; n < p.count && greatest > NONE; n++) {
+      float *part = parts + n * (d + 2), factor = std::exp(part[d] - greatest);
+      sum += factor * part[d + 1];
+      for (int64_t i = 0; i < d; i++) parts[i] = n ? parts[i] + factor * part[i] : factor * part[i];
+    }
+    for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) D::restore(parts + i);
+    typename D::Stored* y = (typename D::Stored*)p.y + at * d;
+    for (int64_t i = 0; i < d; i++) y[i] = D::round(greatest > NONE ? parts[i] / sum : 0);
+  }
+}
+
+template <class D>
+static void rotate(const typename D::Stored* x, const float* cos, const float* sin, int64_t d, typename D::Stored* y) {
+  for (int64_t i = 0; i < d / 2; i++) {
+    float first = D::widen_one(x[i]), second = D::widen_one(x[d / 2 + i]);
+    y[i] = D::round(first * cos[i] - second * sin[i]);
+    y[d / 2 + i] = D::round(second * cos[i] + first * sin[i]);
+  }
+}
+
+template <class D>
+static void attend(Attention p, int64_t rows) {
+  typedef typename D::Stored Stored;
+  int64_t d = p.dim;
+  std::unique_ptr<float[]> q(new float[rows * p.heads * d]), parts(new float[rows * p.heads * p.count * (d + 2)]);
+  std::unique_ptr<Stored[]> rotated(new Stored[d]);
+  for (int64_t b = 0; b < rows; b++) {
+    const float *cos = p.cos + b * d / 2, *sin = p.sin + b * d / 2;
+    for (int64_t h = 0; h < p.kv_heads; h++) {
+      int64_t slot = (b * p.kv_heads + h) * p.row_slots + p.at[b];
+      rotate<D>((const Stored*)p.newest_k.data + b * p.newest_k.stride + h * d, cos, sin, d, (Stored*)p.k + slot * d);
+      const Stored* v = (const Stored*)p.newest_v.data + b * p.newest_v.stride + h * d;
+      std::memcpy((Stored*)p.v + slot * d, v, d * sizeof *v);
+    }
+    for (int64_t h = 0; h < p.heads; h++) {
+      rotate<D>((const Stored*)p.newest_q.data + b * p.newest_q.stride + h * d, cos, sin, d, rotated.get());
+      float* query = q.get() + (b * p.heads + h) * d;
+      for (int64_t i = 0; i < d; i++) query[i] = D::widen_one(rotated[i]);
+      for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) D::arrange(query + i);
+    }
+  }
+  p.q = q.get();
+  p.parts = parts.get();
+  torch_parallel_for(0, rows * p.kv_heads * p.count, 1 + 65536 / (2 * PART * d * sizeof(Stored)), attend_parts<D>, &p);
+  torch_parallel_for(0, rows * p.heads, 1 + 65536 / (p.count * d), merge_parts<D>, &p);
+}
+
+// attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values,
+//   Tensor visible) -> Tensor
+// q [B, 1, H, D], k and v [B, 1, K, D], cos and sin [B, 1, 1, D/2], slots [B, 1], keys and values [B, K, S, D], visible
+// [B, 1 or H, 1, up to S] -> [B, 1, H D]; contiguous, but for the rows of q, k and v.
+static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
+  Tensor tensors[9], y;
+  void* data[9];
+  int64_t stride[3], rows;
+  for (int i = 0; i < 9; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
+  for (int i = 0; i < 3; i++) aoti_torch_get_stride(tensors[i], 0, &stride[i]);
+  Attention p = {{data[0], stride[0]}, {data[1], stride[1]}, {data[2], stride[2]}};
+  int32_t dtype;
+  aoti_torch_get_dtype(tensors[0], &dtype);
+  aoti_torch_get_size(tensors[0], 0, &rows);
+  aoti_torch_get_size(tensors[0], 2, &p.heads);
+  aoti_torch_get_size(tensors[0], 3, &p.dim);
+  aoti_torch_get_size(tensors[6], 1, &p.kv_heads);
+  aoti_torch_get_size(tensors[6], 2, &p.row_slots);
+  aoti_torch_get_size(tensors[8], 1, &p.visible_heads);
+  aoti_torch_get_size(tensors[8], 3, &p.slots);
+  p.count = (p.slots + PART - 1) / PART;
+  p.scale = (float)(1 / std::sqrt((double)p.dim));
+  int64_t all = p.heads * p.dim, sizes[] = {rows, 1, all}, strides[] = {all, all, 1};
+  aoti_torch_empty_strided(3, sizes, strides, dtype, 0, 0, &y);
+  aoti_torch_get_data_ptr(y, &p.y);
+  p.cos = (const float*)data[3], p.sin = (const float*)data[4], p.at = (const int64_t*)data[5];
+  p.k = data[6], p.v = data[7], p.visible = (const bool*)data[8];
+  auto run = dtype == aoti_torch_dtype_float32()    ? attend<Float32>
+             : dtype == aoti_torch_dtype_bfloat16() ? attend<BFloat16>
+                                                    : attend<Float16>;
+  run(p, rows);
+  for (Tensor tensor : tensors) aoti_torch_delete_tensor_object(tensor);
+  stack[0] = (uint64_t)y;
+}
+
+// few_rows(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
+// x [..., K], of up to 8 dimensions, weight [N, K] -> [..., N]; all of them contiguous.
+static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
+  Tensor tensors[5], y;
+  void* data[5];
+  for (int i = 0; i < 5; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
+  double eps = load<double>(&stack[5]);
+  int64_t parts = (int64_t)stack[6];
+  int64_t rows, n, k, dim, sizes[8], strides[8];
+  int32_t dtype;
+  aoti_torch_get_numel(tensors[0], &rows);
+  aoti_torch_get_dim(tensors[0], &dim);
+  aoti_torch_get_size(tensors[1], 0, &n);
+  aoti_torch_get_size(tensors[1], 1, &k);
+  aoti_torch_get_dtype(tensors[0], &dtype);
+  bool gated = parts & 8;
+  n = gated ? n / 2 : n;
+  rows /= k;
+  int64_t numel = 1;
+  for (int64_t i = dim - 1; i >= 0; numel *= sizes[i--]) {
+    aoti_torch_get_size(tensors[0], i, &sizes[i]);
+    if (i == dim - 1) sizes[i] = n;
+    strides[i] = numel;
+  }
+  aoti_torch_empty_strided(dim, sizes, strides, dtype, 0, 0, &y);
+  Product p = {data[1], parts & 1 ? data[2] : nullptr, parts & 4 ? data[4] : nullptr, nullptr, nullptr, rows, n, k, gated};
+  aoti_torch_get_data_ptr(y, &p.y);
+  const void* norm = parts & 2 ? data[3] : nullptr;
+  if (dtype == aoti_torch_dtype_float32()) multiply<Float32>(p, data[0], norm, eps);
+  else if (dtype == aoti_torch_dtype_bfloat16()) multiply<BFloat16>(p, data[0], norm, eps);
+  else multiply<Float16>(p, data[0], norm, eps);
+  for (Tensor tensor : tensors) aoti_torch_delete_tensor_object(tensor);
+  stack[0] = (uint64_t)y;
+}
+
+extern "C" int32_t register_kernels() {
+  static Library library;
+  int32_t error = aoti_torch_library_init_impl("llama_flex", "CPU", "cpu.cpp", 0, &library);
+  if (!error) error = aoti_torch_library_impl(library, "few_rows", few_rows);
+  return error ? error : aoti_torch_library_impl(library, "attend_newest", attend_newest);
+}
