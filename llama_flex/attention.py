@@ -23,6 +23,7 @@ from .masks.scores import ScoreMod
 from .rope import Rotary
 from .tokens import Token, Tokens
 
+QUERIES_AT_ONCE = 128  # of dense attention on a CPU
 Backend: TypeAlias = Literal["flex", "dense"]
 
 
@@ -96,7 +97,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         # Eager FlexAttention is dense, too: gather each row's slots instead of attending to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
-        return _grouped_matmul(attention_weights(q, k, metadata), v).to(q.dtype)
+        return _attend_by_definition(q, k, v, metadata._replace(visible=visible))
     if not q.is_cuda and _wants_gradients(q, k, v, attention.score_mod):
         raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
@@ -118,6 +119,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
             kernel_options=kernel_options(q, k, pages is not None) if q.is_cuda else None,
         )
     return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
+
+
+def _attend_by_definition(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+    """Attend densely: on a CPU some queries at a time, whose scores stay in its cache, up to the last slot they see."""
+    visible, t = metadata.visible, q.shape[2]
+    assert isinstance(visible, Tensor)
+    whole = q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    parts = []
+    for rows in [slice(0, t)] if whole else (slice(n, n + QUERIES_AT_ONCE) for n in range(0, t, QUERIES_AT_ONCE)):
+        seen = visible[:, :, rows]
+        slots = slice(0, seen.shape[3] if whole else 1 + int(seen.flatten(0, 2).any(0).nonzero().amax(0, True).sum()))
+        tokens, kv = metadata.q.map(lambda x: x[:, rows]), metadata.kv.map(lambda x: x[:, slots])
+        part = metadata._replace(q=tokens, kv=kv, visible=seen[..., slots])
+        weights = attention_weights(q[:, :, rows], k[:, :, slots], part)
+        parts.append(_grouped_matmul(weights, v[:, :, slots]).to(q.dtype))
+    return torch.cat(parts, 2)
 
 
 def can_attend_newest(q: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> bool:
@@ -146,7 +163,7 @@ def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: 
     wide, group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
     if heads is not None:
         q, k, visible = q[:, heads], k[:, heads // group], visible if visible.shape[1] == 1 else visible[:, heads]
-    scores = _grouped_matmul(q.to(wide), k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores = _grouped_matmul(q.to(wide), k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)
     if score_mod is not None:
         scores = score_mod.dense(scores, metadata.q, metadata.kv, heads)
     scores = scores.masked_fill(~visible, -torch.inf)
