@@ -138,9 +138,9 @@ def _attend_by_definition(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMe
 
 
 def can_attend_newest(q: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> bool:
-    """Return whether `attend_newest` computes this attention: uncompiled, dense, on a CPU, one query in each row, none
-    of whose rows shares slots, without a score function and gradients."""
-    visible, rotary, plain = metadata.visible, metadata.rotary, metadata.pages is None and metadata.packed is None
+    """Return whether `attend_newest` computes this attention: uncompiled and dense, on a CPU, with one query in each
+    row, and without a score function and gradients."""
+    visible, rotary, plain = metadata.visible, metadata.rotary, metadata.packed is None
     if not isinstance(visible, Tensor) or not plain or metadata.attention.score_mod is not None or rotary is None:
         return False
     dtypes = q.dtype == kv[0].dtype and q.dtype in cpu.DTYPES and rotary[0].dtype == torch.float32
@@ -152,7 +152,8 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], me
     """Rotate q `[B, 1, H, D]` and k `[B, 1, K, D]`, store k and v `[B, 1, K, D]` in the cache, and `attend`, all in a
     single kernel: `[B, 1, H * D]`."""
     assert metadata.rotary is not None and metadata.slots is not None and isinstance(metadata.visible, Tensor)
-    return cpu.attend_newest(q, k, v, metadata.rotary, metadata.slots, kv, metadata.visible)
+    table = None if metadata.pages is None else metadata.pages.page_table
+    return cpu.attend_newest(q, k, v, metadata.rotary, metadata.slots, kv, metadata.visible, table)
 
 
 def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:

@@ -69,7 +69,7 @@ class PagedBatch(Batch):
     def decode(self, requests: Sequence[Request]) -> PendingOutput:
         """Enqueue a decode step: one token for each request."""
         rows = dict(enumerate((request, sequence) for request in requests for sequence in request.sequences))
-        size = next(s for s in self.decode_sizes if s >= len(rows))
+        size = next(s for s in self.decode_sizes if s >= len(rows)) if self.runner.compile else len(rows)
         buffers, host = self._fill(size, 1)
         self._fill_state(host, rows)
         for row, (_, sequence) in rows.items():

@@ -249,13 +249,20 @@ struct Heads {  // of the newest tokens, [B, heads, D]
 struct Attention {
   Heads newest_q, newest_k, newest_v;
   const float *cos, *sin;  // [B, D/2]
-  const int64_t* at;       // [B], the slots of the newest tokens
+  const int64_t* at;       // [B], where in memory the newest keys and values go
+  const int32_t* pages;    // [B, blocks], the page of each PART slots; null if a row's slots are contiguous
+  int64_t pages_stride;
   void *k, *v, *y;
   const bool* visible;
   const float* q;  // [B, H, D], rotated and arranged
   float* parts;    // [B, H, parts, D + 2]: the sum of weighted values, the greatest score, the sum of weights
-  int64_t heads, kv_heads, dim, visible_heads, slots, row_slots, count;
+  int64_t heads, kv_heads, dim, visible_heads, slots, held_slots, count;
   float scale;
+
+  // The place of a slot of memory among the keys and values `[B or 1, K, S, D]`.
+  int64_t place(int64_t b, int64_t kv_head, int64_t slot) const {
+    return (((pages ? 0 : b) * kv_heads + kv_head) * held_slots + slot) * dim;
+  }
 };
 
 // e to the power x, for x <= 0 (Cephes' expf; relative error < 2e-7).
@@ -272,7 +279,8 @@ template <class D, int M>
 static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
   typedef typename D::Stored Stored;
   int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART, d = p.dim;
-  int64_t held = ((b * p.kv_heads + head / (p.heads / p.kv_heads)) * p.row_slots + start) * d;
+  int64_t first = p.pages ? p.pages[b * p.pages_stride + part] * (int64_t)PART : start;
+  int64_t held = p.place(b, head / (p.heads / p.kv_heads), first);
   const Stored *k = (const Stored*)p.k + held, *v = (const Stored*)p.v + held;
   const float* q = p.q + (b * p.heads + head) * d;
   float* out[M];
@@ -379,10 +387,10 @@ static void attend(Attention p, int64_t rows) {
   for (int64_t b = 0; b < rows; b++) {
     const float *cos = p.cos + b * d / 2, *sin = p.sin + b * d / 2;
     for (int64_t h = 0; h < p.kv_heads; h++) {
-      int64_t slot = (b * p.kv_heads + h) * p.row_slots + p.at[b];
-      rotate<D>((const Stored*)p.newest_k.data + b * p.newest_k.stride + h * d, cos, sin, d, (Stored*)p.k + slot * d);
+      int64_t place = p.place(b, h, p.at[b]);
+      rotate<D>((const Stored*)p.newest_k.data + b * p.newest_k.stride + h * d, cos, sin, d, (Stored*)p.k + place);
       const Stored* v = (const Stored*)p.newest_v.data + b * p.newest_v.stride + h * d;
-      std::memcpy((Stored*)p.v + slot * d, v, d * sizeof *v);
+      std::memcpy((Stored*)p.v + place, v, d * sizeof *v);
     }
     for (int64_t h = 0; h < p.heads; h++) {
       rotate<D>((const Stored*)p.newest_q.data + b * p.newest_q.stride + h * d, cos, sin, d, rotated.get());
@@ -398,14 +406,14 @@ static void attend(Attention p, int64_t rows) {
 }
 
 // attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values,
-//   Tensor visible) -> Tensor
+//   Tensor visible, Tensor page_table, bool paged) -> Tensor
 // q [B, 1, H, D], k and v [B, 1, K, D], cos and sin [B, 1, 1, D/2], slots [B, 1], keys and values [B, K, S, D], visible
-// [B, 1 or H, 1, up to S] -> [B, 1, H D]; contiguous, but for the rows of q, k and v.
+// [B, 1 or H, 1, up to S], page_table [B, blocks] -> [B, 1, H D]; contiguous, but for the rows of q, k, v and pages.
 static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
-  Tensor tensors[9], y;
-  void* data[9];
+  Tensor tensors[10], y;
+  void* data[10];
   int64_t stride[3], rows;
-  for (int i = 0; i < 9; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
+  for (int i = 0; i < 10; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
   for (int i = 0; i < 3; i++) aoti_torch_get_stride(tensors[i], 0, &stride[i]);
   Attention p = {{data[0], stride[0]}, {data[1], stride[1]}, {data[2], stride[2]}};
   int32_t dtype;
@@ -414,7 +422,7 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   aoti_torch_get_size(tensors[0], 2, &p.heads);
   aoti_torch_get_size(tensors[0], 3, &p.dim);
   aoti_torch_get_size(tensors[6], 1, &p.kv_heads);
-  aoti_torch_get_size(tensors[6], 2, &p.row_slots);
+  aoti_torch_get_size(tensors[6], 2, &p.held_slots);
   aoti_torch_get_size(tensors[8], 1, &p.visible_heads);
   aoti_torch_get_size(tensors[8], 3, &p.slots);
   p.count = (p.slots + PART - 1) / PART;
@@ -423,6 +431,8 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   aoti_torch_empty_strided(3, sizes, strides, dtype, 0, 0, &y);
   aoti_torch_get_data_ptr(y, &p.y);
   p.cos = (const float*)data[3], p.sin = (const float*)data[4], p.at = (const int64_t*)data[5];
+  if (stack[10]) p.pages = (const int32_t*)data[9];
+  aoti_torch_get_stride(tensors[9], 0, &p.pages_stride);
   p.k = data[6], p.v = data[7], p.visible = (const bool*)data[8];
   auto run = dtype == aoti_torch_dtype_float32()    ? attend<Float32>
              : dtype == aoti_torch_dtype_bfloat16() ? attend<BFloat16>

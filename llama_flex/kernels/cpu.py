@@ -42,7 +42,7 @@ torch.library.register_fake(
 )
 ops.define(
     "attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys,"
-    " Tensor(b!) values, Tensor visible) -> Tensor"
+    " Tensor(b!) values, Tensor visible, Tensor page_table, bool paged) -> Tensor"
 )
 loaded = False  # read by compiled steps, which cannot build it
 
@@ -97,16 +97,25 @@ def few_rows(
 
 
 def attend_newest(
-    q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], slots: Tensor, kv: tuple[Tensor, Tensor], visible: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    slots: Tensor,
+    kv: tuple[Tensor, Tensor],
+    visible: Tensor,
+    page_table: Tensor | None = None,
 ) -> Tensor:
     """Rotate each row's newest query `[B, 1, H, D]` and key `[B, 1, K, D]`, store key and value in the given slots
     `[B, 1]` of kv, both `[B, K, S, D]`, and return what attention is by definition, `[B, 1, H * D]`.
 
-    rotary: cosine and sine, float32 `[B, 1, 1, D/2]`. visible: booleans `[B, 1 or H, 1, up to S]`. All else is in one
-    dtype of DTYPES; sums in float32. `load` must have returned True.
+    rotary: cosine and sine, float32 `[B, 1, 1, D/2]`. visible: booleans `[B, 1 or H, 1, up to S]`. page_table: the page
+    of each 128 slots of a row, int32 `[B, blocks]`, if kv are a pool `[1, K, S, D]`. All else is in one dtype of DTYPES;
+    sums in float32. `load` must have returned True.
     """
+    pages = (slots, False) if page_table is None else (page_table, True)
     assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (q.shape[3], 1)
-    return torch.ops.llama_flex.attend_newest(q, k, v, *rotary, slots, *kv, visible.contiguous())
+    return torch.ops.llama_flex.attend_newest(q, k, v, *rotary, slots, *kv, visible.contiguous(), *pages)
 
 
 def _build() -> Path:
