@@ -138,19 +138,18 @@ def _attend_by_definition(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMe
 
 
 def can_attend_newest(q: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> bool:
-    """Return whether `attend_newest` computes this attention: uncompiled and dense, on a CPU, with one query in each
-    row, and without a score function and gradients."""
+    """Return whether `attend_newest` computes this attention: uncompiled and dense, on a CPU, without packed rows, a
+    score function and gradients."""
     visible, rotary, plain = metadata.visible, metadata.rotary, metadata.packed is None
     if not isinstance(visible, Tensor) or not plain or metadata.attention.score_mod is not None or rotary is None:
         return False
     dtypes = q.dtype == kv[0].dtype and q.dtype in cpu.DTYPES and rotary[0].dtype == torch.float32
-    few = q.shape[1] == 1 and q.device.type == "cpu" and not torch.is_grad_enabled()
-    return few and dtypes and not torch.compiler.is_compiling() and cpu.load()
+    return q.device.type == "cpu" and dtypes and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and cpu.load()
 
 
 def attend_newest(q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-    """Rotate q `[B, 1, H, D]` and k `[B, 1, K, D]`, store k and v `[B, 1, K, D]` in the cache, and `attend`, all in a
-    single kernel: `[B, 1, H * D]`."""
+    """Rotate q `[B, T, H, D]` and k `[B, T, K, D]`, store k and v `[B, T, K, D]` in the cache, and `attend`, all in a
+    single kernel: `[B, T, H * D]`."""
     assert metadata.rotary is not None and metadata.slots is not None and isinstance(metadata.visible, Tensor)
     table = None if metadata.pages is None else metadata.pages.page_table
     return cpu.attend_newest(q, k, v, metadata.rotary, metadata.slots, kv, metadata.visible, table)

@@ -238,26 +238,47 @@ static void multiply(Product p, const void* x, const void* norm, double eps) {
   torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part<D>, &p);  // a thread is worth 64 KiB
 }
 
-constexpr int PART = 128;  // slots of a row that are attended to at a time; parts are merged as in flash decoding
+constexpr int PART = 128;   // slots of a row that are attended to at a time; a page
+constexpr int TOKENS = 32;  // queries at a time
 constexpr float NONE = -INFINITY;
 
-struct Heads {  // of the newest tokens, [B, heads, D]
-  const void* data;
-  int64_t stride;  // from row to row
+struct Heads {  // of the newest tokens, [B, T, heads, D]
+  const char* data;
+  int64_t row_bytes, token_bytes;
+
+  const void* of(int64_t b, int64_t t) const { return data + b * row_bytes + t * token_bytes; }
 };
 
 struct Attention {
   Heads newest_q, newest_k, newest_v;
-  const float *cos, *sin;  // [B, D/2]
-  const int64_t* at;       // [B], where in memory the newest keys and values go
+  const float *cos, *sin;  // [B, T, D/2]
+  const int64_t* at;       // [B, T], where in memory the newest keys and values go
   const int32_t* pages;    // [B, blocks], the page of each PART slots; null if a row's slots are contiguous
   int64_t pages_stride;
   void *k, *v, *y;
-  const bool* visible;
-  const float* q;  // [B, H, D], rotated and arranged
-  float* parts;    // [B, H, parts, D + 2]: the sum of weighted values, the greatest score, the sum of weights
-  int64_t heads, kv_heads, dim, visible_heads, slots, held_slots, count;
+  const bool* visible;  // [B, 1 or H, T, slots]
+  float* q;             // [B, K, T, H/K, D], rotated; arranged if T is 1
+  float* parts;         // [B, H, parts, D + 2]: the sum of weighted values, the greatest score, the sum of weights
+  int64_t tokens, heads, kv_heads, dim, visible_heads, slots, held_slots, count;
   float scale;
+
+  int64_t query(int64_t b, int64_t t, int64_t head) const {
+    int64_t group = heads / kv_heads;
+    return ((b * kv_heads + head / group) * tokens + t) * group + head % group;
+  }
+
+  const bool* seen(int64_t b, int64_t head, int64_t t) const {
+    return visible + ((b * visible_heads + (visible_heads > 1 ? head : 0)) * tokens + t) * slots;
+  }
+
+  // Where a part of a row begins in memory.
+  int64_t first_slot(int64_t b, int64_t part) const { return PART * (pages ? pages[b * pages_stride + part] : part); }
+
+  // Numbers that a block of queries needs: see attend_block.
+  int64_t scratch() const {
+    int64_t rows = (TOKENS * (heads / kv_heads) + 5) / 6 * 6, wide = dim + 64;
+    return rows * (dim + PART + wide + 2) + PART * (dim + wide);
+  }
 
   // The place of a slot of memory among the keys and values `[B or 1, K, S, D]`.
   int64_t place(int64_t b, int64_t kv_head, int64_t slot) const {
@@ -267,11 +288,32 @@ struct Attention {
 
 // e to the power x, for x <= 0 (Cephes' expf; relative error < 2e-7).
 static Vector exp(Vector x) {
-  x = x > -87.f ? x : Vector{} - 87.f;
+  x = x < -87.f ? Vector{} - 87.f : x;  // NaN stays NaN
   Vector n = (x * 1.44269504f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Vector y = 1.9875691500e-4f * r + 1.3981999507e-3f;
   y = ((((y * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1.f;
   return y * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+// Turn PART scores, of which the first n count if seen, into weights relative to the greatest score, which is returned;
+// `before` is the greatest one of earlier parts, and `sum` that of their weights, to which these are added.
+static float weigh(float* x, const bool* seen, int64_t n, float scale, float before, float& sum) {
+  for (int64_t s = 0; s < n; s++) x[s] = seen[s] ? x[s] * scale : NONE;
+  for (int64_t s = n; s < PART; s++) x[s] = NONE;
+  Vector most = Vector{} + before, sums = {};
+  for (int s = 0; s < PART; s += LANES) {
+    Vector score = load<Vector>(x + s);
+    most = score > most ? score : most;
+  }
+  float greatest = before;
+  for (int i = 0; i < LANES; i++) greatest = most[i] > greatest ? most[i] : greatest;
+  for (int s = 0; s < PART; s += LANES) {
+    Vector score = load<Vector>(x + s), weight = score == NONE ? Vector{} : exp(score - greatest);
+    std::memcpy(x + s, &weight, sizeof weight);
+    sums += weight;
+  }
+  sum = total(sums) + (before == NONE || before == greatest ? sum : sum * std::exp(before - greatest));
+  return greatest;
 }
 
 // M query heads with the same keys, from `head` on, and up to PART slots from `start` on.
@@ -279,8 +321,7 @@ template <class D, int M>
 static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
   typedef typename D::Stored Stored;
   int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART, d = p.dim;
-  int64_t first = p.pages ? p.pages[b * p.pages_stride + part] * (int64_t)PART : start;
-  int64_t held = p.place(b, head / (p.heads / p.kv_heads), first);
+  int64_t held = p.place(b, head / (p.heads / p.kv_heads), p.first_slot(b, part));
   const Stored *k = (const Stored*)p.k + held, *v = (const Stored*)p.v + held;
   const float* q = p.q + (b * p.heads + head) * d;
   float* out[M];
@@ -290,8 +331,7 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     out[m] = p.parts + ((b * p.heads + head + m) * p.count + part) * (d + 2);
     std::memset(out[m], 0, (d + 2) * sizeof(float));
     out[m][d] = NONE;
-    const bool* visible = p.visible + (b * p.visible_heads + (p.visible_heads > 1 ? head + m : 0)) * p.slots + start;
-    for (int64_t s = 0; s < n; s++) any |= visible[s];
+    any |= std::memchr(p.seen(b, head + m, 0) + start, 1, n) != nullptr;
   }
   if (!any) return;
   for (int64_t s = 0; s < n; s += 4) {
@@ -300,24 +340,9 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     if (rows == 4) dot<D, 4, M>(k + s * d, q, d, y);
     else for (int r = 0; r < rows; r++) dot<D, 1, M>(k + (s + r) * d, q, d, y + r);
     for (int r = 0; r < rows; r++)
-      for (int m = 0; m < M; m++) w[m][s + r] = y[r][m] * p.scale;
+      for (int m = 0; m < M; m++) w[m][s + r] = y[r][m];
   }
-  for (int m = 0; m < M; m++) {
-    const bool* visible = p.visible + (b * p.visible_heads + (p.visible_heads > 1 ? head + m : 0)) * p.slots + start;
-    for (int64_t s = 0; s < n; s++) w[m][s] = visible[s] ? w[m][s] : NONE;
-    for (int64_t s = n; s < PART; s++) w[m][s] = NONE;
-    float greatest = NONE;
-    for (int s = 0; s < PART; s++) greatest = w[m][s] > greatest ? w[m][s] : greatest;
-    Vector sums = {};
-    for (int s = 0; s < PART && greatest > NONE; s += LANES) {
-      Vector score = load<Vector>(w[m] + s), weight = score == NONE ? Vector{} : exp(score - greatest);
-      std::memcpy(w[m] + s, &weight, sizeof weight);
-      sums += weight;
-    }
-    if (greatest == NONE) std::memset(w[m], 0, sizeof w[m]);
-    out[m][d] = greatest;
-    out[m][d + 1] = total(sums);
-  }
+  for (int m = 0; m < M; m++) out[m][d] = weigh(w[m], p.seen(b, head + m, 0) + start, n, p.scale, NONE, out[m][d + 1]);
   int64_t i = 0;
   for (; i + 2 * LANES <= d; i += 2 * LANES) {
     Vector low[M] = {}, high[M] = {};
@@ -358,14 +383,14 @@ static void merge_parts(int64_t begin, int64_t end, void* context) {
     float* parts = p.parts + at * p.count * (d + 2);
     float greatest = NONE, sum = 0;
     for (int64_t n = 0; n < p.count; n++) greatest = std::fmax(greatest, parts[n * (d + 2) + d]);
-    for (int64_t n = 0; n < p.count && greatest > NONE; n++) {
-      float *part = parts + n * (d + 2), factor = std::exp(part[d] - greatest);
+    for (int64_t n = 0; n < p.count; n++) {
+      float *part = parts + n * (d + 2), factor = part[d] == greatest ? 1 : std::exp(part[d] - greatest);
       sum += factor * part[d + 1];
       for (int64_t i = 0; i < d; i++) parts[i] = n ? parts[i] + factor * part[i] : factor * part[i];
     }
     for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) D::restore(parts + i);
     typename D::Stored* y = (typename D::Stored*)p.y + at * d;
-    for (int64_t i = 0; i < d; i++) y[i] = D::round(greatest > NONE ? parts[i] / sum : 0);
+    for (int64_t i = 0; i < d; i++) y[i] = D::round(sum == 0 ? 0 : parts[i] / sum);
   }
 }
 
@@ -378,47 +403,143 @@ static void rotate(const typename D::Stored* x, const float* cos, const float* s
   }
 }
 
+// Rows and tokens: rotate queries and keys, widen the queries, and store keys and values.
 template <class D>
-static void attend(Attention p, int64_t rows) {
+static void rotate_and_store(int64_t begin, int64_t end, void* context) {
   typedef typename D::Stored Stored;
+  const Attention& p = *(const Attention*)context;
   int64_t d = p.dim;
-  std::unique_ptr<float[]> q(new float[rows * p.heads * d]), parts(new float[rows * p.heads * p.count * (d + 2)]);
   std::unique_ptr<Stored[]> rotated(new Stored[d]);
-  for (int64_t b = 0; b < rows; b++) {
-    const float *cos = p.cos + b * d / 2, *sin = p.sin + b * d / 2;
+  for (int64_t at = begin; at < end; at++) {
+    int64_t b = at / p.tokens, t = at % p.tokens;
+    const float *cos = p.cos + at * (d / 2), *sin = p.sin + at * (d / 2);
     for (int64_t h = 0; h < p.kv_heads; h++) {
-      int64_t place = p.place(b, h, p.at[b]);
-      rotate<D>((const Stored*)p.newest_k.data + b * p.newest_k.stride + h * d, cos, sin, d, (Stored*)p.k + place);
-      const Stored* v = (const Stored*)p.newest_v.data + b * p.newest_v.stride + h * d;
-      std::memcpy((Stored*)p.v + place, v, d * sizeof *v);
+      int64_t place = p.place(b, h, p.at[at]);
+      rotate<D>((const Stored*)p.newest_k.of(b, t) + h * d, cos, sin, d, (Stored*)p.k + place);
+      std::memcpy((Stored*)p.v + place, (const Stored*)p.newest_v.of(b, t) + h * d, d * sizeof(Stored));
     }
     for (int64_t h = 0; h < p.heads; h++) {
-      rotate<D>((const Stored*)p.newest_q.data + b * p.newest_q.stride + h * d, cos, sin, d, rotated.get());
-      float* query = q.get() + (b * p.heads + h) * d;
+      rotate<D>((const Stored*)p.newest_q.of(b, t) + h * d, cos, sin, d, rotated.get());
+      float* query = p.q + p.query(b, t, h) * d;
       for (int64_t i = 0; i < d; i++) query[i] = D::widen_one(rotated[i]);
-      for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) D::arrange(query + i);
+      for (int64_t i = 0; p.tokens == 1 && i + 2 * LANES <= d; i += 2 * LANES) D::arrange(query + i);
     }
   }
+}
+
+constexpr int ROWS = 6, COLUMNS = LANES == 16 ? 4 : 2, WIDTH = COLUMNS * LANES;  // of a tile that fits in registers
+
+// c = a b, or c += a b, for ROWS rows of a [ROWS, K] and the columns of b [K, n], a multiple of WIDTH.
+static void multiply_tile(const float* a, int64_t k, const float* b, int64_t n, float* c, bool add) {
+  for (int64_t column = 0; column < n; column += WIDTH) {
+    Vector sums[ROWS][COLUMNS] = {};
+    for (int64_t i = 0; i < k; i++) {
+      Vector row[COLUMNS];
+      for (int j = 0; j < COLUMNS; j++) row[j] = load<Vector>(b + i * n + column + j * LANES);
+      for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < COLUMNS; j++) sums[r][j] += a[r * k + i] * row[j];
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int j = 0; j < COLUMNS; j++) {
+        float* to = c + r * n + column + j * LANES;
+        Vector sum = add ? load<Vector>(to) + sums[r][j] : sums[r][j];
+        std::memcpy(to, &sum, sizeof sum);
+      }
+  }
+}
+
+// TOKENS queries, with all heads of a group, against PART slots at a time, as in flash attention (arXiv:2205.14135).
+template <class D>
+static void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t first, float* scratch) {
+  typedef typename D::Stored Stored;
+  int64_t group = p.heads / p.kv_heads, d = p.dim, wide = (d + WIDTH - 1) / WIDTH * WIDTH;
+  int64_t tokens = p.tokens - first < TOKENS ? p.tokens - first : TOKENS, rows = tokens * group, tiles = (rows + ROWS - 1) / ROWS;
+  float *q = scratch, *k = q + tiles * ROWS * d, *v = k + d * PART, *w = v + PART * wide, *out = w + tiles * ROWS * PART;
+  float *greatest = out + tiles * ROWS * wide, *sum = greatest + tiles * ROWS;
+  std::memset(scratch, 0, p.scratch() * sizeof(float));
+  std::memcpy(q, p.q + p.query(b, first, kv_head * group) * d, rows * d * sizeof(float));
+  for (int64_t r = 0; r < rows; r++) greatest[r] = NONE;
+  for (int64_t part = 0; part < p.count; part++) {
+    int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART;
+    bool any = false;
+    for (int64_t r = 0; r < rows && !any; r++) any = std::memchr(p.seen(b, kv_head * group + r % group, first + r / group) + start, 1, n);
+    if (!any) continue;
+    int64_t held = p.place(b, kv_head, p.first_slot(b, part));
+    const Stored *keys = (const Stored*)p.k + held, *values = (const Stored*)p.v + held;
+    for (int64_t s = 0; s < n; s++)
+      for (int64_t i = 0; i < d; i++) k[i * PART + s] = D::widen_one(keys[s * d + i]);
+    for (int64_t s = 0; s < n; s++)
+      for (int64_t i = 0; i < d; i++) v[s * wide + i] = D::widen_one(values[s * d + i]);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      float* weights = w + tile * ROWS * PART;
+      multiply_tile(q + tile * ROWS * d, d, k, PART, weights, false);
+      for (int64_t r = tile * ROWS; r < tile * ROWS + ROWS && r < rows; r++) {
+        float* x = w + r * PART;
+        const bool* seen = p.seen(b, kv_head * group + r % group, first + r / group) + start;
+        float before = greatest[r], now = weigh(x, seen, n, p.scale, before, sum[r]);
+        greatest[r] = now;
+        if (now == before) continue;
+        float factor = before == NONE ? 0 : std::exp(before - now);
+        for (int64_t i = 0; i < wide; i++) out[r * wide + i] *= factor;
+      }
+      multiply_tile(weights, PART, v, wide, out + tile * ROWS * wide, true);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    Stored* y = (Stored*)p.y + (b * p.tokens + first + r / group) * p.heads * d + (kv_head * group + r % group) * d;
+    for (int64_t i = 0; i < d; i++) y[i] = D::round(sum[r] == 0 ? 0 : out[r * wide + i] / sum[r]);
+  }
+}
+
+template <class D>
+static void attend_blocks(int64_t begin, int64_t end, void* context) {
+  const Attention& p = *(const Attention*)context;
+  std::unique_ptr<float[]> scratch(new float[p.scratch()]);
+  int64_t blocks = (p.tokens + TOKENS - 1) / TOKENS;
+  for (int64_t at = begin; at < end; at++) {
+    // Later tokens see more: take the first, the last, the second, the last but one, so that all threads get as much.
+    int64_t n = at % blocks, block = n % 2 ? blocks - 1 - n / 2 : n / 2;
+    attend_block<D>(p, at / blocks / p.kv_heads, at / blocks % p.kv_heads, block * TOKENS, scratch.get());
+  }
+}
+
+template <class D>
+static void attend(Attention p, int64_t rows) {
+  int64_t d = p.dim, queries = rows * p.tokens * p.heads;
+  std::unique_ptr<float[]> q(new float[queries * d]), parts;
   p.q = q.get();
-  p.parts = parts.get();
-  torch_parallel_for(0, rows * p.kv_heads * p.count, 1 + 65536 / (2 * PART * d * sizeof(Stored)), attend_parts<D>, &p);
-  torch_parallel_for(0, rows * p.heads, 1 + 65536 / (p.count * d), merge_parts<D>, &p);
+  torch_parallel_for(0, rows * p.tokens, 1 + 65536 / (p.heads * d), rotate_and_store<D>, &p);
+  if (p.tokens == 1) {
+    parts.reset(new float[queries * p.count * (d + 2)]);
+    p.parts = parts.get();
+    torch_parallel_for(0, rows * p.kv_heads * p.count, 1 + 32768 / (PART * d), attend_parts<D>, &p);
+    torch_parallel_for(0, queries, 1 + 65536 / (p.count * d), merge_parts<D>, &p);
+  } else {
+    torch_parallel_for(0, rows * p.kv_heads * ((p.tokens + TOKENS - 1) / TOKENS), 1, attend_blocks<D>, &p);
+  }
 }
 
 // attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values,
 //   Tensor visible, Tensor page_table, bool paged) -> Tensor
-// q [B, 1, H, D], k and v [B, 1, K, D], cos and sin [B, 1, 1, D/2], slots [B, 1], keys and values [B, K, S, D], visible
-// [B, 1 or H, 1, up to S], page_table [B, blocks] -> [B, 1, H D]; contiguous, but for the rows of q, k, v and pages.
+// q [B, T, H, D], k and v [B, T, K, D], cos and sin [B, 1, T, D/2], slots [B, T], keys and values [B, K, S, D], visible
+// [B, 1 or H, T, up to S], page_table [B, blocks] -> [B, T, H D]; contiguous, but for rows and tokens of q, k, v, and
+// rows of page_table.
 static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   Tensor tensors[10], y;
   void* data[10];
-  int64_t stride[3], rows;
+  int64_t stride[3][2], rows, bytes;
   for (int i = 0; i < 10; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
-  for (int i = 0; i < 3; i++) aoti_torch_get_stride(tensors[i], 0, &stride[i]);
-  Attention p = {{data[0], stride[0]}, {data[1], stride[1]}, {data[2], stride[2]}};
   int32_t dtype;
   aoti_torch_get_dtype(tensors[0], &dtype);
+  bytes = dtype == aoti_torch_dtype_float32() ? 4 : 2;
+  Attention p = {};
+  Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
+  for (int i = 0; i < 3; i++) {
+    for (int j = 0; j < 2; j++) aoti_torch_get_stride(tensors[i], j, &stride[i][j]);
+    *newest[i] = {(const char*)data[i], stride[i][0] * bytes, stride[i][1] * bytes};
+  }
   aoti_torch_get_size(tensors[0], 0, &rows);
+  aoti_torch_get_size(tensors[0], 1, &p.tokens);
   aoti_torch_get_size(tensors[0], 2, &p.heads);
   aoti_torch_get_size(tensors[0], 3, &p.dim);
   aoti_torch_get_size(tensors[6], 1, &p.kv_heads);
@@ -427,7 +548,7 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   aoti_torch_get_size(tensors[8], 3, &p.slots);
   p.count = (p.slots + PART - 1) / PART;
   p.scale = (float)(1 / std::sqrt((double)p.dim));
-  int64_t all = p.heads * p.dim, sizes[] = {rows, 1, all}, strides[] = {all, all, 1};
+  int64_t all = p.heads * p.dim, sizes[] = {rows, p.tokens, all}, strides[] = {p.tokens * all, all, 1};
   aoti_torch_empty_strided(3, sizes, strides, dtype, 0, 0, &y);
   aoti_torch_get_data_ptr(y, &p.y);
   p.cos = (const float*)data[3], p.sin = (const float*)data[4], p.at = (const int64_t*)data[5];

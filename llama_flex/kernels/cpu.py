@@ -106,10 +106,10 @@ def attend_newest(
     visible: Tensor,
     page_table: Tensor | None = None,
 ) -> Tensor:
-    """Rotate each row's newest query `[B, 1, H, D]` and key `[B, 1, K, D]`, store key and value in the given slots
-    `[B, 1]` of kv, both `[B, K, S, D]`, and return what attention is by definition, `[B, 1, H * D]`.
+    """Rotate new queries `[B, T, H, D]` and keys `[B, T, K, D]`, store keys and values in the given slots `[B, T]` of
+    kv, both `[B, K, S, D]`, and return what attention is by definition, `[B, T, H * D]`.
 
-    rotary: cosine and sine, float32 `[B, 1, 1, D/2]`. visible: booleans `[B, 1 or H, 1, up to S]`. page_table: the page
+    rotary: cosine and sine, float32 `[B, 1, T, D/2]`. visible: booleans `[B, 1 or H, T, up to S]`. page_table: the page
     of each 128 slots of a row, int32 `[B, blocks]`, if kv are a pool `[1, K, S, D]`. All else is in one dtype of DTYPES;
     sums in float32. `load` must have returned True.
     """
