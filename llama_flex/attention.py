@@ -144,7 +144,7 @@ def can_attend_newest(q: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionM
     if not isinstance(visible, Tensor) or not plain or metadata.attention.score_mod is not None or rotary is None:
         return False
     dtypes = q.dtype == kv[0].dtype and q.dtype in cpu.DTYPES and rotary[0].dtype == torch.float32
-    return q.device.type == "cpu" and dtypes and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and cpu.load()
+    return q.device.type == "cpu" and dtypes and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and cpu.load(q.dtype)
 
 
 def attend_newest(q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:

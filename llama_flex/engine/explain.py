@@ -32,7 +32,7 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
         lines.append(f"not compiled: every operation runs by itself; attention backend {runner.backend!r}")
 
     if device.type == "cpu":
-        lines.append(f"products of few rows: {cpu.describe()}")
+        lines.append(f"products of few rows and dense attention: {cpu.describe(model.dtype)}")
     q, kv = last.newest(), last.tokens()
     (rows, _), group = kv.index.shape, dims.num_heads // dims.num_kv_heads
     for i, (mask, score_mod) in enumerate(last.plan.variants):

@@ -66,8 +66,8 @@ class ModelRunner:
 
     def run_for(self, *key: Any) -> Run:
         """Return a function that runs the parts of a step, compiled for `key` if steps are compiled."""
-        if self.model.device.type == "cpu":
-            cpu.load()  # compiled code can only use it
+        if self.model.device.type == "cpu" and self.model.dtype in cpu.DTYPES:
+            cpu.load(self.model.dtype)  # compiled code can only use it
         return self.graphs.of(*key) if self.compile else run_eager
 
     def step(

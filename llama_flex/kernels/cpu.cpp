@@ -4,11 +4,12 @@
 //
 // Built by `cpu.py` without torch's headers, which take longer to compile than all of this: what it needs of torch's
 // stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h, torch/csrc/stable/c/shim.h) is declared here.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#if defined(__F16C__)
+// NUMBERS, the dtype of a build, is one of the structures below: three builds compile at once, each faster than all.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if FLOAT16 && defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -26,9 +27,6 @@ int32_t aoti_torch_empty_strided(int64_t dimensions, const int64_t* sizes, const
 int32_t aoti_torch_delete_tensor_object(Tensor);
 int32_t aoti_torch_library_init_impl(const char* name, const char* key, const char* file, uint32_t line, Library*);
 int32_t aoti_torch_library_impl(Library, const char* name, void (*)(uint64_t* stack, uint64_t, uint64_t));
-int32_t aoti_torch_dtype_float32();
-int32_t aoti_torch_dtype_bfloat16();
-int32_t aoti_torch_dtype_float16();
 int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);
 }
 
@@ -46,7 +44,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 template <class T>
 static T load(const void* from) {
   T value;
-  std::memcpy(&value, from, sizeof value);
+  memcpy(&value, from, sizeof value);
   return value;
 }
 
@@ -77,11 +75,11 @@ struct BFloat16 {
       odd[i] = x[2 * i + 1];
       x[i] = x[2 * i];
     }
-    std::memcpy(x + LANES, odd, sizeof odd);
+    memcpy(x + LANES, odd, sizeof odd);
   }
   static void restore(float* x) {
     float even[LANES];
-    std::memcpy(even, x, sizeof even);
+    memcpy(even, x, sizeof even);
     for (int i = 0; i < LANES; i++) {
       x[2 * i] = even[i];
       x[2 * i + 1] = x[LANES + i];
@@ -98,6 +96,7 @@ struct BFloat16 {
   }
 };
 
+#if FLOAT16
 struct Float16 {
   typedef uint16_t Stored;
   static void widen(const uint16_t* p, Vector& a, Vector& b) {
@@ -122,21 +121,39 @@ struct Float16 {
     return load<uint16_t>(&y);
   }
 };
+#endif
+
+typedef NUMBERS Numbers;
+typedef Numbers::Stored Stored;
+
+template <class T>
+struct Buffer {
+  T* data;
+
+  explicit Buffer(int64_t size) : data((T*)malloc(size * sizeof(T))) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { free(data); }
+};
 
 static float total(Vector sum) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)sum);
-#else
-  for (int width = LANES / 2; width; width /= 2)
+#pragma GCC unroll 4
+  for (int width = LANES / 2; width; width /= 2) {
+#ifdef __clang__
     for (int i = 0; i < width; i++) sum[i] += sum[i + width];
-  return sum[0];
+#else
+    Ints other;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) other[i] = i ^ width;
+    sum += __builtin_shuffle(sum, other);
 #endif
+  }
+  return sum[0];
 }
 
 // The products of R rows of a weight, each K long, with M rows of x. The order of the sums does not depend on R and M, so
 // that a row gets the same bits in any company.
-template <class D, int R, int M>
-static void dot(const typename D::Stored* w, const float* x, int64_t k, float (*y)[M]) {
+template <int R, int M>
+static void dot(const Stored* w, const float* x, int64_t k, float (*y)[M]) {
   Vector sums[R][M] = {};
   int64_t i = 0;
   for (; i + 2 * LANES <= k; i += 2 * LANES) {
@@ -147,18 +164,20 @@ static void dot(const typename D::Stored* w, const float* x, int64_t k, float (*
     }
     for (int r = 0; r < R; r++) {
       Vector c, d;
-      const typename D::Stored* from = w + r * k + i;
+      const Stored* from = w + r * k + i;
       // Short rows end before the processor has found out that they are read in order.
       for (int line = 0; line < int(2 * LANES * sizeof *from); line += 64) __builtin_prefetch((char*)(from + R * k) + line, 0, 2);
-      D::widen(from, c, d);
+      Numbers::widen(from, c, d);
       for (int m = 0; m < M; m++) sums[r][m] += c * a[m];
       for (int m = 0; m < M; m++) sums[r][m] += d * b[m];
     }
   }
+#pragma GCC unroll 8  // else the sums go to memory
   for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
       y[r][m] = total(sums[r][m]);
-      for (int64_t j = i; j < k; j++) y[r][m] += D::widen_one(w[r * k + j]) * x[m * k + j];
+      for (int64_t j = i; j < k; j++) y[r][m] += Numbers::widen_one(w[r * k + j]) * x[m * k + j];
     }
 }
 
@@ -171,54 +190,49 @@ struct Product {
 };
 
 // R rows of the weight, or of both halves of a gated one, with M rows of x from row `m` on.
-template <class D, int R, int M>
+template <int R, int M>
 static void rows_of(const Product& p, int64_t row, int64_t m) {
-  typedef typename D::Stored Stored;
   const Stored *w = (const Stored*)p.weight, *bias = (const Stored*)p.bias, *residual = (const Stored*)p.residual;
   float y[R][M], up[R][M];
-  dot<D, R, M>(w + row * p.k, p.x + m * p.k, p.k, y);
-  if (p.gated) dot<D, R, M>(w + (p.n + row) * p.k, p.x + m * p.k, p.k, up);
+  dot<R, M>(w + row * p.k, p.x + m * p.k, p.k, y);
+  if (p.gated) dot<R, M>(w + (p.n + row) * p.k, p.x + m * p.k, p.k, up);
   for (int r = 0; r < R; r++)
     for (int i = 0; i < M; i++) {
       float value = y[r][i];
-      if (bias) value += D::widen_one(bias[row + r]);
-      if (p.gated) value = value / (1 + std::exp(-value)) * (up[r][i] + (bias ? D::widen_one(bias[p.n + row + r]) : 0));
+      if (bias) value += Numbers::widen_one(bias[row + r]);
+      if (p.gated) value = value / (1 + expf(-value)) * (up[r][i] + (bias ? Numbers::widen_one(bias[p.n + row + r]) : 0));
       int64_t at = (m + i) * p.n + row + r;
-      if (residual) value += D::widen_one(residual[at]);
-      ((Stored*)p.y)[at] = D::round(value);
+      if (residual) value += Numbers::widen_one(residual[at]);
+      ((Stored*)p.y)[at] = Numbers::round(value);
     }
 }
 
 // Four rows of the weight with all rows of x, after the first of which they are in the cache.
-template <class D>
 static void block(const Product& p, int64_t row) {
   int64_t m = 0;
   if (LANES == 16)
-    for (; m + 4 <= p.rows; m += 4) rows_of<D, 4, 4>(p, row, m);
-  for (; m + 2 <= p.rows; m += 2) rows_of<D, 4, 2>(p, row, m);
-  for (; m < p.rows; m++) rows_of<D, 4, 1>(p, row, m);
+    for (; m + 4 <= p.rows; m += 4) rows_of<4, 4>(p, row, m);
+  for (; m + 2 <= p.rows; m += 2) rows_of<4, 2>(p, row, m);
+  for (; m < p.rows; m++) rows_of<4, 1>(p, row, m);
 }
 
 constexpr int BLOCK = 8;  // rows of a weight, for as many sums at a time as hide the latency of an addition
 
-template <class D>
 static void part(int64_t begin, int64_t end, void* context) {
   const Product& p = *(const Product*)context;
   int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
-  for (; p.rows == 1 && row + BLOCK <= last; row += BLOCK) rows_of<D, BLOCK, 1>(p, row, 0);
-  for (; row + 4 <= last; row += 4) block<D>(p, row);
+  for (; p.rows == 1 && row + BLOCK <= last; row += BLOCK) rows_of<BLOCK, 1>(p, row, 0);
+  for (; row + 4 <= last; row += 4) block(p, row);
   for (; row < last; row++)
-    for (int64_t m = 0; m < p.rows; m++) rows_of<D, 1, 1>(p, row, m);
+    for (int64_t m = 0; m < p.rows; m++) rows_of<1, 1>(p, row, m);
 }
 
-template <class D>
 static void multiply(Product p, const void* x, const void* norm, double eps) {
-  typedef typename D::Stored Stored;
-  std::unique_ptr<float[]> rows(new float[p.rows * p.k]);
+  Buffer<float> rows(p.rows * p.k);
   for (int64_t m = 0; m < p.rows; m++) {
     const Stored* from = (const Stored*)x + m * p.k;
-    float* to = rows.get() + m * p.k;
-    for (int64_t i = 0; i < p.k; i++) to[i] = D::widen_one(from[i]);
+    float* to = rows.data + m * p.k;
+    for (int64_t i = 0; i < p.k; i++) to[i] = Numbers::widen_one(from[i]);
     if (norm) {
       Vector sums = {};
       int64_t i = 0;
@@ -228,14 +242,14 @@ static void multiply(Product p, const void* x, const void* norm, double eps) {
       }
       float sum = total(sums);
       for (; i < p.k; i++) sum += to[i] * to[i];
-      float scale = 1 / std::sqrt(sum / p.k + (float)eps);
-      for (i = 0; i < p.k; i++) to[i] = D::widen_one(D::round(to[i] * scale * D::widen_one(((const Stored*)norm)[i])));
+      float scale = 1 / sqrtf(sum / p.k + (float)eps);
+      for (i = 0; i < p.k; i++) to[i] = Numbers::widen_one(Numbers::round(to[i] * scale * Numbers::widen_one(((const Stored*)norm)[i])));
     }
-    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) D::arrange(to + i);
+    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Numbers::arrange(to + i);
   }
-  p.x = rows.get();
+  p.x = rows.data;
   int64_t bytes = BLOCK * p.k * sizeof(Stored) * (1 + p.gated);
-  torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part<D>, &p);  // a thread is worth 64 KiB
+  torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part, &p);  // a thread is worth 64 KiB
 }
 
 constexpr int PART = 128;   // slots of a row that are attended to at a time; a page
@@ -309,17 +323,16 @@ static float weigh(float* x, const bool* seen, int64_t n, float scale, float bef
   for (int i = 0; i < LANES; i++) greatest = most[i] > greatest ? most[i] : greatest;
   for (int s = 0; s < PART; s += LANES) {
     Vector score = load<Vector>(x + s), weight = score == NONE ? Vector{} : exp(score - greatest);
-    std::memcpy(x + s, &weight, sizeof weight);
+    memcpy(x + s, &weight, sizeof weight);
     sums += weight;
   }
-  sum = total(sums) + (before == NONE || before == greatest ? sum : sum * std::exp(before - greatest));
+  sum = total(sums) + (before == NONE || before == greatest ? sum : sum * expf(before - greatest));
   return greatest;
 }
 
 // M query heads with the same keys, from `head` on, and up to PART slots from `start` on.
-template <class D, int M>
+template <int M>
 static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
-  typedef typename D::Stored Stored;
   int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART, d = p.dim;
   int64_t held = p.place(b, head / (p.heads / p.kv_heads), p.first_slot(b, part));
   const Stored *k = (const Stored*)p.k + held, *v = (const Stored*)p.v + held;
@@ -329,16 +342,16 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
   bool any = false;
   for (int m = 0; m < M; m++) {
     out[m] = p.parts + ((b * p.heads + head + m) * p.count + part) * (d + 2);
-    std::memset(out[m], 0, (d + 2) * sizeof(float));
+    memset(out[m], 0, (d + 2) * sizeof(float));
     out[m][d] = NONE;
-    any |= std::memchr(p.seen(b, head + m, 0) + start, 1, n) != nullptr;
+    any |= memchr(p.seen(b, head + m, 0) + start, 1, n) != nullptr;
   }
   if (!any) return;
   for (int64_t s = 0; s < n; s += 4) {
     float y[4][M];
     int rows = n - s < 4 ? int(n - s) : 4;
-    if (rows == 4) dot<D, 4, M>(k + s * d, q, d, y);
-    else for (int r = 0; r < rows; r++) dot<D, 1, M>(k + (s + r) * d, q, d, y + r);
+    if (rows == 4) dot<4, M>(k + s * d, q, d, y);
+    else for (int r = 0; r < rows; r++) dot<1, M>(k + (s + r) * d, q, d, y + r);
     for (int r = 0; r < rows; r++)
       for (int m = 0; m < M; m++) w[m][s + r] = y[r][m];
   }
@@ -348,81 +361,76 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     Vector low[M] = {}, high[M] = {};
     for (int64_t s = 0; s < n; s++) {
       Vector a, c;
-      D::widen(v + s * d + i, a, c);
+      Numbers::widen(v + s * d + i, a, c);
       for (int m = 0; m < M; m++) low[m] += w[m][s] * a, high[m] += w[m][s] * c;
     }
     for (int m = 0; m < M; m++) {
-      std::memcpy(out[m] + i, &low[m], sizeof low[m]);
-      std::memcpy(out[m] + i + LANES, &high[m], sizeof high[m]);
+      memcpy(out[m] + i, &low[m], sizeof low[m]);
+      memcpy(out[m] + i + LANES, &high[m], sizeof high[m]);
     }
   }
   for (int64_t s = 0; s < n && i < d; s++)
     for (int64_t j = i; j < d; j++)
-      for (int m = 0; m < M; m++) out[m][j] += w[m][s] * D::widen_one(v[s * d + j]);
+      for (int m = 0; m < M; m++) out[m][j] += w[m][s] * Numbers::widen_one(v[s * d + j]);
 }
 
-template <class D>
 static void attend_parts(int64_t begin, int64_t end, void* context) {
   const Attention& p = *(const Attention*)context;
   int64_t group = p.heads / p.kv_heads;
   for (int64_t at = begin; at < end; at++) {
     int64_t part = at % p.count, b = at / p.count / p.kv_heads, head = at / p.count % p.kv_heads * group, last = head + group;
-    for (; head + 4 <= last; head += 4) attend_part<D, 4>(p, b, head, part);
-    if (head + 3 == last) attend_part<D, 3>(p, b, head, part);
-    if (head + 2 == last) attend_part<D, 2>(p, b, head, part);
-    if (head + 1 == last) attend_part<D, 1>(p, b, head, part);
+    for (; head + 4 <= last; head += 4) attend_part<4>(p, b, head, part);
+    if (head + 3 == last) attend_part<3>(p, b, head, part);
+    if (head + 2 == last) attend_part<2>(p, b, head, part);
+    if (head + 1 == last) attend_part<1>(p, b, head, part);
   }
 }
 
 // Rows of (row, head), whose parts are merged.
-template <class D>
 static void merge_parts(int64_t begin, int64_t end, void* context) {
   const Attention& p = *(const Attention*)context;
   int64_t d = p.dim;
   for (int64_t at = begin; at < end; at++) {
     float* parts = p.parts + at * p.count * (d + 2);
     float greatest = NONE, sum = 0;
-    for (int64_t n = 0; n < p.count; n++) greatest = std::fmax(greatest, parts[n * (d + 2) + d]);
+    for (int64_t n = 0; n < p.count; n++) greatest = fmaxf(greatest, parts[n * (d + 2) + d]);
     for (int64_t n = 0; n < p.count; n++) {
-      float *part = parts + n * (d + 2), factor = part[d] == greatest ? 1 : std::exp(part[d] - greatest);
+      float *part = parts + n * (d + 2), factor = part[d] == greatest ? 1 : expf(part[d] - greatest);
       sum += factor * part[d + 1];
       for (int64_t i = 0; i < d; i++) parts[i] = n ? parts[i] + factor * part[i] : factor * part[i];
     }
-    for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) D::restore(parts + i);
-    typename D::Stored* y = (typename D::Stored*)p.y + at * d;
-    for (int64_t i = 0; i < d; i++) y[i] = D::round(sum == 0 ? 0 : parts[i] / sum);
+    for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) Numbers::restore(parts + i);
+    Stored* y = (Stored*)p.y + at * d;
+    for (int64_t i = 0; i < d; i++) y[i] = Numbers::round(sum == 0 ? 0 : parts[i] / sum);
   }
 }
 
-template <class D>
-static void rotate(const typename D::Stored* x, const float* cos, const float* sin, int64_t d, typename D::Stored* y) {
+static void rotate(const Stored* x, const float* cos, const float* sin, int64_t d, Stored* y) {
   for (int64_t i = 0; i < d / 2; i++) {
-    float first = D::widen_one(x[i]), second = D::widen_one(x[d / 2 + i]);
-    y[i] = D::round(first * cos[i] - second * sin[i]);
-    y[d / 2 + i] = D::round(second * cos[i] + first * sin[i]);
+    float first = Numbers::widen_one(x[i]), second = Numbers::widen_one(x[d / 2 + i]);
+    y[i] = Numbers::round(first * cos[i] - second * sin[i]);
+    y[d / 2 + i] = Numbers::round(second * cos[i] + first * sin[i]);
   }
 }
 
 // Rows and tokens: rotate queries and keys, widen the queries, and store keys and values.
-template <class D>
 static void rotate_and_store(int64_t begin, int64_t end, void* context) {
-  typedef typename D::Stored Stored;
   const Attention& p = *(const Attention*)context;
   int64_t d = p.dim;
-  std::unique_ptr<Stored[]> rotated(new Stored[d]);
+  Buffer<Stored> rotated(d);
   for (int64_t at = begin; at < end; at++) {
     int64_t b = at / p.tokens, t = at % p.tokens;
     const float *cos = p.cos + at * (d / 2), *sin = p.sin + at * (d / 2);
     for (int64_t h = 0; h < p.kv_heads; h++) {
       int64_t place = p.place(b, h, p.at[at]);
-      rotate<D>((const Stored*)p.newest_k.of(b, t) + h * d, cos, sin, d, (Stored*)p.k + place);
-      std::memcpy((Stored*)p.v + place, (const Stored*)p.newest_v.of(b, t) + h * d, d * sizeof(Stored));
+      rotate((const Stored*)p.newest_k.of(b, t) + h * d, cos, sin, d, (Stored*)p.k + place);
+      memcpy((Stored*)p.v + place, (const Stored*)p.newest_v.of(b, t) + h * d, d * sizeof(Stored));
     }
     for (int64_t h = 0; h < p.heads; h++) {
-      rotate<D>((const Stored*)p.newest_q.of(b, t) + h * d, cos, sin, d, rotated.get());
+      rotate((const Stored*)p.newest_q.of(b, t) + h * d, cos, sin, d, rotated.data);
       float* query = p.q + p.query(b, t, h) * d;
-      for (int64_t i = 0; i < d; i++) query[i] = D::widen_one(rotated[i]);
-      for (int64_t i = 0; p.tokens == 1 && i + 2 * LANES <= d; i += 2 * LANES) D::arrange(query + i);
+      for (int64_t i = 0; i < d; i++) query[i] = Numbers::widen_one(rotated.data[i]);
+      for (int64_t i = 0; p.tokens == 1 && i + 2 * LANES <= d; i += 2 * LANES) Numbers::arrange(query + i);
     }
   }
 }
@@ -443,33 +451,31 @@ static void multiply_tile(const float* a, int64_t k, const float* b, int64_t n, 
       for (int j = 0; j < COLUMNS; j++) {
         float* to = c + r * n + column + j * LANES;
         Vector sum = add ? load<Vector>(to) + sums[r][j] : sums[r][j];
-        std::memcpy(to, &sum, sizeof sum);
+        memcpy(to, &sum, sizeof sum);
       }
   }
 }
 
 // TOKENS queries, with all heads of a group, against PART slots at a time, as in flash attention (arXiv:2205.14135).
-template <class D>
 static void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t first, float* scratch) {
-  typedef typename D::Stored Stored;
   int64_t group = p.heads / p.kv_heads, d = p.dim, wide = (d + WIDTH - 1) / WIDTH * WIDTH;
   int64_t tokens = p.tokens - first < TOKENS ? p.tokens - first : TOKENS, rows = tokens * group, tiles = (rows + ROWS - 1) / ROWS;
   float *q = scratch, *k = q + tiles * ROWS * d, *v = k + d * PART, *w = v + PART * wide, *out = w + tiles * ROWS * PART;
   float *greatest = out + tiles * ROWS * wide, *sum = greatest + tiles * ROWS;
-  std::memset(scratch, 0, p.scratch() * sizeof(float));
-  std::memcpy(q, p.q + p.query(b, first, kv_head * group) * d, rows * d * sizeof(float));
+  memset(scratch, 0, p.scratch() * sizeof(float));
+  memcpy(q, p.q + p.query(b, first, kv_head * group) * d, rows * d * sizeof(float));
   for (int64_t r = 0; r < rows; r++) greatest[r] = NONE;
   for (int64_t part = 0; part < p.count; part++) {
     int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART;
     bool any = false;
-    for (int64_t r = 0; r < rows && !any; r++) any = std::memchr(p.seen(b, kv_head * group + r % group, first + r / group) + start, 1, n);
+    for (int64_t r = 0; r < rows && !any; r++) any = memchr(p.seen(b, kv_head * group + r % group, first + r / group) + start, 1, n);
     if (!any) continue;
     int64_t held = p.place(b, kv_head, p.first_slot(b, part));
     const Stored *keys = (const Stored*)p.k + held, *values = (const Stored*)p.v + held;
     for (int64_t s = 0; s < n; s++)
-      for (int64_t i = 0; i < d; i++) k[i * PART + s] = D::widen_one(keys[s * d + i]);
+      for (int64_t i = 0; i < d; i++) k[i * PART + s] = Numbers::widen_one(keys[s * d + i]);
     for (int64_t s = 0; s < n; s++)
-      for (int64_t i = 0; i < d; i++) v[s * wide + i] = D::widen_one(values[s * d + i]);
+      for (int64_t i = 0; i < d; i++) v[s * wide + i] = Numbers::widen_one(values[s * d + i]);
     for (int64_t tile = 0; tile < tiles; tile++) {
       float* weights = w + tile * ROWS * PART;
       multiply_tile(q + tile * ROWS * d, d, k, PART, weights, false);
@@ -479,7 +485,7 @@ static void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t
         float before = greatest[r], now = weigh(x, seen, n, p.scale, before, sum[r]);
         greatest[r] = now;
         if (now == before) continue;
-        float factor = before == NONE ? 0 : std::exp(before - now);
+        float factor = before == NONE ? 0 : expf(before - now);
         for (int64_t i = 0; i < wide; i++) out[r * wide + i] *= factor;
       }
       multiply_tile(weights, PART, v, wide, out + tile * ROWS * wide, true);
@@ -487,35 +493,32 @@ static void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t
   }
   for (int64_t r = 0; r < rows; r++) {
     Stored* y = (Stored*)p.y + (b * p.tokens + first + r / group) * p.heads * d + (kv_head * group + r % group) * d;
-    for (int64_t i = 0; i < d; i++) y[i] = D::round(sum[r] == 0 ? 0 : out[r * wide + i] / sum[r]);
+    for (int64_t i = 0; i < d; i++) y[i] = Numbers::round(sum[r] == 0 ? 0 : out[r * wide + i] / sum[r]);
   }
 }
 
-template <class D>
 static void attend_blocks(int64_t begin, int64_t end, void* context) {
   const Attention& p = *(const Attention*)context;
-  std::unique_ptr<float[]> scratch(new float[p.scratch()]);
+  Buffer<float> scratch(p.scratch());
   int64_t blocks = (p.tokens + TOKENS - 1) / TOKENS;
   for (int64_t at = begin; at < end; at++) {
     // Later tokens see more: take the first, the last, the second, the last but one, so that all threads get as much.
     int64_t n = at % blocks, block = n % 2 ? blocks - 1 - n / 2 : n / 2;
-    attend_block<D>(p, at / blocks / p.kv_heads, at / blocks % p.kv_heads, block * TOKENS, scratch.get());
+    attend_block(p, at / blocks / p.kv_heads, at / blocks % p.kv_heads, block * TOKENS, scratch.data);
   }
 }
 
-template <class D>
 static void attend(Attention p, int64_t rows) {
   int64_t d = p.dim, queries = rows * p.tokens * p.heads;
-  std::unique_ptr<float[]> q(new float[queries * d]), parts;
-  p.q = q.get();
-  torch_parallel_for(0, rows * p.tokens, 1 + 65536 / (p.heads * d), rotate_and_store<D>, &p);
+  Buffer<float> q(queries * d), parts(p.tokens == 1 ? queries * p.count * (d + 2) : 0);
+  p.q = q.data;
+  torch_parallel_for(0, rows * p.tokens, 1 + 65536 / (p.heads * d), rotate_and_store, &p);
   if (p.tokens == 1) {
-    parts.reset(new float[queries * p.count * (d + 2)]);
-    p.parts = parts.get();
-    torch_parallel_for(0, rows * p.kv_heads * p.count, 1 + 32768 / (PART * d), attend_parts<D>, &p);
-    torch_parallel_for(0, queries, 1 + 65536 / (p.count * d), merge_parts<D>, &p);
+    p.parts = parts.data;
+    torch_parallel_for(0, rows * p.kv_heads * p.count, 1 + 32768 / (PART * d), attend_parts, &p);
+    torch_parallel_for(0, queries, 1 + 65536 / (p.count * d), merge_parts, &p);
   } else {
-    torch_parallel_for(0, rows * p.kv_heads * ((p.tokens + TOKENS - 1) / TOKENS), 1, attend_blocks<D>, &p);
+    torch_parallel_for(0, rows * p.kv_heads * ((p.tokens + TOKENS - 1) / TOKENS), 1, attend_blocks, &p);
   }
 }
 
@@ -527,16 +530,15 @@ static void attend(Attention p, int64_t rows) {
 static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   Tensor tensors[10], y;
   void* data[10];
-  int64_t stride[3][2], rows, bytes;
+  int64_t stride[3][2], rows;
   for (int i = 0; i < 10; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
   int32_t dtype;
   aoti_torch_get_dtype(tensors[0], &dtype);
-  bytes = dtype == aoti_torch_dtype_float32() ? 4 : 2;
   Attention p = {};
   Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
   for (int i = 0; i < 3; i++) {
     for (int j = 0; j < 2; j++) aoti_torch_get_stride(tensors[i], j, &stride[i][j]);
-    *newest[i] = {(const char*)data[i], stride[i][0] * bytes, stride[i][1] * bytes};
+    *newest[i] = {(const char*)data[i], stride[i][0] * (int64_t)sizeof(Stored), stride[i][1] * (int64_t)sizeof(Stored)};
   }
   aoti_torch_get_size(tensors[0], 0, &rows);
   aoti_torch_get_size(tensors[0], 1, &p.tokens);
@@ -547,7 +549,7 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   aoti_torch_get_size(tensors[8], 1, &p.visible_heads);
   aoti_torch_get_size(tensors[8], 3, &p.slots);
   p.count = (p.slots + PART - 1) / PART;
-  p.scale = (float)(1 / std::sqrt((double)p.dim));
+  p.scale = (float)(1 / sqrt((double)p.dim));
   int64_t all = p.heads * p.dim, sizes[] = {rows, p.tokens, all}, strides[] = {p.tokens * all, all, 1};
   aoti_torch_empty_strided(3, sizes, strides, dtype, 0, 0, &y);
   aoti_torch_get_data_ptr(y, &p.y);
@@ -555,10 +557,7 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   if (stack[10]) p.pages = (const int32_t*)data[9];
   aoti_torch_get_stride(tensors[9], 0, &p.pages_stride);
   p.k = data[6], p.v = data[7], p.visible = (const bool*)data[8];
-  auto run = dtype == aoti_torch_dtype_float32()    ? attend<Float32>
-             : dtype == aoti_torch_dtype_bfloat16() ? attend<BFloat16>
-                                                    : attend<Float16>;
-  run(p, rows);
+  attend(p, rows);
   for (Tensor tensor : tensors) aoti_torch_delete_tensor_object(tensor);
   stack[0] = (uint64_t)y;
 }
@@ -591,9 +590,7 @@ static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
   Product p = {data[1], parts & 1 ? data[2] : nullptr, parts & 4 ? data[4] : nullptr, nullptr, nullptr, rows, n, k, gated};
   aoti_torch_get_data_ptr(y, &p.y);
   const void* norm = parts & 2 ? data[3] : nullptr;
-  if (dtype == aoti_torch_dtype_float32()) multiply<Float32>(p, data[0], norm, eps);
-  else if (dtype == aoti_torch_dtype_bfloat16()) multiply<BFloat16>(p, data[0], norm, eps);
-  else multiply<Float16>(p, data[0], norm, eps);
+  multiply(p, data[0], norm, eps);
   for (Tensor tensor : tensors) aoti_torch_delete_tensor_object(tensor);
   stack[0] = (uint64_t)y;
 }
@@ -601,6 +598,6 @@ static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
 extern "C" int32_t register_kernels() {
   static Library library;
   int32_t error = aoti_torch_library_init_impl("llama_flex", "CPU", "cpu.cpp", 0, &library);
-  if (!error) error = aoti_torch_library_impl(library, "few_rows", few_rows);
-  return error ? error : aoti_torch_library_impl(library, "attend_newest", attend_newest);
+  if (!error) error = aoti_torch_library_impl(library, "few_rows_" NAME, few_rows);
+  return error ? error : aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
 }

@@ -2,17 +2,19 @@
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
 reads them once, at that speed, for up to `ROWS` rows; `attend_newest` does as much for the keys and values of uncompiled
-steps. They are compiled on first use, in two to three seconds, for the vectors of this processor, and kept beside what
-torch compiles.
+steps. They are compiled on first use, in one to two seconds, for the vectors of this processor, and kept beside what torch
+compiles.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,50 +23,80 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
-DTYPES = torch.float32, torch.bfloat16, torch.float16
+DTYPES = torch.float32, torch.bfloat16, torch.float16  # each has a library of its own
 BIAS, NORM, RESIDUAL, GATED = 1, 2, 4, 8  # the parts of a product besides x and weight
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _VECTORS = {  # what torch uses of this processor, and the compiler's names for it
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
-
+_NUMBERS = {  # what `_SOURCE` calls them
+    torch.float32: ["-DNUMBERS=Float32"],
+    torch.bfloat16: ["-DNUMBERS=BFloat16"],
+    torch.float16: ["-DNUMBERS=Float16", "-DFLOAT16=1"],
+}
 ops = torch.library.Library("llama_flex", "FRAGMENT")
-ops.define(
-    "few_rows(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor"
-)
-torch.library.register_fake(
-    "llama_flex::few_rows",
-    lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight) // (2 if rest[-1] & GATED else 1)),
-    lib=ops,
-)
-ops.define(
-    "attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys,"
-    " Tensor(b!) values, Tensor visible, Tensor page_table, bool paged) -> Tensor"
-)
-loaded = False  # read by compiled steps, which cannot build it
+loaded: set[torch.dtype] = set()  # read by compiled steps, which cannot build it
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _define(dtype: torch.dtype) -> tuple[OpOverload, OpOverload]:
+    product, attention = f"few_rows_{_name(dtype)}", f"attend_newest_{_name(dtype)}"
+    ops.define(
+        f"{product}(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor"
+    )
+    torch.library.register_fake(
+        f"llama_flex::{product}",
+        lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight) // (2 if rest[-1] & GATED else 1)),
+        lib=ops,
+    )
+    ops.define(
+        f"{attention}(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys,"
+        " Tensor(b!) values, Tensor visible, Tensor page_table, bool paged) -> Tensor"
+    )
+    defined = torch.ops.llama_flex
+    return getattr(defined, product).default, getattr(defined, attention).default
+
+
+_OPS = {dtype: _define(dtype) for dtype in DTYPES}
+_builds: dict[torch.dtype, _Build] = {}  # under way
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Start to build the kernels for a dtype, if need be, while something else is done; `load` waits for them."""
+    if dtype in DTYPES and dtype not in loaded and dtype not in _builds:
+        try:
+            _builds[dtype] = _Build(dtype)
+        except OSError:  # which `load` reports, once they are missed
+            pass
 
 
 @functools.cache
-def load() -> bool:
-    """Build the kernel if need be and load it; return whether it can be used. If not, warn once, with the way out."""
-    global loaded
+def load(dtype: torch.dtype) -> bool:
+    """Build the kernels for a dtype of DTYPES if need be, load them, and return whether they can be used. If not, warn
+    once, with the way out."""
     try:
-        library = _load(_build())
+        library = _load(dtype)
     except OSError as error:
         lost = "products of few rows use torch's kernels, at about half the speed"
         warnings.warn(f"{error}; {lost}", stacklevel=2)
         return False
     assert library.register_kernels() == 0
-    loaded = True
+    loaded.add(dtype)
     return True
 
 
-def describe() -> str:
-    """Return which kernel computes products of few rows on the CPU, and why."""
-    if not load():
+def describe(dtype: torch.dtype) -> str:
+    """Return which kernels compute products of few rows and dense attention on the CPU, and why."""
+    if dtype not in DTYPES:
+        return f"torch's: cpu.cpp has none for {_name(dtype)}"
+    if not load(dtype):
         return "torch's: cpu.cpp could not be compiled"
     vectors = torch.backends.cpu.get_cpu_capability()
     return f"cpu.cpp for {vectors} up to {ROWS} rows; torch's for more, which are bound by arithmetic"
@@ -93,7 +125,7 @@ def few_rows(
         residual, parts = residual.contiguous(), parts | RESIDUAL
     # A tensor stands for each that is not given: `parts` says so, and the kernel's interface knows no optional ones.
     given = (x if bias is None else bias, x if norm is None else norm, x if residual is None else residual)
-    return torch.ops.llama_flex.few_rows(x, weight, *given, eps, parts)
+    return _OPS[x.dtype][0](x, weight, *given, eps, parts)
 
 
 def attend_newest(
@@ -115,40 +147,63 @@ def attend_newest(
     """
     pages = (slots, False) if page_table is None else (page_table, True)
     assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (q.shape[3], 1)
-    return torch.ops.llama_flex.attend_newest(q, k, v, *rotary, slots, *kv, visible.contiguous(), *pages)
+    return _OPS[q.dtype][1](q, k, v, *rotary, slots, *kv, visible.contiguous(), *pages)
 
 
-def _build() -> Path:
-    """Compile the kernel, unless it has been for this compiler and processor; return the library's path. Raises
-    OSError."""
-    from . import code_cache  # it makes the folder, if it can
+class _Build:
+    """The compilation of a library by a process of its own; there is none if the library is there already."""
 
-    compiler = shutil.which(name := os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
-    if compiler is None:
-        raise FileNotFoundError(f"there is no C++ compiler {name!r}; install g++, or set CXX to one")
-    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-    torch_lib = Path(torch.__file__).parent / "lib"
-    command = [compiler, "-O3", "-fno-math-errno", "-std=gnu++17", "-fPIC", "-shared", *vectors]
-    command += [str(_SOURCE), f"-L{torch_lib}", "-ltorch_cpu"]
-    about = "\0".join([*command, torch.__version__, str(os.stat(compiler).st_mtime_ns)]).encode()
-    name = hashlib.sha256(_SOURCE.read_bytes() + about).hexdigest()[:32]
-    path = Path(code_cache.folder()) / "llama_flex" / f"{name}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                first = next(iter(done.stderr.strip().splitlines()), f"{compiler} failed")
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Raises OSError if there is no compiler."""
+        from . import code_cache  # it makes the folder, if it can
+
+        self.compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        compiler = shutil.which(self.compiler)
+        if compiler is None:
+            raise FileNotFoundError(f"there is no C++ compiler {self.compiler!r}; install g++, or set CXX to one")
+        vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
+        command = [compiler, "-O3", "-fno-math-errno", "-std=gnu++17", "-fPIC", "-shared", *vectors, *_NUMBERS[dtype]]
+        command += [f'-DNAME="{_name(dtype)}"', str(_SOURCE), f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+        about = "\0".join([*command, torch.__version__, str(os.stat(compiler).st_mtime_ns)]).encode()
+        name = hashlib.sha256(_SOURCE.read_bytes() + about).hexdigest()[:32]
+        self.path = Path(code_cache.folder()) / "llama_flex" / f"{name}.so"
+        if self.path.exists():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(dir=self.path.parent))
+        # In a session of its own, so that it can be ended with all that it has started.
+        output = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.process = subprocess.Popen([*command, "-o", str(self.scratch / name)], **output)
+        atexit.register(self.stop)
+
+    def finish(self) -> Path:
+        """Wait for the compiler; return the library's path. Raises OSError."""
+        if self.path.exists():
+            return self.path
+        try:
+            _, said = self.process.communicate()
+            if self.process.returncode:
+                first = next(iter(said.strip().splitlines()), f"{self.compiler} failed")
                 raise OSError(f"{_SOURCE.name} cannot be compiled: {first[:200]}")
-            os.replace(made, path)  # whole or not at all, whoever else compiles it now
-    return path
+            os.replace(self.scratch / self.path.stem, self.path)  # whole or not at all, whoever else compiles it now
+        finally:
+            self.stop()
+        return self.path
+
+    def stop(self) -> None:
+        """End the compiler, and leave nothing of it."""
+        atexit.unregister(self.stop)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(dtype: torch.dtype) -> ctypes.CDLL:
     """Load the library, built again if the file is damaged."""
+    path = (_builds.pop(dtype, None) or _Build(dtype)).finish()
     try:
         return ctypes.CDLL(str(path))
     except OSError:
         path.unlink()
-        return ctypes.CDLL(str(_build()))
+        return ctypes.CDLL(str(_Build(dtype).finish()))

@@ -41,7 +41,7 @@ def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
         return rows == 1 and torch.compiler.is_compiling() and x.dtype != torch.float64
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS:
         return False
-    return cpu.loaded if torch.compiler.is_compiling() else cpu.load()
+    return x.dtype in cpu.loaded if torch.compiler.is_compiling() else cpu.load(x.dtype)
 
 
 def fused_linear(
