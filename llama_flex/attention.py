@@ -23,7 +23,6 @@ from .masks.scores import ScoreMod
 from .rope import Rotary
 from .tokens import Token, Tokens
 
-QUERIES_AT_ONCE = 128  # of dense attention on a CPU
 Backend: TypeAlias = Literal["flex", "dense"]
 
 
@@ -97,7 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         # Eager FlexAttention is dense, too: gather each row's slots instead of attending to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
-        return _attend_by_definition(q, k, v, metadata._replace(visible=visible))
+        return _grouped_matmul(attention_weights(q, k, metadata), v).to(q.dtype)
     if not q.is_cuda and _wants_gradients(q, k, v, attention.score_mod):
         raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
@@ -121,38 +120,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
 
 
-def _attend_by_definition(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-    """Attend densely: on a CPU some queries at a time, whose scores stay in its cache, up to the last slot they see."""
-    visible, t = metadata.visible, q.shape[2]
-    assert isinstance(visible, Tensor)
-    whole = q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    parts = []
-    for rows in [slice(0, t)] if whole else (slice(n, n + QUERIES_AT_ONCE) for n in range(0, t, QUERIES_AT_ONCE)):
-        seen = visible[:, :, rows]
-        slots = slice(0, seen.shape[3] if whole else 1 + int(seen.flatten(0, 2).any(0).nonzero().amax(0, True).sum()))
-        tokens, kv = metadata.q.map(lambda x: x[:, rows]), metadata.kv.map(lambda x: x[:, slots])
-        part = metadata._replace(q=tokens, kv=kv, visible=seen[..., slots])
-        weights = attention_weights(q[:, :, rows], k[:, :, slots], part)
-        parts.append(_grouped_matmul(weights, v[:, :, slots]).to(q.dtype))
-    return torch.cat(parts, 2)
-
-
-def can_attend_newest(q: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> bool:
-    """Return whether `attend_newest` computes this attention: uncompiled and dense, on a CPU, without packed rows, a
-    score function and gradients."""
-    visible, rotary, plain = metadata.visible, metadata.rotary, metadata.packed is None
-    if not isinstance(visible, Tensor) or not plain or metadata.attention.score_mod is not None or rotary is None:
-        return False
-    dtypes = q.dtype == kv[0].dtype and q.dtype in cpu.DTYPES and rotary[0].dtype == torch.float32
-    return q.device.type == "cpu" and dtypes and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and cpu.load(q.dtype)
-
-
-def attend_newest(q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-    """Rotate q `[B, T, H, D]` and k `[B, T, K, D]`, store k and v `[B, T, K, D]` in the cache, and `attend`, all in a
-    single kernel: `[B, T, H * D]`."""
-    assert metadata.rotary is not None and metadata.slots is not None and isinstance(metadata.visible, Tensor)
+def attend_newest(
+    q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata
+) -> Tensor | None:
+    """Rotate q `[B, T, H, D]` and k `[B, T, K, D]`, store k and v `[B, T, K, D]` in the cache, and `attend`,
+    `[B, T, H * D]`, or packed: all in one kernel. None if there is none: it is for uncompiled dense attention on a CPU,
+    without gradients and score function."""
+    visible, rotary, slots, packed = metadata.visible, metadata.rotary, metadata.slots, metadata.packed
+    if not isinstance(visible, Tensor) or rotary is None or slots is None or metadata.attention.score_mod is not None:
+        return None
+    if q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not cpu.can_attend(q, kv[0], rotary[0]):
+        return None
     table = None if metadata.pages is None else metadata.pages.page_table
-    return cpu.attend_newest(q, k, v, metadata.rotary, metadata.slots, kv, metadata.visible, table)
+    if packed is None:
+        return cpu.attend_newest(q, k, v, rotary, slots, kv, visible, table)
+    cos, sin = (packed.unpack(x[:, 0])[:, None] for x in rotary)
+    q, k, v, slots = map(packed.unpack, (q, k, v, slots))  # padding repeats another token, and stores it once more
+    return packed.pack(cpu.attend_newest(q, k, v, (cos, sin), slots, kv, visible, table))
 
 
 def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionMetadata, attend, attend_newest, can_attend_newest
+from .attention import AttentionMetadata, attend, attend_newest
 from .cache import write_kv
 from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
@@ -129,8 +129,8 @@ class Attention(nn.Module):
         """Attend from x `[B, T, E]` to the cache slots, or to its own tokens if kv is None; add the result to x."""
         assert metadata.rotary is not None
         q, k, v = self.project(x)
-        if hook is identity and kv is not None and can_attend_newest(q, kv, metadata):
-            return apply_linear(self.o, attend_newest(q, k, v, kv, metadata), residual=x)
+        if hook is identity and kv is not None and (z := attend_newest(q, k, v, kv, metadata)) is not None:
+            return apply_linear(self.o, z, residual=x)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         rotated = zip("qkv", (*(apply_rotary_emb(heads, *metadata.rotary) for heads in (q, k)), v), strict=True)
         q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in rotated)

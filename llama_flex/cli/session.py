@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -14,7 +15,6 @@ from ..checkpoint import hub
 from ..config import LlamaConfig
 from ..engine.engine import Engine
 from ..engine.fusion import AnyPrompt, Ensemble, as_ensemble, fuse
-from ..engine.graphs import compiles_for
 from ..engine.output import Step
 from ..engine.scheduler import BATCH_SIZE
 from ..model import Llama
@@ -28,8 +28,8 @@ from .prompts_file import Job, Messages, Question, UsageError
 from .statistics import Statistics
 
 _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
-# New tokens from which `--compile auto` compiles. Starting with the cache of compiled code takes 3 s more on either
-# device; a token then takes 91 ms less on 2 cores (135M), on an H200 49 (1B) to 106 (8B): pays from 33, 61, 28 tokens.
+# New tokens from which `--compile auto` compiles on a GPU. Starting with the cache of compiled code takes 3 s more; a
+# token then takes 49 ms (1B) to 106 ms (8B) less on an H200: pays from 61 and 28 tokens.
 COMPILE_FROM = 32
 
 
@@ -94,9 +94,9 @@ class Session:
             raise wrong from None
         bad_row(self.args)(wrong)
 
-    def compiles(self, batches: int) -> bool:
-        asked, worthwhile = self.args.compile, self.expected * batches >= COMPILE_FROM
-        return asked == "on" or (asked == "auto" and worthwhile and compiles_for(self.engine.model.device))
+    def compiles(self, batches: int) -> bool | Literal["auto"]:
+        asked, on_gpu = self.args.compile, self.engine.model.device.type == "cuda"
+        return "auto" if asked == "auto" and not (on_gpu and self.expected * batches < COMPILE_FROM) else asked == "on"
 
     def sampling_of(self, number: int) -> Sampling:
         return with_seed(self.sampling, number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from ..usercode.arguments import check_choice
 from .graphs import Graphs, compiles_for
 
 T = TypeVar("T")
+# What compile="auto" means. On a CPU the dense kernels of `kernels.cpu` need no compiling, and are faster than
+# Inductor's FlexAttention; on a GPU uncompiled steps take several times as long.
+COMPILES_BY_ITSELF = {"cpu": False, "cuda": True}
 
 
 class LastRun(NamedTuple):
@@ -41,7 +44,7 @@ class ModelRunner:
     last: the last run.
     """
 
-    def __init__(self, model: Llama, *, compile: bool = False, backend: Backend = "flex") -> None:
+    def __init__(self, model: Llama, *, compile: bool | Literal["auto"] = False, backend: Backend = "flex") -> None:
         check_choice("backend", backend, get_args(Backend))
         self.model, self.backend = model, backend
         self.compile = compile
@@ -51,12 +54,17 @@ class ModelRunner:
 
     @property
     def compile(self) -> bool:
-        """Whether steps are compiled; may be set between calls. Raises ValueError on a CPU before torch 2.13, whose
-        compiled reductions of booleans write out of bounds."""
+        """Whether steps are compiled; may be set between calls, to "auto" too. Raises ValueError on a CPU before torch
+        2.13, whose compiled reductions of booleans write out of bounds."""
         return self._compile
 
     @compile.setter
-    def compile(self, on: bool) -> None:
+    def compile(self, on: bool | Literal["auto"]) -> None:
+        if on not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', found {on!r}")
+        if on == "auto":
+            on = COMPILES_BY_ITSELF[self.model.device.type]
+            self.backend = self.backend if on else "dense"
         if on and not compiles_for(self.model.device):
             raise ValueError(
                 f"CPU code compiled by torch {torch.__version__} corrupts memory; use torch 2.13 or newer, or do not "

@@ -1,14 +1,14 @@
 """Build and load the C++ kernels for decoding on the CPU, `cpu.cpp`.
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
-reads them once, at that speed, for up to `ROWS` rows; `attend_newest` does as much for the keys and values of uncompiled
-steps. They are compiled on first use, in one to two seconds, for the vectors of this processor, and kept beside what torch
-compiles.
+reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps. They are
+compiled on first use, in one to two seconds, for the vectors of this processor, and kept beside what torch compiles.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -71,10 +71,8 @@ _builds: dict[torch.dtype, _Build] = {}  # under way
 def prepare(dtype: torch.dtype) -> None:
     """Start to build the kernels for a dtype, if need be, while something else is done; `load` waits for them."""
     if dtype in DTYPES and dtype not in loaded and dtype not in _builds:
-        try:
+        with contextlib.suppress(OSError):  # which `load` reports, once they are missed
             _builds[dtype] = _Build(dtype)
-        except OSError:  # which `load` reports, once they are missed
-            pass
 
 
 @functools.cache
@@ -128,6 +126,12 @@ def few_rows(
     return _OPS[x.dtype][0](x, weight, *given, eps, parts)
 
 
+def can_attend(q: Tensor, keys: Tensor, cos: Tensor) -> bool:
+    """Return whether `attend_newest` computes attention of q to a cache of keys."""
+    same = q.dtype == keys.dtype and q.dtype in DTYPES and cos.dtype == torch.float32
+    return same and q.device.type == "cpu" and load(q.dtype)
+
+
 def attend_newest(
     q: Tensor,
     k: Tensor,
@@ -172,8 +176,8 @@ class _Build:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(dir=self.path.parent))
         # In a session of its own, so that it can be ended with all that it has started.
-        output = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        self.process = subprocess.Popen([*command, "-o", str(self.scratch / name)], **output)
+        command += ["-o", str(self.scratch / name)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         atexit.register(self.stop)
 
     def finish(self) -> Path:
