@@ -6,7 +6,6 @@ multiple of K; N packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -21,7 +20,7 @@ from .masks.layout import PackedRows, PageTable
 from .masks.plan import LayerAttention
 from .masks.scores import ScoreMod
 from .rope import Rotary
-from .tokens import Token, Tokens
+from .tokens import Tokens
 
 Backend: TypeAlias = Literal["flex", "dense"]
 
@@ -101,12 +100,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    score_mod = _score_mod(metadata, pages)
     block_mask = attention.mask.block_mask(metadata.q, metadata.kv, 1, visible, pages)
-    decoding, padded = q.is_cuda and q.shape[2] == 1, padded_group(group)
-    if decoding and padded != group and visible.kv_num_blocks.shape[1] == 1:
+    padded = padded_group(group) if q.is_cuda and q.shape[2] == 1 and visible.kv_num_blocks.shape[1] == 1 else group
+    if padded != group:
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
-        score_mod = _score_mod(metadata, pages, lambda h: h // padded * group + (h % padded).clamp(max=group - 1))
+    scored = attention.score_mod
+    score_mod = None if scored is None else scored.score_mod(metadata.q, metadata.kv, pages, group, padded)
     with nullcontext() if torch.compiler.is_compiling() else eager_errors(attention.described):
         out = flex_attention(
             q,
@@ -123,9 +122,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
 def attend_newest(
     q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata
 ) -> Tensor | None:
-    """Rotate q `[B, T, H, D]` and k `[B, T, K, D]`, store k and v `[B, T, K, D]` in the cache, and `attend`,
-    `[B, T, H * D]`, or packed: all in one kernel. None if there is none: it is for uncompiled dense attention on a CPU,
-    without gradients and score function."""
+    """Rotate q and k, store k and v in the cache, and `attend`, all in one kernel: `[B, T, H or K, D]`, or packed, ->
+    `[B, T, H * D]`. Return None if it cannot: it is for uncompiled dense attention on a CPU without score functions."""
     visible, rotary, slots, packed = metadata.visible, metadata.rotary, metadata.slots, metadata.packed
     if not isinstance(visible, Tensor) or rotary is None or slots is None or metadata.attention.score_mod is not None:
         return None
@@ -161,24 +159,6 @@ def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None) -> bool:
-    if q.requires_grad or k.requires_grad or v.requires_grad:
-        return True
     if score_mod is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False  # compiled code cannot search a function for its tensors
-    return score_mod.requires_grad()
-
-
-def _score_mod(
-    metadata: AttentionMetadata, pages: PageTable | None, head_of: Callable[[Tensor], Tensor] = lambda h: h
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None:
-    """Return FlexAttention's score_mod, if any. head_of: maps the kernel's head to the model's."""
-    function, q, kv = metadata.attention.score_mod, metadata.q, metadata.kv
-    if function is None:
-        return None
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        h = head_of(h)
-        slot = kv_idx if pages is None else pages.slot_of(b, kv_idx).clamp(min=0)
-        return function.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, slot))
-
-    return score_mod
+        return q.requires_grad or k.requires_grad or v.requires_grad  # compiled code cannot search a function
+    return q.requires_grad or k.requires_grad or v.requires_grad or score_mod.requires_grad()

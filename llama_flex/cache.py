@@ -68,7 +68,7 @@ class Cache:
         self.mask: Mask | None = None if window is None else sliding_window(window) | sink(sinks)
         self.rolled_out = torch.zeros(batch_size, dtype=torch.int32, device=device)  # tokens before this index are gone
         self.reserved = 0  # upper bound of the slots taken in any row; kept on the host
-        self.slots_in_use = 0 if window is None else self.max_length  # all slots from here on are free; likewise
+        self.slots_in_use = BLOCK if window is None else self.max_length  # whole blocks; free after those; likewise
         self._rows: Tensor | None = None  # the row of `layers` behind each row of this cache; None: the same row
         self._sharers = weakref.WeakSet([self])  # the caches whose `layers` are the same tensors
 
@@ -115,7 +115,7 @@ class Cache:
         self._own_layers()
         before, done = self.length, False
         self.reserved += count if self.window is None else 0
-        self.slots_in_use = max(self.slots_in_use, self.reserved)
+        self.slots_in_use = max(self.slots_in_use, -(-self.reserved // BLOCK) * BLOCK)
         try:
             yield
             done = True

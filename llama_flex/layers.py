@@ -92,13 +92,11 @@ def apply_linear(
 
 def _are_plain(*modules: nn.Module | None) -> bool:
     """Return whether modules compute what is defined here: they are of these very types and have no hooks."""
+    own = Linear, TiedLinear, RMSNorm
     for module in modules:
-        if module is not None and (type(module) not in _OWN or module._forward_pre_hooks or module._forward_hooks):
+        if module is not None and (type(module) not in own or module._forward_pre_hooks or module._forward_hooks):
             return False
     return True
-
-
-_OWN = Linear, TiedLinear, RMSNorm
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import masks, weights
+from . import weights
 from .attention import AttentionMetadata, Backend, build_attention_metadata
 from .cache import Cache
 from .checkpoint import hub, saving
@@ -22,7 +22,8 @@ from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
 from .layers import Block, Linear, RMSNorm, TiedLinear, apply_linear
-from .masks.layout import PackedRows, SlotCache
+from .masks import library
+from .masks.layout import PackedRows, SlotCache, last_tokens
 from .masks.mask import Mask
 from .masks.plan import AttentionPlan, LayerAttention
 from .masks.scores import ScoreMod
@@ -148,12 +149,7 @@ class Llama(nn.Module):
     def default_masks(self) -> list[Mask]:
         """The mask of each layer if none is given, `[L]`: causal, or with the window that the layer was trained with;
         bidirectional if the config says `is_causal: false`."""
-        full, window = (
-            (masks.causal, masks.sliding_window)
-            if self.config.is_causal
-            else (masks.bidirectional, masks.bidirectional_window)
-        )
-        of_window = {width: full() if width is None else window(width) for width in set(self.windows)}
+        of_window = {width: library.trained_mask(width, self.config.is_causal) for width in set(self.windows)}
         return [of_window[width] for width in self.windows]
 
     def looks_ahead_by_default(self, mask: Mask | Sequence[Mask | None] | None = None) -> bool:
@@ -331,7 +327,7 @@ class Llama(nn.Module):
         return AttentionPlan.make(
             mask,
             score_mod,
-            default=[masks.fused() & m for m in self.default_masks] if fused else self.default_masks,
+            default=[library.fused() & m for m in self.default_masks] if fused else self.default_masks,
             cache_mask=None if cache is None else cache.mask,
             device=self.device,
         )
@@ -350,14 +346,4 @@ class Llama(nn.Module):
 
     def check_cache(self, cache: Cache, batch_size: int) -> None:
         """Raise ValueError for anything but a Cache, and for one of another batch size or another model."""
-        if not isinstance(cache, Cache):
-            raise ValueError(f"cache must be made with model.new_cache, found {type(cache).__name__}")
-        check_cache(cache, self.dims, batch_size, self.dtype, self.device)
-
-
-def last_tokens(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
-    """Return the last `count` real tokens of each row, `[B, T, E]` -> `[B, count, E]`."""
-    b, t, e = x.shape
-    end = torch.full((b,), t, device=x.device) if lengths is None else lengths
-    kept = end[:, None] - count + torch.arange(count, device=x.device)
-    return x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, e))
+        check_cache(cache, Cache, self.dims, batch_size, self.dtype, self.device)

@@ -42,8 +42,7 @@ def load(
     expected = {name: list(view.shape) for name, view in named_weights(model, config).items()}
     checkpoint = shards.find(folder, expected, tied=config.tie_word_embeddings)
     model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype).to_empty(device=device)
-    if device.type == "cpu":
-        cpu.prepare(next(model.parameters()).dtype)  # its compiler runs while weights are read
+    cpu.prepare(next(model.parameters()))  # its compiler runs while weights are read
     places, sources = named_weights(model, config), checkpoint.sources
     for path in sorted({source.path for source in sources.values()}):
         with shards.opened(path) as file:

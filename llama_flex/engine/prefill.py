@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..interp.capture import Capture
 from ..interp.hook_points import Probe
+from ..masks.layout import last_tokens
 from ..masks.mask import Mask
 from ..masks.plan import AttentionPlan
-from ..model import last_tokens
 from ..tokens import Tokens
 from .model_runner import ModelRunner
 from .paged_cache import RowCache

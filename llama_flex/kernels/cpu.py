@@ -1,8 +1,8 @@
 """Build and load the C++ kernels for decoding on the CPU, `cpu.cpp`.
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
-reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps. They are
-compiled on first use, in one to two seconds, for the vectors of this processor, and kept beside what torch compiles.
+reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps. They
+are compiled on first use, in a second or two, for the vectors of this processor, and kept beside what torch compiles.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ _OPS = {dtype: _define(dtype) for dtype in DTYPES}
 _builds: dict[torch.dtype, _Build] = {}  # under way
 
 
-def prepare(dtype: torch.dtype) -> None:
-    """Start to build the kernels for a dtype, if need be, while something else is done; `load` waits for them."""
-    if dtype in DTYPES and dtype not in loaded and dtype not in _builds:
+def prepare(weight: Tensor) -> None:
+    """Start to build the kernels for a weight, if need be, while something else is done; `load` waits for them."""
+    dtype = weight.dtype
+    if weight.device.type == "cpu" and dtype in DTYPES and dtype not in loaded and dtype not in _builds:
         with contextlib.suppress(OSError):  # which `load` reports, once they are missed
             _builds[dtype] = _Build(dtype)
 
@@ -82,7 +83,7 @@ def load(dtype: torch.dtype) -> bool:
     try:
         library = _load(dtype)
     except OSError as error:
-        lost = "products of few rows use torch's kernels, at about half the speed"
+        lost = "products of few rows and dense attention use torch's, at about half the speed"
         warnings.warn(f"{error}; {lost}", stacklevel=2)
         return False
     assert library.register_kernels() == 0
@@ -145,9 +146,9 @@ def attend_newest(
     """Rotate new queries `[B, T, H, D]` and keys `[B, T, K, D]`, store keys and values in the given slots `[B, T]` of
     kv, both `[B, K, S, D]`, and return what attention is by definition, `[B, T, H * D]`.
 
-    rotary: cosine and sine, float32 `[B, 1, T, D/2]`. visible: booleans `[B, 1 or H, T, up to S]`. page_table: the page
-    of each 128 slots of a row, int32 `[B, blocks]`, if kv are a pool `[1, K, S, D]`. All else is in one dtype of DTYPES;
-    sums in float32. `load` must have returned True.
+    rotary: cosine and sine, float32 `[B, 1, T, D/2]`. visible: booleans `[B, 1 or H, T, up to S]`. page_table: int32
+    `[B, blocks]`, the page of each 128 slots of a row, if kv are a pool `[1, K, S, D]`. All else is in one dtype of
+    DTYPES; sums in float32. `load` must have returned True.
     """
     pages = (slots, False) if page_table is None else (page_table, True)
     assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (q.shape[3], 1)

@@ -1,7 +1,7 @@
 """The layout of tokens in memory: slots in pages, and rows packed without their padding.
 
 Dimensions: B rows, T tokens, N packed tokens, K key/value heads, S slots of a row, Sb blocks of them, P pages, D head
-dim.
+dim, E hidden size.
 """
 
 from __future__ import annotations
@@ -68,6 +68,14 @@ class PackedRows(NamedTuple):
     def unpack(self, x: Tensor) -> Tensor:
         """Unpack `[1, N, ...]` into `[B, T, ...]`; padding gets arbitrary values."""
         return x[0, self.inverse_indices]
+
+
+def last_tokens(x: Tensor, lengths: Tensor | None, count: int) -> Tensor:
+    """Return the last `count` real tokens of each row, `[B, T, E]` -> `[B, count, E]`."""
+    b, t, e = x.shape
+    end = torch.full((b,), t, device=x.device) if lengths is None else lengths
+    kept = end[:, None] - count + torch.arange(count, device=x.device)
+    return x.gather(1, kept.clamp(min=0)[:, :, None].expand(-1, -1, e))
 
 
 class SlotCache(Protocol):

@@ -32,6 +32,13 @@ def bidirectional() -> Mask:
     return Mask(lambda q, kv: True, "bidirectional()")
 
 
+def trained_mask(window: int | None, is_causal: bool) -> Mask:
+    """Make the mask with which a layer was trained; window: its sliding window, or None."""
+    if is_causal:
+        return causal() if window is None else sliding_window(window)
+    return bidirectional() if window is None else bidirectional_window(window)
+
+
 def sliding_window(width: Parameter) -> Mask:
     """Let each token attend to the last `width` tokens, itself included, as in transformers."""
     name = named("sliding_window", width, 1)

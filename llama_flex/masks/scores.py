@@ -16,6 +16,7 @@ from ..tokens import Token, TokenFunction, Tokens, take
 from ..usercode.captured import name_of
 from ..usercode.errors import FunctionError, check_scalar
 from .cells import arange, each_cell
+from .layout import PageTable
 from .library import GENERATED, lookup, named
 from .mask import logical
 
@@ -64,6 +65,19 @@ class ScoreMod(TokenFunction):
         """Change scores `[B, H, T, S]`. heads: their head numbers in the model, default 0 to H - 1."""
         heads = arange(scores.shape[1], q) if heads is None else heads
         return each_cell(self.evaluate, q, kv, heads, scores=scores)
+
+    def score_mod(
+        self, q: Tokens, kv: Tokens, pages: PageTable | None, group: int, padded: int
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Return FlexAttention's score_mod. pages: the page table, None if slots are contiguous. padded: the number of
+        the kernel's heads for each `group` heads of the model."""
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            h = h if padded == group else h // padded * group + (h % padded).clamp(max=group - 1)
+            slot = kv_idx if pages is None else pages.slot_of(b, kv_idx).clamp(min=0)
+            return self.evaluate(score, Token(q, b, h, q_idx), Token(kv, b, h, slot))
+
+        return score_mod
 
 
 def alibi(slopes: Tensor | int) -> ScoreMod:

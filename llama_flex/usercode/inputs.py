@@ -48,8 +48,13 @@ def check_inputs(
         raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
 
 
-def check_cache(cache: Any, dims: Any, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ValueError for a `Cache` of another batch size, or of a model of other `Dimensions`, dtype or device."""
+def check_cache(
+    cache: Any, kind: type[Any], dims: Any, batch_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ValueError for anything but a `Cache` (`kind`), and for one of another batch size, or of a model of
+    other `Dimensions`, dtype or device."""
+    if not isinstance(cache, kind):
+        raise ValueError(f"cache must be made with model.new_cache, found {type(cache).__name__}")
     if cache.batch_size != batch_size:
         raise ValueError(f"the cache has {cache.batch_size} rows but the input has {batch_size}; they must match")
     keys, _ = cache.layers[0]

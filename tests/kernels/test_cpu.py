@@ -1,4 +1,4 @@
-"""The C++ kernel for products of few rows: exact, the same bits in any company, for every vector width."""
+"""The C++ kernels for products of few rows and dense attention: exact, the same bits in any company, at any width."""
 
 import math
 import os
@@ -19,20 +19,22 @@ from llama_flex.layers import Linear, RMSNorm, apply_linear
 CHECK = """
 import torch
 from llama_flex.kernels import cpu as kernel
-from test_cpu import check_product
-assert kernel.load() and torch.backends.cpu.get_cpu_capability() == {capability!r}
+from test_cpu import check_attention, check_product
+assert all(map(kernel.load, kernel.DTYPES)) and torch.backends.cpu.get_cpu_capability() == {capability!r}
 for n, dtype in enumerate(kernel.DTYPES):
     for rows, out, k in ((1, 1, 1), (3, 50, 127), (8, 33, 576), (5, 6, 65)):
         for gated in (False, True):
             parts = (n + rows) % 2 == 0, rows != 3, out != 50, gated
             check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows)
+    for t, paged in ((1, False), (1, True), (45, False), (7, True)):
+        check_attention(dtype, 2, t, 3, 2, 80, 300, paged, by_head=paged, seed=t)
 """
 
 
 @pytest.fixture(autouse=True, scope="module")
 def loaded():
-    """Load the kernel, whichever test comes first."""
-    assert kernel.load()
+    """Load the kernels, whichever test comes first."""
+    assert all(map(kernel.load, kernel.DTYPES))
 
 
 def check_product(
@@ -79,7 +81,6 @@ def check_product(
 )
 @settings(max_examples=150, deadline=None)
 def test_a_product_of_any_shape_is_that_of_float64(dtype, rows, out, k, bias, norm, residual, gated, seed):
-    assert kernel.load()
     check_product(dtype, rows, 2 * out if gated else out, k, bias, norm, residual, gated, seed)
 
 
@@ -113,6 +114,138 @@ def test_nan_and_infinity_reach_the_rows_that_have_them_and_no_others(dtype):
     y = kernel.few_rows(x, weight, None)
     assert y.isnan().tolist() == [[n == 1] * 6 for n in range(4)]
     assert y.isinf().tolist() == [[n == 2] * 6 for n in range(4)]
+
+
+def check_attention(
+    dtype: torch.dtype, b: int, t: int, group: int, kv_heads: int, d: int, s: int, paged: bool, by_head: bool, seed: int
+) -> None:
+    """Compare attention of t new tokens in each of b rows of s slots, some of which see nothing, with float64."""
+    draws = torch.Generator().manual_seed(seed)
+    h, blocks = group * kv_heads, -(-s // 128)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draws).to(dtype)
+
+    q, k, v = random(b, t, h + 2 * kv_heads, d).split((h, kv_heads, kv_heads), 2)
+    angles = torch.randn(b, 1, t, d // 2, generator=draws)
+    cos, sin = angles.cos(), angles.sin()
+    slots = torch.stack([torch.randperm(s, generator=draws)[:t] for _ in range(b)])
+    visible = torch.rand(b, h if by_head else 1, t, s, generator=draws) < 0.3
+    visible[0, 0, -1] = False
+    visible[-1, :, :, :128] = False
+    table, held = None, slots
+    if paged:
+        table = torch.randperm(b * blocks, generator=draws).view(b, blocks).int()
+        held = table.gather(1, slots // 128).long() * 128 + slots % 128
+    kv = random(1, kv_heads, (b * blocks + 1) * 128, d), random(1, kv_heads, (b * blocks + 1) * 128, d)
+    if table is None:
+        kv = random(b, kv_heads, s + 128, d), random(b, kv_heads, s + 128, d)
+    found = kernel.attend_newest(q, k, v, (cos, sin), held, kv, visible, table)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.float().chunk(2, -1)
+        c, n = cos.transpose(1, 2), sin.transpose(1, 2)
+        return torch.cat((first * c - second * n, second * c + first * n), -1).to(dtype)
+
+    places = torch.arange(blocks * 128).expand(b, -1)
+    if table is not None:
+        places = table.gather(1, places // 128).long() * 128 + places % 128
+    keys, values = (x.expand(b, -1, -1, -1)[torch.arange(b)[:, None], :, places[:, :s]].transpose(1, 2) for x in kv)
+    row = torch.arange(b)[:, None]
+    unit = torch.finfo(torch.float32).eps
+    assert torch.equal(values[row, :, slots], v)
+    off = (keys[row, :, slots].double() - rotated(k).double()).abs()  # a product may be rounded once less
+    assert (off <= torch.finfo(dtype).eps * rotated(k).double().abs() + 4 * unit).all()
+    wide = [x.double().repeat_interleave(group, 1) for x in (keys, values)]
+    scores = (rotated(q).double().transpose(1, 2) @ wide[0].transpose(-1, -2)) * d**-0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
+    exact = (weights @ wide[1]).transpose(1, 2).flatten(2)
+    bound = 1e-5 + torch.finfo(dtype).eps * (8 if dtype.itemsize == 2 else 1)
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+@given(
+    dtype=st.sampled_from(kernel.DTYPES),
+    b=st.integers(1, 3),
+    t=st.sampled_from([1, 1, 2, 31, 33, 70]),
+    group=st.integers(1, 6),
+    kv_heads=st.integers(1, 3),
+    d=st.sampled_from([2, 16, 32, 64, 80, 96, 100, 128]),
+    s=st.sampled_from([71, 128, 129, 300]),
+    paged=st.booleans(),
+    by_head=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None)
+def test_attention_of_any_shape_is_that_of_float64(dtype, b, t, group, kv_heads, d, s, paged, by_head, seed):
+    check_attention(dtype, b, t, group, kv_heads, d, s, paged, by_head, seed)
+
+
+@pytest.mark.parametrize("t", [1, 40])
+def test_the_check_finds_a_slot_that_is_left_out(monkeypatch, t):
+    attend_newest = kernel.attend_newest
+
+    def without_the_last(q, k, v, rotary, slots, kv, visible, table):
+        return attend_newest(q, k, v, rotary, slots, kv, visible & (torch.arange(visible.shape[3]) < 299), table)
+
+    monkeypatch.setattr(kernel, "attend_newest", without_the_last)
+    with pytest.raises(AssertionError):
+        check_attention(torch.float32, 2, t, 3, 2, 64, 300, False, False, 0)
+
+
+@pytest.mark.parametrize("t", [1, 40])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_score_that_is_not_finite_is_seen(t, value):
+    """Check that a query whose scores are NaN, or infinite on both sides, gets NaN, as by definition, alone."""
+    q, k = torch.ones(1, t, 2, 32), torch.ones(1, t, 1, 32)
+    q[0, 0, 1, 0] = value
+    kv = torch.ones(1, 1, 256, 32), torch.ones(1, 1, 256, 32)
+    rotary = torch.ones(1, 1, t, 16), torch.zeros(1, 1, t, 16)
+    seen = torch.ones(1, 1, t, 200, dtype=torch.bool)
+    y = kernel.attend_newest(q, k, k, rotary, torch.arange(t)[None], kv, seen).unflatten(-1, (2, 32))
+    assert y.isnan().all(-1).flatten().nonzero()[:, 0].tolist() == [1]
+
+
+@pytest.mark.parametrize("t", [1, 100])
+def test_the_number_of_threads_changes_no_bit(t):
+    q, k = torch.randn(2, t, 6, 64), torch.randn(2, t, 3, 64)
+    rotary, slots = (torch.randn(2, 1, t, 32), torch.randn(2, 1, t, 32)), torch.arange(t).expand(2, -1).contiguous()
+    kv, seen = (torch.randn(2, 3, 512, 64), torch.randn(2, 3, 512, 64)), torch.rand(2, 1, t, 500) < 0.5
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(kernel.attend_newest(q, k, k, rotary, slots, kv, seen))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["stream", "submit"])
+def test_uncompiled_steps_attend_by_the_kernel_and_give_what_the_definition_gives(tiny_pair, monkeypatch, together):
+    model, calls, tokens = tiny_pair("gqa")[1], [], []
+    prompts, attend_newest, options = [[5, 6, 7], [*range(9, 150)]], kernel.attend_newest, {"stop_token_ids": ()}
+
+    def counted(q, *given):
+        calls.append(q.shape[1])
+        return attend_newest(q, *given)
+
+    for can_attend in (kernel.can_attend, lambda *_: False):
+        monkeypatch.setattr(kernel, "attend_newest", counted)
+        monkeypatch.setattr(kernel, "can_attend", can_attend)
+        engine = Engine(model, compile="auto")
+        if together:
+            requests = [engine.submit(p, max_new_tokens=6, **options) for p in prompts]
+            engine.run()
+            tokens.append([r.completion.tokens for r in requests])
+        else:
+            tokens.append([c.tokens for c in engine.generate(prompts, max_new_tokens=6, **options)])
+    assert tokens[0] == tokens[1]
+    assert calls.count(1) == 5 * len(model.layers)
+    assert len(calls) > calls.count(1)
 
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
@@ -149,14 +282,14 @@ def test_a_strided_row_or_weight_is_read_as_it_is():
 
 @pytest.fixture
 def unloaded(monkeypatch, tmp_path):
-    """Let the kernel be built anew, in a folder of its own."""
+    """Let the kernels be built anew, in a folder of their own."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernel, "loaded", False)
+    monkeypatch.setattr(kernel, "loaded", set())
     kernel.load.cache_clear()
     yield tmp_path / "cache"
     kernel.load.cache_clear()
     monkeypatch.undo()
-    assert kernel.load()
+    assert all(map(kernel.load, kernel.DTYPES))
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
@@ -172,21 +305,38 @@ def test_without_a_compiler_torch_computes_and_one_line_says_so(unloaded, monkey
     assert warning.count("\n") == 0
     assert ("install g++, or set CXX" in warning) == (compiler != "false")
     assert not list(unloaded.rglob("*.so"))
-    assert "torch's" in kernel.describe()
+    assert "torch's" in kernel.describe(torch.float32)
     logits = model(torch.tensor([[5, 6, 7, *done.tokens[:-1]]]), backend="dense")
     assert logits[0, 2:].argmax(-1).tolist() == done.tokens
 
 
 def test_a_damaged_file_is_built_again_and_a_whole_one_is_kept(unloaded):
-    path = kernel._build()
+    path = kernel._Build(torch.float32).finish()
     made = path.stat().st_mtime_ns
-    assert kernel._build() == path
+    assert kernel._Build(torch.float32).finish() == path
     assert path.stat().st_mtime_ns == made
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     path.unlink()
     path.write_bytes(b"damaged")
-    assert kernel.load()
+    assert kernel.load(torch.float32)
     assert path.stat().st_size > 1000
+
+
+def test_building_begins_with_loading_and_leaves_nothing_if_nobody_waits_for_it(unloaded):
+    weight = torch.ones(1, dtype=torch.bfloat16)
+    kernel.prepare(weight)
+    kernel.prepare(weight)
+    (build,) = kernel._builds.values()
+    assert [p.is_dir() for p in build.path.parent.iterdir()] == [True]
+    build.stop()
+    assert build.process.poll() is not None
+    assert not list(build.path.parent.iterdir())
+    kernel._builds.clear()
+    kernel.prepare(weight)
+    assert kernel.load(torch.bfloat16)
+    assert not kernel._builds
+    kernel.prepare(weight)
+    assert not kernel._builds
 
 
 @pytest.mark.exhaustive
