@@ -60,7 +60,9 @@ from tools._measuring import (
 Run = Callable[[], tuple[float, list[int]]]  # does the work once; returns the seconds that count, and the tokens
 
 OURS = "llama_flex"
-PEERS = ("dynamic", "static", "flex")
+LLAMA_CPP = "llama.cpp"
+PEERS = ("dynamic", "static", "flex", LLAMA_CPP)
+COMPILE: dict[str, Any] = {"auto": "auto", "on": True, "off": False}
 START_LENGTH, START_NEW = 30, 10  # `startup`: tokens in the prompt, and tokens generated
 
 
@@ -106,8 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=[default])
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--rounds", type=whole_number, default=3 if command is startup else 5)
+    for command in (decode, prefill, startup, child):
+        command.add_argument("--compile", choices=COMPILE, default="auto", help="as for llama_flex.generate")
     for command in (decode, prefill):
-        what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention"
+        what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention; "
+        what += "llama.cpp, on a CPU (pip install xllamacpp)"
         command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
     return parser
 
@@ -206,23 +211,34 @@ def _cases(
         model, loaded = model_of(args, dtype), None
         for size in sizes:
             ids = random_ids(size, model.config)
-            ways = {OURS: Way(functools.partial(ours, Engine(model, compile=True), ids), is_peer=False)}
+            ways = {
+                OURS: Way(functools.partial(ours, Engine(model, compile=COMPILE[args.compile]), ids), is_peer=False)
+            }
             _warm_up(ways[OURS], model, args.device)
-            if args.peers and (loaded is None or isinstance(loaded, str)):
+            if {*args.peers} - {LLAMA_CPP} and (loaded is None or isinstance(loaded, str)):
                 loaded = attempt(functools.partial(load, model, args.model))
             for kind in args.peers:
-                if isinstance(loaded, str):
+                if kind == LLAMA_CPP:
+                    way = Way(functools.partial(theirs, _llama_cpp(model, size + new), ids))
+                    _warm_up(way, model, args.device)
+                elif isinstance(loaded, str):
                     way = Way(None, error=loaded)
                 else:
                     way = Way(functools.partial(theirs, Peer(loaded, kind, size + new), ids))
                     _warm_up(way, loaded, args.device)
-                ways[f"transformers, {kind}"] = way
+                ways[kind if kind == LLAMA_CPP else f"transformers, {kind}"] = way
             _rounds(ways, args.rounds, f"{dtype}, {size} tokens")
             cases.append(Case(dtype, size, work(model, size), ways))
             clear(args.device)
         del model, loaded
         clear(args.device)
     return cases
+
+
+def _llama_cpp(model: Llama, slots: int) -> Any:
+    from tools._llama_cpp import Peer
+
+    return Peer(model, slots)
 
 
 def _warm_up(way: Way, model: torch.nn.Module, device: str) -> None:
@@ -345,7 +361,8 @@ def _startup(args: argparse.Namespace) -> dict[str, Any]:
 def _start(args: argparse.Namespace, dtype: str, folder: Path) -> dict[str, float]:
     """Start a process that compiles into `folder`; return the seconds from its start to each line that it prints."""
     model = ["--model", str(args.model)] if args.config is None else ["--config", args.config]
-    command = [sys.executable, "-m", "tools.bench", "first-token", *model, "--dtype", dtype, "--device", args.device]
+    command = [sys.executable, "-m", "tools.bench", "first-token", *model]
+    command += ["--dtype", dtype, "--device", args.device, "--compile", args.compile]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     started, seconds = time.perf_counter(), {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | caches) as child:
@@ -362,7 +379,8 @@ def _first_token(args: argparse.Namespace) -> int:
     model = model_of(args, args.dtype[0])
     print("model", flush=True)
     ids = random_ids(START_LENGTH, model.config)
-    stream = Engine(model, compile=True).stream([ids], max_new_tokens=START_NEW, sampling=Sampling(), stop_token_ids=())
+    engine = Engine(model, compile=COMPILE[args.compile])
+    stream = engine.stream([ids], max_new_tokens=START_NEW, sampling=Sampling(), stop_token_ids=())
     for number, _ in enumerate(stream, start=1):
         print(f"token {number}", flush=True)
     return 0

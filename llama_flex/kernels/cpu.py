@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def _define(dtype: torch.dtype) -> tuple[OpOverload, OpOverload]:
 
 _OPS = {dtype: _define(dtype) for dtype in DTYPES}
 _builds: dict[torch.dtype, _Build] = {}  # under way
+_loading = threading.Lock()
 
 
 def prepare(weight: Tensor) -> None:
@@ -80,15 +82,18 @@ def prepare(weight: Tensor) -> None:
 def load(dtype: torch.dtype) -> bool:
     """Build the kernels for a dtype of DTYPES if need be, load them, and return whether they can be used. If not, warn
     once, with the way out."""
-    try:
-        library = _load(dtype)
-    except OSError as error:
-        lost = "products of few rows and dense attention use torch's, at about half the speed"
-        warnings.warn(f"{error}; {lost}", stacklevel=2)
-        return False
-    assert library.register_kernels() == 0
-    loaded.add(dtype)
-    return True
+    with _loading:
+        if dtype in loaded:
+            return True
+        try:
+            library = _load(dtype)
+        except OSError as error:
+            lost = "products of few rows and dense attention use torch's, at about half the speed"
+            warnings.warn(f"{error}; {lost}", stacklevel=2)
+            return False
+        assert library.register_kernels() == 0
+        loaded.add(dtype)
+        return True
 
 
 def describe(dtype: torch.dtype) -> str:

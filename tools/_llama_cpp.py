@@ -1,0 +1,131 @@
+"""Run llama.cpp on the weights of our models, as the benchmarks' peer on a CPU, through the package xllamacpp."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+import xllamacpp
+from torch import Tensor
+
+from llama_flex import Llama
+from llama_flex.weights import named_weights
+
+TYPES = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
+NAMES = {  # Hugging Face's names of the weights, and those of GGUF
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+class Peer:
+    """Greedy generation from one prompt by llama.cpp, on as many threads as torch has. The times are its own."""
+
+    def __init__(self, model: Llama, slots: int) -> None:
+        """slots: how many tokens its cache must hold. Raises ValueError as `write` does."""
+        parameters = xllamacpp.CommonParams()
+        with tempfile.TemporaryDirectory() as folder, _quiet():
+            write(model, path := Path(folder) / "model.gguf")
+            parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), slots + 1, 1
+            parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
+            parameters.n_batch = parameters.n_ubatch = 512
+            self._server = xllamacpp.Server(parameters)
+
+    def decode(self, ids: Sequence[int], new: int, warm_up: int) -> tuple[float, list[int]]:
+        """Generate; return the seconds for the tokens from number `warm_up` to number `new`, and all tokens."""
+        done = self._complete(ids, new)
+        return (new - warm_up) * done["timings"]["predicted_per_token_ms"] / 1e3, _tokens(done)
+
+    def prefill(self, ids: Sequence[int]) -> tuple[float, list[int]]:
+        """Return the seconds that the prompt takes, and the token after it."""
+        done = self._complete(ids, 1)
+        return done["timings"]["prompt_ms"] / 1e3, _tokens(done)
+
+    def _complete(self, ids: Sequence[int], new: int) -> dict[str, Any]:
+        greedy = {"temperature": 0, "top_k": 1, "ignore_eos": True, "cache_prompt": False}
+        with _quiet():
+            done: dict[str, Any] = self._server.handle_completions({"prompt": list(ids), "n_predict": new, **greedy})
+        if "timings" not in done:
+            raise RuntimeError(f"llama.cpp answers {done}")
+        return done
+
+
+def write(model: Llama, path: Path) -> None:
+    """Write a model as a GGUF file, with a vocabulary of numbers.
+
+    Raises ValueError for dtypes, architectures and rope types that this does not write.
+    """
+    config, dims = model.config, model.dims
+    kind = config.rope_parameters.rope_type
+    if model.dtype not in TYPES or config.architecture.name != "LlamaForCausalLM" or kind != "default":
+        what = f"{config.architecture.name} in {model.dtype} with RoPE {kind!r}"
+        raise ValueError(f"no GGUF file is written for {what}")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(dims.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(dims.hidden_size)
+    writer.add_feed_forward_length(dims.mlp_size)
+    writer.add_head_count(dims.num_heads)
+    writer.add_head_count_kv(dims.num_kv_heads)
+    writer.add_key_length(dims.head_dim)
+    writer.add_value_length(dims.head_dim)
+    writer.add_rope_dimension_count(dims.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(dims.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<{n}>" for n in range(dims.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * dims.vocab_size)
+    writer.add_token_merges(["< 0"])
+    writer.add_eos_token_id(dims.vocab_size - 1)
+    for name, weight in named_weights(model, config).items():
+        layer, _, inside = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
+        theirs = f"blk.{layer}.{NAMES[inside]}" if layer.isdigit() else NAMES[name.removesuffix(".weight")]
+        if "attn_q" in theirs or "attn_k" in theirs:
+            weight = _permuted(weight, dims.num_heads if "attn_q" in theirs else dims.num_kv_heads)
+        weight = (weight.float() if weight.dim() == 1 else weight).contiguous()  # llama.cpp wants norms in float32
+        writer.add_tensor(theirs + ".weight", weight.view(torch.uint8).numpy(), raw_dtype=TYPES[weight.dtype])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tokens(done: dict[str, Any]) -> list[int]:
+    return [int(number) for number in re.findall(r"<(\d+)>", done["choices"][0]["text"])]
+
+
+def _permuted(weight: Tensor, heads: int) -> Tensor:
+    """Bring the rows of q or k into llama.cpp's order, which rotates neighbours: see `fetch_smollm2.unpermute`."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Send stderr to nowhere: llama.cpp logs hundreds of lines there."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
