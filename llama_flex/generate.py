@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        args = arguments.parser().parse_args(argv)
+        args = arguments.parse(argv)
         asked = arguments.read_jobs(args)
         live = len(asked) == 1 and not args.prompts_file and not args.json  # one prompt: print its text as it comes
         if args.resume:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
+from ..kernels import build
 from . import prompts_file
 from .prompts_file import Job, Question, UsageError
 
@@ -23,6 +25,23 @@ class _Parser(argparse.ArgumentParser):
             for name in (begun or difflib.get_close_matches(word, known))[:1]:
                 message += f" (did you mean {name}?)"
         raise UsageError(message)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line, and begin to build the kernels that a CPU will need, while torch is imported."""
+    args = parser().parse_args(argv)
+    if args.device == "cpu" or (args.device is None and not Path("/proc/driver/nvidia").exists()):
+        build.begin(_dtype(args) if args.dtype == "auto" else args.dtype)
+    return args
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    """Guess a model's dtype; if it is wrong, the kernels are built later."""
+    try:
+        config = json.loads((Path(args.model) / "config.json").read_text())
+        return str(config.get("dtype") or config.get("torch_dtype"))
+    except (OSError, ValueError, AttributeError):
+        return "bfloat16"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -601,3 +601,5 @@ extern "C" int32_t register_kernels() {
   if (!error) error = aoti_torch_library_impl(library, "few_rows_" NAME, few_rows);
   return error ? error : aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
 }
+
+extern "C" int32_t lanes() { return LANES; }

@@ -1,4 +1,4 @@
-"""Build and load the C++ kernels for decoding on the CPU, `cpu.cpp`.
+"""Load and call the C++ kernels for the CPU, `cpu.cpp`.
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
 reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps. They
@@ -7,38 +7,20 @@ are compiled on first use, in a second or two, for the vectors of this processor
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from . import build
+
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # each has a library of its own
 BIAS, NORM, RESIDUAL, GATED = 1, 2, 4, 8  # the parts of a product besides x and weight
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_VECTORS = {  # what torch uses of this processor, and the compiler's names for it
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-}
-_NUMBERS = {  # what `_SOURCE` calls them
-    torch.float32: ["-DNUMBERS=Float32"],
-    torch.bfloat16: ["-DNUMBERS=BFloat16"],
-    torch.float16: ["-DNUMBERS=Float16", "-DFLOAT16=1"],
-}
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 loaded: set[torch.dtype] = set()  # read by compiled steps, which cannot build it
 
@@ -66,16 +48,13 @@ def _define(dtype: torch.dtype) -> tuple[OpOverload, OpOverload]:
 
 
 _OPS = {dtype: _define(dtype) for dtype in DTYPES}
-_builds: dict[torch.dtype, _Build] = {}  # under way
 _loading = threading.Lock()
 
 
 def prepare(weight: Tensor) -> None:
-    """Start to build the kernels for a weight, if need be, while something else is done; `load` waits for them."""
-    dtype = weight.dtype
-    if weight.device.type == "cpu" and dtype in DTYPES and dtype not in loaded and dtype not in _builds:
-        with contextlib.suppress(OSError):  # which `load` reports, once they are missed
-            _builds[dtype] = _Build(dtype)
+    """Begin to build the kernels for a weight, if need be, while something else is done; `load` waits for them."""
+    if weight.device.type == "cpu" and weight.dtype not in loaded:
+        build.begin(_name(weight.dtype))
 
 
 @functools.cache
@@ -102,8 +81,8 @@ def describe(dtype: torch.dtype) -> str:
         return f"torch's: cpu.cpp has none for {_name(dtype)}"
     if not load(dtype):
         return "torch's: cpu.cpp could not be compiled"
-    vectors = torch.backends.cpu.get_cpu_capability()
-    return f"cpu.cpp for {vectors} up to {ROWS} rows; torch's for more, which are bound by arithmetic"
+    bits = 32 * _load(dtype).lanes()
+    return f"cpu.cpp, {bits}-bit vectors, up to {ROWS} rows; torch's for more, which are bound by arithmetic"
 
 
 def few_rows(
@@ -160,60 +139,11 @@ def attend_newest(
     return _OPS[q.dtype][1](q, k, v, *rotary, slots, *kv, visible.contiguous(), *pages)
 
 
-class _Build:
-    """The compilation of a library by a process of its own; there is none if the library is there already."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        """Raises OSError if there is no compiler."""
-        from . import code_cache  # it makes the folder, if it can
-
-        self.compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-        compiler = shutil.which(self.compiler)
-        if compiler is None:
-            raise FileNotFoundError(f"there is no C++ compiler {self.compiler!r}; install g++, or set CXX to one")
-        vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])
-        command = [compiler, "-O3", "-fno-math-errno", "-std=gnu++17", "-fPIC", "-shared", *vectors, *_NUMBERS[dtype]]
-        command += [f'-DNAME="{_name(dtype)}"', str(_SOURCE), f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-        about = "\0".join([*command, torch.__version__, str(os.stat(compiler).st_mtime_ns)]).encode()
-        name = hashlib.sha256(_SOURCE.read_bytes() + about).hexdigest()[:32]
-        self.path = Path(code_cache.folder()) / "llama_flex" / f"{name}.so"
-        if self.path.exists():
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.scratch = Path(tempfile.mkdtemp(dir=self.path.parent))
-        # In a session of its own, so that it can be ended with all that it has started.
-        command += ["-o", str(self.scratch / name)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        atexit.register(self.stop)
-
-    def finish(self) -> Path:
-        """Wait for the compiler; return the library's path. Raises OSError."""
-        if self.path.exists():
-            return self.path
-        try:
-            _, said = self.process.communicate()
-            if self.process.returncode:
-                first = next(iter(said.strip().splitlines()), f"{self.compiler} failed")
-                raise OSError(f"{_SOURCE.name} cannot be compiled: {first[:200]}")
-            os.replace(self.scratch / self.path.stem, self.path)  # whole or not at all, whoever else compiles it now
-        finally:
-            self.stop()
-        return self.path
-
-    def stop(self) -> None:
-        """End the compiler, and leave nothing of it."""
-        atexit.unregister(self.stop)
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        shutil.rmtree(self.scratch, ignore_errors=True)
-
-
 def _load(dtype: torch.dtype) -> ctypes.CDLL:
     """Load the library, built again if the file is damaged."""
-    path = (_builds.pop(dtype, None) or _Build(dtype)).finish()
+    path = build.finish(_name(dtype))
     try:
         return ctypes.CDLL(str(path))
     except OSError:
         path.unlink()
-        return ctypes.CDLL(str(_Build(dtype).finish()))
+        return ctypes.CDLL(str(build.finish(_name(dtype))))

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine
+from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
-from llama_flex.kernels import linear
 from llama_flex.layers import Linear, RMSNorm, apply_linear
 
 CHECK = """
 import torch
+from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
 from test_cpu import check_attention, check_product
 assert all(map(kernel.load, kernel.DTYPES)) and torch.backends.cpu.get_cpu_capability() == {capability!r}
@@ -311,9 +312,9 @@ def test_without_a_compiler_torch_computes_and_one_line_says_so(unloaded, monkey
 
 
 def test_a_damaged_file_is_built_again_and_a_whole_one_is_kept(unloaded):
-    path = kernel._Build(torch.float32).finish()
+    path = build.finish("float32")
     made = path.stat().st_mtime_ns
-    assert kernel._Build(torch.float32).finish() == path
+    assert build.finish("float32") == path
     assert path.stat().st_mtime_ns == made
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     path.unlink()
@@ -326,17 +327,17 @@ def test_building_begins_with_loading_and_leaves_nothing_if_nobody_waits_for_it(
     weight = torch.ones(1, dtype=torch.bfloat16)
     kernel.prepare(weight)
     kernel.prepare(weight)
-    (build,) = kernel._builds.values()
-    assert [p.is_dir() for p in build.path.parent.iterdir()] == [True]
-    build.stop()
-    assert build.process.poll() is not None
-    assert not list(build.path.parent.iterdir())
-    kernel._builds.clear()
+    (begun,) = build._begun.values()
+    assert [p.is_dir() for p in begun.path.parent.iterdir()] == [True]
+    begun.stop()
+    assert begun._process.poll() is not None
+    assert not list(begun.path.parent.iterdir())
+    build._begun.clear()
     kernel.prepare(weight)
     assert kernel.load(torch.bfloat16)
-    assert not kernel._builds
+    assert not build._begun
     kernel.prepare(weight)
-    assert not kernel._builds
+    assert not build._begun
 
 
 @pytest.mark.exhaustive
