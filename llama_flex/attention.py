@@ -127,7 +127,7 @@ def attend_newest(
     visible, rotary, slots, packed = metadata.visible, metadata.rotary, metadata.slots, metadata.packed
     if not isinstance(visible, Tensor) or rotary is None or slots is None or metadata.attention.score_mod is not None:
         return None
-    if q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or not cpu.can_attend(q, kv[0], rotary[0]):
+    if not cpu.can_attend(q, k, v, kv[0], rotary[0]):
         return None
     table = None if metadata.pages is None else metadata.pages.page_table
     if packed is None:

@@ -81,7 +81,7 @@ def apply_linear(
     """
     if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and _are_plain(module, norm):
         weight, bias, norm_weight = module.weight, module.bias, None if norm is None else norm.weight
-        if linear.can_fuse(x, weight, bias, norm_weight, residual):
+        if linear.can_fuse(x, weight, bias, norm_weight, residual, gated):
             return linear.fused_linear(x, weight, bias, norm_weight, 0.0 if norm is None else norm.eps, residual, gated)
     y = module(x if norm is None else norm(x))
     if gated:

@@ -292,6 +292,7 @@ def test_no_other_attention_is_ever_named():
 AROUND_ATTENTION = ("attention.py", "cache.py", "tokens.py", "kernels/", "masks/")
 BUILDING = (
     "kernels/code_cache.py",  # a folder that cannot be written is replaced, with a warning
+    "kernels/build.py",  # a missing compiler is reported once its work is missed
     "kernels/cpu.py",  # without a compiler torch's products run, with a warning; a damaged file is built again
 )
 

@@ -36,7 +36,8 @@ NAMES = {  # Hugging Face's names of the weights, and those of GGUF
 
 
 class Peer:
-    """Greedy generation from one prompt by llama.cpp, on as many threads as torch has. The times are its own."""
+    """Greedy generation from one prompt by llama.cpp, on as many threads as torch has. The times are its own, those of
+    new tokens the mean of all."""
 
     def __init__(self, model: Llama, slots: int) -> None:
         """slots: how many tokens its cache must hold. Raises ValueError as `write` does."""
@@ -74,7 +75,8 @@ def write(model: Llama, path: Path) -> None:
     """
     config, dims = model.config, model.dims
     kind = config.rope_parameters.rope_type
-    if model.dtype not in TYPES or config.architecture.name != "LlamaForCausalLM" or kind != "default":
+    biases = config.attention_bias or config.mlp_bias
+    if model.dtype not in TYPES or config.architecture.name != "LlamaForCausalLM" or kind != "default" or biases:
         what = f"{config.architecture.name} in {model.dtype} with RoPE {kind!r}"
         raise ValueError(f"no GGUF file is written for {what}")
     writer = gguf.GGUFWriter(path, "llama")
@@ -102,7 +104,7 @@ def write(model: Llama, path: Path) -> None:
         if "attn_q" in theirs or "attn_k" in theirs:
             weight = _permuted(weight, dims.num_heads if "attn_q" in theirs else dims.num_kv_heads)
         weight = (weight.float() if weight.dim() == 1 else weight).contiguous()  # llama.cpp wants norms in float32
-        writer.add_tensor(theirs + ".weight", weight.view(torch.uint8).numpy(), raw_dtype=TYPES[weight.dtype])
+        writer.add_tensor(theirs + ".weight", weight.cpu().view(torch.uint8).numpy(), raw_dtype=TYPES[weight.dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -219,7 +219,8 @@ def _cases(
                 loaded = attempt(functools.partial(load, model, args.model))
             for kind in args.peers:
                 if kind == LLAMA_CPP:
-                    way = Way(functools.partial(theirs, _llama_cpp(model, size + new), ids))
+                    peer = attempt(functools.partial(_llama_cpp, model, size + new))
+                    way = Way(None, error=peer) if isinstance(peer, str) else Way(functools.partial(theirs, peer, ids))
                     _warm_up(way, model, args.device)
                 elif isinstance(loaded, str):
                     way = Way(None, error=loaded)

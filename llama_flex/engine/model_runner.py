@@ -46,7 +46,7 @@ class ModelRunner:
 
     def __init__(self, model: Llama, *, compile: bool | Literal["auto"] = False, backend: Backend = "flex") -> None:
         check_choice("backend", backend, get_args(Backend))
-        self.model, self.backend = model, backend
+        self.model, self._backend = model, backend
         self.compile = compile
         self.graphs = Graphs()
         self.shapes: set[tuple[Any, ...]] = set()
@@ -62,15 +62,20 @@ class ModelRunner:
     def compile(self, on: bool | Literal["auto"]) -> None:
         if on not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', found {on!r}")
+        self._auto = on == "auto"
         if on == "auto":
-            on = COMPILES_BY_ITSELF[self.model.device.type]
-            self.backend = self.backend if on else "dense"
+            on = COMPILES_BY_ITSELF.get(self.model.device.type, False)
         if on and not compiles_for(self.model.device):
             raise ValueError(
                 f"CPU code compiled by torch {torch.__version__} corrupts memory; use torch 2.13 or newer, or do not "
                 "compile: compile=False, --compile off"
             )
         self._compile = on
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of attention: the one asked for, but "dense" where "auto" does not compile."""
+        return "dense" if self._auto and not self._compile else self._backend
 
     def run_for(self, *key: Any) -> Run:
         """Return a function that runs the parts of a step, compiled for `key` if steps are compiled."""

@@ -285,6 +285,11 @@ struct Attention {
     return visible + ((b * visible_heads + (visible_heads > 1 ? head : 0)) * tokens + t) * slots;
   }
 
+  // Such a query gets 0; one whose scores are all -infinity has no weights either, but gets NaN.
+  bool sees_nothing(int64_t b, int64_t head, int64_t t, float sum) const {
+    return sum == 0 && !memchr(seen(b, head, t), 1, slots);
+  }
+
   // Where a part of a row begins in memory.
   int64_t first_slot(int64_t b, int64_t part) const { return PART * (pages ? pages[b * pages_stride + part] : part); }
 
@@ -401,7 +406,8 @@ static void merge_parts(int64_t begin, int64_t end, void* context) {
     }
     for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) Numbers::restore(parts + i);
     Stored* y = (Stored*)p.y + at * d;
-    for (int64_t i = 0; i < d; i++) y[i] = Numbers::round(sum == 0 ? 0 : parts[i] / sum);
+    bool none = p.sees_nothing(at / p.heads, at % p.heads, 0, sum);
+    for (int64_t i = 0; i < d; i++) y[i] = Numbers::round(none ? 0 : parts[i] / sum);
   }
 }
 
@@ -492,8 +498,10 @@ static void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t
     }
   }
   for (int64_t r = 0; r < rows; r++) {
-    Stored* y = (Stored*)p.y + (b * p.tokens + first + r / group) * p.heads * d + (kv_head * group + r % group) * d;
-    for (int64_t i = 0; i < d; i++) y[i] = Numbers::round(sum[r] == 0 ? 0 : out[r * wide + i] / sum[r]);
+    int64_t t = first + r / group, head = kv_head * group + r % group;
+    Stored* y = (Stored*)p.y + ((b * p.tokens + t) * p.heads + head) * d;
+    bool none = p.sees_nothing(b, head, t, sum[r]);
+    for (int64_t i = 0; i < d; i++) y[i] = Numbers::round(none ? 0 : out[r * wide + i] / sum[r]);
   }
 }
 
@@ -516,7 +524,7 @@ static void attend(Attention p, int64_t rows) {
   if (p.tokens == 1) {
     p.parts = parts.data;
     torch_parallel_for(0, rows * p.kv_heads * p.count, 1 + 32768 / (PART * d), attend_parts, &p);
-    torch_parallel_for(0, queries, 1 + 65536 / (p.count * d), merge_parts, &p);
+    torch_parallel_for(0, queries, 1 + 65536 / (1 + p.count * d), merge_parts, &p);
   } else {
     torch_parallel_for(0, rows * p.kv_heads * ((p.tokens + TOKENS - 1) / TOKENS), 1, attend_blocks, &p);
   }

@@ -48,6 +48,7 @@ def _define(dtype: torch.dtype) -> tuple[OpOverload, OpOverload]:
 
 
 _OPS = {dtype: _define(dtype) for dtype in DTYPES}
+_libraries: dict[torch.dtype, ctypes.CDLL] = {}
 _loading = threading.Lock()
 
 
@@ -65,12 +66,13 @@ def load(dtype: torch.dtype) -> bool:
         if dtype in loaded:
             return True
         try:
-            library = _load(dtype)
+            _libraries[dtype] = library = _load(dtype)
+            if library.register_kernels():
+                raise OSError("torch does not accept the kernels of cpu.cpp")
         except OSError as error:
             lost = "products of few rows and dense attention use torch's, at about half the speed"
             warnings.warn(f"{error}; {lost}", stacklevel=2)
             return False
-        assert library.register_kernels() == 0
         loaded.add(dtype)
         return True
 
@@ -80,8 +82,8 @@ def describe(dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
         return f"torch's: cpu.cpp has none for {_name(dtype)}"
     if not load(dtype):
-        return "torch's: cpu.cpp could not be compiled"
-    bits = 32 * _load(dtype).lanes()
+        return "torch's: cpu.cpp could not be compiled and loaded"
+    bits = 32 * _libraries[dtype].lanes()
     return f"cpu.cpp, {bits}-bit vectors, up to {ROWS} rows; torch's for more, which are bound by arithmetic"
 
 
@@ -94,7 +96,8 @@ def few_rows(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """Return residual + weight @ norm(x) + bias, or SwiGLU of it: x `[..., in]`, weight `[out, in]` -> `[..., out]`.
+    """Return residual + weight @ norm(x) + bias, or SwiGLU of it: x `[..., in]`, of up to 8 dimensions, weight
+    `[out, in]` -> `[..., out]`.
 
     All in one dtype of DTYPES; sums in float32. `load` must have returned True.
     """
@@ -111,10 +114,14 @@ def few_rows(
     return _OPS[x.dtype][0](x, weight, *given, eps, parts)
 
 
-def can_attend(q: Tensor, keys: Tensor, cos: Tensor) -> bool:
-    """Return whether `attend_newest` computes attention of q to a cache of keys."""
-    same = q.dtype == keys.dtype and q.dtype in DTYPES and cos.dtype == torch.float32
-    return same and q.device.type == "cpu" and load(q.dtype)
+def can_attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, cos: Tensor) -> bool:
+    """Return whether `attend_newest` computes attention of q to a cache of keys: uncompiled, on a CPU, in one dtype,
+    without gradients. Load the kernels if they are missing."""
+    if q.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or q.dtype not in DTYPES:
+        return False
+    if not q.dtype == k.dtype == v.dtype == keys.dtype or cos.dtype != torch.float32:
+        return False
+    return keys.is_contiguous() and load(q.dtype)
 
 
 def attend_newest(
@@ -135,8 +142,9 @@ def attend_newest(
     DTYPES; sums in float32. `load` must have returned True.
     """
     pages = (slots, False) if page_table is None else (page_table, True)
-    assert q.stride()[2:] == k.stride()[2:] == v.stride()[2:] == (q.shape[3], 1)
-    return _OPS[q.dtype][1](q, k, v, *rotary, slots, *kv, visible.contiguous(), *pages)
+    heads = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
+    rest = (x.contiguous() for x in (*rotary, slots))
+    return _OPS[q.dtype][1](*heads, *rest, *kv, visible.contiguous(), *pages)
 
 
 def _load(dtype: torch.dtype) -> ctypes.CDLL:

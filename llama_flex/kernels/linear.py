@@ -28,18 +28,28 @@ torch.library.register_fake(
 )
 
 
-def can_fuse(x: Tensor, *others: Tensor | None) -> bool:
-    """Return whether `fused_linear` computes a product of x `[B, T, in]` with other tensors: without gradients, in one
-    dtype, for few rows on a CPU, and on CUDA for one row of a compiled step."""
-    rows = x.shape[:-1].numel()
-    if torch.is_grad_enabled():
+def can_fuse(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> bool:
+    """Return whether `fused_linear` computes a product of x `[B, T, in]`: without gradients, of shapes that fit without
+    broadcasting, in one dtype, for few rows on a CPU, and on CUDA for one row of a compiled step."""
+    rows, (out, size) = x.shape[:-1].numel(), weight.shape
+    if torch.is_grad_enabled() or x.shape[-1] != size or not size:
         return False
-    for other in others:
-        if other is not None and other.dtype != x.dtype:
+    result = *x.shape[:-1], out // 2 if gated else out
+    for other, shape in ((weight, None), (bias, (out,)), (norm, (size,)), (residual, result)):
+        if other is None:
+            continue
+        if other.dtype != x.dtype or other.device != x.device or (shape is not None and other.shape != shape):
             return False
     if x.is_cuda:
         return rows == 1 and torch.compiler.is_compiling() and x.dtype != torch.float64
-    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS:
+    if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
     return x.dtype in cpu.loaded if torch.compiler.is_compiling() else cpu.load(x.dtype)
 

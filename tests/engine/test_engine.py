@@ -207,3 +207,19 @@ def test_greedy_text_of_the_demo_weights_is_transformers_token_for_token(demo_fo
             assert done.tokens == reference_tokens(demo_reference, prompt, 64)
     assert not differ
     assert sorted(key[:3] for key in engine.runner.shapes) == [(1, 1, 8192), (1, 128, 8192), (1, 512, 8192)]
+
+
+def test_auto_is_dense_and_uncompiled_on_a_cpu_and_leaves_the_backend_that_was_asked_for(tiny_pair):
+    model = tiny_pair("gqa")[1]
+    engine = Engine(model, compile="auto")
+    assert (engine.compile, engine.runner.backend) == (False, "dense")
+    (done,) = engine.generate([[5, 6, 7]], max_new_tokens=8, stop_token_ids=())
+    assert "attention backend 'dense'" in engine.explain()
+    assert not engine.graphs.count
+    engine.compile = False
+    assert engine.runner.backend == "flex"
+    assert engine.generate([[5, 6, 7]], max_new_tokens=8, stop_token_ids=())[0].tokens == done.tokens
+    engine.compile = "auto"
+    assert engine.runner.backend == "dense"
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto', found 'on'"):
+        engine.compile = "on"

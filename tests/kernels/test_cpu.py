@@ -199,7 +199,7 @@ def test_the_check_finds_a_slot_that_is_left_out(monkeypatch, t):
 @pytest.mark.parametrize("t", [1, 40])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_score_that_is_not_finite_is_seen(t, value):
-    """Check that a query whose scores are NaN, or infinite on both sides, gets NaN, as by definition, alone."""
+    """Check that a query whose scores are NaN or infinite gets NaN, as by definition, alone."""
     q, k = torch.ones(1, t, 2, 32), torch.ones(1, t, 1, 32)
     q[0, 0, 1, 0] = value
     kv = torch.ones(1, 1, 256, 32), torch.ones(1, 1, 256, 32)
@@ -207,6 +207,36 @@ def test_a_score_that_is_not_finite_is_seen(t, value):
     seen = torch.ones(1, 1, t, 200, dtype=torch.bool)
     y = kernel.attend_newest(q, k, k, rotary, torch.arange(t)[None], kv, seen).unflatten(-1, (2, 32))
     assert y.isnan().all(-1).flatten().nonzero()[:, 0].tolist() == [1]
+
+
+@pytest.mark.parametrize("t", [1, 40])
+def test_scores_that_are_all_minus_infinity_are_not_taken_for_nothing_to_see(t):
+    q, k = torch.full((1, t, 2, 32), -1e30), torch.full((1, t, 1, 32), 1e30)
+    kv = torch.full((1, 1, 256, 32), 1e30), torch.ones(1, 1, 256, 32)
+    rotary, seen = (torch.ones(1, 1, t, 16), torch.zeros(1, 1, t, 16)), torch.ones(1, 2, t, 200, dtype=torch.bool)
+    seen[:, 1] = False
+    y = kernel.attend_newest(q, k, k, rotary, torch.arange(t)[None], kv, seen).unflatten(-1, (2, 32))
+    assert y[:, :, 0].isnan().all()
+    assert (y[:, :, 1] == 0).all()
+
+
+@torch.no_grad()
+def test_tensors_in_any_layout_are_read_as_they_are(tiny_pair):
+    model, positions = tiny_pair("gqa")[1], torch.tensor([[0, 7], [1, 9], [2, 11]]).T
+    ids, logits = torch.tensor([[5, 6, 7], [8, 9, 10]]), []
+    for at in (positions, positions.contiguous()):
+        logits.append(model(ids, positions=at, cache=model.new_cache(2, 8), backend="dense"))
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], model(ids, positions=positions, backend="dense"))
+    heads = torch.randn(1, 2, 4, 16)
+    rotary, kv = (
+        (torch.ones(1, 1, 2, 8), torch.zeros(1, 1, 2, 8)),
+        (torch.zeros(1, 4, 128, 16), torch.zeros(1, 4, 128, 16)),
+    )
+    seen = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    other = heads.transpose(1, 2).contiguous().transpose(1, 2)
+    y = [kernel.attend_newest(x, x, x, rotary, torch.arange(2)[None], kv, seen) for x in (heads, other)]
+    assert torch.equal(*y)
 
 
 @pytest.mark.parametrize("t", [1, 100])
@@ -272,6 +302,12 @@ def test_what_the_kernel_has_no_code_for_is_left_to_torch():
     with torch.enable_grad():
         assert not linear.can_fuse(x, module.weight)
     assert apply_linear(module, x[:, :0], norm=norm).shape == (1, 0, 6)
+    assert apply_linear(Linear(0, [4], bias=True), x[..., :0]).shape == (1, 2, 4)
+    assert apply_linear(module, x[None], residual=torch.ones(6)).shape == (1, 1, 2, 6)  # which broadcasts
+    for wrong in (4, 12):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            apply_linear(module, torch.ones(1, 2, wrong))
+    assert apply_linear(module, torch.ones(1, 1, 1, 1, 1, 1, 1, 1, 8)).shape[-1] == 6
     torch.testing.assert_close(module.double()(x.double()), torch.nn.functional.linear(x.double(), module.weight))
 
 
@@ -321,6 +357,32 @@ def test_a_damaged_file_is_built_again_and_a_whole_one_is_kept(unloaded):
     path.write_bytes(b"damaged")
     assert kernel.load(torch.float32)
     assert path.stat().st_size > 1000
+
+
+def test_a_file_that_is_gone_is_built_again_and_arguments_of_the_compiler_are_kept(unloaded, monkeypatch):
+    monkeypatch.setenv("CXX", "env g++")
+    path = build.finish("float32")
+    build.begin("float32")
+    path.unlink()
+    assert build.finish("float32") == path
+    assert path.exists()
+    assert kernel.load(torch.float32)
+    path.unlink()
+    assert "-bit vectors" in kernel.describe(torch.float32)
+    monkeypatch.setenv("CXX", __file__)
+    with pytest.raises(OSError, match=r"there is no C\+\+ compiler"):
+        build.finish("bfloat16")
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="such systems have no owners of files")
+def test_a_folder_that_others_may_write_to_is_not_used(unloaded):
+    (unloaded / "llama_flex").mkdir(parents=True)
+    (unloaded / "llama_flex").chmod(0o777)
+    path = build.finish("float32")
+    assert path.exists()
+    assert unloaded not in path.parents
+    assert not list((unloaded / "llama_flex").iterdir())
 
 
 def test_building_begins_with_loading_and_leaves_nothing_if_nobody_waits_for_it(unloaded):
