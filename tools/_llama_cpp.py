@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import atexit
+import json
 import re
+import signal
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +40,18 @@ NAMES = {  # Hugging Face's names of the weights, and those of GGUF
 
 class Peer:
     """Greedy generation from one prompt by llama.cpp, on as many threads as torch has. The times are its own, those of
-    new tokens the mean of all."""
+    new tokens the mean of all. It has a process of its own, stopped while others are measured: its idle threads spin.
+    """
 
     def __init__(self, model: Llama, slots: int) -> None:
         """slots: how many tokens its cache must hold. Raises ValueError as `write` does."""
-        parameters = xllamacpp.CommonParams()
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        with tempfile.TemporaryDirectory() as folder:
             write(model, path := Path(folder) / "model.gguf")
-            parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), slots + 1, 1
-            parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
-            parameters.n_batch = parameters.n_ubatch = 512
-            self._server = xllamacpp.Server(parameters)
+            command = [sys.executable, "-m", "tools._llama_cpp", path, str(slots + 1), str(torch.get_num_threads())]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            self._process = subprocess.Popen(command, text=True, **pipes)
+            atexit.register(self._process.kill)
+            self._ask({"prompt": [0], "n_predict": 1})
 
     def decode(self, ids: Sequence[int], new: int, warm_up: int) -> tuple[float, list[int]]:
         """Generate; return the seconds for the tokens from number `warm_up` to number `new`, and all tokens."""
@@ -61,11 +65,29 @@ class Peer:
 
     def _complete(self, ids: Sequence[int], new: int) -> dict[str, Any]:
         greedy = {"temperature": 0, "top_k": 1, "ignore_eos": True, "cache_prompt": False}
-        with _quiet():
-            done: dict[str, Any] = self._server.handle_completions({"prompt": list(ids), "n_predict": new, **greedy})
+        return self._ask({"prompt": list(ids), "n_predict": new, **greedy})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        done: dict[str, Any] = json.loads(self._process.stdout.readline() or "{}")
         if "timings" not in done:
             raise RuntimeError(f"llama.cpp answers {done}")
+        self._process.send_signal(signal.SIGSTOP)
         return done
+
+
+def serve(path: str, slots: str, threads: str) -> None:
+    """Answer requests, a line of JSON each, from standard input."""
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel = path, int(slots), 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(threads)
+    parameters.n_batch = parameters.n_ubatch = 512
+    server = xllamacpp.Server(parameters)
+    for line in sys.stdin:
+        print(json.dumps(server.handle_completions(json.loads(line))), flush=True)
 
 
 def write(model: Llama, path: Path) -> None:
@@ -120,14 +142,5 @@ def _permuted(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Send stderr to nowhere: llama.cpp logs hundreds of lines there."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
