@@ -1,10 +1,10 @@
-// Two kernels for the CPU, both bound by memory. `few_rows`: the product of a few rows with a weight matrix, which is read
-// once, y = residual + W norm(x) + bias, or SwiGLU of it. `attend_newest`: rotate each row's newest query, key and value,
-// store key and value in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots.
+// Two kernels for the CPU. `few_rows`: the product of a few rows with a weight matrix, which is read once, y = residual +
+// W norm(x) + bias, or SwiGLU of it. `attend_newest`: rotate the queries and keys of each row's newest tokens, store keys
+// and values in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots.
 //
-// Built by `cpu.py` without torch's headers, which take longer to compile than all of this: what it needs of torch's
-// stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h, torch/csrc/stable/c/shim.h) is declared here.
-// NUMBERS, the dtype of a build, is one of the structures below: three builds compile at once, each faster than all.
+// Built by `build.py`, for one dtype at a time (NUMBERS, one of the structures below), and without torch's headers, which
+// take longer to compile than all of this: what it needs of torch's stable C interface
+// (torch/csrc/inductor/aoti_torch/c/shim.h, torch/csrc/stable/c/shim.h) is declared here.
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -335,7 +335,7 @@ static float weigh(float* x, const bool* seen, int64_t n, float scale, float bef
   return greatest;
 }
 
-// M query heads with the same keys, from `head` on, and up to PART slots from `start` on.
+// One query of M heads with the same keys, from `head` on, and one part of the slots.
 template <int M>
 static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
   int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART, d = p.dim;
