@@ -31,7 +31,8 @@ class AttentionMetadata(NamedTuple):
     q, kv: attributes of the queries and of the slots. visible: block lists for FlexAttention, or booleans
     `[B, 1 or H, T, S]`. pages: the page table, None if slots are contiguous; the block lists of compiled steps then
     hold page numbers. packed: the packing of the queries, None if they come in rows. rotary: cosine and sine of the
-    queries. slots: the cache slots for the queries' keys and values, `[B, T]` or packed.
+    queries. slots: the cache slots for the queries' keys and values, `[B, T]` or packed. newest: the same for the
+    kernels of `kernels.cpu`, None if this step has no use for them.
     """
 
     attention: LayerAttention
@@ -42,6 +43,7 @@ class AttentionMetadata(NamedTuple):
     packed: PackedRows | None = None
     rotary: Rotary | None = None
     slots: Tensor | None = None
+    newest: cpu.Newest | None = None
 
 
 def build_attention_metadata(
@@ -62,8 +64,11 @@ def build_attention_metadata(
         # (index and position may be, too), torch 2.13 fails with a TypeError while it explains why it recompiles.
         q, kv = (tokens.map(torch.clone) for tokens in (q, kv))
     visible: BlockLists | Tensor
+    newest = None
     if backend == "dense":
         visible = mask.dense(q, kv, num_heads)
+        if rotary is not None and slots is not None and attention.score_mod is None:
+            newest = cpu.Newest.of(rotary, slots, visible, pages and pages.page_table, packed)
     elif pages is None or not torch.compiler.is_compiling():
         visible = mask.block_lists(q, kv, num_heads)
     else:
@@ -73,7 +78,7 @@ def build_attention_metadata(
         padding = (q.index < 0).all(1)[:, None, None]
         lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
         visible = list_pages(lists, pages)
-    return AttentionMetadata(attention, q, kv, visible, pages, packed, rotary, slots)
+    return AttentionMetadata(attention, q, kv, visible, pages, packed, rotary, slots, newest)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -119,24 +124,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
 
 
-def attend_newest(
-    q: Tensor, k: Tensor, v: Tensor, kv: tuple[Tensor, Tensor], metadata: AttentionMetadata
-) -> Tensor | None:
-    """Rotate q and k, store k and v in the cache, and `attend`, all in one kernel: `[B, T, H or K, D]`, or packed, ->
-    `[B, T, H * D]`. Return None if it cannot: it is for uncompiled dense attention on a CPU without score functions."""
-    visible, rotary, slots, packed = metadata.visible, metadata.rotary, metadata.slots, metadata.packed
-    if not isinstance(visible, Tensor) or rotary is None or slots is None or metadata.attention.score_mod is not None:
-        return None
-    if not cpu.can_attend(q, k, v, kv[0], rotary[0]):
-        return None
-    table = None if metadata.pages is None else metadata.pages.page_table
-    if packed is None:
-        return cpu.attend_newest(q, k, v, rotary, slots, kv, visible, table)
-    cos, sin = (packed.unpack(x[:, 0])[:, None] for x in rotary)
-    q, k, v, slots = map(packed.unpack, (q, k, v, slots))  # padding repeats another token, and stores it once more
-    return packed.pack(cpu.attend_newest(q, k, v, (cos, sin), slots, kv, visible, table))
-
-
 def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:
     """Return the attention weights by definition: softmax(score(q k^T / sqrt(D))) over the visible slots,
     `[B, H, T, S]`, float32 or wider; differentiable. Needs dense metadata. heads: only these heads, in this order."""
@@ -159,6 +146,8 @@ def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None) -> bool:
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
     if score_mod is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return q.requires_grad or k.requires_grad or v.requires_grad  # compiled code cannot search a function
-    return q.requires_grad or k.requires_grad or v.requires_grad or score_mod.requires_grad()
+        return False  # compiled code cannot search a function
+    return score_mod.requires_grad()

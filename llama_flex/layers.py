@@ -13,11 +13,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionMetadata, attend, attend_newest
+from .attention import AttentionMetadata, attend
 from .cache import write_kv
 from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
-from .kernels import linear
+from .kernels import cpu, linear
 from .rope import apply_rotary_emb
 
 KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
@@ -92,7 +92,7 @@ def apply_linear(
 
 def _are_plain(*modules: nn.Module | None) -> bool:
     """Return whether modules compute what is defined here: they are of these very types and have no hooks."""
-    own = Linear, TiedLinear, RMSNorm
+    own = Linear, TiedLinear, RMSNorm, Attention, MLP
     for module in modules:
         if module is not None and (type(module) not in own or module._forward_pre_hooks or module._forward_hooks):
             return False
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         """Attend from x `[B, T, E]` to the cache slots, or to its own tokens if kv is None; add the result to x."""
         assert metadata.rotary is not None
         q, k, v = self.project(x)
-        if hook is identity and kv is not None and (z := attend_newest(q, k, v, kv, metadata)) is not None:
+        if hook is identity and (z := cpu.attend_newest(q, k, v, metadata.newest, kv)) is not None:
             return apply_linear(self.o, z, residual=x)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         rotated = zip("qkv", (*(apply_rotary_emb(heads, *metadata.rotary) for heads in (q, k)), v), strict=True)
@@ -163,6 +163,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
+        if hook is identity and (y := self._in_one_kernel(x, metadata.newest, kv)) is not None:
+            return y
         x = hook("resid_pre", x)
         x = hook("resid_mid", self.attention(x, metadata, kv, hook))
         return hook("resid_post", self.mlp(x, hook))
+
+    def _in_one_kernel(self, x: Tensor, newest: cpu.Newest | None, kv: KV | None) -> Tensor | None:
+        """Compute the layer in a single kernel, or return None: it is for few tokens of an uncompiled step on a CPU."""
+        attention, mlp = self.attention, self.mlp
+        if newest is None or not _are_plain(attention, mlp):
+            return None
+        # The dictionaries are ten times as fast as attributes.
+        norm, q_norm, k_norm, qkv, o = map(attention._modules.get, ("norm", "q_norm", "k_norm", "qkv", "o"))
+        mlp_norm, gate_up, down = map(mlp._modules.get, ("norm", "gate_up", "down"))
+        norms, products = (norm, mlp_norm, q_norm, k_norm), (qkv, o, gate_up, down)
+        return cpu.run_block(x, norms, products, newest, kv) if _are_plain(*norms, *products) else None

@@ -16,6 +16,7 @@ from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
 from ..tokens import Tokens
 from ..usercode.arguments import check_choice
+from . import operations
 from .graphs import Graphs, compiles_for
 
 T = TypeVar("T")
@@ -77,6 +78,17 @@ class ModelRunner:
         """The backend of attention: the one asked for, but "dense" where "auto" does not compile."""
         return "dense" if self._auto and not self._compile else self._backend
 
+    def replays(self, plan: AttentionPlan, probes: Mapping[int, Probe] | None = None) -> bool:
+        """Return whether steps are recorded and replayed: compiled ones, and with "auto" uncompiled ones, unless they
+        run a user's functions, which may read values of tensors, or do anything else."""
+        return self._compile or (self._auto and plan.is_own and not probes)
+
+    def record(self, step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
+        """Run a step while recording it; return its result and a replay function; see `Graphs.record`."""
+        if self._compile or self.model.device.type == "cuda":
+            return self.graphs.record(step, self.model.device)
+        return operations.record(step)
+
     def run_for(self, *key: Any) -> Run:
         """Return a function that runs the parts of a step, compiled for `key` if steps are compiled."""
         if self.model.device.type == "cpu" and self.model.dtype in cpu.DTYPES:
@@ -105,18 +117,22 @@ class ModelRunner:
 
 
 class RecordedSteps:
-    """Whole steps by key, each always in the same memory: compiled when first run, then recorded, then replayed."""
+    """Whole steps by key, each always in the same memory: compiled, or just run, at first, then recorded, then
+    replayed."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._ran: set[tuple[Hashable, ...]] = set()
         self._replays: dict[tuple[Hashable, ...], tuple[object, Callable[[], object]]] = {}
 
-    def run(self, key: tuple[Hashable, ...], step: Callable[[], T], memory: object = None) -> T:
-        """Run a step, or replay it. memory: an object whose replacement makes a recording stale, such as a cache's
-        layers."""
-        if not self._runner.compile or key not in self._ran:
+    def run(self, key: tuple[Hashable, ...], step: Callable[[], T], *, replays: bool, memory: object = None) -> T:
+        """Run a step, or replay it. replays: see `ModelRunner.replays`. memory: an object whose replacement makes a
+        recording stale, such as a cache's layers."""
+        key = self._runner.compile, *key
+        if not replays or key not in self._ran:
             result = step()
+            if not self._runner.compile:
+                self.forget()  # recording takes hardly longer than a step: keep the latest only
             self._ran.add(key)
             return result
         recorded_on, replay = self._replays.get(key, (None, None))
@@ -124,7 +140,7 @@ class RecordedSteps:
             return cast(T, replay())
         self._replays.pop(key, None)  # free the old recording before the new one allocates
         replay = None
-        result, again = self._runner.graphs.record(step, self._runner.model.device)
+        result, again = self._runner.record(step)
         self._replays[key] = memory, again
         return result
 

@@ -133,4 +133,5 @@ class PagedBatch(Batch):
             if kinds:
                 self._sample(x, buffers, kinds)
 
-        self.recorded.run((size, width, kinds, plan), step)  # `forget` reads the plan as the last
+        key = size, width, page_table.shape[1], kinds, plan  # `forget` reads the plan as the last
+        self.recorded.run(key, step, replays=self.runner.replays(plan))

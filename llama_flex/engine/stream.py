@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..cache import Cache
 from ..interp.hook_points import Captured
 from ..tokens import Tokens
 from .batch import Batch, PendingOutput, kinds_of
@@ -34,6 +35,7 @@ class Stream(Batch):
         self.probes = self.model.probes(self.captures, first.edits, len(rows), stepwise=True)
         self.ahead = self.model.device.type == "cuda" and first.cache is None and not self.captures
         self.kinds = kinds_of(requests)
+        self._replays = runner.replays(self.plan, self.probes)
         for row, (request, sequence) in self.rows.items():
             sequence.batch_slot = row
             self.assign_batch_slot(request, sequence)
@@ -104,7 +106,7 @@ class Stream(Batch):
             return captured
 
         with self.cache.appending(1):
-            captured = self.recorded.run(("decode",), step, self.cache.layers)
+            captured = self.recorded.run(self._key(), step, replays=self._replays, memory=self.cache.layers)
             for each in self.captures:
                 assert captured is not None
                 each.add(captured, self.plan, self.cache)
@@ -112,6 +114,12 @@ class Stream(Batch):
             for sequence in request.sequences:
                 sequence.num_computed_tokens += 1
         return self._sampled(self._buffers, sampled)
+
+    def _key(self) -> tuple[Hashable, ...]:
+        """Return a key of what recorded decode steps depend on: uncompiled ones look at the slots in use only."""
+        if self.runner.compile or not isinstance(self.cache, Cache):
+            return ("decode",)
+        return "decode", self.cache.slots_in_use
 
     def _fill_rows(self) -> list[tuple[Request, int]]:
         """Send the state of the rows that continue; return their requests, each with its first row."""

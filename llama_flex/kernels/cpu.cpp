@@ -1,6 +1,7 @@
-// Two kernels for the CPU. `few_rows`: the product of a few rows with a weight matrix, which is read once, y = residual +
+// Three kernels for the CPU. `few_rows`: the product of a few rows with a weight matrix, which is read once, y = residual +
 // W norm(x) + bias, or SwiGLU of it. `attend_newest`: rotate the queries and keys of each row's newest tokens, store keys
-// and values in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots.
+// and values in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots. `run_block`: a
+// whole layer for few rows, made of these two.
 //
 // Built by `build.py`, for one dtype at a time (NUMBERS, one of the structures below), and without torch's headers, which
 // take longer to compile than all of this: what it needs of torch's stable C interface
@@ -21,7 +22,8 @@ int32_t aoti_torch_get_dtype(Tensor, int32_t*);
 int32_t aoti_torch_get_size(Tensor, int64_t dimension, int64_t*);
 int32_t aoti_torch_get_stride(Tensor, int64_t dimension, int64_t*);
 int32_t aoti_torch_get_dim(Tensor, int64_t*);
-int32_t aoti_torch_get_numel(Tensor, int64_t*);
+int32_t aoti_torch_get_device_type(Tensor, int32_t*);
+int32_t aoti_torch_is_contiguous(Tensor, bool*);
 int32_t aoti_torch_empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                  int32_t device_type, int32_t device_index, Tensor*);
 int32_t aoti_torch_delete_tensor_object(Tensor);
@@ -135,27 +137,56 @@ struct Buffer {
   ~Buffer() { free(data); }
 };
 
-static float total(Vector sum) {
-#pragma GCC unroll 4
-  for (int width = LANES / 2; width; width /= 2) {
-#ifdef __clang__
-    for (int i = 0; i < width; i++) sum[i] += sum[i + width];
-#else
-    Ints other;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) other[i] = i ^ width;
-    sum += __builtin_shuffle(sum, other);
-#endif
-  }
-  return sum[0];
+// A constant of this kind is read from memory; written into a vector one by one, compilers build it anew each time.
+struct Order {
+  int32_t at[LANES];
+};
+
+constexpr Order order(int factor, int plus, int flipped) {
+  Order order{};
+  for (int i = 0; i < LANES; i++) order.at[i] = (factor * i + plus) ^ flipped;
+  return order;
 }
 
-// The products of R rows of a weight, each K long, with M rows of x. The order of the sums does not depend on R and M, so
-// that a row gets the same bits in any company.
+template <int WIDTH>
+static Vector add_other(Vector sum) {
+#ifdef __clang__
+  for (int i = 0; i < WIDTH; i++) sum[i] += sum[i + WIDTH];
+  return sum;
+#else
+  static constexpr Order other = order(1, 0, WIDTH);
+  return sum + __builtin_shuffle(sum, load<Ints>(&other));
+#endif
+}
+
+static float total(Vector sum) {
+  if constexpr (LANES >= 16) sum = add_other<8>(sum);
+  if constexpr (LANES >= 8) sum = add_other<4>(sum);
+  return add_other<1>(add_other<2>(sum))[0];
+}
+
+// Sums of neighbours in a, then in b.
+static Vector add_pairs(Vector a, Vector b) {
+#ifdef __clang__
+  Vector sums;
+  for (int i = 0; i < LANES / 2; i++) sums[i] = a[2 * i] + a[2 * i + 1], sums[LANES / 2 + i] = b[2 * i] + b[2 * i + 1];
+  return sums;
+#else
+  static constexpr Order even = order(2, 0, 0), odd = order(2, 1, 0);
+  return __builtin_shuffle(a, b, load<Ints>(&even)) + __builtin_shuffle(a, b, load<Ints>(&odd));
+#endif
+}
+
+static void prefetch(const void* from, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
+}
+
+// Add the products of R rows of a weight, each K long, with M rows of x, up to the last whole vectors; return where they
+// end. The order of the sums does not depend on R and M, so that a row gets the same bits in any company.
 template <int R, int M>
-static void dot(const Stored* w, const float* x, int64_t k, float (*y)[M]) {
-  Vector sums[R][M] = {};
-  int64_t i = 0;
+static int64_t add_products(const Stored* w, const float* x, int64_t k, Vector (*sums)[M]) {
+  // Short rows end before the processor has found out that they are read in order; 6 KB hide the latency of memory.
+  int64_t i = 0, ahead = R == 1 || k <= 256 ? 6144 : R * k * int64_t(sizeof *w);
   for (; i + 2 * LANES <= k; i += 2 * LANES) {
     Vector a[M], b[M];
     for (int m = 0; m < M; m++) {
@@ -165,13 +196,19 @@ static void dot(const Stored* w, const float* x, int64_t k, float (*y)[M]) {
     for (int r = 0; r < R; r++) {
       Vector c, d;
       const Stored* from = w + r * k + i;
-      // Short rows end before the processor has found out that they are read in order.
-      for (int line = 0; line < int(2 * LANES * sizeof *from); line += 64) __builtin_prefetch((char*)(from + R * k) + line, 0, 2);
+      prefetch((const char*)from + ahead, 2 * LANES * sizeof *from);
       Numbers::widen(from, c, d);
       for (int m = 0; m < M; m++) sums[r][m] += c * a[m];
       for (int m = 0; m < M; m++) sums[r][m] += d * b[m];
     }
   }
+  return i;
+}
+
+template <int R, int M>
+static void dot(const Stored* w, const float* x, int64_t k, float (*y)[M]) {
+  Vector sums[R][M] = {};
+  int64_t i = add_products<R, M>(w, x, k, sums);
 #pragma GCC unroll 8  // else the sums go to memory
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -208,7 +245,7 @@ static void rows_of(const Product& p, int64_t row, int64_t m) {
 }
 
 // Four rows of the weight with all rows of x, after the first of which they are in the cache.
-static void block(const Product& p, int64_t row) {
+static void four_rows(const Product& p, int64_t row) {
   int64_t m = 0;
   if (LANES == 16)
     for (; m + 4 <= p.rows; m += 4) rows_of<4, 4>(p, row, m);
@@ -216,36 +253,40 @@ static void block(const Product& p, int64_t row) {
   for (; m < p.rows; m++) rows_of<4, 1>(p, row, m);
 }
 
-constexpr int BLOCK = 8;  // rows of a weight, for as many sums at a time as hide the latency of an addition
+constexpr int BLOCK = 8;  // rows of a weight
 
 static void part(int64_t begin, int64_t end, void* context) {
   const Product& p = *(const Product*)context;
   int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
-  for (; p.rows == 1 && row + BLOCK <= last; row += BLOCK) rows_of<BLOCK, 1>(p, row, 0);
-  for (; row + 4 <= last; row += 4) block(p, row);
+  for (; p.rows > 1 && row + 4 <= last; row += 4) four_rows(p, row);
   for (; row < last; row++)
     for (int64_t m = 0; m < p.rows; m++) rows_of<1, 1>(p, row, m);
+}
+
+static void widen_row(const void* x, int64_t k, float* y) {
+  for (int64_t i = 0; i < k; i++) y[i] = Numbers::widen_one(((const Stored*)x)[i]);
+}
+
+static void normalise(float* x, const void* norm, int64_t k, double eps) {
+  Vector sums = {};
+  int64_t i = 0;
+  for (; i + LANES <= k; i += LANES) {
+    Vector v = load<Vector>(x + i);
+    sums += v * v;
+  }
+  float sum = total(sums);
+  for (; i < k; i++) sum += x[i] * x[i];
+  float scale = 1 / sqrtf(sum / k + (float)eps);
+  for (i = 0; i < k; i++) x[i] = Numbers::widen_one(Numbers::round(x[i] * scale * Numbers::widen_one(((const Stored*)norm)[i])));
 }
 
 static void multiply(Product p, const void* x, const void* norm, double eps) {
   Buffer<float> rows(p.rows * p.k);
   for (int64_t m = 0; m < p.rows; m++) {
-    const Stored* from = (const Stored*)x + m * p.k;
-    float* to = rows.data + m * p.k;
-    for (int64_t i = 0; i < p.k; i++) to[i] = Numbers::widen_one(from[i]);
-    if (norm) {
-      Vector sums = {};
-      int64_t i = 0;
-      for (; i + LANES <= p.k; i += LANES) {
-        Vector v = load<Vector>(to + i);
-        sums += v * v;
-      }
-      float sum = total(sums);
-      for (; i < p.k; i++) sum += to[i] * to[i];
-      float scale = 1 / sqrtf(sum / p.k + (float)eps);
-      for (i = 0; i < p.k; i++) to[i] = Numbers::widen_one(Numbers::round(to[i] * scale * Numbers::widen_one(((const Stored*)norm)[i])));
-    }
-    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Numbers::arrange(to + i);
+    float* row = rows.data + m * p.k;
+    widen_row((const Stored*)x + m * p.k, p.k, row);
+    if (norm) normalise(row, norm, p.k, eps);
+    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Numbers::arrange(row + i);
   }
   p.x = rows.data;
   int64_t bytes = BLOCK * p.k * sizeof(Stored) * (1 + p.gated);
@@ -259,8 +300,10 @@ constexpr float NONE = -INFINITY;
 struct Heads {  // of the newest tokens, [B, T, heads, D]
   const char* data;
   int64_t row_bytes, token_bytes;
+  const void* norm;  // [D], or null
+  double eps;
 
-  const void* of(int64_t b, int64_t t) const { return data + b * row_bytes + t * token_bytes; }
+  const Stored* of(int64_t b, int64_t t) const { return (const Stored*)(data + b * row_bytes + t * token_bytes); }
 };
 
 struct Attention {
@@ -352,13 +395,32 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     any |= memchr(p.seen(b, head + m, 0) + start, 1, n) != nullptr;
   }
   if (!any) return;
-  for (int64_t s = 0; s < n; s += 4) {
-    float y[4][M];
-    int rows = n - s < 4 ? int(n - s) : 4;
-    if (rows == 4) dot<4, M>(k + s * d, q, d, y);
-    else for (int r = 0; r < rows; r++) dot<1, M>(k + (s + r) * d, q, d, y + r);
-    for (int r = 0; r < rows; r++)
-      for (int m = 0; m < M; m++) w[m][s + r] = y[r][m];
+  int64_t s = 0;
+  for (; s + LANES <= n; s += LANES) {
+    Vector scores[M][LANES / 4];
+#pragma GCC unroll 4
+    for (int four = 0; four < LANES / 4; four++) {
+      Vector sums[4][M] = {};
+      int64_t at = (s + 4 * four) * d;
+      prefetch(v + at, 4 * d * sizeof *v);
+      add_products<4, M>(k + at, q, d, sums);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) scores[m][four] = add_pairs(add_pairs(sums[0][m], sums[1][m]), add_pairs(sums[2][m], sums[3][m]));
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      for (int count = LANES / 8; count; count /= 2)
+        for (int i = 0; i < count; i++) scores[m][i] = add_pairs(scores[m][2 * i], scores[m][2 * i + 1]);
+      memcpy(w[m] + s, scores[m], sizeof scores[m][0]);
+    }
+  }
+  for (int64_t r = 0; r < s; r++)
+    for (int64_t i = d / (2 * LANES) * (2 * LANES); i < d; i++)
+      for (int m = 0; m < M; m++) w[m][r] += Numbers::widen_one(k[r * d + i]) * q[m * d + i];
+  for (; s < n; s++) {
+    float y[1][M];
+    dot<1, M>(k + s * d, q, d, y);
+    for (int m = 0; m < M; m++) w[m][s] = y[0][m];
   }
   for (int m = 0; m < M; m++) out[m][d] = weigh(w[m], p.seen(b, head + m, 0) + start, n, p.scale, NONE, out[m][d + 1]);
   int64_t i = 0;
@@ -411,9 +473,12 @@ static void merge_parts(int64_t begin, int64_t end, void* context) {
   }
 }
 
-static void rotate(const Stored* x, const float* cos, const float* sin, int64_t d, Stored* y) {
+// x [D], rotated by cos and sin [D/2], and normalised before if there is a norm.
+static void rotate(const Stored* x, const Heads& heads, const float* cos, const float* sin, int64_t d, float* wide, Stored* y) {
+  widen_row(x, d, wide);
+  if (heads.norm) normalise(wide, heads.norm, d, heads.eps);
   for (int64_t i = 0; i < d / 2; i++) {
-    float first = Numbers::widen_one(x[i]), second = Numbers::widen_one(x[d / 2 + i]);
+    float first = wide[i], second = wide[d / 2 + i];
     y[i] = Numbers::round(first * cos[i] - second * sin[i]);
     y[d / 2 + i] = Numbers::round(second * cos[i] + first * sin[i]);
   }
@@ -423,19 +488,20 @@ static void rotate(const Stored* x, const float* cos, const float* sin, int64_t 
 static void rotate_and_store(int64_t begin, int64_t end, void* context) {
   const Attention& p = *(const Attention*)context;
   int64_t d = p.dim;
+  Buffer<float> wide(d);
   Buffer<Stored> rotated(d);
   for (int64_t at = begin; at < end; at++) {
     int64_t b = at / p.tokens, t = at % p.tokens;
     const float *cos = p.cos + at * (d / 2), *sin = p.sin + at * (d / 2);
     for (int64_t h = 0; h < p.kv_heads; h++) {
       int64_t place = p.place(b, h, p.at[at]);
-      rotate((const Stored*)p.newest_k.of(b, t) + h * d, cos, sin, d, (Stored*)p.k + place);
-      memcpy((Stored*)p.v + place, (const Stored*)p.newest_v.of(b, t) + h * d, d * sizeof(Stored));
+      rotate(p.newest_k.of(b, t) + h * d, p.newest_k, cos, sin, d, wide.data, (Stored*)p.k + place);
+      memcpy((Stored*)p.v + place, p.newest_v.of(b, t) + h * d, d * sizeof(Stored));
     }
     for (int64_t h = 0; h < p.heads; h++) {
-      rotate((const Stored*)p.newest_q.of(b, t) + h * d, cos, sin, d, rotated.data);
+      rotate(p.newest_q.of(b, t) + h * d, p.newest_q, cos, sin, d, wide.data, rotated.data);
       float* query = p.q + p.query(b, t, h) * d;
-      for (int64_t i = 0; i < d; i++) query[i] = Numbers::widen_one(rotated.data[i]);
+      widen_row(rotated.data, d, query);
       for (int64_t i = 0; p.tokens == 1 && i + 2 * LANES <= d; i += 2 * LANES) Numbers::arrange(query + i);
     }
   }
@@ -530,84 +596,174 @@ static void attend(Attention p, int64_t rows) {
   }
 }
 
+template <int N>
+struct Arguments {  // the tensors that begin a stack
+  Tensor tensors[N];
+  void* data[N];
+
+  explicit Arguments(uint64_t* stack) {
+    for (int i = 0; i < N; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
+  }
+  Arguments(const Arguments&) = delete;
+  ~Arguments() {
+    for (Tensor tensor : tensors) aoti_torch_delete_tensor_object(tensor);
+  }
+
+  int64_t size(int i, int64_t dimension) const {
+    int64_t size;
+    aoti_torch_get_size(tensors[i], dimension, &size);
+    return size;
+  }
+  int64_t stride(int i, int64_t dimension) const {
+    int64_t stride;
+    aoti_torch_get_stride(tensors[i], dimension, &stride);
+    return stride;
+  }
+  int32_t dtype(int i) const {
+    int32_t dtype;
+    aoti_torch_get_dtype(tensors[i], &dtype);
+    return dtype;
+  }
+
+  // Whether a tensor has this dtype and these sizes, and is contiguous, in this memory.
+  template <class... Sizes>
+  bool fits(int i, int32_t expected, Sizes... sizes) const {
+    int64_t each[] = {(int64_t)sizes...}, dimensions;
+    int32_t device;
+    bool contiguous;
+    aoti_torch_get_dim(tensors[i], &dimensions);
+    aoti_torch_get_device_type(tensors[i], &device);
+    aoti_torch_is_contiguous(tensors[i], &contiguous);
+    if (dimensions != sizeof...(sizes) || dtype(i) != expected || device || !contiguous) return false;
+    for (int64_t j = 0; j < dimensions; j++)
+      if (size(i, j) != each[j]) return false;
+    return true;
+  }
+};
+
 // attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values,
 //   Tensor visible, Tensor page_table, bool paged) -> Tensor
 // q [B, T, H, D], k and v [B, T, K, D], cos and sin [B, 1, T, D/2], slots [B, T], keys and values [B, K, S, D], visible
 // [B, 1 or H, T, up to S], page_table [B, blocks] -> [B, T, H D]; contiguous, but for rows and tokens of q, k, v, and
 // rows of page_table.
-static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
-  Tensor tensors[10], y;
-  void* data[10];
-  int64_t stride[3][2], rows;
-  for (int i = 0; i < 10; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
-  int32_t dtype;
-  aoti_torch_get_dtype(tensors[0], &dtype);
+enum { COS, SIN, SLOTS, KEYS, VALUES, VISIBLE, PAGES };  // after q, k and v, or after what else a layer needs
+
+template <int N>
+static Attention attention_of(const Arguments<N>& given, int first, bool paged) {
   Attention p = {};
-  Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
-  for (int i = 0; i < 3; i++) {
-    for (int j = 0; j < 2; j++) aoti_torch_get_stride(tensors[i], j, &stride[i][j]);
-    *newest[i] = {(const char*)data[i], stride[i][0] * (int64_t)sizeof(Stored), stride[i][1] * (int64_t)sizeof(Stored)};
-  }
-  aoti_torch_get_size(tensors[0], 0, &rows);
-  aoti_torch_get_size(tensors[0], 1, &p.tokens);
-  aoti_torch_get_size(tensors[0], 2, &p.heads);
-  aoti_torch_get_size(tensors[0], 3, &p.dim);
-  aoti_torch_get_size(tensors[6], 1, &p.kv_heads);
-  aoti_torch_get_size(tensors[6], 2, &p.held_slots);
-  aoti_torch_get_size(tensors[8], 1, &p.visible_heads);
-  aoti_torch_get_size(tensors[8], 3, &p.slots);
+  p.tokens = given.size(first + SLOTS, 1);
+  p.kv_heads = given.size(first + KEYS, 1), p.held_slots = given.size(first + KEYS, 2), p.dim = given.size(first + KEYS, 3);
+  p.visible_heads = given.size(first + VISIBLE, 1), p.slots = given.size(first + VISIBLE, 3);
   p.count = (p.slots + PART - 1) / PART;
   p.scale = (float)(1 / sqrt((double)p.dim));
-  int64_t all = p.heads * p.dim, sizes[] = {rows, p.tokens, all}, strides[] = {p.tokens * all, all, 1};
-  aoti_torch_empty_strided(3, sizes, strides, dtype, 0, 0, &y);
+  p.cos = (const float*)given.data[first + COS], p.sin = (const float*)given.data[first + SIN];
+  p.at = (const int64_t*)given.data[first + SLOTS];
+  p.k = given.data[first + KEYS], p.v = given.data[first + VALUES], p.visible = (const bool*)given.data[first + VISIBLE];
+  if (paged) p.pages = (const int32_t*)given.data[first + PAGES];
+  p.pages_stride = given.stride(first + PAGES, 0);
+  return p;
+}
+
+static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
+  Arguments<10> given(stack);
+  Attention p = attention_of(given, 3, stack[10]);
+  Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
+  for (int i = 0; i < 3; i++)
+    *newest[i] = {(const char*)given.data[i], given.stride(i, 0) * (int64_t)sizeof(Stored), given.stride(i, 1) * (int64_t)sizeof(Stored)};
+  p.heads = given.size(0, 2);
+  int64_t rows = given.size(0, 0), all = p.heads * p.dim, sizes[] = {rows, p.tokens, all}, strides[] = {p.tokens * all, all, 1};
+  Tensor y;
+  aoti_torch_empty_strided(3, sizes, strides, given.dtype(0), 0, 0, &y);
   aoti_torch_get_data_ptr(y, &p.y);
-  p.cos = (const float*)data[3], p.sin = (const float*)data[4], p.at = (const int64_t*)data[5];
-  if (stack[10]) p.pages = (const int32_t*)data[9];
-  aoti_torch_get_stride(tensors[9], 0, &p.pages_stride);
-  p.k = data[6], p.v = data[7], p.visible = (const bool*)data[8];
   attend(p, rows);
-  for (Tensor tensor : tensors) aoti_torch_delete_tensor_object(tensor);
   stack[0] = (uint64_t)y;
 }
 
 // few_rows(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
 // x [..., K], of up to 8 dimensions, weight [N, K] -> [..., N]; all of them contiguous.
 static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
-  Tensor tensors[5], y;
-  void* data[5];
-  for (int i = 0; i < 5; i++) aoti_torch_get_data_ptr(tensors[i] = (Tensor)stack[i], &data[i]);
+  Arguments<5> given(stack);
+  void** data = given.data;
   double eps = load<double>(&stack[5]);
   int64_t parts = (int64_t)stack[6];
-  int64_t rows, n, k, dim, sizes[8], strides[8];
-  int32_t dtype;
-  aoti_torch_get_numel(tensors[0], &rows);
-  aoti_torch_get_dim(tensors[0], &dim);
-  aoti_torch_get_size(tensors[1], 0, &n);
-  aoti_torch_get_size(tensors[1], 1, &k);
-  aoti_torch_get_dtype(tensors[0], &dtype);
   bool gated = parts & 8;
-  n = gated ? n / 2 : n;
-  rows /= k;
-  int64_t numel = 1;
+  int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k = given.size(1, 1), dim, sizes[8], strides[8], numel = 1;
+  aoti_torch_get_dim(given.tensors[0], &dim);
   for (int64_t i = dim - 1; i >= 0; numel *= sizes[i--]) {
-    aoti_torch_get_size(tensors[0], i, &sizes[i]);
-    if (i == dim - 1) sizes[i] = n;
+    sizes[i] = i == dim - 1 ? n : given.size(0, i);
+    rows *= i == dim - 1 ? 1 : sizes[i];
     strides[i] = numel;
   }
-  aoti_torch_empty_strided(dim, sizes, strides, dtype, 0, 0, &y);
+  Tensor y;
+  aoti_torch_empty_strided(dim, sizes, strides, given.dtype(0), 0, 0, &y);
   Product p = {data[1], parts & 1 ? data[2] : nullptr, parts & 4 ? data[4] : nullptr, nullptr, nullptr, rows, n, k, gated};
   aoti_torch_get_data_ptr(y, &p.y);
-  const void* norm = parts & 2 ? data[3] : nullptr;
-  multiply(p, data[0], norm, eps);
-  for (Tensor tensor : tensors) aoti_torch_delete_tensor_object(tensor);
+  multiply(p, data[0], parts & 2 ? data[3] : nullptr, eps);
   stack[0] = (uint64_t)y;
+}
+
+// run_block(Tensor x, Tensor norm, Tensor mlp_norm, Tensor q_norm, Tensor k_norm, Tensor qkv, Tensor o, Tensor gate_up,
+//   Tensor down, Tensor qkv_bias, Tensor o_bias, Tensor gate_up_bias, Tensor down_bias, and from cos on as attend_newest,
+//   float eps, float mlp_eps, float q_eps, float k_eps, int given, bool paged) -> Tensor
+// x [B, T, E]. given: a bit for each tensor from norm to down_bias; another one stands for what is missing. Returns an empty
+// tensor, and does nothing, if there is no code for such tensors.
+static Tensor run_block(const Arguments<20>& of, const double* eps, int64_t given, bool paged) {
+  enum { X, NORMS, PRODUCTS = 5, BIASES = 9, NEWEST = 13 };
+  enum { QKV, O, GATE_UP, DOWN };
+  constexpr int32_t INT64 = 4, FLOAT32 = 6, BOOL = 11;
+  Attention p = attention_of(of, NEWEST, paged);
+  int32_t dtype = of.dtype(X);
+  int64_t rows = of.size(X, 0), tokens = p.tokens, all = rows * tokens, size = of.size(X, 2), mlp = of.size(PRODUCTS + DOWN, 1);
+  int64_t d = p.dim, width = of.size(PRODUCTS + O, 1), kv_size = p.kv_heads * d, wide = width + 2 * kv_size;
+  int64_t out[] = {wide, size, 2 * mlp, size}, in[] = {size, width, size, mlp}, normed[] = {size, size, d, d};
+  p.heads = width / d;
+  bool fit = of.fits(X, dtype, rows, tokens, size) && p.heads % p.kv_heads == 0;
+  const void *norms[4], *weights[4], *biases[4];
+  for (int i = 0; i < 4; i++) {
+    bool has_norm = given >> i & 1, has_bias = given >> (8 + i) & 1;
+    fit = fit && (!has_norm || of.fits(NORMS + i, dtype, normed[i])) && of.fits(PRODUCTS + i, dtype, out[i], in[i]);
+    fit = fit && (!has_bias || of.fits(BIASES + i, dtype, out[i]));
+    norms[i] = has_norm ? of.data[NORMS + i] : nullptr;
+    weights[i] = of.data[PRODUCTS + i];
+    biases[i] = has_bias ? of.data[BIASES + i] : nullptr;
+  }
+  for (int i = COS; i <= SIN; i++) fit = fit && of.fits(NEWEST + i, FLOAT32, rows, 1, tokens, d / 2);
+  for (int i = KEYS; i <= VALUES; i++) fit = fit && of.fits(NEWEST + i, dtype, paged ? 1 : rows, p.kv_heads, p.held_slots, d);
+  fit = fit && of.fits(NEWEST + SLOTS, INT64, rows, tokens) && (p.visible_heads == 1 || p.visible_heads == p.heads);
+  fit = fit && of.fits(NEWEST + VISIBLE, BOOL, rows, p.visible_heads, tokens, p.slots) && width == p.heads * d;
+  int64_t sizes[] = {fit ? rows : 0, tokens, size}, strides[] = {tokens * size, size, 1};
+  Tensor y;
+  void* result;
+  aoti_torch_empty_strided(3, sizes, strides, dtype, 0, 0, &y);
+  if (!fit) return y;
+  aoti_torch_get_data_ptr(y, &result);
+  Buffer<Stored> heads(all * wide), z(all * width), middle(all * size), hidden(all * mlp);
+  multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, false}, of.data[X], norms[0], eps[0]);
+  Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
+  int64_t first[] = {0, width, width + kv_size}, bytes = wide * sizeof(Stored);
+  for (int i = 0; i < 3; i++) *newest[i] = {(const char*)(heads.data + first[i]), tokens * bytes, bytes};
+  for (int i = 0; i < 2; i++) newest[i]->norm = norms[2 + i], newest[i]->eps = eps[2 + i];
+  p.y = z.data;
+  attend(p, rows);
+  multiply({weights[O], biases[O], of.data[X], middle.data, nullptr, all, size, width, false}, z.data, nullptr, 0);
+  multiply({weights[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, true}, middle.data, norms[1], eps[1]);
+  multiply({weights[DOWN], biases[DOWN], middle.data, result, nullptr, all, size, mlp, false}, hidden.data, nullptr, 0);
+  return y;
+}
+
+static void run_block(uint64_t* stack, uint64_t, uint64_t) {
+  Arguments<20> given(stack);
+  double eps[4];
+  memcpy(eps, stack + 20, sizeof eps);
+  stack[0] = (uint64_t)run_block(given, eps, (int64_t)stack[24], stack[25]);
 }
 
 extern "C" int32_t register_kernels() {
   static Library library;
   int32_t error = aoti_torch_library_init_impl("llama_flex", "CPU", "cpu.cpp", 0, &library);
   if (!error) error = aoti_torch_library_impl(library, "few_rows_" NAME, few_rows);
-  return error ? error : aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
+  if (!error) error = aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
+  return error ? error : aoti_torch_library_impl(library, "run_block_" NAME, run_block);
 }
 
 extern "C" int32_t lanes() { return LANES; }

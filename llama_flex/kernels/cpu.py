@@ -1,8 +1,11 @@
 """Load and call the C++ kernels for the CPU, `cpu.cpp`.
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
-reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps. They
-are compiled on first use, in a second or two, for the vectors of this processor, and kept beside what torch compiles.
+reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps, and
+`run_block` a whole layer of theirs. They are compiled on first use, in two seconds or three, for the vectors of this
+processor, and kept beside what torch compiles.
+
+Dimension letters: see `layers`.
 """
 
 from __future__ import annotations
@@ -11,9 +14,11 @@ import ctypes
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from . import build
@@ -21,6 +26,11 @@ from . import build
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # each has a library of its own
 BIAS, NORM, RESIDUAL, GATED = 1, 2, 4, 8  # the parts of a product besides x and weight
+_ATTENTION = (  # what attention needs to know besides the queries, keys and values of new tokens
+    "Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor visible, Tensor page_table"
+)
+_WEIGHTS = "norm", "mlp_norm", "q_norm", "k_norm", "qkv", "o", "gate_up", "down"  # of a layer
+_BIASES = "qkv_bias", "o_bias", "gate_up_bias", "down_bias"
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 loaded: set[torch.dtype] = set()  # read by compiled steps, which cannot build it
 
@@ -29,8 +39,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _define(dtype: torch.dtype) -> tuple[OpOverload, OpOverload]:
-    product, attention = f"few_rows_{_name(dtype)}", f"attend_newest_{_name(dtype)}"
+class _Ops(NamedTuple):
+    few_rows: OpOverload
+    attend_newest: OpOverload
+    run_block: OpOverload
+
+
+def _define(dtype: torch.dtype) -> _Ops:
+    product, attention, block = (f"{name}_{_name(dtype)}" for name in _Ops._fields)
     ops.define(
         f"{product}(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor"
     )
@@ -39,12 +55,11 @@ def _define(dtype: torch.dtype) -> tuple[OpOverload, OpOverload]:
         lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight) // (2 if rest[-1] & GATED else 1)),
         lib=ops,
     )
-    ops.define(
-        f"{attention}(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys,"
-        " Tensor(b!) values, Tensor visible, Tensor page_table, bool paged) -> Tensor"
-    )
-    defined = torch.ops.llama_flex
-    return getattr(defined, product).default, getattr(defined, attention).default
+    ops.define(f"{attention}(Tensor q, Tensor k, Tensor v, {_ATTENTION}, bool paged) -> Tensor")
+    tensors = ", ".join(f"Tensor {name}" for name in ("x", *_WEIGHTS, *_BIASES))
+    eps = "float eps, float mlp_eps, float q_eps, float k_eps"
+    ops.define(f"{block}({tensors}, {_ATTENTION}, {eps}, int given, bool paged) -> Tensor")
+    return _Ops(*(getattr(torch.ops.llama_flex, name).default for name in (product, attention, block)))
 
 
 _OPS = {dtype: _define(dtype) for dtype in DTYPES}
@@ -111,40 +126,101 @@ def few_rows(
         residual, parts = residual.contiguous(), parts | RESIDUAL
     # A tensor stands for each that is not given: `parts` says so, and the kernel's interface knows no optional ones.
     given = (x if bias is None else bias, x if norm is None else norm, x if residual is None else residual)
-    return _OPS[x.dtype][0](x, weight, *given, eps, parts)
+    return _OPS[x.dtype].few_rows(x, weight, *given, eps, parts)
 
 
-def can_attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, cos: Tensor) -> bool:
-    """Return whether `attend_newest` computes attention of q to a cache of keys: uncompiled, on a CPU, in one dtype,
-    without gradients. Load the kernels if they are missing."""
-    if q.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or q.dtype not in DTYPES:
-        return False
-    if not q.dtype == k.dtype == v.dtype == keys.dtype or cos.dtype != torch.float32:
-        return False
-    return keys.is_contiguous() and load(q.dtype)
+KV: TypeAlias = tuple[Tensor, Tensor]  # keys and values
 
 
-def attend_newest(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    slots: Tensor,
-    kv: tuple[Tensor, Tensor],
-    visible: Tensor,
-    page_table: Tensor | None = None,
-) -> Tensor:
-    """Rotate new queries `[B, T, H, D]` and keys `[B, T, K, D]`, store keys and values in the given slots `[B, T]` of
-    kv, both `[B, K, S, D]`, and return what attention is by definition, `[B, T, H * D]`.
+class Packed(Protocol):
+    """The packing of rows `[B, T, ...]` into one row of N tokens, `[1, N, ...]`."""
 
-    rotary: cosine and sine, float32 `[B, 1, T, D/2]`. visible: booleans `[B, 1 or H, T, up to S]`. page_table: int32
-    `[B, blocks]`, the page of each 128 slots of a row, if kv are a pool `[1, K, S, D]`. All else is in one dtype of
-    DTYPES; sums in float32. `load` must have returned True.
+    def pack(self, x: Tensor) -> Tensor: ...
+    def unpack(self, x: Tensor) -> Tensor: ...
+
+
+class Newest(NamedTuple):
+    """What attention needs to know of the newest tokens of each row, all contiguous but for the rows of page_table.
+
+    cos, sin: float32 `[B, 1, T, D/2]`. slots `[B, T]`: where their keys and values go. visible: booleans
+    `[B, 1 or H, T, up to S]`. page_table: int32 `[B, blocks]`, the page of each 128 slots of a row, if keys and values
+    are a pool `[1, K, S, D]`; else None. packed: the packing of the tokens' tensors, None if they come in rows.
     """
-    pages = (slots, False) if page_table is None else (page_table, True)
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    visible: Tensor
+    page_table: Tensor | None = None
+    packed: Packed | None = None
+
+    @staticmethod
+    def of(
+        rotary: tuple[Tensor, Tensor],
+        slots: Tensor,
+        visible: Tensor,
+        page_table: Tensor | None,
+        packed: Packed | None,
+    ) -> Newest | None:
+        """Return them for the tokens of a step, or None if the kernels are not for it: they are for uncompiled steps on
+        a CPU without gradients. rotary, slots: packed, if the tokens are."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or slots.device.type != "cpu":
+            return None
+        if rotary[0].dtype != torch.float32:
+            return None
+        cos, sin = rotary
+        if packed is not None:  # padding repeats another token, and is stored once more
+            cos, sin, slots = (packed.unpack(x) for x in (cos[:, 0], sin[:, 0], slots))
+            cos, sin = cos[:, None], sin[:, None]
+        cos, sin, slots, visible = (x.contiguous() for x in (cos, sin, slots, visible))
+        return Newest(cos, sin, slots, visible, page_table, packed)
+
+    def with_cache(self, kv: KV) -> tuple[Tensor, ...]:
+        """Return the arguments of _ATTENTION."""
+        table = self.slots if self.page_table is None else self.page_table
+        return self.cos, self.sin, self.slots, *kv, self.visible, table
+
+
+def can_attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> bool:
+    """Return whether `attend_newest` attends from q to a cache of keys: in one dtype. Load the kernels if need be."""
+    return q.dtype == k.dtype == v.dtype == keys.dtype and keys.is_contiguous() and q.dtype in DTYPES and load(q.dtype)
+
+
+def attend_newest(q: Tensor, k: Tensor, v: Tensor, newest: Newest | None, kv: KV | None) -> Tensor | None:
+    """Rotate new queries `[B, T, H, D]` and keys `[B, T, K, D]`, store keys and values in kv, both `[B, K, S, D]`, and
+    return what attention is by definition, `[B, T, H * D]`, or None if it cannot; sums in float32.
+
+    If packed, q, k, v and the result have N tokens instead of B and T.
+    """
+    if newest is None or kv is None or not can_attend(q, k, v, kv[0]):
+        return None
+    if newest.packed is not None:
+        q, k, v = map(newest.packed.unpack, (q, k, v))
     heads = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (q, k, v))
-    rest = (x.contiguous() for x in (*rotary, slots))
-    return _OPS[q.dtype][1](*heads, *rest, *kv, visible.contiguous(), *pages)
+    y = _OPS[q.dtype].attend_newest(*heads, *newest.with_cache(kv), newest.page_table is not None)
+    return y if newest.packed is None else newest.packed.pack(y)
+
+
+def run_block(
+    x: Tensor, norms: Sequence[nn.Module | None], products: Sequence[nn.Module | None], newest: Newest, kv: KV | None
+) -> Tensor | None:
+    """Compute a layer for x `[B, T, E]` of up to `ROWS` tokens, as `layers.Block` does, or return None if it cannot.
+
+    norms: of attention and MLP, and those of each query and key, or None. products: q, k and v; o; gate and up; down.
+    All in one dtype of DTYPES; sums in float32.
+    """
+    rows = x.shape[:-1].numel()
+    if kv is None or newest.packed or x.dtype not in DTYPES or not 0 < rows <= ROWS or not load(x.dtype):
+        return None
+    # The dictionaries are ten times as fast as attributes.
+    found = [None if module is None else module._parameters["weight"] for module in (*norms, *products)]
+    found += [None if product is None else product._parameters["bias"] for product in products]
+    given = sum(1 << i for i, tensor in enumerate(found) if tensor is not None)
+    tensors = [x if tensor is None else tensor for tensor in found]  # x stands for each that is missing
+    eps = [0.0 if norm is None else norm.eps for norm in norms]
+    paged = newest.page_table is not None
+    y = _OPS[x.dtype].run_block(x, *tensors, *newest.with_cache(kv), *eps, given, paged)
+    return y if y.numel() else None  # nothing: no code for such tensors
 
 
 def _load(dtype: torch.dtype) -> ctypes.CDLL:

@@ -70,6 +70,11 @@ class AttentionPlan:
         return cls(tuple(variants.values()), tuple(of_layer))
 
     @cached_property
+    def is_own(self) -> bool:
+        """Whether all masks and score functions are made of this package's functions only."""
+        return all(function is None or function.is_own() for variant in self.variants for function in variant)
+
+    @cached_property
     def structure(self) -> Hashable:
         """A key for compiled graphs; see `CapturingFunction.structure`."""
         functions = (function for variant in self.variants for function in variant)

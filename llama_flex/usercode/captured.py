@@ -43,6 +43,10 @@ class CapturingFunction:
         """Return a key that is equal for functions that compute the same: same structure and same tensors."""
         return _structure(self, id, set())
 
+    def is_own(self) -> bool:
+        """Return whether it is made of this package's functions only, which read no values of tensors on the host."""
+        return _is_own(self, set())
+
     def requires_grad(self) -> bool:
         """Return whether any captured tensor requires gradients."""
         found: list[bool] = []
@@ -153,6 +157,19 @@ def _check_globals(function: types.FunctionType, device: torch.device) -> None:
 
 def _loads(function: types.FunctionType, name: str) -> bool:
     return any(op.opname == "LOAD_GLOBAL" and op.argval == name for op in dis.get_instructions(function))
+
+
+def _is_own(value: Any, seen: set[int]) -> bool:
+    if id(value) in seen or isinstance(value, Tensor):
+        return True
+    seen.add(id(value))
+    parts = _parts(value)
+    if parts is None:
+        return not callable(value)
+    of_python = type(value) in (list, tuple, dict, functools.partial, types.MethodType)
+    module = value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__
+    own = of_python or module.partition(".")[0] == __package__.partition(".")[0]
+    return own and all(_is_own(part, seen) for part in parts.held)
 
 
 def _hashable(value: Any) -> bool:

@@ -1,0 +1,95 @@
+"""Record the operations of an uncompiled step on a CPU, and replay them without the Python code that called them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+T = TypeVar("T")
+_CONSTANT = torch.ops.aten.arange, torch.ops.aten.scalar_tensor  # whose results a step only reads
+
+
+class _Operation(NamedTuple):
+    """An operation: its arguments, and which of them are results of earlier ones.
+
+    sources: for each such argument its place, and in a list its place there, and the operation that made it, and which
+    of several results it is.
+    """
+
+    function: OpOverload
+    args: list[Any]
+    kwargs: dict[str, Any]
+    sources: list[tuple[int | str, int | None, int, int | None]]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[OpOverload, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
+    """Run a step while recording its operations; return its result and a replay function.
+
+    A replay works on the same memory: the step must read its inputs from, and write its state to, tensors that persist.
+    What it returns is new each time. Its Python code must not depend on values of tensors.
+    """
+    with _Recorder() as recorder:
+        result = step()
+    made: dict[int, tuple[int, int | None]] = {}  # id of a tensor: the operation that made it, and which result it is
+    operations: list[_Operation] = []
+    for function, args, kwargs, returned in recorder.calls:
+        sources = []
+        given = [list(x) if isinstance(x, list | tuple) else x for x in args]
+        for place, x in (*enumerate(given), *kwargs.items()):
+            for inner, tensor in enumerate(x) if isinstance(x, list) else ((None, x),):
+                if id(tensor) in made:
+                    sources.append((place, inner, *made[id(tensor)]))
+        if not sources and _is_fixed(function):
+            continue  # it gives the same view each time
+        known = set(map(id, tree_leaves((args, kwargs))))
+        for i, x in enumerate(returned) if isinstance(returned, list | tuple) else ((None, returned),):
+            if isinstance(x, Tensor) and id(x) not in known:
+                made[id(x)] = len(operations), i
+        operations.append(_Operation(function, given, dict(kwargs), sources))
+
+    leaves, tree = tree_flatten(result)
+    outputs = [(n, made[id(x)]) for n, x in enumerate(leaves) if id(x) in made]
+
+    def replay() -> T:
+        results: list[Any] = []
+        for function, args, kwargs, sources in operations:
+            for place, inner, operation, which in sources:
+                x = results[operation] if which is None else results[operation][which]
+                if inner is not None:
+                    args[place][inner] = x  # type: ignore[index]
+                elif isinstance(place, int):
+                    args[place] = x
+                else:
+                    kwargs[place] = x
+            results.append(function(*args, **kwargs))
+        now = list(leaves)
+        for n, (operation, which) in outputs:
+            now[n] = results[operation] if which is None else results[operation][which]
+        return cast(T, tree_unflatten(now, tree))
+
+    return result, replay
+
+
+def _is_fixed(function: OpOverload) -> bool:
+    """Return whether an operation gives the same each time for tensors that persist: a view, or a constant."""
+    if function.overloadpacket in _CONSTANT:
+        return True
+    aliases = [x.alias_info for x in function._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)

@@ -1,0 +1,125 @@
+"""Recorded operations of uncompiled steps: a replay is the step again, on the same memory."""
+
+import itertools
+
+import pytest
+import torch
+
+from llama_flex import Engine, Mask, Sampling, ScoreMod, masks
+from llama_flex.engine import operations
+from llama_flex.engine.stream import Stream
+
+
+def test_a_replay_reads_and_writes_the_same_memory_and_returns_new_tensors():
+    state, inputs, weight = torch.zeros(4), torch.ones(2, 4), torch.arange(16.0).view(4, 4)
+
+    def step():
+        rows = torch.arange(2)[:, None]
+        x = inputs[rows, torch.arange(4)] @ weight.T
+        state.add_(x.sum(0))
+        low, high = x.split(2, dim=-1)
+        return {"sum": torch.stack([low, high], dim=0).sum(0), "state": state}
+
+    first, replay = operations.record(step)
+    kept, before = first["sum"].clone(), state.clone()
+    inputs.mul_(3)
+    again = replay()
+    torch.testing.assert_close(again["sum"], 3 * kept)
+    assert again["state"] is state
+    torch.testing.assert_close(state, 4 * before)
+    torch.testing.assert_close(first["sum"], kept)
+    weight.zero_()
+    assert not replay()["sum"].any()
+
+
+def test_arguments_in_lists_and_by_name_are_those_of_the_replay():
+    x, indices, out = torch.arange(12.0).view(3, 4), torch.tensor([0, 2]), torch.zeros(2)
+
+    def step():
+        rows, columns = indices + 0, indices + 1
+        torch.add(x[rows, columns], other=x[rows, rows], alpha=2, out=out)
+        return torch.cat([out, out * 2])
+
+    result, replay = operations.record(step)
+    indices.copy_(torch.tensor([1, 2]))
+    found = replay()
+    torch.testing.assert_close(found, step())
+    assert not torch.equal(found, result)
+
+
+def tokens(engine, prompts, **options):
+    return [done.tokens for done in engine.generate(prompts, max_new_tokens=8, stop_token_ids=(), **options)]
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Count recordings and replays."""
+    count, record = {"recorded": 0, "replayed": 0}, operations.record
+
+    def counting(step):
+        result, replay = record(step)
+        count["recorded"] += 1
+
+        def counted():
+            count["replayed"] += 1
+            return replay()
+
+        return result, counted
+
+    monkeypatch.setattr(operations, "record", counting)
+    return count
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.8, top_k=9, top_p=0.9, seed=5, repetition_penalty=1.2)]
+)
+def test_replayed_steps_give_the_tokens_of_uncompiled_ones(tiny_pair, replays, sampling):
+    model, prompts = tiny_pair("gqa")[1], [[5, 6, 7], [*range(9, 134)]]
+    options = {"sampling": sampling, "mask": masks.sliding_window(100) | masks.sink(2)}
+    expected = tokens(Engine(model, backend="dense"), prompts, **options)
+    assert not replays["recorded"]
+    assert tokens(Engine(model, compile="auto"), prompts, **options) == expected
+    # The first step in a block of slots runs, the second one is recorded; the longer prompt enters a second block.
+    assert replays == {"recorded": 2, "replayed": 3}
+
+
+def test_a_step_recorded_for_other_slots_is_not_replayed(tiny_pair, monkeypatch):
+    model, prompts = tiny_pair("gqa")[1], [[*range(3, 128)]]
+    expected = tokens(Engine(model, backend="dense"), prompts)
+    assert tokens(Engine(model, compile="auto"), prompts) == expected
+    monkeypatch.setattr(Stream, "_key", lambda self: ("decode",))
+    assert tokens(Engine(model, compile="auto"), prompts) != expected
+
+
+def test_requests_that_come_and_go_get_the_tokens_they_get_alone(tiny_pair, replays):
+    model, prompts = tiny_pair("gqa")[1], [[5, 6, 7], [*range(9, 139)], [40, 41]]
+    engine, alone = Engine(model, compile="auto"), Engine(model, backend="dense")
+    requests = [engine.submit(p, max_new_tokens=6 + 5 * n, stop_token_ids=()) for n, p in enumerate(prompts)]
+    engine.run()
+    for n, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        (done,) = alone.generate([prompt], max_new_tokens=6 + 5 * n, stop_token_ids=())
+        assert request.completion.tokens == done.tokens
+    assert replays["replayed"] > 5
+
+
+def test_functions_of_users_run_in_every_step(tiny_pair, replays):
+    model, calls = tiny_pair("gqa")[1], []
+
+    def allowed(q, kv):
+        calls.append(1)
+        return kv.index <= q.index
+
+    def scored(score, q, kv):
+        calls.append(1)
+        return score
+
+    engine = Engine(model, compile="auto")
+    of_users = ({"mask": Mask(allowed)}, {"mask": masks.causal() & Mask(allowed)}, {"score_mod": ScoreMod(scored)})
+    for options in (*of_users, {"mask": Mask.from_mask_mod(lambda b, h, q, kv: bool(calls.append(1)) | (kv <= q))}):
+        counts = []
+        for _ in engine.stream([[5, 6, 7]], max_new_tokens=8, stop_token_ids=(), **options):
+            counts.append(len(calls))
+        assert all(b > a for a, b in itertools.pairwise(counts))
+    assert not replays["recorded"]
+    tokens(engine, [[5, 6, 7]], mask=masks.causal() & masks.sink(3))
+    assert replays["recorded"]
