@@ -59,7 +59,7 @@ def build_attention_metadata(
 ) -> AttentionMetadata:
     """Build the metadata of one variant: block lists for backend "flex", booleans for "dense"."""
     mask = attention.mask
-    if kv is q and not torch.compiler.is_compiling():
+    if kv is q and not torch.compiler.is_dynamo_compiling():
         # Eager FlexAttention caches graphs of its own. If one no longer fits because two tensors are now the same
         # (index and position may be, too), torch 2.13 fails with a TypeError while it explains why it recompiles.
         q, kv = (tokens.map(torch.clone) for tokens in (q, kv))
@@ -69,7 +69,7 @@ def build_attention_metadata(
         visible = mask.dense(q, kv, num_heads)
         if rotary is not None and slots is not None and attention.score_mod is None:
             newest = cpu.Newest.of(rotary, slots, visible, pages and pages.page_table, packed)
-    elif pages is None or not torch.compiler.is_compiling():
+    elif pages is None or not torch.compiler.is_dynamo_compiling():
         visible = mask.block_lists(q, kv, num_heads)
     else:
         decoding = q.index.is_cuda and q.index.shape[1] == 1
@@ -94,9 +94,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         out = attend(rows, k, v, metadata._replace(packed=None))
         return packed.pack(out.transpose(1, 2)).transpose(1, 2)
     group = q.shape[1] // k.shape[1]
-    if pages is None and not torch.compiler.is_compiling():
+    if pages is None and not torch.compiler.is_dynamo_compiling():
         k, v = (x[:, :, : metadata.kv.index.shape[1]] for x in (k, v))  # the slots in use
-    if pages is not None and not (isinstance(visible, BlockLists) and torch.compiler.is_compiling()):
+    if pages is not None and not (isinstance(visible, BlockLists) and torch.compiler.is_dynamo_compiling()):
         # Eager FlexAttention is dense, too: gather each row's slots instead of attending to the whole pool.
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
@@ -111,7 +111,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
     scored = attention.score_mod
     score_mod = None if scored is None else scored.score_mod(metadata.q, metadata.kv, pages, group, padded)
-    with nullcontext() if torch.compiler.is_compiling() else eager_errors(attention.described):
+    with nullcontext() if torch.compiler.is_dynamo_compiling() else eager_errors(attention.described):
         out = flex_attention(
             q,
             k,
@@ -148,6 +148,6 @@ def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
 def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None) -> bool:
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return True
-    if score_mod is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if score_mod is None or not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return False  # compiled code cannot search a function
     return score_mod.requires_grad()

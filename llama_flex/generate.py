@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -79,5 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def run() -> None:
+    """Run the command line and exit, at once even if a thread still compiles."""
+    code = main()
+    if any(thread.daemon and thread.name.startswith("llama_flex") for thread in threading.enumerate()):
+        os._exit(code)  # the interpreter would wait for it; all output is flushed
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

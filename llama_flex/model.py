@@ -219,13 +219,13 @@ class Llama(nn.Module):
         if cache is not None:
             self.check_cache(cache, b)
         plan = self.attention_plan(mask, score_mod, cache)
-        if score_mod is not None and not torch.compiler.is_compiling():
+        if score_mod is not None and not torch.compiler.is_dynamo_compiling():
             start = 0 if cache is None else int(cache.length.max())
             plan.check_new_tokens(t, positions, segments, start, self.dims.num_heads)
         captures = as_tuple(capture, Capture, "capture")
         probes = self.probes(captures, edit, b)
         input_ids = input_ids.to(self.device)
-        if (cache is None or cache.window is None) and not torch.compiler.is_compiling():
+        if (cache is None or cache.window is None) and not torch.compiler.is_dynamo_compiling():
             warn_beyond_context(t, lengths, cache, self.config.max_position_embeddings, self.device)
         if cache is not None:
             end = positions + 1 if positions is not None else cache.next_position + (t if lengths is None else lengths)
@@ -298,7 +298,7 @@ class Llama(nn.Module):
         )
         slots = None if cache is None else cache.append(tokens)
         kv, pages, chosen = (tokens, None, None) if cache is None else (cache.tokens, cache.pages, cache.token_indices)
-        if isinstance(cache, Cache) and not torch.compiler.is_compiling():
+        if isinstance(cache, Cache) and not torch.compiler.is_dynamo_compiling():
             kv = kv.map(lambda x: x[:, : cache.slots_in_use])
         packed = None if chosen is None else PackedRows.of(chosen, (b, t))
         queries = tokens

@@ -155,7 +155,7 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
             least = ordered.gather(-1, size - k)
             logits, ordered = (x.masked_fill(x < least, -torch.inf) for x in (logits, ordered))
         if p.tail is not None:
-            if p.top_k is not None and not torch.compiler.is_compiling():
+            if p.top_k is not None and not torch.compiler.is_dynamo_compiling():
                 # Sorted again as in transformers, which may put ties in another order.
                 ordered, order = logits.sort(-1)
             tail, last = p.tail[:, None], torch.arange(size, device=logits.device) == size - 1

@@ -88,7 +88,7 @@ class TokenFunction(CapturingFunction):
     def call(self, *args: Any) -> Any:
         """Call the function. Raises FunctionError, naming the fault and the line of code, for the exceptions that torch
         and Python operations raise; all others pass through."""
-        if torch.compiler.is_compiling():  # the compiler reports what it cannot trace
+        if torch.compiler.is_dynamo_compiling():  # the compiler reports what it cannot trace
             return self.function(*args)
         try:
             return self.function(*args)

@@ -9,6 +9,7 @@ from helpers import TINY, Products, compiled_forward, random_batch, random_ids
 from training_helpers import compare_in_bfloat16, gradients, loss_of, reference_gradients, relative
 
 from llama_flex import Capture, Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, edits, fuse, masks, score, scores
+from llama_flex.engine import model_runner
 from llama_flex.engine.graphs import Graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -440,6 +441,26 @@ def test_requests_with_captures_edits_and_caches_get_what_they_get_alone(tiny_pa
                 error = (capture[site, 1] - reference[site, 1]).abs().max()
                 assert error < 1e-4 * reference[site, 1].abs().max(), site
         assert engine.scheduler.block_manager.available == engine.scheduler.block_manager.num_pages
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+def test_compiled_steps_take_over_from_recorded_uncompiled_ones(tiny_pair, name, monkeypatch):
+    """Check tokens with the compiler beside graph captures: every 128 slots are a new recording."""
+    monkeypatch.setattr(model_runner, "UNCOMPILED_STEPS", 200)
+    _, model = tiny_pair(name)
+    prompts, engine = [random_ids(5), random_ids(120)], Engine(copy.deepcopy(model).cuda(), compile="auto")
+    for sampling in (Sampling(), Sampling(temperature=0.9, top_k=40, min_p=0.01, repetition_penalty=1.1, seed=3)):
+        options = {"max_new_tokens": 300, "stop_token_ids": (), "sampling": sampling}
+        expected = [done.tokens for done in Engine(model, compile="auto").generate(prompts, **options)]
+        assert [done.tokens for done in engine.generate(prompts, **options)] == expected
+    assert sorted(engine.runner.uncompiled.steps.values()) == [200, 200]
+    assert len(engine.runner.shapes) == 1
+    texts = []
+    for _ in "ab":
+        other = Engine(copy.deepcopy(model).cuda().bfloat16(), compile="auto")
+        texts.append([done.tokens for done in other.generate(prompts, max_new_tokens=150)])
+        assert other.graphs.count == 0
+    assert texts[0] == texts[1]
 
 
 def test_scores_on_cuda_are_those_of_the_cpu(tiny_pair):

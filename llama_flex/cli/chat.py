@@ -12,7 +12,7 @@ from ..engine.output import NonFiniteLogitsError, Step
 from ..sampling import Sampling
 from .output import refuse
 from .prompts_file import Messages, UsageError
-from .session import COMPILE_FROM, Session
+from .session import Session
 
 _HELP = "/clear forgets the conversation, /exit or the end of input ends it; anything else is a message"
 
@@ -40,7 +40,7 @@ class Chat:
     def run(self) -> None:
         """Read messages, one per line, until the end of input; keep the slots of tokens already computed."""
         session, engine = self.session, self.session.engine
-        engine.compile = session.compiles(COMPILE_FROM)  # a conversation has enough replies
+        engine.compile = session.compiles
         messages: Messages = []
         memory = _Memory()
         for turn, message in enumerate(self._messages(messages)):

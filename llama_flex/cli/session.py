@@ -28,8 +28,8 @@ from .prompts_file import Job, Messages, Question, UsageError
 from .statistics import Statistics
 
 _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
-# New tokens from which `--compile auto` compiles on a GPU. Starting with the cache of compiled code takes 3 s more; a
-# token then takes 49 ms (1B) to 106 ms (8B) less on an H200: pays from 61 and 28 tokens.
+# New tokens from which `--compile auto` compiles for a batch on a GPU. Starting with the cache of compiled code takes
+# 3 s more; a token then takes 49 ms (1B) to 106 ms (8B) less on an H200: pays from 61 and 28 tokens.
 COMPILE_FROM = 32
 
 
@@ -68,7 +68,7 @@ class Session:
         if not prompts:
             self._nothing_left()
         elif live:
-            self.engine.compile = self.compiles(1)
+            self.engine.compile = self.compiles
             self._complete_live(*prompts[0])
         else:
             self._complete_all(prompts)
@@ -94,9 +94,10 @@ class Session:
             raise wrong from None
         bad_row(self.args)(wrong)
 
-    def compiles(self, batches: int) -> bool | Literal["auto"]:
-        asked, on_gpu = self.args.compile, self.engine.model.device.type == "cuda"
-        return "auto" if asked == "auto" and not (on_gpu and self.expected * batches < COMPILE_FROM) else asked == "on"
+    @property
+    def compiles(self) -> bool | Literal["auto"]:
+        """What `--compile` says."""
+        return "auto" if self.args.compile == "auto" else self.args.compile == "on"
 
     def sampling_of(self, number: int) -> Sampling:
         return with_seed(self.sampling, number)
@@ -143,10 +144,11 @@ class Session:
         each = [as_ensemble(prompt).prompts for _, prompt in prompts]
         rows = max(min(size, sum(map(len, each))), *map(len, each))
         longest = max(len(p.ids) for members in each for p in members)
+        few = model.device.type == "cuda" and self.expected * -(-len(prompts) // size) < COMPILE_FROM
         self.engine = self.statistics.engine = Engine(
             model,
             self.tokenizer,
-            compile=self.compiles(-(-len(prompts) // size)),
+            compile=False if few and self.compiles == "auto" else self.compiles,
             max_batch_size=rows,
             max_length=longest + self.expected,
             memory_fraction=args.memory_fraction,

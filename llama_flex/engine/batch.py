@@ -201,6 +201,6 @@ def _sample_next(model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kind
     if several:
         token = token[s.leader]
     if seen is not None and s.seen is not None:
-        s.seen[s.batch_slot, token] = True
+        s.seen[s.batch_slot, token] = torch.ones_like(token, dtype=torch.bool)  # a number would come from the host
     s.newest[s.batch_slot] = token
     result.copy_(torch.stack((token.double(), logprob.double(), finite)))

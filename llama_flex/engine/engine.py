@@ -57,7 +57,9 @@ class Engine:
         prefill_tokens: int | None = None,
     ) -> None:
         """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast);
-        "auto": on a GPU, but not on a CPU, where uncompiled steps of backend "dense" are as fast, from the first token.
+        "auto": not on a CPU, where uncompiled steps of backend "dense" are faster; on a GPU, but streams under the
+        package's own masks begin with such steps there too, and compiled ones take over after 2,048, so that nobody
+        waits for a compiler. Steps not compiled are recorded and replayed.
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
 
         The rest configures `submit`, before which it takes no memory. max_batch_size: the most sequences that run at a

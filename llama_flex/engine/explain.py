@@ -24,6 +24,8 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
     precision = torch.get_float32_matmul_precision()
     lines = [f"{model.dtype} on {device}; float32 products at precision {precision!r}".replace("torch.", "")]
     graphs = runner.graphs
+    if runner.uncompiled is not None and (steps := runner.uncompiled.steps.total()):
+        lines.append(f"{steps} steps not compiled, recorded, as were their prompts; attention backend 'dense'")
     if runner.compile:
         again = graphs.count - len(graphs.parts)
         lines.append(f"{len(runner.shapes)} steps compiled in {graphs.count} graphs, {again} of them again")

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar, cast
 
 from ..kernels import code_cache  # before torch's compiler
@@ -27,6 +28,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..usercode.errors import CompileError, is_data_dependent, line_of_user
 
 T = TypeVar("T")
+# What runs for the first time may synchronise with the device, which a thread must not while another captures a graph.
+_capturing = threading.RLock()
 # Raised by Inductor for operations that it cannot generate code for, in a step or in a mask.
 _BEYOND_IT = (OperatorIssue, SubgraphLoweringException, NotImplementedError)
 
@@ -140,11 +143,14 @@ class Graphs:
         return torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
 
     def _backend(self, graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        code = inductor(graph, inputs)
+        code, ran = inductor(graph, inputs), False
         self.count += 1
 
         def call(*inputs: Tensor) -> Sequence[Tensor]:
-            outputs = code(*inputs)
+            nonlocal ran
+            with nullcontext() if ran else _capturing:
+                outputs = code(*inputs)
+            ran = True
             if self._recording.calls is not None:
                 self._recording.calls.append(_Call(code, inputs, outputs))
             return outputs
@@ -221,7 +227,7 @@ def _why(error: Exception) -> str:
 def _cuda_graph(step: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], T]]:
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads, which submit requests, may allocate memory meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _capturing, torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = step()
 
     def replay() -> T:

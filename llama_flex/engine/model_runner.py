@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -21,8 +22,13 @@ from .graphs import Graphs, compiles_for
 
 T = TypeVar("T")
 # What compile="auto" means. On a CPU the dense kernels of `kernels.cpu` need no compiling, and are faster than
-# Inductor's FlexAttention; on a GPU uncompiled steps take several times as long.
+# Inductor's FlexAttention. On a GPU compiled steps take half the time of uncompiled ones, but compiling takes 7 s if
+# the code is cached, else 25 s, in which uncompiled steps give 900 to 3,300 tokens (8B, H200).
 COMPILES_BY_ITSELF = {"cpu": False, "cuda": True}
+# So there streams begin with uncompiled steps, recorded and replayed: prompts of up to so many tokens in all, as dense
+# attention takes memory for each pair of tokens, and so many decode steps of a shape. A rule and not a clock, because
+# what is compiled rounds differently in 16 bits.
+UNCOMPILED_STEPS, UNCOMPILED_PROMPTS = 2048, 8192
 
 
 class LastRun(NamedTuple):
@@ -42,12 +48,16 @@ class ModelRunner:
     """The runner of a model's steps, which holds the compiled ones.
 
     backend: of attention. graphs: the compiled parts. shapes: those of compiled steps, as (rows, tokens, slots, ...).
-    last: the last run.
+    last: the last run. uncompiled: the runner of the first steps where "auto" compiles; steps: how many of each shape
+    it has run; compiling: functions that wait for the compilation of a shape.
     """
 
     def __init__(self, model: Llama, *, compile: bool | Literal["auto"] = False, backend: Backend = "flex") -> None:
         check_choice("backend", backend, get_args(Backend))
         self.model, self._backend = model, backend
+        self.uncompiled: ModelRunner | None = None
+        self.steps: Counter[Hashable] = Counter()
+        self.compiling: dict[Hashable, Callable[[], None]] = {}
         self.compile = compile
         self.graphs = Graphs()
         self.shapes: set[tuple[Any, ...]] = set()
@@ -72,11 +82,28 @@ class ModelRunner:
                 "compile: compile=False, --compile off"
             )
         self._compile = on
+        if not (on and self._auto):
+            self.uncompiled = None
+        elif self.uncompiled is None:
+            self.uncompiled = ModelRunner(self.model)
+            self.uncompiled._auto = True
 
     @property
     def backend(self) -> Backend:
         """The backend of attention: the one asked for, but "dense" where "auto" does not compile."""
         return "dense" if self._auto and not self._compile else self._backend
+
+    def for_prompts(self, plan: AttentionPlan, tokens: int, probes: Mapping[int, Probe]) -> ModelRunner:
+        """Return the runner with which a stream of prompts of so many tokens begins: where "auto" compiles, the
+        uncompiled one, if it can replay the stream's steps."""
+        first = self.uncompiled
+        if first is None or tokens > UNCOMPILED_PROMPTS or self.model.rotary.limit is not None:
+            return self  # frequencies that depend on the length are made of numbers on the host
+        return first if first.replays(plan, probes) else self
+
+    def steps_left(self, shape: Hashable) -> int:
+        """Return how many more decode steps of a shape are uncompiled, where "auto" compiles."""
+        return UNCOMPILED_STEPS - self.steps[shape]
 
     def replays(self, plan: AttentionPlan, probes: Mapping[int, Probe] | None = None) -> bool:
         """Return whether steps are recorded and replayed: compiled ones, and with "auto" uncompiled ones, unless they

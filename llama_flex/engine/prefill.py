@@ -38,7 +38,7 @@ def prefill(
     If any token sees one of a later chunk, all are computed in one chunk. Shorter rows are padded at the end.
     """
     device = runner.model.device
-    sizes = CHUNKS[device.type]
+    sizes = CHUNKS[device.type][-2 if runner.backend == "dense" else 0 :]  # a dense chunk takes memory for each slot
     longest = max(row.shape[1] for row in rows)
     whole = 1 << (-(-longest // sizes[-1]) * sizes[-1] - 1).bit_length()
     width = max(whole, longest + 2 * sizes[-1])  # if chunks are split, the last one reaches further

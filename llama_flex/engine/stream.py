@@ -11,8 +11,9 @@ from torch import Tensor
 from ..cache import Cache
 from ..interp.hook_points import Captured
 from ..tokens import Tokens
+from .ahead import CompileAhead
 from .batch import Batch, PendingOutput, kinds_of
-from .model_runner import LastRun, ModelRunner
+from .model_runner import LastRun, ModelRunner, RecordedSteps
 from .paged_cache import PagedRows, RowCache
 from .prefill import newest_outputs, prefill
 from .request import Request
@@ -29,13 +30,14 @@ class Stream(Batch):
         """The sequences' tokens that are computed already must be in the cache. Raises ValueError as
         `Llama.probes` does."""
         first, rows = requests[0], [(request, sequence) for request in requests for sequence in request.sequences]
-        super().__init__(runner, len(rows))
-        self.requests, self.rows, self.cache = requests, dict(enumerate(rows)), cache
         self.plan, self.captures = first.spec.plan, first.captures
-        self.probes = self.model.probes(self.captures, first.edits, len(rows), stepwise=True)
+        self.probes = runner.model.probes(self.captures, first.edits, len(rows), stepwise=True)
+        self._decoding, tokens = runner, sum(sequence.num_tokens for _, sequence in rows)
+        contiguous = isinstance(cache, Cache)  # pages are gathered, all that a sequence may have
+        super().__init__(runner.for_prompts(self.plan, tokens, self.probes) if contiguous else runner, len(rows))
+        self.requests, self.rows, self.cache = requests, dict(enumerate(rows)), cache
         self.ahead = self.model.device.type == "cuda" and first.cache is None and not self.captures
         self.kinds = kinds_of(requests)
-        self._replays = runner.replays(self.plan, self.probes)
         for row, (request, sequence) in self.rows.items():
             sequence.batch_slot = row
             self.assign_batch_slot(request, sequence)
@@ -59,7 +61,7 @@ class Stream(Batch):
         Raises ValueError if the model's dtype or device has changed, since the cached keys and values have not.
         """
         made_for = self.model.device, self.model.dtype
-        self.runner.last = LastRun(self.plan, _tokens_of(self.cache))
+        self._decoding.last = LastRun(self.plan, _tokens_of(self.cache))
         for n, left in enumerate(pieces := self._pieces(), start=1):
             chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures)
             for x in newest_outputs(left, chunks):
@@ -69,7 +71,23 @@ class Stream(Batch):
             if now != made_for:
                 was, is_ = (f"{dtype} on {device}" for device, dtype in (made_for, now))
                 raise ValueError(f"the model changed from {was} to {is_} during a stream; start a new stream")
+            if self.runner is not self._decoding:
+                self._count_uncompiled()
             yield self._next()
+
+    def _count_uncompiled(self) -> None:
+        """Count an uncompiled step; compile ahead if a text may go beyond the last one, and after that take over."""
+        first, cache = self.runner, self.cache
+        shape = len(self.rows), cache.max_length, self.plan.structure, self.kinds
+        if left := first.steps_left(shape):
+            new = max(request.output_processor.limit - request.num_scheduled for request in self.requests)
+            if new > left and shape not in first.compiling and isinstance(cache, Cache) and cache.window is None:
+                ahead = CompileAhead(self._decoding, self.plan, cache, self.kinds, penalised=self._seen is not None)
+                first.compiling[shape] = ahead.finish
+            first.steps[shape] += 1
+            return
+        first.compiling.get(shape, lambda: None)()
+        self.runner, self.recorded = self._decoding, RecordedSteps(self._decoding)
 
     def _pieces(self) -> list[list[np.ndarray]]:
         """Return the tokens of each row that are not computed yet, in pieces that are prefilled one after the other.
@@ -106,7 +124,8 @@ class Stream(Batch):
             return captured
 
         with self.cache.appending(1):
-            captured = self.recorded.run(self._key(), step, replays=self._replays, memory=self.cache.layers)
+            replays = self.runner.replays(self.plan, self.probes)
+            captured = self.recorded.run(self._key(), step, replays=replays, memory=self.cache.layers)
             for each in self.captures:
                 assert captured is not None
                 each.add(captured, self.plan, self.cache)

@@ -164,7 +164,7 @@ class Newest(NamedTuple):
     ) -> Newest | None:
         """Return them for the tokens of a step, or None if the kernels are not for it: they are for uncompiled steps on
         a CPU without gradients. rotary, slots: packed, if the tokens are."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or slots.device.type != "cpu":
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or slots.device.type != "cpu":
             return None
         if rotary[0].dtype != torch.float32:
             return None

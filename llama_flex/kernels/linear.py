@@ -48,10 +48,10 @@ def can_fuse(
         if other.dtype != x.dtype or other.device != x.device or (shape is not None and other.shape != shape):
             return False
     if x.is_cuda:
-        return rows == 1 and torch.compiler.is_compiling() and x.dtype != torch.float64
+        return rows == 1 and torch.compiler.is_dynamo_compiling() and x.dtype != torch.float64
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
-    return x.dtype in cpu.loaded if torch.compiler.is_compiling() else cpu.load(x.dtype)
+    return x.dtype in cpu.loaded if torch.compiler.is_dynamo_compiling() else cpu.load(x.dtype)
 
 
 def fused_linear(
@@ -74,8 +74,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
     if not x.is_cuda and can_fuse(x, weight, bias):
         return fused_linear(x, weight, bias)
-    rows = x.shape[:-1].numel()
-    if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not torch.compiler.is_compiling():
+    rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
+    if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
         return nn.functional.linear(x, weight, bias)
     # On the CPU, torch reads 16-bit weights 1.5 times as fast if they are the left operand.
     y = torch.mm(weight, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])

@@ -63,7 +63,7 @@ def classify_blocks(allows: Predicate, q: Tokens, kv: Tokens, num_heads: int) ->
     kinds = []
     at_once = max(1, _CELLS_AT_ONCE // (b * len(slots) * rows_per_block)) * rows_per_block
     # Compiled, cells are never materialised.
-    for part in [rows] if torch.compiler.is_compiling() else rows.split(at_once):
+    for part in [rows] if torch.compiler.is_dynamo_compiling() else rows.split(at_once):
         cells = evaluate_cells(allows, q, kv, num_heads, part, slots)
         blocks = cells.reshape(*cells.shape[:2], -1, rows_per_block, len(slots) // BLOCK, BLOCK)
         padding = (q.index[:, part] < 0).reshape(len(q.index), 1, -1, rows_per_block, 1)

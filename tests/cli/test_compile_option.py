@@ -12,8 +12,8 @@ from torch.torch_version import TorchVersion
 
 from llama_flex import Sampling
 from llama_flex.cli.session import COMPILE_FROM
+from llama_flex.engine import model_runner
 from llama_flex.engine.graphs import Graphs
-from llama_flex.engine.model_runner import COMPILES_BY_ITSELF
 
 # A compiler for a Python whose headers are not installed.
 FAKE_COMPILER = """#!/bin/sh
@@ -49,7 +49,8 @@ def no_compiler(monkeypatch):
     as a damaged file does."""
 
     def after(count: int = 0) -> None:
-        monkeypatch.setitem(COMPILES_BY_ITSELF, "cpu", True)
+        monkeypatch.setitem(model_runner.COMPILES_BY_ITSELF, "cpu", True)
+        monkeypatch.setattr(model_runner, "UNCOMPILED_PROMPTS", 0)
         compiled = Graphs._compiled
 
         def failing(self, function):

@@ -35,6 +35,16 @@ def test_three_graphs_serve_prompts_of_every_length_and_give_the_eager_tokens(ti
 @pytest.mark.parametrize("rolling", few([False], [True]))
 @pytest.mark.parametrize("operation", few(["evict"], ["fork", "reorder", "truncate"]))
 def test_a_compiled_stream_follows_what_happens_to_its_cache(tiny, operation, rolling):
+    check_a_stream_follows_its_cache(tiny, operation, rolling, compile=True)
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("operation", ["evict", "fork", "reorder", "truncate"])
+def test_an_uncompiled_stream_follows_what_happens_to_its_cache(tiny, operation, rolling):
+    check_a_stream_follows_its_cache(tiny, operation, rolling, compile="auto")
+
+
+def check_a_stream_follows_its_cache(tiny, operation, rolling, compile):
     """Check that a step is not replayed on the memory it was recorded on once the cache has moved to other memory."""
     prompts, forks, ends = [random_ids(40, 31), random_ids(9, 31)], [], []
 
@@ -57,7 +67,7 @@ def test_a_compiled_stream_follows_what_happens_to_its_cache(tiny, operation, ro
         ends.append((cache.tokens.index.amax(1).tolist(), cache.rolled_out.tolist()))
         return tokens
 
-    found, expected = generated(Engine(tiny, compile=True)), generated(Engine(tiny))
+    found, expected = generated(Engine(tiny, compile=compile)), generated(Engine(tiny))
     assert found == expected
     assert ends[0] == ends[1]
     if forks:  # they hold what the cache held then

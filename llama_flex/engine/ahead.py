@@ -1,0 +1,74 @@
+"""Compile decode steps in a thread, while a stream goes on with uncompiled ones."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import sys
+import threading
+
+import torch
+
+from ..cache import Cache
+from ..masks.plan import AttentionPlan
+from ..usercode.errors import CompileError
+from .batch import Batch, Kinds
+from .model_runner import ModelRunner
+
+# Seconds for which a thread may keep Python while another waits for it: the compiler does not give it up by itself,
+# and a token needs it several times.
+_SWITCH_INTERVAL = 0.0005
+_compiling = threading.Lock()
+
+
+class CompileAhead(Batch):
+    """The compilation of decode steps in a thread of their own: it runs one, on memory of its own."""
+
+    def __init__(self, runner: ModelRunner, plan: AttentionPlan, cache: Cache, kinds: Kinds, penalised: bool) -> None:
+        """Begin. cache: of the size that the steps will have. penalised: whether there is a repetition penalty."""
+        super().__init__(runner, cache.batch_size)
+        self._plan, self._slots, self._kinds, self._penalised = plan, cache.max_length, kinds, penalised
+        self._thread = threading.Thread(target=self._compile, name="llama_flex compiles ahead", daemon=True)
+        self._thread.start()
+        atexit.register(self._abandon)
+
+    def finish(self) -> None:
+        """Wait for the compiler."""
+        self._thread.join()
+
+    def _abandon(self) -> None:
+        """Leave the compiler at its next line of Python: a thread that still runs aborts an interpreter that ends."""
+        if self._thread.is_alive():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
+            )
+            self._thread.join()
+
+    @torch.no_grad()
+    def _compile(self) -> None:
+        device = self.model.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Whoever runs such a step next meets an error of the compiler, or has the memory.
+        with _compiling, torch.cuda.stream(stream), contextlib.suppress(CompileError, torch.OutOfMemoryError):
+            interval = sys.getswitchinterval()
+            sys.setswitchinterval(_SWITCH_INTERVAL)
+            try:
+                self._step()
+            finally:
+                sys.setswitchinterval(interval)
+                if stream is not None:
+                    stream.synchronize()
+                atexit.unregister(self._abandon)
+
+    def _step(self) -> None:
+        rows, cache = self.batch_slots, self.model.new_cache(self.batch_slots, self._slots)
+        if self._penalised:
+            shape = rows + 1, self.model.dims.vocab_size
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
+        buffers = self._new_buffers(rows, {"count": (torch.int32, (rows,))})
+        ids, positions, segments = self._newest_tokens(buffers)
+        count = buffers.inputs.on_device["count"]
+        with cache.appending(1):
+            x, _ = self.runner.step(ids, count, positions, segments, self._plan, cache)
+            self._sample(x, buffers, self._kinds)
