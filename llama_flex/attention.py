@@ -18,7 +18,6 @@ from .kernels.flex_attention import eager_errors, kernel_options, padded_group
 from .masks.block_mask import BlockLists, list_pages
 from .masks.layout import PackedRows, PageTable
 from .masks.plan import LayerAttention
-from .masks.scores import ScoreMod
 from .rope import Rotary
 from .tokens import Tokens
 
@@ -101,7 +100,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         k, v, pages = pages.gather(k), pages.gather(v), None
     if not isinstance(visible, BlockLists):
         return _grouped_matmul(attention_weights(q, k, metadata), v).to(q.dtype)
-    if not q.is_cuda and _wants_gradients(q, k, v, attention.score_mod):
+    scored = attention.score_mod
+    wants_gradients = q.requires_grad or k.requires_grad or v.requires_grad
+    if scored is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
+        wants_gradients |= scored.requires_grad()  # compiled code cannot search a function
+    if not q.is_cuda and wants_gradients:
         raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -109,7 +112,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     padded = padded_group(group) if q.is_cuda and q.shape[2] == 1 and visible.kv_num_blocks.shape[1] == 1 else group
     if padded != group:
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
-    scored = attention.score_mod
     score_mod = None if scored is None else scored.score_mod(metadata.q, metadata.kv, pages, group, padded)
     with nullcontext() if torch.compiler.is_dynamo_compiling() else eager_errors(attention.described):
         out = flex_attention(
@@ -143,11 +145,3 @@ def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: 
 def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:
     """Multiply each head's matrix of x `[B, H, T, N]` by that of its group in y `[B, K, N, M]`, in x's dtype."""
     return (x.unflatten(1, (y.shape[1], -1)).flatten(2, 3) @ y.to(x.dtype)).unflatten(2, (-1, x.shape[2])).flatten(1, 2)
-
-
-def _wants_gradients(q: Tensor, k: Tensor, v: Tensor, score_mod: ScoreMod | None) -> bool:
-    if q.requires_grad or k.requires_grad or v.requires_grad:
-        return True
-    if score_mod is None or not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
-        return False  # compiled code cannot search a function
-    return score_mod.requires_grad()

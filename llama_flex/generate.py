@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .cli import arguments, prompts_file
-from .cli.output import Output, refuse
+from .cli.output import Output, leave, refuse
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -80,12 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run() -> None:
-    """Run the command line and exit, at once even if a thread still compiles."""
-    code = main()
-    if any(thread.daemon and thread.name.startswith("llama_flex") for thread in threading.enumerate()):
-        os._exit(code)  # the interpreter would wait for it; all output is flushed
-    sys.exit(code)
+def run() -> NoReturn:
+    """Run the command line and exit."""
+    leave(main())
 
 
 if __name__ == "__main__":

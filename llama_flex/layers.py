@@ -8,7 +8,6 @@ V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,8 @@ from .cache import write_kv
 from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
+from .kernels.cpu import KV
 from .rope import apply_rotary_emb
-
-KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
 
 
 class RMSNorm(nn.Module):
@@ -32,6 +30,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if (y := cpu.normalise(x, self.weight, self.eps)) is not None:
+            return y
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
@@ -86,7 +86,7 @@ def apply_linear(
     y = module(x if norm is None else norm(x))
     if gated:
         gate, up = y.chunk(2, dim=-1)
-        y = nn.functional.silu(gate) * up
+        y = nn.functional.silu(gate) * up if (z := cpu.swiglu(y)) is None else z
     return y if residual is None else residual + y
 
 
@@ -174,7 +174,6 @@ class Block(nn.Module):
         attention, mlp = self.attention, self.mlp
         if newest is None or not _are_plain(attention, mlp):
             return None
-        # The dictionaries are ten times as fast as attributes.
         norm, q_norm, k_norm, qkv, o = map(attention._modules.get, ("norm", "q_norm", "k_norm", "qkv", "o"))
         mlp_norm, gate_up, down = map(mlp._modules.get, ("norm", "gate_up", "down"))
         norms, products = (norm, mlp_norm, q_norm, k_norm), (qkv, o, gate_up, down)

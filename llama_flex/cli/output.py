@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from .prompts_file import UsageError
 
@@ -13,6 +15,13 @@ def refuse(error: Exception) -> int:
     """Print an error that the user can fix, in one line; return the exit code for it."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return 2
+
+
+def leave(code: int) -> NoReturn:
+    """Exit, at once even if a thread still compiles, for which the interpreter would wait; all output is flushed."""
+    if any(thread.daemon and thread.name.startswith("llama_flex") for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)
 
 
 class Output:

@@ -1,7 +1,7 @@
-// Three kernels for the CPU. `few_rows`: the product of a few rows with a weight matrix, which is read once, y = residual +
+// Kernels for the CPU. `few_rows`: the product of a few rows with a weight matrix, which is read once, y = residual +
 // W norm(x) + bias, or SwiGLU of it. `attend_newest`: rotate the queries and keys of each row's newest tokens, store keys
 // and values in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots. `run_block`: a
-// whole layer for few rows, made of these two.
+// whole layer for few rows, made of these two. `normalise` and `swiglu`: what stands around products of many rows.
 //
 // Built by `build.py`, for one dtype at a time (NUMBERS, one of the structures below), and without torch's headers, which
 // take longer to compile than all of this: what it needs of torch's stable C interface
@@ -267,6 +267,10 @@ static void widen_row(const void* x, int64_t k, float* y) {
   for (int64_t i = 0; i < k; i++) y[i] = Numbers::widen_one(((const Stored*)x)[i]);
 }
 
+static void round_row(const float* x, int64_t k, Stored* y) {
+  for (int64_t i = 0; i < k; i++) y[i] = Numbers::round(x[i]);
+}
+
 static void normalise(float* x, const void* norm, int64_t k, double eps) {
   Vector sums = {};
   int64_t i = 0;
@@ -291,6 +295,50 @@ static void multiply(Product p, const void* x, const void* norm, double eps) {
   p.x = rows.data;
   int64_t bytes = BLOCK * p.k * sizeof(Stored) * (1 + p.gated);
   torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part, &p);  // a thread is worth 64 KiB
+}
+
+// e to the power x, for x <= 0 (Cephes' expf; relative error < 2e-7).
+static Vector exp(Vector x) {
+  x = x < -87.f ? Vector{} - 87.f : x;  // NaN stays NaN
+  Vector n = (x * 1.44269504f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  y = ((((y * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1.f;
+  return y * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+struct Rows {
+  const Stored* x;
+  const void* norm;
+  Stored* y;
+  int64_t k;  // of y
+  double eps;
+};
+
+static void normalise_rows(int64_t begin, int64_t end, void* context) {
+  const Rows& p = *(const Rows*)context;
+  Buffer<float> row(p.k);
+  for (int64_t at = begin; at < end; at++) {
+    widen_row(p.x + at * p.k, p.k, row.data);
+    normalise(row.data, p.norm, p.k, p.eps);
+    round_row(row.data, p.k, p.y + at * p.k);
+  }
+}
+
+static void swiglu_rows(int64_t begin, int64_t end, void* context) {
+  const Rows& p = *(const Rows*)context;
+  Buffer<float> row(2 * p.k);
+  for (int64_t at = begin; at < end; at++) {
+    float *gate = row.data, *up = gate + p.k;
+    widen_row(p.x + at * 2 * p.k, 2 * p.k, gate);
+    int64_t i = 0;
+    for (; i + LANES <= p.k; i += LANES) {
+      Vector x = load<Vector>(gate + i), power = exp(x < 0 ? x : -x);
+      Vector y = x * (x < 0 ? power : Vector{} + 1.f) / (power + 1.f) * load<Vector>(up + i);
+      memcpy(gate + i, &y, sizeof y);
+    }
+    for (; i < p.k; i++) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    round_row(gate, p.k, p.y + at * p.k);
+  }
 }
 
 constexpr int PART = 128;   // slots of a row that are attended to at a time; a page
@@ -347,15 +395,6 @@ struct Attention {
     return (((pages ? 0 : b) * kv_heads + kv_head) * held_slots + slot) * dim;
   }
 };
-
-// e to the power x, for x <= 0 (Cephes' expf; relative error < 2e-7).
-static Vector exp(Vector x) {
-  x = x < -87.f ? Vector{} - 87.f : x;  // NaN stays NaN
-  Vector n = (x * 1.44269504f + 12582912.f) - 12582912.f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector y = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  y = ((((y * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 5.0000001201e-1f) * r * r + r + 1.f;
-  return y * (Vector)((__builtin_convertvector(n, Ints) + 127) << 23);
-}
 
 // Turn PART scores, of which the first n count if seen, into weights relative to the greatest score, which is returned;
 // `before` is the greatest one of earlier parts, and `sum` that of their weights, to which these are added.
@@ -702,6 +741,27 @@ static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
   stack[0] = (uint64_t)y;
 }
 
+// normalise(Tensor x, Tensor norm, float eps) -> Tensor, swiglu(Tensor x, Tensor unused, float unused) -> Tensor
+// x [..., K] or [..., 2 K], of up to 8 dimensions, norm [K] -> [..., K]; all of them contiguous.
+template <void (*RUN)(int64_t, int64_t, void*), int HALVES>
+static void each_row(uint64_t* stack, uint64_t, uint64_t) {
+  Arguments<2> given(stack);
+  int64_t dim, sizes[8], strides[8], numel = 1;
+  aoti_torch_get_dim(given.tensors[0], &dim);
+  for (int64_t i = dim - 1; i >= 0; numel *= sizes[i--]) {
+    sizes[i] = given.size(0, i) / (i == dim - 1 ? HALVES : 1);
+    strides[i] = numel;
+  }
+  Tensor y;
+  void* data;
+  aoti_torch_empty_strided(dim, sizes, strides, given.dtype(0), 0, 0, &y);
+  aoti_torch_get_data_ptr(y, &data);
+  int64_t k = sizes[dim - 1];
+  Rows rows = {(const Stored*)given.data[0], given.data[1], (Stored*)data, k, load<double>(&stack[2])};
+  torch_parallel_for(0, k ? numel / k : 0, 1 + 16384 / (k + 1), RUN, &rows);
+  stack[0] = (uint64_t)y;
+}
+
 // run_block(Tensor x, Tensor norm, Tensor mlp_norm, Tensor q_norm, Tensor k_norm, Tensor qkv, Tensor o, Tensor gate_up,
 //   Tensor down, Tensor qkv_bias, Tensor o_bias, Tensor gate_up_bias, Tensor down_bias, and from cos on as attend_newest,
 //   float eps, float mlp_eps, float q_eps, float k_eps, int given, bool paged) -> Tensor
@@ -763,6 +823,8 @@ extern "C" int32_t register_kernels() {
   int32_t error = aoti_torch_library_init_impl("llama_flex", "CPU", "cpu.cpp", 0, &library);
   if (!error) error = aoti_torch_library_impl(library, "few_rows_" NAME, few_rows);
   if (!error) error = aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
+  if (!error) error = aoti_torch_library_impl(library, "normalise_" NAME, each_row<normalise_rows, 1>);
+  if (!error) error = aoti_torch_library_impl(library, "swiglu_" NAME, each_row<swiglu_rows, 2>);
   return error ? error : aoti_torch_library_impl(library, "run_block_" NAME, run_block);
 }
 

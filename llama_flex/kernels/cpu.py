@@ -43,10 +43,12 @@ class _Ops(NamedTuple):
     few_rows: OpOverload
     attend_newest: OpOverload
     run_block: OpOverload
+    normalise: OpOverload
+    swiglu: OpOverload
 
 
 def _define(dtype: torch.dtype) -> _Ops:
-    product, attention, block = (f"{name}_{_name(dtype)}" for name in _Ops._fields)
+    product, attention, block, *rows = names = [f"{name}_{_name(dtype)}" for name in _Ops._fields]
     ops.define(
         f"{product}(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor"
     )
@@ -59,7 +61,9 @@ def _define(dtype: torch.dtype) -> _Ops:
     tensors = ", ".join(f"Tensor {name}" for name in ("x", *_WEIGHTS, *_BIASES))
     eps = "float eps, float mlp_eps, float q_eps, float k_eps"
     ops.define(f"{block}({tensors}, {_ATTENTION}, {eps}, int given, bool paged) -> Tensor")
-    return _Ops(*(getattr(torch.ops.llama_flex, name).default for name in (product, attention, block)))
+    for each in rows:
+        ops.define(f"{each}(Tensor x, Tensor norm, float eps) -> Tensor")
+    return _Ops(*(getattr(torch.ops.llama_flex, name).default for name in names))
 
 
 _OPS = {dtype: _define(dtype) for dtype in DTYPES}
@@ -129,7 +133,30 @@ def few_rows(
     return _OPS[x.dtype].few_rows(x, weight, *given, eps, parts)
 
 
-KV: TypeAlias = tuple[Tensor, Tensor]  # keys and values
+def _takes_rows(x: Tensor) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or x.device.type != "cpu":
+        return False
+    # float16 is widened number by number, which takes longer than torch's operations.
+    return x.dtype in (torch.float32, torch.bfloat16) and 0 < x.dim() <= 8 and load(x.dtype)
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """Compute `layers.RMSNorm` of x `[..., E]`, or return None if it cannot: it is for uncompiled steps on a CPU,
+    without gradients, in float32 and bfloat16."""
+    if not _takes_rows(x) or weight.dtype != x.dtype or weight.shape != x.shape[-1:] or weight.device != x.device:
+        return None
+    return _OPS[x.dtype].normalise(x.contiguous(), weight.contiguous(), eps)
+
+
+def swiglu(x: Tensor) -> Tensor | None:
+    """Return SwiGLU of the halves of x `[..., 2 F]`, `[..., F]`, or None where `normalise` would."""
+    if not _takes_rows(x) or x.shape[-1] % 2:
+        return None
+    x = x.contiguous()
+    return _OPS[x.dtype].swiglu(x, x, 0.0)
+
+
+KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
 
 
 class Packed(Protocol):

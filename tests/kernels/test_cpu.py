@@ -30,7 +30,7 @@ CHECK = """
 import torch
 from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
-from test_cpu import check_attention, check_block, check_product
+from test_cpu import check_attention, check_block, check_product, check_rows
 torch.set_grad_enabled(False)
 assert all(map(kernel.load, kernel.DTYPES)) and torch.backends.cpu.get_cpu_capability() == {capability!r}
 for n, dtype in enumerate(kernel.DTYPES):
@@ -40,6 +40,8 @@ for n, dtype in enumerate(kernel.DTYPES):
             check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows)
     for t, paged in ((1, False), (1, True), (45, False), (7, True)):
         check_attention(dtype, 2, t, 3, 2, 80, 300, paged, by_head=paged, seed=t)
+    if dtype != torch.float16:
+        check_rows(dtype, (3, 5, 83), n)
     for b, t in ((1, 1), (3, 1), (2, 7)):
         check_block(dtype, b, t, 3, 2, 80, 200, paged=b == 3, biased=t == 1, head_norms=b != 1, seed=t)
 """
@@ -128,6 +130,57 @@ def test_nan_and_infinity_reach_the_rows_that_have_them_and_no_others(dtype):
     y = kernel.few_rows(x, weight, None)
     assert y.isnan().tolist() == [[n == 1] * 6 for n in range(4)]
     assert y.isinf().tolist() == [[n == 2] * 6 for n in range(4)]
+
+
+def check_rows(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
+    """Compare RMSNorm and SwiGLU with float64: float32's error, and one rounding."""
+    draws = torch.Generator().manual_seed(seed)
+    x, weight = (8 * torch.randn(size, generator=draws).to(dtype) for size in (shape, shape[-1:]))
+    both = 8 * torch.randn(*shape[:-1], 2 * shape[-1], generator=draws).to(dtype)
+    wide = x.double()
+    exact = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    gate, up = both.double().chunk(2, -1)
+    for found, truth in (
+        (kernel.normalise(x, weight, 1e-5), exact),
+        (kernel.swiglu(both), torch.nn.functional.silu(gate) * up),
+    ):
+        assert found.dtype == dtype
+        assert found.shape == truth.shape
+        bound = (torch.finfo(dtype).eps + 1e-6) * truth.abs() + 1e-30
+        assert ((found.double() - truth).abs() <= bound).all()
+
+
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    shape=st.lists(st.integers(1, 70), min_size=1, max_size=4).map(tuple),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_norm_and_swiglu_of_any_shape_are_those_of_float64(dtype, shape, seed):
+    check_rows(dtype, shape, seed)
+
+
+@torch.no_grad()
+def test_norm_and_swiglu_keep_what_is_not_finite_and_leave_the_rest_to_torch(monkeypatch):
+    x = torch.ones(3, 40)
+    x[0, 1], x[1, 20] = torch.nan, torch.inf
+    assert kernel.swiglu(x).isfinite().logical_not().sum(-1).tolist() == [1, 1, 0]
+    assert kernel.normalise(x, torch.ones(40), 0.0).isnan().any(-1).tolist() == [True, True, False]
+    assert kernel.swiglu(torch.ones(2, 0)).shape == (2, 0)
+    strided = torch.randn(6, 4).T
+    assert torch.equal(kernel.swiglu(strided), kernel.swiglu(strided.contiguous()))
+    for other in (x.half(), x.double(), x.to("meta")):
+        assert kernel.swiglu(other) is None
+        assert kernel.normalise(other, torch.ones(40, dtype=other.dtype), 0.0) is None
+    for weight in (torch.ones(40).double(), torch.ones(1), torch.ones(40, device="meta")):
+        assert kernel.normalise(x, weight, 0.0) is None
+    with torch.enable_grad():
+        assert kernel.swiglu(x) is None
+    exact = kernel.swiglu
+    monkeypatch.setattr(kernel, "swiglu", lambda x: exact(x.roll(1, -1)))
+    with pytest.raises(AssertionError):
+        check_rows(torch.float32, (2, 6), 0)
 
 
 def check_attention(
