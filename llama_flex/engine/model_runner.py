@@ -28,7 +28,7 @@ COMPILES_BY_ITSELF = {"cpu": False, "cuda": True}
 # So there streams begin with uncompiled steps, recorded and replayed: prompts of up to so many tokens in all, as dense
 # attention takes memory for each pair of tokens, and so many decode steps of a shape. A rule and not a clock, because
 # what is compiled rounds differently in 16 bits.
-UNCOMPILED_STEPS, UNCOMPILED_PROMPTS = 2048, 8192
+UNCOMPILED_STEPS, UNCOMPILED_PROMPTS = 2048, 4096
 
 
 class LastRun(NamedTuple):
