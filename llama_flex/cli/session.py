@@ -96,7 +96,7 @@ class Session:
 
     @property
     def compiles(self) -> bool | Literal["auto"]:
-        """What `--compile` says."""
+        """The value of `--compile`, as `Engine` takes it."""
         return "auto" if self.args.compile == "auto" else self.args.compile == "on"
 
     def sampling_of(self, number: int) -> Sampling:

@@ -29,9 +29,10 @@ class CompileAhead(Batch):
         """Begin. cache: of the size that the steps will have. penalised: whether there is a repetition penalty."""
         super().__init__(runner, cache.batch_size)
         self._plan, self._slots, self._kinds, self._penalised = plan, cache.max_length, kinds, penalised
+        self._bytes = sum(x.nbytes for layer in cache.layers for x in layer)
         self._thread = threading.Thread(target=self._compile, name="llama_flex compiles ahead", daemon=True)
-        self._thread.start()
         atexit.register(self._abandon)
+        self._thread.start()
 
     def finish(self) -> None:
         """Wait for the compiler."""
@@ -49,6 +50,8 @@ class CompileAhead(Batch):
     def _compile(self) -> None:
         device = self.model.device
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if stream is not None and self._bytes > torch.cuda.mem_get_info(device)[0] // 2:
+            return  # the text needs memory, too
         # Whoever runs such a step next meets an error of the compiler, or has the memory.
         with _compiling, torch.cuda.stream(stream), contextlib.suppress(CompileError, torch.OutOfMemoryError):
             interval = sys.getswitchinterval()

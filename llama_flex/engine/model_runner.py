@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import Backend
 from ..interp.hook_points import Captured, Probe
@@ -99,7 +99,7 @@ class ModelRunner:
         first = self.uncompiled
         if first is None or tokens > UNCOMPILED_PROMPTS or self.model.rotary.limit is not None:
             return self  # frequencies that depend on the length are made of numbers on the host
-        return first if first.replays(plan, probes) else self
+        return first if first.replays(plan, probes) and first.has_own_modules() else self
 
     def steps_left(self, shape: Hashable) -> int:
         """Return how many more decode steps of a shape are uncompiled, where "auto" compiles."""
@@ -109,6 +109,16 @@ class ModelRunner:
         """Return whether steps are recorded and replayed: compiled ones, and with "auto" uncompiled ones, unless they
         run a user's functions, which may read values of tensors, or do anything else."""
         return self._compile or (self._auto and plan.is_own and not probes)
+
+    def has_own_modules(self) -> bool:
+        """Return whether the model consists of this package's modules, without hooks: a user's module or hook may do
+        anything else in every step."""
+        package = __package__.partition(".")[0]
+        return all(
+            (type(module).__module__.partition(".")[0] == package or type(module) in (nn.Embedding, nn.ModuleList))
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            for module in self.model.modules()
+        )
 
     def record(self, step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
         """Run a step while recording it; return its result and a replay function; see `Graphs.record`."""
@@ -165,6 +175,8 @@ class RecordedSteps:
         recorded_on, replay = self._replays.get(key, (None, None))
         if replay is not None and recorded_on is memory:
             return cast(T, replay())
+        if not self._runner.compile and not self._runner.has_own_modules():
+            return step()
         self._replays.pop(key, None)  # free the old recording before the new one allocates
         replay = None
         result, again = self._runner.record(step)

@@ -26,7 +26,7 @@ from . import build
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # each has a library of its own
 BIAS, NORM, RESIDUAL, GATED = 1, 2, 4, 8  # the parts of a product besides x and weight
-_ATTENTION = (  # what attention needs to know besides the queries, keys and values of new tokens
+_ATTENTION = (  # a `Newest`, with a cache
     "Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor visible, Tensor page_table"
 )
 _WEIGHTS = "norm", "mlp_norm", "q_norm", "k_norm", "qkv", "o", "gate_up", "down"  # of a layer
@@ -167,7 +167,7 @@ class Packed(Protocol):
 
 
 class Newest(NamedTuple):
-    """What attention needs to know of the newest tokens of each row, all contiguous but for the rows of page_table.
+    """The newest tokens of each row, as attention needs to know them; contiguous, but for the rows of page_table.
 
     cos, sin: float32 `[B, 1, T, D/2]`. slots `[B, T]`: where their keys and values go. visible: booleans
     `[B, 1 or H, T, up to S]`. page_table: int32 `[B, blocks]`, the page of each 128 slots of a row, if keys and values

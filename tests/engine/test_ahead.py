@@ -1,5 +1,6 @@
 """Streams that begin uncompiled where "auto" compiles, and the takeover by steps that were compiled meanwhile."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -99,6 +100,15 @@ def test_functions_of_users_and_long_prompts_are_compiled_at_once(tiny_pair, ste
     monkeypatch.setattr(model_runner, "UNCOMPILED_PROMPTS", 100)
     engine = Engine(model, compile="auto")
     assert tokens(engine, 3) == expected
+    assert engine.graphs.count
+    assert not engine.runner.uncompiled.steps
+
+
+def test_a_model_with_hooks_is_compiled_at_once(tiny_pair, steps):
+    model = copy.deepcopy(tiny_pair("gqa")[1])
+    model.layers[0].register_forward_hook(lambda *_: None)
+    engine = Engine(model, compile="auto")
+    tokens(engine, 2)
     assert engine.graphs.count
     assert not engine.runner.uncompiled.steps
 

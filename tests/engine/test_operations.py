@@ -1,5 +1,6 @@
 """Recorded operations of uncompiled steps: a replay is the step again, on the same memory."""
 
+import copy
 import itertools
 
 import pytest
@@ -123,3 +124,37 @@ def test_functions_of_users_run_in_every_step(tiny_pair, replays):
     assert not replays["recorded"]
     tokens(engine, [[5, 6, 7]], mask=masks.causal() & masks.sink(3))
     assert replays["recorded"]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["stream", "submit"])
+def test_modules_and_hooks_of_users_run_in_every_step(tiny_pair, replays, together):
+    model, calls = copy.deepcopy(tiny_pair("gqa")[1]), []
+    engine = Engine(model, compile="auto")
+
+    def run() -> int:
+        calls.clear()
+        if together:
+            engine.submit([5, 6, 7], max_new_tokens=6, stop_token_ids=())
+            engine.run()
+        else:
+            tokens(engine, [[5, 6, 7]])
+        return len(calls)
+
+    run()
+    assert replays["recorded"] == 1
+    handle = model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    assert run() == (6 if together else 8)
+    handle.remove()
+    down = model.layers[1].mlp.down
+
+    class Counted(torch.nn.Module):
+        def forward(self, x):
+            calls.append(float(x.sum()))
+            return down(x)
+
+    model.layers[1].mlp.down = Counted()
+    assert run() == (6 if together else 8)
+    assert replays["recorded"] == 1
+    model.layers[1].mlp.down = down
+    run()
+    assert replays["recorded"] == 2
