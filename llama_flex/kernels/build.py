@@ -23,7 +23,7 @@ from pathlib import Path
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _NUMBERS = {  # the dtypes, each of which has a library of its own, and what `_SOURCE` calls them
     "float32": ["-DNUMBERS=Float32"],
-    "bfloat16": ["-DNUMBERS=BFloat16"],
+    "bfloat16": ["-DNUMBERS=BFloat16", "-DBFLOAT16=1"],
     "float16": ["-DNUMBERS=Float16", "-DFLOAT16=1"],
 }
 _VECTORS = {  # of ATEN_CPU_CAPABILITY, which limits what torch uses, and the compiler's names for them

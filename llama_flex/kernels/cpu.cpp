@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if FLOAT16 && defined(__F16C__)
+#if (FLOAT16 && defined(__F16C__)) || (BFLOAT16 && defined(__AVX512BF16__))
 #include <immintrin.h>
 #endif
 
@@ -50,9 +50,31 @@ static T load(const void* from) {
   return value;
 }
 
+struct Pair {  // 2 * LANES numbers
+  Vector a, b;
+};
+
 // A dtype: how its numbers are stored, widened to float, and rounded. Another way to store weights is one more of these.
-// `widen` reads 2 * LANES numbers, in the order into which `arrange` brings as many of x, and `restore` undoes that.
-struct Float32 {
+// `widen` reads 2 * LANES numbers, in the order into which `arrange` brings as many of x, and `restore` undoes that. `read`
+// gets as many of a weight for `add`, which adds their products with x to sums.
+template <class Numbers>
+struct Widened {
+  typedef Pair Read;
+  typedef Pair Factor;
+  static Pair factor(Vector a, Vector b) { return {a, b}; }
+  template <class Stored>
+  static Pair read(const Stored* p) {
+    Pair pair;
+    Numbers::widen(p, pair.a, pair.b);
+    return pair;
+  }
+  static void add(Vector& sum, const Pair& weight, const Pair& x) {
+    sum += weight.a * x.a;
+    sum += weight.b * x.b;
+  }
+};
+
+struct Float32 : Widened<Float32> {
   typedef float Stored;
   static void widen(const float* p, Vector& a, Vector& b) {
     a = load<Vector>(p);
@@ -64,8 +86,18 @@ struct Float32 {
   static float round(float x) { return x; }
 };
 
-struct BFloat16 {
+struct BFloat16 : Widened<BFloat16> {
   typedef uint16_t Stored;
+#if BFLOAT16 && defined(__AVX512BF16__)
+  // Products of two neighbours at a time, without widening: x is a number of this dtype, too.
+  typedef Words Read;
+  typedef Words Factor;
+  static Words factor(Vector a, Vector b) { return (Words)b & 0xffff0000u | (Words)a >> 16; }
+  static Words read(const uint16_t* p) { return load<Words>(p); }
+  static void add(Vector& sum, const Words& weight, const Words& x) {
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)x);
+  }
+#endif
   static void widen(const uint16_t* p, Vector& a, Vector& b) {  // two numbers in each word: the even ones, the odd ones
     Words words = load<Words>(p);
     a = (Vector)(words << 16);
@@ -99,7 +131,7 @@ struct BFloat16 {
 };
 
 #if FLOAT16
-struct Float16 {
+struct Float16 : Widened<Float16> {
   typedef uint16_t Stored;
   static void widen(const uint16_t* p, Vector& a, Vector& b) {
 #if defined(__AVX512F__)
@@ -188,18 +220,13 @@ static int64_t add_products(const Stored* w, const float* x, int64_t k, Vector (
   // Short rows end before the processor has found out that they are read in order; 6 KB hide the latency of memory.
   int64_t i = 0, ahead = R == 1 || k <= 256 ? 6144 : R * k * int64_t(sizeof *w);
   for (; i + 2 * LANES <= k; i += 2 * LANES) {
-    Vector a[M], b[M];
-    for (int m = 0; m < M; m++) {
-      a[m] = load<Vector>(x + m * k + i);
-      b[m] = load<Vector>(x + m * k + i + LANES);
-    }
+    Numbers::Factor factors[M];
+    for (int m = 0; m < M; m++) factors[m] = Numbers::factor(load<Vector>(x + m * k + i), load<Vector>(x + m * k + i + LANES));
     for (int r = 0; r < R; r++) {
-      Vector c, d;
       const Stored* from = w + r * k + i;
       prefetch((const char*)from + ahead, 2 * LANES * sizeof *from);
-      Numbers::widen(from, c, d);
-      for (int m = 0; m < M; m++) sums[r][m] += c * a[m];
-      for (int m = 0; m < M; m++) sums[r][m] += d * b[m];
+      Numbers::Read weight = Numbers::read(from);
+      for (int m = 0; m < M; m++) Numbers::add(sums[r][m], weight, factors[m]);
     }
   }
   return i;
