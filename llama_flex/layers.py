@@ -19,6 +19,7 @@ from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
 from .kernels.cpu import KV
 from .rope import apply_rotary_emb
+from .usercode.modules import is_changed
 
 
 class RMSNorm(nn.Module):
@@ -91,12 +92,9 @@ def apply_linear(
 
 
 def _are_plain(*modules: nn.Module | None) -> bool:
-    """Return whether modules compute what is defined here: they are of these very types and have no hooks."""
+    """Return whether modules compute what is defined here: they are of these very types, and nobody changed them."""
     own = Linear, TiedLinear, RMSNorm, Attention, MLP
-    for module in modules:
-        if module is not None and (type(module) not in own or module._forward_pre_hooks or module._forward_hooks):
-            return False
-    return True
+    return all(module is None or (type(module) in own and not is_changed(module)) for module in modules)
 
 
 class Attention(nn.Module):

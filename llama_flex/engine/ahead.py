@@ -50,14 +50,14 @@ class CompileAhead(Batch):
     def _compile(self) -> None:
         device = self.model.device
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if stream is not None and self._bytes > torch.cuda.mem_get_info(device)[0] // 2:
-            return  # the text needs memory, too
-        # Whoever runs such a step next meets an error of the compiler, or has the memory.
-        with _compiling, torch.cuda.stream(stream), contextlib.suppress(CompileError, torch.OutOfMemoryError):
+        with _compiling, torch.cuda.stream(stream):
             interval = sys.getswitchinterval()
             sys.setswitchinterval(_SWITCH_INTERVAL)
             try:
-                self._step()
+                # Whoever runs such a step next meets an error of the compiler, or has the memory.
+                with contextlib.suppress(CompileError, torch.OutOfMemoryError):
+                    if stream is None or self._bytes < torch.cuda.mem_get_info(device)[0] // 2:
+                        self._step()
             finally:
                 sys.setswitchinterval(interval)
                 if stream is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -18,8 +18,8 @@ _CONSTANT = torch.ops.aten.arange, torch.ops.aten.scalar_tensor  # whose results
 class _Operation(NamedTuple):
     """An operation: its arguments, and which of them are results of earlier ones.
 
-    sources: for each such argument its place, and in a list its place there, and the operation that made it, and which
-    of several results it is.
+    args, kwargs: None for those. sources: for each its place, and in a list its place there, the operation that made
+    it, and which of several results it is.
     """
 
     function: OpOverload
@@ -49,27 +49,36 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
         result = step()
     made: dict[int, tuple[int, int | None]] = {}  # id of a tensor: the operation that made it, and which result it is
     operations: list[_Operation] = []
-    for function, args, kwargs, returned in recorder.calls:
-        sources = []
+    for function, args, options, returned in recorder.calls:
+        sources, kwargs = [], dict(options)
         given = [list(x) if isinstance(x, list | tuple) else x for x in args]
         for place, x in (*enumerate(given), *kwargs.items()):
             for inner, tensor in enumerate(x) if isinstance(x, list) else ((None, x),):
                 if id(tensor) in made:
                     sources.append((place, inner, *made[id(tensor)]))
-        if not sources and _is_fixed(function):
-            continue  # it gives the same view each time
-        known = set(map(id, tree_leaves((args, kwargs))))
+        if not sources and _is_fixed(function, args, returned):
+            continue
+        for place, inner, *_ in sources:  # keep no tensor that a replay makes
+            if inner is not None:
+                given[place][inner] = None
+            elif isinstance(place, int):
+                given[place] = None
+            else:
+                kwargs[place] = None
+        known = set(map(id, tree_leaves((args, options))))
         for i, x in enumerate(returned) if isinstance(returned, list | tuple) else ((None, returned),):
             if isinstance(x, Tensor) and id(x) not in known:
                 made[id(x)] = len(operations), i
-        operations.append(_Operation(function, given, dict(kwargs), sources))
+        operations.append(_Operation(function, given, kwargs, sources))
 
     leaves, tree = tree_flatten(result)
     outputs = [(n, made[id(x)]) for n, x in enumerate(leaves) if id(x) in made]
 
     def replay() -> T:
         results: list[Any] = []
-        for function, args, kwargs, sources in operations:
+        for function, fixed, named, sources in operations:
+            args = [list(x) if isinstance(x, list) else x for x in fixed]
+            kwargs = dict(named)
             for place, inner, operation, which in sources:
                 x = results[operation] if which is None else results[operation][which]
                 if inner is not None:
@@ -87,9 +96,18 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
     return result, replay
 
 
-def _is_fixed(function: OpOverload) -> bool:
-    """Return whether an operation gives the same each time for tensors that persist: a view, or a constant."""
+def _is_fixed(function: OpOverload, args: tuple[Any, ...], returned: Any) -> bool:
+    """Return whether an operation on tensors that persist gives the same each time: a view, or a constant.
+
+    Not views of a parameter, whose memory `parameter.data = ...` replaces. An operation that may return a view may
+    return a copy, too: `to` does, which is an operation of its own in `torch.inference_mode()`.
+    """
     if function.overloadpacket in _CONSTANT:
         return True
     aliases = [x.alias_info for x in function._schema.returns]
-    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+    if not aliases or any(alias is None or alias.is_write for alias in aliases):
+        return False
+    tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+    memory = {x.untyped_storage().data_ptr() for x in tensors if not isinstance(x, nn.Parameter)}
+    views = [x for x in tree_leaves(returned) if isinstance(x, Tensor)]
+    return len(tensors) > 0 and all(x.untyped_storage().data_ptr() in memory for x in views)

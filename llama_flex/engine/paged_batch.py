@@ -134,4 +134,6 @@ class PagedBatch(Batch):
                 self._sample(x, buffers, kinds)
 
         key = size, width, page_table.shape[1], kinds, plan  # `forget` reads the plan as the last
-        self.recorded.run(key, step, replays=self.runner.replays(plan))
+        # Recorded operations keep their results to the end of a step: too much memory for those of many tokens.
+        replays = self.runner.compile or (width == 1 and self.runner.replays(plan))
+        self.recorded.run(key, step, replays=replays)

@@ -327,15 +327,18 @@ class Scheduler:
         """Forget what was computed or recorded with other weights, modules or hooks."""
         modules, tensors = list[Any](), list[torch.Tensor | None]()
         for module in self.model.modules():
-            modules += module, *module._forward_pre_hooks, *module._forward_hooks
+            modules += module, module.__dict__.get("forward"), *module._forward_pre_hooks, *module._forward_hooks
             tensors += *module._parameters.values(), *module._buffers.values()
         weights = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
         if (modules, weights) != (self._modules, self._weights):
             if modules != self._modules or [id for id, _ in weights] != [id for id, _ in self._weights]:
-                for batch in (self.batch, *(stream for stream, _ in self._streams.values())):
-                    batch.recorded.forget()  # recorded steps use the old ones
+                self._forget_recorded()
             self._modules, self._weights = modules, weights
             self.forget()
+
+    def _forget_recorded(self) -> None:
+        for batch in (self.batch, *(stream for stream, _ in self._streams.values())):
+            batch.recorded.forget()  # recorded steps use the old weights and modules
 
     def forget(self) -> None:
         """See `Engine.forget`."""

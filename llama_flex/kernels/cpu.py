@@ -14,12 +14,13 @@ import ctypes
 import functools
 import threading
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from . import build
 
@@ -52,18 +53,27 @@ def _define(dtype: torch.dtype) -> _Ops:
     ops.define(
         f"{product}(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor"
     )
-    torch.library.register_fake(
-        f"llama_flex::{product}",
-        lambda x, weight, *rest: x.new_empty(*x.shape[:-1], len(weight) // (2 if rest[-1] & GATED else 1)),
-        lib=ops,
-    )
     ops.define(f"{attention}(Tensor q, Tensor k, Tensor v, {_ATTENTION}, bool paged) -> Tensor")
     tensors = ", ".join(f"Tensor {name}" for name in ("x", *_WEIGHTS, *_BIASES))
     eps = "float eps, float mlp_eps, float q_eps, float k_eps"
     ops.define(f"{block}({tensors}, {_ATTENTION}, {eps}, int given, bool paged) -> Tensor")
     for each in rows:
         ops.define(f"{each}(Tensor x, Tensor norm, float eps) -> Tensor")
+    shapes: list[Callable[..., tuple[int, ...]]] = [  # of results
+        lambda x, weight, *rest: (*x.shape[:-1], len(weight) // (2 if rest[-1] & GATED else 1)),
+        lambda q, *_: (*q.shape[:2], q.shape[2] * q.shape[3]),
+        lambda x, *_: x.shape,
+        lambda x, *_: x.shape,
+        lambda x, *_: (*x.shape[:-1], x.shape[-1] // 2),
+    ]
+    for name, shape in zip(names, shapes, strict=True):
+        fake = functools.partial(_fake, shape)
+        torch.library.register_fake(f"llama_flex::{name}", fake, lib=ops)
     return _Ops(*(getattr(torch.ops.llama_flex, name).default for name in names))
+
+
+def _fake(shape: Callable[..., tuple[int, ...]], x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(shape(x, *rest))
 
 
 _OPS = {dtype: _define(dtype) for dtype in DTYPES}
@@ -133,8 +143,14 @@ def few_rows(
     return _OPS[x.dtype].few_rows(x, weight, *given, eps, parts)
 
 
+def is_transformed() -> bool:
+    """Return whether code is traced or differentiated instead of just run."""
+    traced = torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+    return traced or torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def _takes_rows(x: Tensor) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or x.device.type != "cpu":
+    if is_transformed() or x.device.type != "cpu":
         return False
     # float16 is widened number by number, which takes longer than torch's operations.
     return x.dtype in (torch.float32, torch.bfloat16) and 0 < x.dim() <= 8 and load(x.dtype)
@@ -191,7 +207,7 @@ class Newest(NamedTuple):
     ) -> Newest | None:
         """Return them for the tokens of a step, or None if the kernels are not for it: they are for uncompiled steps on
         a CPU without gradients. rotary, slots: packed, if the tokens are."""
-        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling() or slots.device.type != "cpu":
+        if is_transformed() or slots.device.type != "cpu":
             return None
         if rotary[0].dtype != torch.float32:
             return None
@@ -240,8 +256,11 @@ def run_block(
     if kv is None or newest.packed or x.dtype not in DTYPES or not 0 < rows <= ROWS or not load(x.dtype):
         return None
     # The dictionaries are ten times as fast as attributes.
-    found = [None if module is None else module._parameters["weight"] for module in (*norms, *products)]
-    found += [None if product is None else product._parameters["bias"] for product in products]
+    modules = *norms, *products
+    found = [None if module is None else module._parameters.get("weight") for module in modules]
+    if any(weight is None and module is not None for weight, module in zip(found, modules, strict=True)):
+        return None  # it is no parameter
+    found += [None if product is None else product._parameters.get("bias") for product in products]
     given = sum(1 << i for i, tensor in enumerate(found) if tensor is not None)
     tensors = [x if tensor is None else tensor for tensor in found]  # x stands for each that is missing
     eps = [0.0 if norm is None else norm.eps for norm in norms]

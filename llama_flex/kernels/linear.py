@@ -51,7 +51,9 @@ def can_fuse(
         return rows == 1 and torch.compiler.is_dynamo_compiling() and x.dtype != torch.float64
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
-    return x.dtype in cpu.loaded if torch.compiler.is_dynamo_compiling() else cpu.load(x.dtype)
+    if torch.compiler.is_dynamo_compiling():
+        return x.dtype in cpu.loaded
+    return not cpu.is_transformed() and cpu.load(x.dtype)
 
 
 def fused_linear(

@@ -30,7 +30,7 @@ def check_inputs(
         raise ValueError(f"{rule}, such as torch.tensor([[1, 2, 3]]), found {_described(input_ids)}")
     b, t = input_ids.shape
     # On a GPU, ids are not checked: that would synchronise.
-    if input_ids.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = int(input_ids.min()), int(input_ids.max())
         if least < 0 or most >= vocab_size:
             raise ValueError(f"token id {least if least < 0 else most} is outside the vocabulary of {vocab_size} ids")

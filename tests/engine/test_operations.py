@@ -48,6 +48,9 @@ def test_arguments_in_lists_and_by_name_are_those_of_the_replay():
     assert not torch.equal(found, result)
 
 
+PROMPTS = [[5, 6, 7], [*range(9, 134)]]
+
+
 def tokens(engine, prompts, **options):
     return [done.tokens for done in engine.generate(prompts, max_new_tokens=8, stop_token_ids=(), **options)]
 
@@ -75,7 +78,7 @@ def replays(monkeypatch):
     "sampling", [Sampling(), Sampling(temperature=0.8, top_k=9, top_p=0.9, seed=5, repetition_penalty=1.2)]
 )
 def test_replayed_steps_give_the_tokens_of_uncompiled_ones(tiny_pair, replays, sampling):
-    model, prompts = tiny_pair("gqa")[1], [[5, 6, 7], [*range(9, 134)]]
+    model, prompts = tiny_pair("gqa")[1], PROMPTS
     options = {"sampling": sampling, "mask": masks.sliding_window(100) | masks.sink(2)}
     expected = tokens(Engine(model, backend="dense"), prompts, **options)
     assert not replays["recorded"]
@@ -158,3 +161,39 @@ def test_modules_and_hooks_of_users_run_in_every_step(tiny_pair, replays, togeth
     model.layers[1].mlp.down = down
     run()
     assert replays["recorded"] == 2
+
+
+def test_a_stream_in_inference_mode_gets_the_same_tokens(tiny_pair, replays):
+    """Check operations that return a view or a copy, such as `to`, which inference mode does not take apart."""
+    model = tiny_pair("gqa")[1]
+    expected = tokens(Engine(model, backend="dense"), PROMPTS)
+    with torch.inference_mode():
+        assert tokens(Engine(model, compile="auto"), PROMPTS) == expected
+    assert replays["replayed"]
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_weights_that_are_replaced_between_steps_are_used(tiny_pair, rows):
+    found = []
+    for options in ({"compile": "auto"}, {"backend": "dense"}):
+        model = copy.deepcopy(tiny_pair("gqa")[1])
+        engine = Engine(model, max_batch_size=32, **options)
+        requests = [engine.submit([5, 6 + n], max_new_tokens=12, stop_token_ids=()) for n in range(rows)]
+        for _ in range(5):
+            engine.step()
+        for parameter in model.parameters():
+            parameter.data = parameter.data * (0.5 if parameter.dim() == 2 else 1)
+        engine.forget()
+        for _ in range(3):
+            engine.step()
+        model.layers[0].mlp.forward = lambda x, hook=None: x
+        engine.run()
+        found.append([request.completion.tokens for request in requests])
+    assert found[0] == found[1]
+
+
+def test_steps_of_many_tokens_are_not_recorded(tiny_pair, replays):
+    engine = Engine(tiny_pair("gqa")[1], compile="auto", prefill_tokens=64)
+    engine.submit([*range(3, 203)] * 2, max_new_tokens=1, stop_token_ids=())
+    engine.run()
+    assert not replays["recorded"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama_flex import Engine
 from llama_flex.attention import build_attention_metadata
@@ -452,7 +453,20 @@ def test_a_layer_that_the_kernel_has_no_code_for_is_left_to_torch(tiny_pair):
         torch.testing.assert_close(logits(), expected)
         assert calls == [None]
         handle.remove()
+    for module in (block.attention, block.mlp, block.attention.o):
+        module.forward = module.forward
+        torch.testing.assert_close(logits(), expected)
+        assert calls == [None]
+        del module.forward
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        torch.testing.assert_close(logits(), expected)
+        assert calls == [None]
     weight = block.mlp.down.weight
+    del block.mlp.down.weight
+    block.mlp.down.weight = weight.clone()  # no parameter
+    torch.testing.assert_close(logits(), expected)
+    assert calls == [None]
+    del block.mlp.down.weight
     block.mlp.down.weight = torch.nn.Parameter(weight.T.contiguous().T, requires_grad=False)
     torch.testing.assert_close(logits(), expected)
     assert calls == [None]
@@ -460,6 +474,28 @@ def test_a_layer_that_the_kernel_has_no_code_for_is_left_to_torch(tiny_pair):
     block.mlp.norm.double()
     assert logits().shape == expected.shape
     assert calls == [None]
+
+
+@torch.no_grad()
+def test_what_is_traced_or_differentiated_is_left_to_torch(tiny_pair):
+    model = tiny_pair("gqa")[1]
+    norm, x = model.norm, torch.randn(2, 60, model.config.hidden_size)
+    _, tangent = torch.func.jvp(norm, (x,), (torch.ones_like(x),))
+    step = 1e-3
+    torch.testing.assert_close(tangent, (norm(x + step) - norm(x - step)) / (2 * step), atol=1e-2, rtol=1e-2)
+    _, tangent = torch.func.jvp(lambda x: apply_linear(model.lm_head, x), (x[:, :3],), (x[:, :3],))
+    torch.testing.assert_close(tangent, model.lm_head(x[:, :3]))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert norm(mode.from_tensor(x)).shape == x.shape
+
+    class Logits(torch.nn.Module):
+        def forward(self, ids):
+            return model(ids, backend="dense")
+
+    ids = torch.tensor([[5, 6, 7]])
+    exported = torch.export.export(Logits(), (ids,), strict=False)
+    assert "llama_flex" not in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(ids), model(ids, backend="dense"))
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["stream", "submit"])

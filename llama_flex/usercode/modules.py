@@ -1,0 +1,15 @@
+"""Modules that users have changed: with hooks, or with a forward of their own."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as all_modules
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Return whether a module may do more than its class says: it has forward hooks, or its `forward` was replaced."""
+    kind, hooks = type(module), (module._forward_pre_hooks, module._forward_hooks)
+    defined_in = getattr(kind.forward, "__globals__", {}).get("__name__")
+    if defined_in != kind.__module__ or "forward" in vars(module) or any(hooks):
+        return True
+    return bool(all_modules._global_forward_pre_hooks or all_modules._global_forward_hooks)
