@@ -41,8 +41,7 @@ for n, dtype in enumerate(kernel.DTYPES):
             check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows)
     for t, paged in ((1, False), (1, True), (45, False), (7, True)):
         check_attention(dtype, 2, t, 3, 2, 80, 300, paged, by_head=paged, seed=t)
-    if dtype != torch.float16:
-        check_rows(dtype, (3, 5, 83), n)
+    check_rows((3, 5, 83), n)
     for b, t in ((1, 1), (3, 1), (2, 7)):
         check_block(dtype, b, t, 3, 2, 80, 200, paged=b == 3, biased=t == 1, head_norms=b != 1, seed=t)
 """
@@ -133,9 +132,9 @@ def test_nan_and_infinity_reach_the_rows_that_have_them_and_no_others(dtype):
     assert y.isinf().tolist() == [[n == 2] * 6 for n in range(4)]
 
 
-def check_rows(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
+def check_rows(shape: tuple[int, ...], seed: int) -> None:
     """Compare RMSNorm and SwiGLU with float64: float32's error, and one rounding."""
-    draws = torch.Generator().manual_seed(seed)
+    draws, dtype = torch.Generator().manual_seed(seed), torch.bfloat16
     x, weight = (8 * torch.randn(size, generator=draws).to(dtype) for size in (shape, shape[-1:]))
     both = 8 * torch.randn(*shape[:-1], 2 * shape[-1], generator=draws).to(dtype)
     wide = x.double()
@@ -151,37 +150,33 @@ def check_rows(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> None:
         assert ((found.double() - truth).abs() <= bound).all()
 
 
-@given(
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    shape=st.lists(st.integers(1, 70), min_size=1, max_size=4).map(tuple),
-    seed=st.integers(0, 2**31),
-)
+@given(shape=st.lists(st.integers(1, 70), min_size=1, max_size=4).map(tuple), seed=st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
-def test_norm_and_swiglu_of_any_shape_are_those_of_float64(dtype, shape, seed):
-    check_rows(dtype, shape, seed)
+def test_norm_and_swiglu_of_any_shape_are_those_of_float64(shape, seed):
+    check_rows(shape, seed)
 
 
 @torch.no_grad()
 def test_norm_and_swiglu_keep_what_is_not_finite_and_leave_the_rest_to_torch(monkeypatch):
-    x = torch.ones(3, 40)
+    x = torch.ones(3, 40, dtype=torch.bfloat16)
     x[0, 1], x[1, 20] = torch.nan, torch.inf
     assert kernel.swiglu(x).isfinite().logical_not().sum(-1).tolist() == [1, 1, 0]
-    assert kernel.normalise(x, torch.ones(40), 0.0).isnan().any(-1).tolist() == [True, True, False]
-    assert kernel.swiglu(torch.ones(2, 0)).shape == (2, 0)
-    strided = torch.randn(6, 4).T
+    assert kernel.normalise(x, torch.ones_like(x[0]), 0.0).isnan().any(-1).tolist() == [True, True, False]
+    assert kernel.swiglu(x[:2, :0]).shape == (2, 0)
+    strided = torch.randn(6, 4).bfloat16().T
     assert torch.equal(kernel.swiglu(strided), kernel.swiglu(strided.contiguous()))
-    for other in (x.half(), x.double(), x.to("meta")):
+    for other in (x.half(), x.float(), x.to("meta")):
         assert kernel.swiglu(other) is None
         assert kernel.normalise(other, torch.ones(40, dtype=other.dtype), 0.0) is None
-    for weight in (torch.ones(40).double(), torch.ones(1), torch.ones(40, device="meta")):
+    for weight in (torch.ones(40), torch.ones(1).bfloat16(), torch.ones(40).bfloat16().to("meta")):
         assert kernel.normalise(x, weight, 0.0) is None
     with torch.enable_grad():
         assert kernel.swiglu(x) is None
     exact = kernel.swiglu
     monkeypatch.setattr(kernel, "swiglu", lambda x: exact(x.roll(1, -1)))
     with pytest.raises(AssertionError):
-        check_rows(torch.float32, (2, 6), 0)
+        check_rows((2, 6), 0)
 
 
 def check_attention(
@@ -486,7 +481,8 @@ def test_what_is_traced_or_differentiated_is_left_to_torch(tiny_pair):
     _, tangent = torch.func.jvp(lambda x: apply_linear(model.lm_head, x), (x[:, :3],), (x[:, :3],))
     torch.testing.assert_close(tangent, model.lm_head(x[:, :3]))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert norm(mode.from_tensor(x)).shape == x.shape
+        half = mode.from_tensor(x.bfloat16())
+        assert copy.deepcopy(norm).bfloat16()(half).shape == half.shape
 
     class Logits(torch.nn.Module):
         def forward(self, ids):
@@ -662,6 +658,7 @@ def test_a_compiled_step_reads_its_weights_by_the_kernel(tiny_pair, monkeypatch)
         return few_rows(*given)
 
     monkeypatch.setattr(kernel, "few_rows", counted)
+    monkeypatch.setattr(kernel.Newest, "of", lambda *_: None)  # as in compiled code
     with torch.compiler.set_stance("force_eager"):
         Engine(model, compile=True, backend="dense").generate([[5, 6]], max_new_tokens=2, stop_token_ids=())
     assert calls.count(1) >= 4 * len(model.layers)
