@@ -101,11 +101,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     if not isinstance(visible, BlockLists):
         return _grouped_matmul(attention_weights(q, k, metadata), v).to(q.dtype)
     scored = attention.score_mod
-    wants_gradients = q.requires_grad or k.requires_grad or v.requires_grad
-    if scored is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
-        wants_gradients |= scored.requires_grad()  # compiled code cannot search a function
-    if not q.is_cuda and wants_gradients:
-        raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
+    if not q.is_cuda:
+        wants_gradients = q.requires_grad or k.requires_grad or v.requires_grad
+        if scored is not None and torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
+            wants_gradients |= scored.requires_grad()  # compiled code cannot search a function
+        if wants_gradients:
+            raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     block_mask = attention.mask.block_mask(metadata.q, metadata.kv, 1, visible, pages)

@@ -59,12 +59,7 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
         if not sources and _is_fixed(function, args, returned):
             continue
         for place, inner, *_ in sources:  # keep no tensor that a replay makes
-            if inner is not None:
-                given[place][inner] = None
-            elif isinstance(place, int):
-                given[place] = None
-            else:
-                kwargs[place] = None
+            _put(None, given if isinstance(place, int) else kwargs, place, inner)
         known = set(map(id, tree_leaves((args, options))))
         for i, x in enumerate(returned) if isinstance(returned, list | tuple) else ((None, returned),):
             if isinstance(x, Tensor) and id(x) not in known:
@@ -81,12 +76,7 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
             kwargs = dict(named)
             for place, inner, operation, which in sources:
                 x = results[operation] if which is None else results[operation][which]
-                if inner is not None:
-                    args[place][inner] = x  # type: ignore[index]
-                elif isinstance(place, int):
-                    args[place] = x
-                else:
-                    kwargs[place] = x
+                _put(x, args if isinstance(place, int) else kwargs, place, inner)
             results.append(function(*args, **kwargs))
         now = list(leaves)
         for n, (operation, which) in outputs:
@@ -94,6 +84,14 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
         return cast(T, tree_unflatten(now, tree))
 
     return result, replay
+
+
+def _put(x: Any, arguments: Any, place: int | str, inner: int | None) -> None:
+    """Set an argument, or what stands at `inner` in one that is a list."""
+    if inner is None:
+        arguments[place] = x
+    else:
+        arguments[place][inner] = x
 
 
 def _is_fixed(function: OpOverload, args: tuple[Any, ...], returned: Any) -> bool:

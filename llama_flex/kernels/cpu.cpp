@@ -707,6 +707,16 @@ struct Arguments {  // the tensors that begin a stack
   }
 };
 
+// A new contiguous tensor of up to 8 dimensions.
+static Tensor make(int64_t dimensions, const int64_t* sizes, int32_t dtype, void** data) {
+  int64_t strides[8], numel = 1;
+  for (int64_t i = dimensions - 1; i >= 0; numel *= sizes[i--]) strides[i] = numel;
+  Tensor tensor;
+  aoti_torch_empty_strided(dimensions, sizes, strides, dtype, 0, 0, &tensor);
+  aoti_torch_get_data_ptr(tensor, data);
+  return tensor;
+}
+
 // attend_newest(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values,
 //   Tensor visible, Tensor page_table, bool paged) -> Tensor
 // q [B, T, H, D], k and v [B, T, K, D], cos and sin [B, 1, T, D/2], slots [B, T], keys and values [B, K, S, D], visible
@@ -737,12 +747,9 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   for (int i = 0; i < 3; i++)
     *newest[i] = {(const char*)given.data[i], given.stride(i, 0) * (int64_t)sizeof(Stored), given.stride(i, 1) * (int64_t)sizeof(Stored)};
   p.heads = given.size(0, 2);
-  int64_t rows = given.size(0, 0), all = p.heads * p.dim, sizes[] = {rows, p.tokens, all}, strides[] = {p.tokens * all, all, 1};
-  Tensor y;
-  aoti_torch_empty_strided(3, sizes, strides, given.dtype(0), 0, 0, &y);
-  aoti_torch_get_data_ptr(y, &p.y);
+  int64_t rows = given.size(0, 0), sizes[] = {rows, p.tokens, p.heads * p.dim};
+  stack[0] = (uint64_t)make(3, sizes, given.dtype(0), &p.y);
   attend(p, rows);
-  stack[0] = (uint64_t)y;
 }
 
 // few_rows(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
@@ -753,19 +760,13 @@ static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
   double eps = load<double>(&stack[5]);
   int64_t parts = (int64_t)stack[6];
   bool gated = parts & 8;
-  int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k = given.size(1, 1), dim, sizes[8], strides[8], numel = 1;
+  int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k = given.size(1, 1), dim, sizes[8];
   aoti_torch_get_dim(given.tensors[0], &dim);
-  for (int64_t i = dim - 1; i >= 0; numel *= sizes[i--]) {
-    sizes[i] = i == dim - 1 ? n : given.size(0, i);
-    rows *= i == dim - 1 ? 1 : sizes[i];
-    strides[i] = numel;
-  }
-  Tensor y;
-  aoti_torch_empty_strided(dim, sizes, strides, given.dtype(0), 0, 0, &y);
+  for (int64_t i = 0; i < dim - 1; i++) rows *= sizes[i] = given.size(0, i);
+  sizes[dim - 1] = n;
   Product p = {data[1], parts & 1 ? data[2] : nullptr, parts & 4 ? data[4] : nullptr, nullptr, nullptr, rows, n, k, gated};
-  aoti_torch_get_data_ptr(y, &p.y);
+  stack[0] = (uint64_t)make(dim, sizes, given.dtype(0), &p.y);
   multiply(p, data[0], parts & 2 ? data[3] : nullptr, eps);
-  stack[0] = (uint64_t)y;
 }
 
 // normalise(Tensor x, Tensor norm, float eps) -> Tensor, swiglu(Tensor x, Tensor unused, float unused) -> Tensor
@@ -773,20 +774,15 @@ static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
 template <void (*RUN)(int64_t, int64_t, void*), int HALVES>
 static void each_row(uint64_t* stack, uint64_t, uint64_t) {
   Arguments<2> given(stack);
-  int64_t dim, sizes[8], strides[8], numel = 1;
+  int64_t dim, count = 1, sizes[8];
   aoti_torch_get_dim(given.tensors[0], &dim);
-  for (int64_t i = dim - 1; i >= 0; numel *= sizes[i--]) {
-    sizes[i] = given.size(0, i) / (i == dim - 1 ? HALVES : 1);
-    strides[i] = numel;
-  }
-  Tensor y;
-  void* data;
-  aoti_torch_empty_strided(dim, sizes, strides, given.dtype(0), 0, 0, &y);
-  aoti_torch_get_data_ptr(y, &data);
-  int64_t k = sizes[dim - 1];
-  Rows rows = {(const Stored*)given.data[0], given.data[1], (Stored*)data, k, load<double>(&stack[2])};
-  torch_parallel_for(0, k ? numel / k : 0, 1 + 16384 / (k + 1), RUN, &rows);
-  stack[0] = (uint64_t)y;
+  for (int64_t i = 0; i < dim - 1; i++) count *= sizes[i] = given.size(0, i);
+  int64_t k = sizes[dim - 1] = given.size(0, dim - 1) / HALVES;
+  double eps = load<double>(&stack[2]);
+  void* y;
+  stack[0] = (uint64_t)make(dim, sizes, given.dtype(0), &y);
+  Rows rows = {(const Stored*)given.data[0], given.data[1], (Stored*)y, k, eps};
+  torch_parallel_for(0, k ? count : 0, 1 + 16384 / (k + 1), RUN, &rows);
 }
 
 // run_block(Tensor x, Tensor norm, Tensor mlp_norm, Tensor q_norm, Tensor k_norm, Tensor qkv, Tensor o, Tensor gate_up,
@@ -818,12 +814,10 @@ static Tensor run_block(const Arguments<20>& of, const double* eps, int64_t give
   for (int i = KEYS; i <= VALUES; i++) fit = fit && of.fits(NEWEST + i, dtype, paged ? 1 : rows, p.kv_heads, p.held_slots, d);
   fit = fit && of.fits(NEWEST + SLOTS, INT64, rows, tokens) && (p.visible_heads == 1 || p.visible_heads == p.heads);
   fit = fit && of.fits(NEWEST + VISIBLE, BOOL, rows, p.visible_heads, tokens, p.slots) && width == p.heads * d;
-  int64_t sizes[] = {fit ? rows : 0, tokens, size}, strides[] = {tokens * size, size, 1};
-  Tensor y;
+  int64_t sizes[] = {fit ? rows : 0, tokens, size};
   void* result;
-  aoti_torch_empty_strided(3, sizes, strides, dtype, 0, 0, &y);
+  Tensor y = make(3, sizes, dtype, &result);
   if (!fit) return y;
-  aoti_torch_get_data_ptr(y, &result);
   Buffer<Stored> heads(all * wide), z(all * width), middle(all * size), hidden(all * mlp);
   multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, false}, of.data[X], norms[0], eps[0]);
   Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
