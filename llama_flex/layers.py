@@ -7,7 +7,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
 from .kernels.cpu import KV
 from .rope import apply_rotary_emb
-from .usercode.modules import is_changed
+from .usercode.modules import are_own
 
 
 class RMSNorm(nn.Module):
@@ -80,7 +80,7 @@ def apply_linear(
     gated: apply SwiGLU (arXiv:2002.05202) to the halves of the product, silu(gate) * up, `[B, T, out / 2]`. Any module
     from `[B, T, in]` to `[B, T, out]` may take the place of a `Linear`; it is called, as is one with forward hooks.
     """
-    if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and _are_plain(module, norm):
+    if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and are_own(module, norm):
         weight, bias, norm_weight = module.weight, module.bias, None if norm is None else norm.weight
         if linear.can_fuse(x, weight, bias, norm_weight, residual, gated):
             return linear.fused_linear(x, weight, bias, norm_weight, 0.0 if norm is None else norm.eps, residual, gated)
@@ -89,12 +89,6 @@ def apply_linear(
         gate, up = y.chunk(2, dim=-1)
         y = nn.functional.silu(gate) * up if (z := cpu.swiglu(y)) is None else z
     return y if residual is None else residual + y
-
-
-def _are_plain(*modules: nn.Module | None) -> bool:
-    """Return whether modules compute what is defined here: they are of these very types, and nobody changed them."""
-    own = Linear, TiedLinear, RMSNorm, Attention, MLP
-    return all(module is None or (type(module) in own and not is_changed(module)) for module in modules)
 
 
 class Attention(nn.Module):
@@ -161,18 +155,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
-        if hook is identity and (y := self._in_one_kernel(x, metadata.newest, kv)) is not None:
+        if hook is identity and (y := run_blocks(x, [(self, metadata, kv)])) is not None:
             return y
         x = hook("resid_pre", x)
         x = hook("resid_mid", self.attention(x, metadata, kv, hook))
         return hook("resid_post", self.mlp(x, hook))
 
-    def _in_one_kernel(self, x: Tensor, newest: cpu.Newest | None, kv: KV | None) -> Tensor | None:
-        """Compute the layer in a single kernel, or return None: it is for few tokens of an uncompiled step on a CPU."""
-        attention, mlp = self.attention, self.mlp
-        if newest is None or not _are_plain(attention, mlp):
+
+def run_blocks(x: Tensor, layers: Iterable[tuple[nn.Module, AttentionMetadata, KV | None]]) -> Tensor | None:
+    """Run layers in a single kernel, or return None: it is for few tokens of an uncompiled step on a CPU."""
+    given = []
+    for block, metadata, kv in layers:
+        layer = cpu.Layer.of(block, metadata.newest, kv)
+        if layer is None or not are_own(block, *block.children(), *layer.norms, *layer.products):
             return None
-        norm, q_norm, k_norm, qkv, o = map(attention._modules.get, ("norm", "q_norm", "k_norm", "qkv", "o"))
-        mlp_norm, gate_up, down = map(mlp._modules.get, ("norm", "gate_up", "down"))
-        norms, products = (norm, mlp_norm, q_norm, k_norm), (qkv, o, gate_up, down)
-        return cpu.run_block(x, norms, products, newest, kv) if _are_plain(*norms, *products) else None
+        given.append(layer)
+    return cpu.run_blocks(x, given)

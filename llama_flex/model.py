@@ -21,7 +21,7 @@ from .interp.capture import Capture
 from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
-from .layers import Block, Linear, RMSNorm, TiedLinear, apply_linear
+from .layers import Block, Linear, RMSNorm, TiedLinear, apply_linear, run_blocks
 from .masks import library
 from .masks.layout import PackedRows, SlotCache, last_tokens
 from .masks.mask import Mask
@@ -260,12 +260,16 @@ class Llama(nn.Module):
         given = input_ids, lengths, positions, segments, cache, plan.variants, backend, self.dims.num_heads
         x, metadata = run("prepare_inputs", Llama.prepare_inputs, self, *given)
         captured = Captured(run("tokens", copy_tokens, metadata[0].q), {}) if probes else None
-        for i, (block, variant) in enumerate(zip(self.layers, plan.of_layer, strict=True)):
-            name, args = f"block, variant {variant}", (x, metadata[variant], None if cache is None else cache.layers[i])
+        kvs = [None] * len(self.layers) if cache is None else cache.layers
+        layers = list(zip(self.layers, [metadata[variant] for variant in plan.of_layer], kvs, strict=True))
+        if not probes and (y := run_blocks(x, layers)) is not None:
+            return y, None
+        for i, (block, each, kv) in enumerate(layers):
+            name, args = f"block, variant {plan.of_layer[i]}", (x, each, kv)
             if captured is None or (probe := probes.get(i)) is None:
                 x = run(name, run_block, block, *args)
             else:
-                x, read = run((name, probe.structure), run_probed, probe, metadata[variant].q, block, *args)
+                x, read = run((name, probe.structure), run_probed, probe, each.q, block, *args)
                 captured.at.update({(point, i): value for point, value in read.items()})
         return x, captured
 

@@ -17,7 +17,7 @@ from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
 from ..tokens import Tokens
 from ..usercode.arguments import check_choice
-from ..usercode.modules import is_changed
+from ..usercode.modules import are_own, is_changed
 from . import operations
 from .graphs import Graphs, compiles_for
 
@@ -114,14 +114,9 @@ class ModelRunner:
     def has_own_modules(self) -> bool:
         """Return whether the model consists of this package's modules, unchanged: a user's module or hook may do
         anything else in every step."""
-        package = __package__.partition(".")[0]
         return all(
-            type(module) is nn.ModuleList
-            or (
-                (type(module) is nn.Embedding or type(module).__module__.partition(".")[0] == package)
-                and not is_changed(module)
-            )
-            for module in self.model.modules()
+            type(x) is nn.ModuleList or are_own(x) or (type(x) is nn.Embedding and not is_changed(x))
+            for x in self.model.modules()
         )
 
     def record(self, step: Callable[[], T]) -> tuple[T, Callable[[], T]]:

@@ -1,7 +1,7 @@
 // Kernels for the CPU. `few_rows`: the product of a few rows with a weight matrix, which is read once, y = residual +
 // W norm(x) + bias, or SwiGLU of it. `attend_newest`: rotate the queries and keys of each row's newest tokens, store keys
-// and values in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots. `run_block`: a
-// whole layer for few rows, made of these two. `normalise` and `swiglu`: what stands around products of many rows.
+// and values in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots. `run_blocks`:
+// whole layers for few rows, made of these two. `normalise` and `swiglu`: what stands around products of many rows.
 //
 // Built by `build.py`, for one dtype at a time (NUMBERS, one of the structures below), and without torch's headers, which
 // take longer to compile than all of this: what it needs of torch's stable C interface
@@ -17,10 +17,12 @@
 extern "C" {
 typedef struct OpaqueTensor* Tensor;
 typedef struct OpaqueLibrary* Library;
+typedef struct OpaqueList* ListHandle;
 int32_t aoti_torch_get_data_ptr(Tensor, void**);
 int32_t aoti_torch_get_dtype(Tensor, int32_t*);
 int32_t aoti_torch_get_size(Tensor, int64_t dimension, int64_t*);
 int32_t aoti_torch_get_stride(Tensor, int64_t dimension, int64_t*);
+int32_t aoti_torch_get_numel(Tensor, int64_t*);
 int32_t aoti_torch_get_dim(Tensor, int64_t*);
 int32_t aoti_torch_get_device_type(Tensor, int32_t*);
 int32_t aoti_torch_is_contiguous(Tensor, bool*);
@@ -29,6 +31,9 @@ int32_t aoti_torch_empty_strided(int64_t dimensions, const int64_t* sizes, const
 int32_t aoti_torch_delete_tensor_object(Tensor);
 int32_t aoti_torch_library_init_impl(const char* name, const char* key, const char* file, uint32_t line, Library*);
 int32_t aoti_torch_library_impl(Library, const char* name, void (*)(uint64_t* stack, uint64_t, uint64_t));
+int32_t torch_list_size(ListHandle, size_t*);
+int32_t torch_list_get_item(ListHandle, size_t, uint64_t*);
+int32_t torch_delete_list(ListHandle);
 int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void*);
 }
 
@@ -448,8 +453,9 @@ static float weigh(float* x, const bool* seen, int64_t n, float scale, float bef
 template <int M>
 static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
   int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART, d = p.dim;
-  int64_t held = p.place(b, head / (p.heads / p.kv_heads), p.first_slot(b, part));
+  int64_t kv_head = head / (p.heads / p.kv_heads), held = p.place(b, kv_head, p.first_slot(b, part));
   const Stored *k = (const Stored*)p.k + held, *v = (const Stored*)p.v + held;
+  const Stored* next = part + 1 < p.count ? (const Stored*)p.k + p.place(b, kv_head, p.first_slot(b, part + 1)) : k;
   const float* q = p.q + (b * p.heads + head) * d;
   float* out[M];
   alignas(64) float w[M][PART];
@@ -461,6 +467,8 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     any |= memchr(p.seen(b, head + m, 0) + start, 1, n) != nullptr;
   }
   if (!any) return;
+  for (any = false; n >= LANES && !any; n -= any ? 0 : LANES)  // leave out what nobody sees at the end
+    for (int m = 0; m < M; m++) any |= memchr(p.seen(b, head + m, 0) + start + n - LANES, 1, LANES) != nullptr;
   int64_t s = 0;
   for (; s + LANES <= n; s += LANES) {
     Vector scores[M][LANES / 4];
@@ -494,6 +502,7 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     Vector low[M] = {}, high[M] = {};
     for (int64_t s = 0; s < n; s++) {
       Vector a, c;
+      prefetch(next + s * d + i, 2 * LANES * sizeof *v);  // memory is to have no pause
       Numbers::widen(v + s * d + i, a, c);
       for (int m = 0; m < M; m++) low[m] += w[m][s] * a, high[m] += w[m][s] * c;
     }
@@ -685,6 +694,11 @@ struct Arguments {  // the tensors that begin a stack
     aoti_torch_get_stride(tensors[i], dimension, &stride);
     return stride;
   }
+  int64_t numel(int i) const {
+    int64_t numel;
+    aoti_torch_get_numel(tensors[i], &numel);
+    return numel;
+  }
   int32_t dtype(int i) const {
     int32_t dtype;
     aoti_torch_get_dtype(tensors[i], &dtype);
@@ -704,6 +718,25 @@ struct Arguments {  // the tensors that begin a stack
     for (int64_t j = 0; j < dimensions; j++)
       if (size(i, j) != each[j]) return false;
     return true;
+  }
+};
+
+struct List {  // an argument that is a list
+  ListHandle handle;
+
+  explicit List(uint64_t on_stack) : handle((ListHandle)on_stack) {}
+  List(const List&) = delete;
+  ~List() { torch_delete_list(handle); }
+
+  int64_t size() const {
+    size_t size;
+    torch_list_size(handle, &size);
+    return size;
+  }
+  uint64_t operator[](int64_t i) const {
+    uint64_t value;
+    torch_list_get_item(handle, i, &value);
+    return value;
   }
 };
 
@@ -785,58 +818,80 @@ static void each_row(uint64_t* stack, uint64_t, uint64_t) {
   torch_parallel_for(0, k ? count : 0, 1 + 16384 / (k + 1), RUN, &rows);
 }
 
-// run_block(Tensor x, Tensor norm, Tensor mlp_norm, Tensor q_norm, Tensor k_norm, Tensor qkv, Tensor o, Tensor gate_up,
-//   Tensor down, Tensor qkv_bias, Tensor o_bias, Tensor gate_up_bias, Tensor down_bias, and from cos on as attend_newest,
-//   float eps, float mlp_eps, float q_eps, float k_eps, int given, bool paged) -> Tensor
-// x [B, T, E]. given: a bit for each tensor from norm to down_bias; another one stands for what is missing. Returns an empty
-// tensor, and does nothing, if there is no code for such tensors.
-static Tensor run_block(const Arguments<20>& of, const double* eps, int64_t given, bool paged) {
-  enum { X, NORMS, PRODUCTS = 5, BIASES = 9, NEWEST = 13 };
-  enum { QKV, O, GATE_UP, DOWN };
-  constexpr int32_t INT64 = 4, FLOAT32 = 6, BOOL = 11;
-  Attention p = attention_of(of, NEWEST, paged);
-  int32_t dtype = of.dtype(X);
-  int64_t rows = of.size(X, 0), tokens = p.tokens, all = rows * tokens, size = of.size(X, 2), mlp = of.size(PRODUCTS + DOWN, 1);
-  int64_t d = p.dim, width = of.size(PRODUCTS + O, 1), kv_size = p.kv_heads * d, wide = width + 2 * kv_size;
-  int64_t out[] = {wide, size, 2 * mlp, size}, in[] = {size, width, size, mlp}, normed[] = {size, size, d, d};
-  p.heads = width / d;
-  bool fit = of.fits(X, dtype, rows, tokens, size) && p.heads % p.kv_heads == 0;
+// run_blocks(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor
+// x [B, T, E]. tensors, of each layer: the norms of attention, MLP, each query and key; qkv, o, gate_up and down; their
+// biases; and from cos on as attend_newest. One without elements stands for what is missing. eps: of each layer's norms.
+// Returns an empty tensor, and does nothing, if there is no code for such tensors.
+enum { NORMS, PRODUCTS = 4, BIASES = 8, NEWEST = 12, TENSORS = 19 };
+enum { QKV, O, GATE_UP, DOWN };
+
+struct Layer {
+  Attention attention;
   const void *norms[4], *weights[4], *biases[4];
+  double eps[4];
+  int64_t mlp;
+};
+
+// Read a layer's tensors, and return whether there is code for them. x: [rows, tokens, size].
+static bool read_layer(const Arguments<TENSORS>& of, int64_t rows, int64_t tokens, int64_t size, int32_t dtype, bool paged, Layer& layer) {
+  constexpr int32_t INT64 = 4, FLOAT32 = 6, BOOL = 11;
+  Attention& p = layer.attention = attention_of(of, NEWEST, paged);
+  int64_t d = p.dim, width = of.size(PRODUCTS + O, 1), mlp = layer.mlp = of.size(PRODUCTS + DOWN, 1);
+  int64_t out[] = {width + 2 * p.kv_heads * d, size, 2 * mlp, size}, in[] = {size, width, size, mlp}, normed[] = {size, size, d, d};
+  p.heads = width / d;
+  bool fit = p.tokens == tokens && p.heads % p.kv_heads == 0 && width == p.heads * d;
   for (int i = 0; i < 4; i++) {
-    bool has_norm = given >> i & 1, has_bias = given >> (8 + i) & 1;
+    bool has_norm = of.numel(NORMS + i), has_bias = of.numel(BIASES + i);
     fit = fit && (!has_norm || of.fits(NORMS + i, dtype, normed[i])) && of.fits(PRODUCTS + i, dtype, out[i], in[i]);
     fit = fit && (!has_bias || of.fits(BIASES + i, dtype, out[i]));
-    norms[i] = has_norm ? of.data[NORMS + i] : nullptr;
-    weights[i] = of.data[PRODUCTS + i];
-    biases[i] = has_bias ? of.data[BIASES + i] : nullptr;
+    layer.norms[i] = has_norm ? of.data[NORMS + i] : nullptr;
+    layer.weights[i] = of.data[PRODUCTS + i];
+    layer.biases[i] = has_bias ? of.data[BIASES + i] : nullptr;
   }
   for (int i = COS; i <= SIN; i++) fit = fit && of.fits(NEWEST + i, FLOAT32, rows, 1, tokens, d / 2);
   for (int i = KEYS; i <= VALUES; i++) fit = fit && of.fits(NEWEST + i, dtype, paged ? 1 : rows, p.kv_heads, p.held_slots, d);
   fit = fit && of.fits(NEWEST + SLOTS, INT64, rows, tokens) && (p.visible_heads == 1 || p.visible_heads == p.heads);
-  fit = fit && of.fits(NEWEST + VISIBLE, BOOL, rows, p.visible_heads, tokens, p.slots) && width == p.heads * d;
-  int64_t sizes[] = {fit ? rows : 0, tokens, size};
-  void* result;
-  Tensor y = make(3, sizes, dtype, &result);
-  if (!fit) return y;
-  Buffer<Stored> heads(all * wide), z(all * width), middle(all * size), hidden(all * mlp);
-  multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, false}, of.data[X], norms[0], eps[0]);
-  Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
-  int64_t first[] = {0, width, width + kv_size}, bytes = wide * sizeof(Stored);
-  for (int i = 0; i < 3; i++) *newest[i] = {(const char*)(heads.data + first[i]), tokens * bytes, bytes};
-  for (int i = 0; i < 2; i++) newest[i]->norm = norms[2 + i], newest[i]->eps = eps[2 + i];
-  p.y = z.data;
-  attend(p, rows);
-  multiply({weights[O], biases[O], of.data[X], middle.data, nullptr, all, size, width, false}, z.data, nullptr, 0);
-  multiply({weights[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, true}, middle.data, norms[1], eps[1]);
-  multiply({weights[DOWN], biases[DOWN], middle.data, result, nullptr, all, size, mlp, false}, hidden.data, nullptr, 0);
-  return y;
+  return fit && of.fits(NEWEST + VISIBLE, BOOL, rows, p.visible_heads, tokens, p.slots);
 }
 
-static void run_block(uint64_t* stack, uint64_t, uint64_t) {
-  Arguments<20> given(stack);
-  double eps[4];
-  memcpy(eps, stack + 20, sizeof eps);
-  stack[0] = (uint64_t)run_block(given, eps, (int64_t)stack[24], stack[25]);
+// y may be x.
+static void run_layer(const Layer& layer, int64_t rows, int64_t size, const void* x, void* y) {
+  Attention p = layer.attention;
+  int64_t all = rows * p.tokens, width = p.heads * p.dim, kv_size = p.kv_heads * p.dim, wide = width + 2 * kv_size, mlp = layer.mlp;
+  const void *const *norms = layer.norms, *const *weights = layer.weights, *const *biases = layer.biases;
+  Buffer<Stored> heads(all * wide), z(all * width), middle(all * size), hidden(all * mlp);
+  multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, false}, x, norms[0], layer.eps[0]);
+  Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
+  int64_t first[] = {0, width, width + kv_size}, bytes = wide * sizeof(Stored);
+  for (int i = 0; i < 3; i++) *newest[i] = {(const char*)(heads.data + first[i]), p.tokens * bytes, bytes};
+  for (int i = 0; i < 2; i++) newest[i]->norm = norms[2 + i], newest[i]->eps = layer.eps[2 + i];
+  p.y = z.data;
+  attend(p, rows);
+  multiply({weights[O], biases[O], x, middle.data, nullptr, all, size, width, false}, z.data, nullptr, 0);
+  multiply({weights[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, true}, middle.data, norms[1], layer.eps[1]);
+  multiply({weights[DOWN], biases[DOWN], middle.data, y, nullptr, all, size, mlp, false}, hidden.data, nullptr, 0);
+}
+
+static void run_blocks(uint64_t* stack, uint64_t, uint64_t) {
+  Arguments<1> given(stack);
+  List tensors(stack[1]), eps(stack[2]);
+  int64_t rows = given.size(0, 0), tokens = given.size(0, 1), size = given.size(0, 2), count = tensors.size() / TENSORS;
+  int32_t dtype = given.dtype(0);
+  Buffer<Layer> layers(count);
+  bool fit = given.fits(0, dtype, rows, tokens, size);
+  for (int64_t n = 0; n < count; n++) {
+    uint64_t of[TENSORS];
+    for (int64_t i = 0; i < TENSORS; i++) of[i] = tensors[n * TENSORS + i];
+    fit = read_layer(Arguments<TENSORS>(of), rows, tokens, size, dtype, stack[3], layers.data[n]) && fit;
+    for (int64_t i = 0; i < 4; i++) {
+      uint64_t value = eps[n * 4 + i];
+      layers.data[n].eps[i] = load<double>(&value);
+    }
+  }
+  int64_t sizes[] = {fit ? rows : 0, tokens, size};
+  void* y;
+  stack[0] = (uint64_t)make(3, sizes, dtype, &y);
+  for (int64_t n = 0; fit && n < count; n++) run_layer(layers.data[n], rows, size, n ? y : given.data[0], y);
 }
 
 extern "C" int32_t register_kernels() {
@@ -846,7 +901,7 @@ extern "C" int32_t register_kernels() {
   if (!error) error = aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
   if (!error) error = aoti_torch_library_impl(library, "normalise_" NAME, each_row<normalise_rows, 1>);
   if (!error) error = aoti_torch_library_impl(library, "swiglu_" NAME, each_row<swiglu_rows, 2>);
-  return error ? error : aoti_torch_library_impl(library, "run_block_" NAME, run_block);
+  return error ? error : aoti_torch_library_impl(library, "run_blocks_" NAME, run_blocks);
 }
 
 extern "C" int32_t lanes() { return LANES; }

@@ -2,7 +2,7 @@
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
 reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps, and
-`run_block` a whole layer of theirs. They are compiled on first use, in two seconds or three, for the vectors of this
+`run_blocks` whole layers of theirs. They are compiled on first use, in two seconds or three, for the vectors of this
 processor, and kept beside what torch compiles.
 
 Dimension letters: see `layers`.
@@ -30,8 +30,7 @@ BIAS, NORM, RESIDUAL, GATED = 1, 2, 4, 8  # the parts of a product besides x and
 _ATTENTION = (  # a `Newest`, with a cache
     "Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor visible, Tensor page_table"
 )
-_WEIGHTS = "norm", "mlp_norm", "q_norm", "k_norm", "qkv", "o", "gate_up", "down"  # of a layer
-_BIASES = "qkv_bias", "o_bias", "gate_up_bias", "down_bias"
+_MISSING = torch.empty(0, device="cpu")  # stands for what a layer lacks
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 loaded: set[torch.dtype] = set()  # read by compiled steps, which cannot build it
 
@@ -43,20 +42,18 @@ def _name(dtype: torch.dtype) -> str:
 class _Ops(NamedTuple):
     few_rows: OpOverload
     attend_newest: OpOverload
-    run_block: OpOverload
+    run_blocks: OpOverload
     normalise: OpOverload
     swiglu: OpOverload
 
 
 def _define(dtype: torch.dtype) -> _Ops:
-    product, attention, block, *rows = names = [f"{name}_{_name(dtype)}" for name in _Ops._fields]
+    product, attention, blocks, *rows = names = [f"{name}_{_name(dtype)}" for name in _Ops._fields]
     ops.define(
         f"{product}(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor"
     )
     ops.define(f"{attention}(Tensor q, Tensor k, Tensor v, {_ATTENTION}, bool paged) -> Tensor")
-    tensors = ", ".join(f"Tensor {name}" for name in ("x", *_WEIGHTS, *_BIASES))
-    eps = "float eps, float mlp_eps, float q_eps, float k_eps"
-    ops.define(f"{block}({tensors}, {_ATTENTION}, {eps}, int given, bool paged) -> Tensor")
+    ops.define(f"{blocks}(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor")
     for each in rows:
         ops.define(f"{each}(Tensor x, Tensor norm, float eps) -> Tensor")
     shapes: list[Callable[..., tuple[int, ...]]] = [  # of results
@@ -244,28 +241,47 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, newest: Newest | None, kv: KV
     return y if newest.packed is None else newest.packed.pack(y)
 
 
-def run_block(
-    x: Tensor, norms: Sequence[nn.Module | None], products: Sequence[nn.Module | None], newest: Newest, kv: KV | None
-) -> Tensor | None:
-    """Compute a layer for x `[B, T, E]` of up to `ROWS` tokens, as `layers.Block` does, or return None if it cannot.
+class Layer(NamedTuple):
+    """What `run_blocks` needs of a layer.
 
     norms: of attention and MLP, and those of each query and key, or None. products: q, k and v; o; gate and up; down.
-    All in one dtype of DTYPES; sums in float32.
     """
-    rows = x.shape[:-1].numel()
-    if kv is None or newest.packed or x.dtype not in DTYPES or not 0 < rows <= ROWS or not load(x.dtype):
+
+    norms: tuple[nn.Module | None, ...]
+    products: tuple[nn.Module | None, ...]
+    newest: Newest
+    kv: KV
+
+    @staticmethod
+    def of(block: nn.Module, newest: Newest | None, kv: KV | None) -> Layer | None:
+        """Return that of a `layers.Block`, or None if there is no kernel for such a step."""
+        attention, mlp = map(block._modules.get, ("attention", "mlp"))  # ten times as fast as attributes
+        if newest is None or newest.packed is not None or kv is None or attention is None or mlp is None:
+            return None
+        norm, q_norm, k_norm, qkv, o = map(attention._modules.get, ("norm", "q_norm", "k_norm", "qkv", "o"))
+        mlp_norm, gate_up, down = map(mlp._modules.get, ("norm", "gate_up", "down"))
+        norms, products = (norm, mlp_norm, q_norm, k_norm), (qkv, o, gate_up, down)
+        if any(x is not None and x._parameters.get("weight") is None for x in (*norms, *products)):
+            return None  # a weight that is no parameter, such as one that is computed
+        return Layer(norms, products, newest, kv)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the layer's tensors, as the operation takes them."""
+        named = [(x, "weight") for x in (*self.norms, *self.products)] + [(x, "bias") for x in self.products]
+        found = (None if module is None else module._parameters.get(name) for module, name in named)
+        return *(_MISSING if x is None else x for x in found), *self.newest.with_cache(self.kv)
+
+
+def run_blocks(x: Tensor, layers: Sequence[Layer]) -> Tensor | None:
+    """Compute layers for x `[B, T, E]` of up to `ROWS` tokens, as `layers.Block` does, or return None if it cannot.
+
+    All in one dtype of DTYPES, with caches of one kind; sums in float32.
+    """
+    if not 0 < x.shape[:-1].numel() <= ROWS or x.dtype not in DTYPES or not load(x.dtype):
         return None
-    # The dictionaries are ten times as fast as attributes.
-    modules = *norms, *products
-    found = [None if module is None else module._parameters.get("weight") for module in modules]
-    if any(weight is None and module is not None for weight, module in zip(found, modules, strict=True)):
-        return None  # it is no parameter
-    found += [None if product is None else product._parameters.get("bias") for product in products]
-    given = sum(1 << i for i, tensor in enumerate(found) if tensor is not None)
-    tensors = [x if tensor is None else tensor for tensor in found]  # x stands for each that is missing
-    eps = [0.0 if norm is None else norm.eps for norm in norms]
-    paged = newest.page_table is not None
-    y = _OPS[x.dtype].run_block(x, *tensors, *newest.with_cache(kv), *eps, given, paged)
+    tensors = [tensor for layer in layers for tensor in layer.tensors()]
+    eps = [0.0 if norm is None else norm.eps for layer in layers for norm in layer.norms]
+    y = _OPS[x.dtype].run_blocks(x, tensors, eps, layers[0].newest.page_table is not None)
     return y if y.numel() else None  # nothing: no code for such tensors
 
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as all_modules
 
+_PACKAGE = __name__.partition(".")[0] + "."
+
+
+def are_own(*modules: nn.Module | None) -> bool:
+    """Return whether modules, or None, compute what this package defines: they are its own, and nobody changed them."""
+    return all(x is None or (type(x).__module__.startswith(_PACKAGE) and not is_changed(x)) for x in modules)
+
 
 def is_changed(module: nn.Module) -> bool:
     """Return whether a module may do more than its class says: it has forward hooks, or its `forward` was replaced."""

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama_flex import Engine
+from llama_flex import model as model_file
 from llama_flex.attention import build_attention_metadata
 from llama_flex.config import LlamaConfig
 from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
 from llama_flex.kernels.cpu import Newest
-from llama_flex.layers import Block, Linear, RMSNorm, apply_linear
+from llama_flex.layers import Block, Linear, RMSNorm, apply_linear, run_blocks
 from llama_flex.masks.layout import PageTable
 from llama_flex.masks.library import sliding_window
 from llama_flex.masks.plan import LayerAttention
@@ -372,16 +373,16 @@ def check_block(
         rotary = cos_sin(index, torch.rand(d // 2, generator=torch.Generator().manual_seed(seed)).to(dtype))
         args = LayerAttention(sliding_window(150)), q, kv, group * kv_heads, "dense", pages
         metadata = build_attention_metadata(*args, rotary=rotary, slots=slots)
-        layers = tuple(each.to(x.dtype).clone() for each in cache)
-        layers = tuple(each.to(dtype) for each in layers) if dtype == torch.float64 else layers
-        given = x.double() if dtype == torch.float64 else x
+        kind = torch.float64 if dtype == torch.float64 else x.dtype
+        kvs = [tuple(each.to(kind, copy=True) for each in pair) for pair in (cache, cache[::-1])]
+        y = x.to(kind)
         if kernels:
-            assert metadata.newest is not None
-            y = block._in_one_kernel(given, metadata.newest, layers)
+            y = run_blocks(y, [(block, metadata, layer) for layer in kvs])
             assert y is not None
         else:
-            y = block(given, metadata._replace(newest=None), layers)
-        return y, *layers
+            for layer in kvs:
+                y = block(y, metadata._replace(newest=None), layer)
+        return y, *kvs[0], *kvs[1]
 
     found, plain = run(block, torch.float32, True), run(block, torch.float32, False)
     exact = run(copy.deepcopy(block).double(), torch.float64, False)
@@ -415,19 +416,20 @@ def test_a_layer_of_any_shape_is_that_of_float64(dtype, rows, group, kv_heads, d
 @pytest.mark.parametrize("fault", ["slots", "cos", "visible"])
 @torch.no_grad()
 def test_the_check_of_layers_finds_a_fault(monkeypatch, fault):
-    run_block = kernel.run_block
+    run = kernel.run_blocks
 
-    def faulty(x, norms, products, newest, kv):
-        wrong = getattr(newest, fault).roll(1, -1)
-        return run_block(x, norms, products, newest._replace(**{fault: wrong}), kv)
+    def faulty(x, layers):
+        newest = layers[0].newest
+        wrong = newest._replace(**{fault: getattr(newest, fault).roll(1, -1)})
+        return run(x, [layer._replace(newest=wrong) for layer in layers])
 
-    monkeypatch.setattr(kernel, "run_block", faulty)
+    monkeypatch.setattr(kernel, "run_blocks", faulty)
     with pytest.raises(AssertionError):
         check_block(torch.float32, 2, 3, 2, 2, 64, 100, paged=False, biased=True, head_norms=False, seed=0)
 
 
 @torch.no_grad()
-def test_a_layer_that_the_kernel_has_no_code_for_is_left_to_torch(tiny_pair):
+def test_a_layer_that_the_kernel_has_no_code_for_is_left_to_torch(tiny_pair, monkeypatch):
     """Check odd modules, hooks, dtypes, shapes and many rows: the same logits, without the kernel."""
     model, ids, calls = copy.deepcopy(tiny_pair("gqa")[1]), torch.tensor([[7]]), []
     block = next(model.blocks())
@@ -436,19 +438,18 @@ def test_a_layer_that_the_kernel_has_no_code_for_is_left_to_torch(tiny_pair):
         calls.clear()
         cache = model.new_cache(1, 8)
         model(torch.tensor([[5, 6]]), cache=cache, backend="dense")
-        block.register_forward_pre_hook(lambda _, x: calls.append(block._in_one_kernel(x[0], x[1].newest, x[2])))
-        result = model(ids, cache=cache, backend="dense")
-        block._forward_pre_hooks.clear()
-        return result
+        with monkeypatch.context() as patched:
+            patched.setattr(model_file, "run_blocks", lambda *given: calls.append(run_blocks(*given)) or calls[-1])
+            return model(ids, cache=cache, backend="dense")
 
     expected = logits()
     assert calls[0] is not None
-    for module in (block.attention, block.mlp, block.attention.o, block.mlp.norm):
+    for module in (block, block.attention, block.mlp, block.attention.o, block.mlp.norm):
         handle = module.register_forward_hook(lambda *_: None)
         torch.testing.assert_close(logits(), expected)
         assert calls == [None]
         handle.remove()
-    for module in (block.attention, block.mlp, block.attention.o):
+    for module in (block, block.attention, block.mlp, block.attention.o):
         module.forward = module.forward
         torch.testing.assert_close(logits(), expected)
         assert calls == [None]
@@ -510,7 +511,7 @@ def test_uncompiled_steps_run_by_the_kernels_and_give_what_the_definition_gives(
         monkeypatch.setattr(kernel, name, call)
 
     counted("attend_newest")
-    counted("run_block")
+    counted("run_blocks")
     for newest in (kernel.Newest.of, lambda *_: None):
         monkeypatch.setattr(kernel.Newest, "of", newest)
         engine = Engine(model, compile="auto")
@@ -521,7 +522,7 @@ def test_uncompiled_steps_run_by_the_kernels_and_give_what_the_definition_gives(
         else:
             tokens.append([c.tokens for c in engine.generate(prompts, max_new_tokens=6, **options)])
     assert tokens[0] == tokens[1]
-    assert calls["run_block"] >= 2 * len(model.layers)  # further steps are recordings of these
+    assert calls["run_blocks"] >= 2  # further steps are recordings of these
     assert calls["attend_newest"] >= len(model.layers)
 
 
