@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checkpoint.generation_config import GenerationConfig
 from .kernels.noise import gumbel, signed
+from .kernels.reductions import argmax, logsumexp
 
 _MOST = torch.finfo(torch.float32).max
 
@@ -124,16 +125,16 @@ def sample(logits: Tensor, p: SamplingTensors, step: Tensor, seen: Tensor | None
     """
     logits = logits.float()
     filtered = filter_logits(logits, p, seen)
-    token = _argmax(filtered)
+    token = argmax(filtered)
     if p.temperature is not None and p.seed is not None:
         # Gumbel-max: argmax(logit + Gumbel) is distributed as softmax(logit).
-        token = torch.where(p.temperature == 0, token, _argmax(filtered + gumbel(p.seed, step, logits.shape[-1])))
+        token = torch.where(p.temperature == 0, token, argmax(filtered + gumbel(p.seed, step, logits.shape[-1])))
     return token, logprob_of(logits, token)
 
 
 def logprob_of(logits: Tensor, token: Tensor) -> Tensor:
     """Return the log-probabilities `[B]` of tokens `[B]` under logits `[B, V]`."""
-    return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits.gather(-1, token[:, None])[:, 0] - logsumexp(logits)
 
 
 def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None) -> Tensor:
@@ -168,15 +169,3 @@ def filter_logits(logits: Tensor, p: SamplingTensors, seen: Tensor | None = None
     if p.temperature is None:
         return logits
     return torch.where((p.temperature == 0)[:, None], unfiltered, logits)  # filters may drop the first of ties
-
-
-def all_finite(logits: Tensor) -> Tensor:
-    """Return whether the logits `[B, V]` of each row are finite, `[B]`."""
-    return logits.abs().amax(-1).isfinite()
-
-
-def _argmax(x: Tensor) -> Tensor:
-    """Return the first index of the largest value, `[B, V]` -> `[B]`. Compiled for CUDA, a maximum and a minimum are
-    split across many programs, where argmax of a single row runs in one: 24 us per decoded token."""
-    index = torch.arange(x.shape[-1], device=x.device)
-    return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1] - 1).amin(-1)

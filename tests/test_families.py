@@ -166,7 +166,9 @@ COMPILED += [pytest.param(name, marks=pytest.mark.slow) for name in ("head_dim 8
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_chunks_and_steps_equal_the_reference(twins, name):
+def test_compiled_chunks_and_steps_are_no_further_from_float64_than_the_reference(twins, name):
+    """Compare both with float64: the reference's own spread is that of its attention alone, while products of a chunk
+    round in other places than those of a whole prompt."""
     reference, model = twins(name)
     ids = token_ids(model.config.vocab_size, 260)
     forward = compiled_forward(model)
@@ -174,7 +176,10 @@ def test_compiled_chunks_and_steps_equal_the_reference(twins, name):
         cache = model.new_cache(2, 260)
         parts = [forward(ids[:, :128], cache=cache), forward(ids[:, 128:256], cache=cache)]
         parts += [forward(ids[:, i : i + 1], cache=cache) for i in range(256, 260)]
-    torch.testing.assert_close(torch.cat(parts, 1), logits_of(reference, ids), rtol=0, atol=2 * budget(reference, ids))
+    exact = logits_of(copy.deepcopy(reference).double(), ids)
+    error, theirs = ((x - exact).abs() for x in (torch.cat(parts, 1), logits_of(reference, ids)))
+    assert error.mean() <= 1.1 * theirs.mean()
+    assert error.max() <= 1.5 * theirs.max()  # the largest of 130,000: 0.5 to 1.3 times theirs
 
 
 FAULTS = {

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.reductions import all_finite
 from ..model import Llama
-from ..sampling import SamplingTensors, all_finite, sample
+from ..sampling import SamplingTensors, sample
 from .fusion import combined
 from .model_runner import ModelRunner, RecordedSteps
 from .request import Request, TokenSequence
@@ -191,7 +192,7 @@ def _sample_next(model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kind
         s.seed if random else None,
     )
     x = x if s.last is None else x[0, s.last, None]
-    logits = model.head(x)[:, 0]
+    logits = model.head(x)[:, 0].float()
     finite = all_finite(logits).double()
     if several:
         finite = torch.ones_like(finite).scatter_reduce(0, s.leader, finite, "amin")

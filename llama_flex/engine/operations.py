@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 T = TypeVar("T")
 _CONSTANT = torch.ops.aten.arange, torch.ops.aten.scalar_tensor  # whose results a step only reads
-
-
-class _Operation(NamedTuple):
-    """An operation: its arguments, and which of them are results of earlier ones.
-
-    args, kwargs: None for those. sources: for each its place, and in a list its place there, the operation that made
-    it, and which of several results it is.
-    """
-
-    function: OpOverload
-    args: list[Any]
-    kwargs: dict[str, Any]
-    sources: list[tuple[int | str, int | None, int, int | None]]
 
 
 class _Recorder(TorchDispatchMode):
@@ -47,51 +34,36 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
     """
     with _Recorder() as recorder:
         result = step()
-    made: dict[int, tuple[int, int | None]] = {}  # id of a tensor: the operation that made it, and which result it is
-    operations: list[_Operation] = []
-    for function, args, options, returned in recorder.calls:
-        sources, kwargs = [], dict(options)
-        given = [list(x) if isinstance(x, list | tuple) else x for x in args]
-        for place, x in (*enumerate(given), *kwargs.items()):
-            for inner, tensor in enumerate(x) if isinstance(x, list) else ((None, x),):
-                if id(tensor) in made:
-                    sources.append((place, inner, *made[id(tensor)]))
-        if not sources and _is_fixed(function, args, returned):
-            continue
-        for place, inner, *_ in sources:  # keep no tensor that a replay makes
-            _put(None, given if isinstance(place, int) else kwargs, place, inner)
+    made: dict[int, str] = {}  # id of a tensor that a replay makes: the expression for it
+    names: dict[str, Any] = {"unflatten": tree_unflatten}  # of all else; so no tensor is kept that a replay makes
+
+    def name(prefix: str, value: Any) -> str:
+        names[key := f"{prefix}{len(names)}"] = value
+        return key
+
+    def express(value: Any) -> str:
+        if id(value) in made:
+            return made[id(value)]
+        if isinstance(value, list | tuple) and any(id(x) in made for x in value):
+            return f"[{', '.join(map(express, value))}]"
+        return name("constant", value)
+
+    # Written out as Python, since a loop over operations and arguments would take as long as the smaller operations.
+    lines = ["def replay():"]
+    for n, (function, args, options, returned) in enumerate(recorder.calls):
         known = set(map(id, tree_leaves((args, options))))
-        for i, x in enumerate(returned) if isinstance(returned, list | tuple) else ((None, returned),):
+        if made.keys().isdisjoint(known) and _is_fixed(function, args, returned):
+            continue
+        given = [*map(express, args), *(f"{key}={express(value)}" for key, value in options.items())]
+        lines.append(f"    result{n} = {name('operation', function)}({', '.join(given)})")
+        several = isinstance(returned, list | tuple)
+        for i, x in enumerate(returned) if several else ((None, returned),):
             if isinstance(x, Tensor) and id(x) not in known:
-                made[id(x)] = len(operations), i
-        operations.append(_Operation(function, given, kwargs, sources))
-
+                made[id(x)] = f"result{n}[{i}]" if several else f"result{n}"
     leaves, tree = tree_flatten(result)
-    outputs = [(n, made[id(x)]) for n, x in enumerate(leaves) if id(x) in made]
-
-    def replay() -> T:
-        results: list[Any] = []
-        for function, fixed, named, sources in operations:
-            args = [list(x) if isinstance(x, list) else x for x in fixed]
-            kwargs = dict(named)
-            for place, inner, operation, which in sources:
-                x = results[operation] if which is None else results[operation][which]
-                _put(x, args if isinstance(place, int) else kwargs, place, inner)
-            results.append(function(*args, **kwargs))
-        now = list(leaves)
-        for n, (operation, which) in outputs:
-            now[n] = results[operation] if which is None else results[operation][which]
-        return cast(T, tree_unflatten(now, tree))
-
-    return result, replay
-
-
-def _put(x: Any, arguments: Any, place: int | str, inner: int | None) -> None:
-    """Set an argument, or what stands at `inner` in one that is a list."""
-    if inner is None:
-        arguments[place] = x
-    else:
-        arguments[place][inner] = x
+    lines.append(f"    return unflatten([{', '.join(map(express, leaves))}], {name('tree', tree)})")
+    exec("\n".join(lines), names)
+    return result, names["replay"]
 
 
 def _is_fixed(function: OpOverload, args: tuple[Any, ...], returned: Any) -> bool:

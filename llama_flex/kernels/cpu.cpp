@@ -584,19 +584,20 @@ static void rotate_and_store(int64_t begin, int64_t end, void* context) {
 
 constexpr int ROWS = 6, COLUMNS = LANES == 16 ? 4 : 2, WIDTH = COLUMNS * LANES;  // of a tile that fits in registers
 
-// c = a b, or c += a b, for ROWS rows of a [ROWS, K] and the columns of b [K, n], a multiple of WIDTH.
-static void multiply_tile(const float* a, int64_t k, const float* b, int64_t n, float* c, bool add) {
-  for (int64_t column = 0; column < n; column += WIDTH) {
+// c = a b, or c += a b, for a [ROWS, k], whose rows are `a_row` apart, and b [k, columns], a multiple of WIDTH; rows of b
+// and c are `row` apart.
+static void multiply_tile(const float* a, int64_t a_row, int64_t k, const float* b, int64_t row, int64_t columns, float* c, bool add) {
+  for (int64_t column = 0; column < columns; column += WIDTH) {
     Vector sums[ROWS][COLUMNS] = {};
     for (int64_t i = 0; i < k; i++) {
-      Vector row[COLUMNS];
-      for (int j = 0; j < COLUMNS; j++) row[j] = load<Vector>(b + i * n + column + j * LANES);
+      Vector factors[COLUMNS];
+      for (int j = 0; j < COLUMNS; j++) factors[j] = load<Vector>(b + i * row + column + j * LANES);
       for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j < COLUMNS; j++) sums[r][j] += a[r * k + i] * row[j];
+        for (int j = 0; j < COLUMNS; j++) sums[r][j] += a[r * a_row + i] * factors[j];
     }
     for (int r = 0; r < ROWS; r++)
       for (int j = 0; j < COLUMNS; j++) {
-        float* to = c + r * n + column + j * LANES;
+        float* to = c + r * row + column + j * LANES;
         Vector sum = add ? load<Vector>(to) + sums[r][j] : sums[r][j];
         memcpy(to, &sum, sizeof sum);
       }
@@ -625,17 +626,24 @@ static void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t
       for (int64_t i = 0; i < d; i++) v[s * wide + i] = Numbers::widen_one(values[s * d + i]);
     for (int64_t tile = 0; tile < tiles; tile++) {
       float* weights = w + tile * ROWS * PART;
-      multiply_tile(q + tile * ROWS * d, d, k, PART, weights, false);
-      for (int64_t r = tile * ROWS; r < tile * ROWS + ROWS && r < rows; r++) {
+      int64_t begin = tile * ROWS, end = begin + ROWS < rows ? begin + ROWS : rows, seen_slots = 0;
+      for (int64_t r = begin; r < end; r++) {
+        const bool* seen = p.seen(b, kv_head * group + r % group, first + r / group) + start;
+        for (int64_t s = n; s > seen_slots; s--)
+          if (seen[s - 1]) seen_slots = s;
+      }
+      if (!seen_slots) continue;
+      multiply_tile(q + begin * d, d, d, k, PART, (seen_slots + WIDTH - 1) / WIDTH * WIDTH, weights, false);
+      for (int64_t r = begin; r < end; r++) {
         float* x = w + r * PART;
         const bool* seen = p.seen(b, kv_head * group + r % group, first + r / group) + start;
-        float before = greatest[r], now = weigh(x, seen, n, p.scale, before, sum[r]);
+        float before = greatest[r], now = weigh(x, seen, seen_slots, p.scale, before, sum[r]);
         greatest[r] = now;
         if (now == before) continue;
         float factor = before == NONE ? 0 : expf(before - now);
         for (int64_t i = 0; i < wide; i++) out[r * wide + i] *= factor;
       }
-      multiply_tile(weights, PART, v, wide, out + tile * ROWS * wide, true);
+      multiply_tile(weights, PART, seen_slots, v, wide, wide, out + begin * wide, true);
     }
   }
   for (int64_t r = 0; r < rows; r++) {
@@ -894,9 +902,91 @@ static void run_blocks(uint64_t* stack, uint64_t, uint64_t) {
   for (int64_t n = 0; fit && n < count; n++) run_layer(layers.data[n], rows, size, n ? y : given.data[0], y);
 }
 
-extern "C" int32_t register_kernels() {
+constexpr int64_t CHUNK = 4096;  // numbers of a row that are looked at together
+
+struct Chunk {
+  float greatest, sum;  // sum: of e to the power of x - greatest
+  bool finite, nan;
+};
+
+struct Summary {
+  const float* x;
+  int64_t size, count;  // of a row: its numbers, its chunks
+  Chunk* chunks;
+};
+
+static void summarise_chunks(int64_t begin, int64_t end, void* context) {
+  const Summary& p = *(const Summary*)context;
+  for (int64_t at = begin; at < end; at++) {
+    int64_t start = at % p.count * CHUNK, n = p.size - start < CHUNK ? p.size - start : CHUNK, i = 0;
+    const float* x = p.x + at / p.count * p.size + start;
+    Vector most = Vector{} + NONE, sums = {};
+    Ints infinite = {}, nan = {};
+    for (; i + LANES <= n; i += LANES) {
+      Vector v = load<Vector>(x + i);
+      most = v > most ? v : most;
+      infinite |= v - v != 0;  // or no number
+      nan |= v != v;
+    }
+    float greatest = NONE, sum = 0;
+    Chunk& chunk = p.chunks[at] = {NONE, 0, true, false};
+    for (int lane = 0; lane < LANES; lane++) {
+      greatest = most[lane] > greatest ? most[lane] : greatest;
+      chunk.finite &= !infinite[lane];
+      chunk.nan |= nan[lane] != 0;
+    }
+    for (int64_t j = i; j < n; j++) {
+      greatest = x[j] > greatest ? x[j] : greatest;
+      chunk.finite &= x[j] - x[j] == 0;
+      chunk.nan |= x[j] != x[j];
+    }
+    if (greatest - greatest == 0) {
+      for (i = 0; i + LANES <= n; i += LANES) {
+        Vector v = load<Vector>(x + i);
+        sums += v == NONE ? Vector{} : exp(v - greatest);
+      }
+      for (sum = total(sums); i < n; i++) sum += expf(x[i] - greatest);
+    }
+    chunk.greatest = greatest, chunk.sum = sum;
+  }
+}
+
+// summarise(Tensor x) -> Tensor
+// x [B, V], float32, contiguous -> float64 [B, 3]: the first index of the largest value, log(sum(exp(x))), all finite.
+static void summarise(uint64_t* stack, uint64_t, uint64_t) {
+  constexpr int32_t FLOAT64 = 7;
+  Arguments<1> given(stack);
+  int64_t rows = given.size(0, 0), size = given.size(0, 1), count = (size + CHUNK - 1) / CHUNK, sizes[] = {rows, 3};
+  Buffer<Chunk> chunks(rows * count);
+  Summary p = {(const float*)given.data[0], size, count, chunks.data};
+  torch_parallel_for(0, rows * count, 4, summarise_chunks, &p);
+  void* result;
+  stack[0] = (uint64_t)make(2, sizes, FLOAT64, &result);
+  for (int64_t row = 0; row < rows; row++) {
+    const Chunk* of = chunks.data + row * count;
+    const float* x = p.x + row * size;
+    int64_t best = 0, index = 0;
+    bool finite = true, nan = false;
+    for (int64_t n = 0; n < count; n++) {
+      if (of[n].greatest > of[best].greatest) best = n;
+      finite &= of[n].finite;
+      nan |= of[n].nan;
+    }
+    float greatest = of[best].greatest;
+    double sum = 0;
+    for (int64_t n = 0; n < count; n++)
+      if (of[n].greatest != NONE) sum += of[n].sum * ::exp((double)of[n].greatest - greatest);
+    double total = greatest - greatest == 0 ? greatest + log(sum) : greatest;
+    for (index = best * CHUNK; index < size - 1 && x[index] != greatest;) index++;
+    double* y = (double*)result + 3 * row;
+    y[0] = index, y[1] = nan ? NAN : total, y[2] = finite;
+  }
+}
+
+extern "C" int32_t register_kernels(bool first) {
   static Library library;
   int32_t error = aoti_torch_library_init_impl("llama_flex", "CPU", "cpu.cpp", 0, &library);
+  if (!error && first) error = aoti_torch_library_impl(library, "summarise", summarise);  // of no dtype: it is float32
   if (!error) error = aoti_torch_library_impl(library, "few_rows_" NAME, few_rows);
   if (!error) error = aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
   if (!error) error = aoti_torch_library_impl(library, "normalise_" NAME, each_row<normalise_rows, 1>);

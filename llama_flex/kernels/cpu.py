@@ -93,7 +93,7 @@ def load(dtype: torch.dtype) -> bool:
             return True
         try:
             _libraries[dtype] = library = _load(dtype)
-            if library.register_kernels():
+            if library.register_kernels(not loaded):
                 raise OSError("torch does not accept the kernels of cpu.cpp")
         except OSError as error:
             lost = "products of few rows and dense attention use torch's, at about half the speed"
@@ -138,6 +138,19 @@ def few_rows(
     # A tensor stands for each that is not given: `parts` says so, and the kernel's interface knows no optional ones.
     given = (x if bias is None else bias, x if norm is None else norm, x if residual is None else residual)
     return _OPS[x.dtype].few_rows(x, weight, *given, eps, parts)
+
+
+ops.define("summarise(Tensor x) -> Tensor")
+torch.library.register_fake("llama_flex::summarise", lambda x: x.new_empty(len(x), 3, dtype=torch.float64), lib=ops)
+
+
+def summarise(x: Tensor) -> Tensor | None:
+    """Return what `reductions` returns of each row of x `[B, V]`, float32: the first index of the largest value, the
+    log-sum-exp, and whether all values are finite, float64 `[B, 3]`. Or None if it cannot: it is for uncompiled steps
+    on a CPU, without gradients, once the kernels of a dtype are loaded."""
+    if not loaded or is_transformed() or x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+        return None
+    return torch.ops.llama_flex.summarise.default(x.contiguous())
 
 
 def is_transformed() -> bool:
