@@ -1,10 +1,11 @@
-"""Run llama.cpp on the weights of our models, as the benchmarks' peer on a CPU, through the package xllamacpp."""
+"""Run llama.cpp on our models' weights, as the benchmarks' peer on a CPU: the package xllamacpp, or llama-bench."""
 
 from __future__ import annotations
 
 import atexit
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,31 @@ class Peer:
             raise RuntimeError(f"llama.cpp answers {done}")
         self._process.send_signal(signal.SIGSTOP)
         return done
+
+
+class NativePeer:
+    """The same by the program llama-bench, built for this machine. It decodes random tokens, without sampling."""
+
+    def __init__(self, model: Llama, slots: int) -> None:
+        """slots: as for `Peer`. Raises FileNotFoundError without the program, and ValueError as `write` does."""
+        program = shutil.which("llama-bench")
+        if program is None:
+            raise FileNotFoundError("there is no llama-bench on the PATH; build llama.cpp")
+        self._folder = tempfile.TemporaryDirectory()
+        write(model, path := Path(self._folder.name) / "model.gguf")
+        self._command = [program, "-m", str(path), "-t", str(torch.get_num_threads()), "-r", "1", "-o", "json"]
+
+    def decode(self, ids: Sequence[int], new: int, warm_up: int) -> tuple[float, list[int]]:
+        """Generate; return the seconds for the tokens from number `warm_up` to number `new`, and no tokens."""
+        return self._seconds("-p", 0, "-n", new - warm_up, "-d", len(ids) + warm_up), []
+
+    def prefill(self, ids: Sequence[int]) -> tuple[float, list[int]]:
+        """Return the seconds that a prompt of as many tokens takes, and no tokens."""
+        return self._seconds("-p", len(ids), "-n", 0), []
+
+    def _seconds(self, *options: str | int) -> float:
+        run = subprocess.run([*self._command, *map(str, options)], capture_output=True, text=True, check=True)
+        return float(json.loads(run.stdout)[0]["avg_ns"]) / 1e9
 
 
 def serve(path: str, slots: str, threads: str) -> None:

@@ -60,8 +60,8 @@ from tools._measuring import (
 Run = Callable[[], tuple[float, list[int]]]  # does the work once; returns the seconds that count, and the tokens
 
 OURS = "llama_flex"
-LLAMA_CPP = "llama.cpp"
-PEERS = ("dynamic", "static", "flex", LLAMA_CPP)
+LLAMA_CPP = {"llama.cpp": "Peer", "llama-bench": "NativePeer"}  # the peers, and their classes in tools._llama_cpp
+PEERS = ("dynamic", "static", "flex", *LLAMA_CPP)
 COMPILE: dict[str, Any] = {"auto": "auto", "on": True, "off": False}
 START_LENGTH, START_NEW = 30, 10  # `startup`: tokens in the prompt, and tokens generated
 
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--compile", choices=COMPILE, default="auto", help="as for llama_flex.generate")
     for command in (decode, prefill):
         what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention; "
-        what += "llama.cpp, on a CPU (the extra `peers`)"
+        what += "llama.cpp, on a CPU (the extra `peers`); the same, built natively"
         command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
     return parser
 
@@ -177,7 +177,7 @@ class Case:
 
     def agreeing(self, way: Way) -> int:
         """Count the leading tokens of `way` that equal ours."""
-        pairs = enumerate(zip(self.ways[OURS].tokens, way.tokens, strict=True))
+        pairs = enumerate(zip(self.ways[OURS].tokens, way.tokens, strict=bool(way.tokens)))
         return next((n for n, (a, b) in pairs if a != b), len(way.tokens))
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,11 +215,11 @@ def _cases(
                 OURS: Way(functools.partial(ours, Engine(model, compile=COMPILE[args.compile]), ids), is_peer=False)
             }
             _warm_up(ways[OURS], model, args.device)
-            if {*args.peers} - {LLAMA_CPP} and (loaded is None or isinstance(loaded, str)):
+            if {*args.peers} - {*LLAMA_CPP} and (loaded is None or isinstance(loaded, str)):
                 loaded = attempt(functools.partial(load, model, args.model))
             for kind in args.peers:
-                if kind == LLAMA_CPP:
-                    peer = attempt(functools.partial(_llama_cpp, model, size + new))
+                if kind in LLAMA_CPP:
+                    peer = attempt(functools.partial(_llama_cpp, LLAMA_CPP[kind], model, size + new))
                     way = Way(None, error=peer) if isinstance(peer, str) else Way(functools.partial(theirs, peer, ids))
                     _warm_up(way, model, args.device)
                 elif isinstance(loaded, str):
@@ -227,7 +227,7 @@ def _cases(
                 else:
                     way = Way(functools.partial(theirs, Peer(loaded, kind, size + new), ids))
                     _warm_up(way, loaded, args.device)
-                ways[kind if kind == LLAMA_CPP else f"transformers, {kind}"] = way
+                ways[kind if kind in LLAMA_CPP else f"transformers, {kind}"] = way
             _rounds(ways, args.rounds, f"{dtype}, {size} tokens")
             cases.append(Case(dtype, size, work(model, size), ways))
             clear(args.device)
@@ -236,10 +236,10 @@ def _cases(
     return cases
 
 
-def _llama_cpp(model: Llama, slots: int) -> Any:
-    from tools._llama_cpp import Peer
+def _llama_cpp(kind: str, model: Llama, slots: int) -> Any:
+    from tools import _llama_cpp
 
-    return Peer(model, slots)
+    return getattr(_llama_cpp, kind)(model, slots)
 
 
 def _warm_up(way: Way, model: torch.nn.Module, device: str) -> None:
@@ -277,7 +277,7 @@ def _print_cases(head: Sequence[str], cases: Iterable[Case], cells: Callable[[Ca
                 rows.append([*row, way.error.replace("|", "/"), *[""] * (len(head) + 2)])
                 continue
             peak = "" if way.peak is None else f"{way.peak / 2**30:.2f}"
-            same = "" if name == OURS else f"{case.agreeing(way)} of {len(way.tokens)}"
+            same = "" if name == OURS or not way.tokens else f"{case.agreeing(way)} of {len(way.tokens)}"
             rows.append([*row, *cells(case, way), peak, f"{case.faster(way):.2f}", same])
     print_table(["dtype", "tokens", "", *head, "peak GiB", f"{OURS} is times as fast", "first tokens the same"], rows)
 
