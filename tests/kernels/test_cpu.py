@@ -35,8 +35,8 @@ from llama_flex.kernels import cpu as kernel
 from test_cpu import check_attention, check_block, check_product, check_rows
 from test_reductions import check as check_reductions
 torch.set_grad_enabled(False)
-check_reductions(9000, 3, 30.0, {{1: float("nan"), 2: -float("inf")}}, 0)
 assert all(map(kernel.load, kernel.DTYPES)) and torch.backends.cpu.get_cpu_capability() == {capability!r}
+check_reductions(9000, 3, 30.0, {{1: float("nan"), 2: -float("inf")}}, 0)
 for n, dtype in enumerate(kernel.DTYPES):
     for rows, out, k in ((1, 1, 1), (3, 50, 127), (8, 33, 576), (5, 6, 65)):
         for gated in (False, True):
