@@ -21,7 +21,8 @@ from .model_runner import ModelRunner
 from .paged_cache import RowCache
 
 # Chunk sizes in tokens: the largest that the prompt still fills, the last one padded. A GPU needs large ones.
-CHUNKS = {"cpu": (512, 128), "cuda": (2048, 512, 128)}
+CHUNKS = {"cpu": (512, 128), "cuda": (8192, 2048, 512, 128)}
+_LEAST_MEMORY = 40 * 10**9  # bytes of a GPU that has room for what a layer makes of the largest chunk
 
 
 def prefill(
@@ -38,7 +39,7 @@ def prefill(
     If any token sees one of a later chunk, all are computed in one chunk. Shorter rows are padded at the end.
     """
     device = runner.model.device
-    sizes = CHUNKS[device.type][-2 if runner.backend == "dense" else 0 :]  # a dense chunk takes memory for each slot
+    sizes = _sizes(runner, len(rows), cache.largest_append)
     longest = max(row.shape[1] for row in rows)
     whole = 1 << (-(-longest // sizes[-1]) * sizes[-1] - 1).bit_length()
     width = max(whole, longest + 2 * sizes[-1])  # if chunks are split, the last one reaches further
@@ -74,6 +75,19 @@ def newest_outputs(rows: Sequence[np.ndarray], outputs: Iterable[Tensor]) -> Ite
         ends = end if start == 0 else torch.where(here[:, None, None], end, ends)
         start += x.shape[1]
         yield ends if start == longest else None
+
+
+def _sizes(runner: ModelRunner, rows: int, most: int) -> tuple[int, ...]:
+    """Return the chunk sizes for so many rows, of which at most so many tokens are appended at a time."""
+    device = runner.model.device
+    sizes = CHUNKS[device.type]
+    if runner.backend == "dense":
+        sizes = sizes[-2:]  # a dense chunk takes memory for each slot
+    elif device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        sizes = sizes if rows == 1 and memory >= _LEAST_MEMORY else sizes[1:]
+    # In a larger one than `most` needs, the rest would be padding.
+    return tuple(size for size, smaller in zip(sizes, (*sizes[1:], -1), strict=True) if smaller < most)
 
 
 def _looks_ahead(
