@@ -166,8 +166,8 @@ def run_blocks(x: Tensor, layers: Iterable[tuple[nn.Module, AttentionMetadata, K
     """Run layers in a single kernel, or return None: it is for few tokens of an uncompiled step on a CPU."""
     given = []
     for block, metadata, kv in layers:
-        layer = cpu.Layer.of(block, metadata.newest, kv)
-        if layer is None or not are_own(block, *block.children(), *layer.norms, *layer.products):
+        layer = cpu.Layer.of(block, metadata.newest, kv) if are_own(block, *block.children()) else None
+        if layer is None or not are_own(*layer.norms, *layer.products):
             return None
         given.append(layer)
     return cpu.run_blocks(x, given)

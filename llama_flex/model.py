@@ -253,7 +253,8 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Captured | None]:
         """Run the layers without checks and head; return the last one's output `[B, T, E]`, or packed, and captures.
 
-        Its parts, `prepare_inputs` and each layer, are tensor operations only; `run` may compile them. probes: by
+        Its parts, `prepare_inputs` and each layer, are tensor operations only; `run` may compile them. What one kernel
+        computes, layers of an uncompiled step on a CPU, needs no `run`. probes: by
         layer, see `probes.build_probes`.
         """
         probes = probes or {}

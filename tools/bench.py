@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--compile", choices=COMPILE, default="auto", help="as for llama_flex.generate")
     for command in (decode, prefill):
         what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention; "
-        what += "llama.cpp, on a CPU (the extra `peers`); the same, built natively"
+        what += "llama.cpp, on a CPU (the extra `peers`); its llama-bench on the PATH, built natively"
         command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
     return parser
 

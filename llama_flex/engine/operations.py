@@ -44,7 +44,7 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
     def express(value: Any) -> str:
         if id(value) in made:
             return made[id(value)]
-        if isinstance(value, list | tuple) and any(id(x) in made for x in value):
+        if isinstance(value, list | tuple) and any(id(x) in made for x in value):  # of tensors; none is nested
             return f"[{', '.join(map(express, value))}]"
         return name("constant", value)
 
@@ -63,7 +63,7 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
     leaves, tree = tree_flatten(result)
     lines.append(f"    return unflatten([{', '.join(map(express, leaves))}], {name('tree', tree)})")
     exec("\n".join(lines), names)
-    return result, names["replay"]
+    return result, names.pop("replay")  # else it would refer to itself, and its tensors wait for the garbage collector
 
 
 def _is_fixed(function: OpOverload, args: tuple[Any, ...], returned: Any) -> bool:

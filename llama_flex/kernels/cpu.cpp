@@ -2,6 +2,7 @@
 // W norm(x) + bias, or SwiGLU of it. `attend_newest`: rotate the queries and keys of each row's newest tokens, store keys
 // and values in the cache, and attend to it by definition, softmax(q k^T / sqrt(D)) v over visible slots. `run_blocks`:
 // whole layers for few rows, made of these two. `normalise` and `swiglu`: what stands around products of many rows.
+// `summarise`: what sampling needs to know of logits.
 //
 // Built by `build.py`, for one dtype at a time (NUMBERS, one of the structures below), and without torch's headers, which
 // take longer to compile than all of this: what it needs of torch's stable C interface
@@ -467,8 +468,12 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     any |= memchr(p.seen(b, head + m, 0) + start, 1, n) != nullptr;
   }
   if (!any) return;
-  for (any = false; n >= LANES && !any; n -= any ? 0 : LANES)  // leave out what nobody sees at the end
-    for (int m = 0; m < M; m++) any |= memchr(p.seen(b, head + m, 0) + start + n - LANES, 1, LANES) != nullptr;
+  auto sees_the_last = [&] {
+    for (int m = 0; m < M; m++)
+      if (memchr(p.seen(b, head + m, 0) + start + n - LANES, 1, LANES)) return true;
+    return false;
+  };
+  while (n >= LANES && !sees_the_last()) n -= LANES;
   int64_t s = 0;
   for (; s + LANES <= n; s += LANES) {
     Vector scores[M][LANES / 4];
@@ -693,19 +698,20 @@ struct Arguments {  // the tensors that begin a stack
   }
 
   int64_t size(int i, int64_t dimension) const {
-    int64_t size;
+    int64_t size = 0;
     aoti_torch_get_size(tensors[i], dimension, &size);
     return size;
   }
   int64_t stride(int i, int64_t dimension) const {
-    int64_t stride;
+    int64_t stride = 0;
     aoti_torch_get_stride(tensors[i], dimension, &stride);
     return stride;
   }
-  int64_t numel(int i) const {
+  bool is_missing(int i) const {
+    constexpr int32_t BOOL = 11;
     int64_t numel;
     aoti_torch_get_numel(tensors[i], &numel);
-    return numel;
+    return !numel && dtype(i) == BOOL;
   }
   int32_t dtype(int i) const {
     int32_t dtype;
@@ -828,7 +834,7 @@ static void each_row(uint64_t* stack, uint64_t, uint64_t) {
 
 // run_blocks(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor
 // x [B, T, E]. tensors, of each layer: the norms of attention, MLP, each query and key; qkv, o, gate_up and down; their
-// biases; and from cos on as attend_newest. One without elements stands for what is missing. eps: of each layer's norms.
+// biases; and from cos on as attend_newest. A boolean one without elements stands for what is missing. eps: of each layer's norms.
 // Returns an empty tensor, and does nothing, if there is no code for such tensors.
 enum { NORMS, PRODUCTS = 4, BIASES = 8, NEWEST = 12, TENSORS = 19 };
 enum { QKV, O, GATE_UP, DOWN };
@@ -849,7 +855,7 @@ static bool read_layer(const Arguments<TENSORS>& of, int64_t rows, int64_t token
   p.heads = width / d;
   bool fit = p.tokens == tokens && p.heads % p.kv_heads == 0 && width == p.heads * d;
   for (int i = 0; i < 4; i++) {
-    bool has_norm = of.numel(NORMS + i), has_bias = of.numel(BIASES + i);
+    bool has_norm = !of.is_missing(NORMS + i), has_bias = !of.is_missing(BIASES + i);
     fit = fit && (!has_norm || of.fits(NORMS + i, dtype, normed[i])) && of.fits(PRODUCTS + i, dtype, out[i], in[i]);
     fit = fit && (!has_bias || of.fits(BIASES + i, dtype, out[i]));
     layer.norms[i] = has_norm ? of.data[NORMS + i] : nullptr;
@@ -983,10 +989,11 @@ static void summarise(uint64_t* stack, uint64_t, uint64_t) {
   }
 }
 
-extern "C" int32_t register_kernels(bool first) {
+// with_summarise: for one dtype's library only, since its operation is the same for all.
+extern "C" int32_t register_kernels(bool with_summarise) {
   static Library library;
   int32_t error = aoti_torch_library_init_impl("llama_flex", "CPU", "cpu.cpp", 0, &library);
-  if (!error && first) error = aoti_torch_library_impl(library, "summarise", summarise);  // of no dtype: it is float32
+  if (!error && with_summarise) error = aoti_torch_library_impl(library, "summarise", summarise);
   if (!error) error = aoti_torch_library_impl(library, "few_rows_" NAME, few_rows);
   if (!error) error = aoti_torch_library_impl(library, "attend_newest_" NAME, attend_newest);
   if (!error) error = aoti_torch_library_impl(library, "normalise_" NAME, each_row<normalise_rows, 1>);

@@ -2,8 +2,8 @@
 
 torch's own products (MKL, oneDNN) read weights at a third to a half of memory's speed, most of all on AMD. `few_rows`
 reads them once, at that speed, for up to `ROWS` rows; `attend_newest` is the dense attention of uncompiled steps, and
-`run_blocks` whole layers of theirs. They are compiled on first use, in two seconds or three, for the vectors of this
-processor, and kept beside what torch compiles.
+`run_blocks` all layers of a step; `summarise` is for its logits. They are compiled on first use, in two seconds or
+three, for the vectors of this processor, and kept beside what torch compiles.
 
 Dimension letters: see `layers`.
 """
@@ -30,7 +30,7 @@ BIAS, NORM, RESIDUAL, GATED = 1, 2, 4, 8  # the parts of a product besides x and
 _ATTENTION = (  # a `Newest`, with a cache
     "Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor visible, Tensor page_table"
 )
-_MISSING = torch.empty(0, device="cpu")  # stands for what a layer lacks
+_MISSING = torch.empty(0, dtype=torch.bool, device="cpu")  # stands for what a layer lacks; no parameter is like it
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 loaded: set[torch.dtype] = set()  # read by compiled steps, which cannot build it
 
@@ -148,7 +148,9 @@ def summarise(x: Tensor) -> Tensor | None:
     """Return what `reductions` returns of each row of x `[B, V]`, float32: the first index of the largest value, the
     log-sum-exp, and whether all values are finite, float64 `[B, 3]`. Or None if it cannot: it is for uncompiled steps
     on a CPU, without gradients, once the kernels of a dtype are loaded."""
-    if not loaded or is_transformed() or x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+    if not loaded or is_transformed() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return None
+    if x.dim() != 2 or not x.numel():
         return None
     return torch.ops.llama_flex.summarise.default(x.contiguous())
 
@@ -267,16 +269,13 @@ class Layer(NamedTuple):
 
     @staticmethod
     def of(block: nn.Module, newest: Newest | None, kv: KV | None) -> Layer | None:
-        """Return that of a `layers.Block`, or None if there is no kernel for such a step."""
+        """Return that of a `layers.Block` and its own attention and MLP, or None if there is no kernel for the step."""
         attention, mlp = map(block._modules.get, ("attention", "mlp"))  # ten times as fast as attributes
         if newest is None or newest.packed is not None or kv is None or attention is None or mlp is None:
             return None
         norm, q_norm, k_norm, qkv, o = map(attention._modules.get, ("norm", "q_norm", "k_norm", "qkv", "o"))
         mlp_norm, gate_up, down = map(mlp._modules.get, ("norm", "gate_up", "down"))
-        norms, products = (norm, mlp_norm, q_norm, k_norm), (qkv, o, gate_up, down)
-        if any(x is not None and x._parameters.get("weight") is None for x in (*norms, *products)):
-            return None  # a weight that is no parameter, such as one that is computed
-        return Layer(norms, products, newest, kv)
+        return Layer((norm, mlp_norm, q_norm, k_norm), (qkv, o, gate_up, down), newest, kv)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the layer's tensors, as the operation takes them."""
@@ -288,10 +287,13 @@ class Layer(NamedTuple):
 def run_blocks(x: Tensor, layers: Sequence[Layer]) -> Tensor | None:
     """Compute layers for x `[B, T, E]` of up to `ROWS` tokens, as `layers.Block` does, or return None if it cannot.
 
-    All in one dtype of DTYPES, with caches of one kind; sums in float32.
+    All in one dtype of DTYPES, with caches of one kind; sums in float32. The modules must be this package's own.
     """
     if not 0 < x.shape[:-1].numel() <= ROWS or x.dtype not in DTYPES or not load(x.dtype):
         return None
+    modules = [module for layer in layers for module in (*layer.norms, *layer.products)]
+    if any(module is not None and module._parameters.get("weight") is None for module in modules):
+        return None  # it is no parameter: it may be computed
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     eps = [0.0 if norm is None else norm.eps for layer in layers for norm in layer.norms]
     y = _OPS[x.dtype].run_blocks(x, tensors, eps, layers[0].newest.page_table is not None)

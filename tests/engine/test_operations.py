@@ -1,7 +1,9 @@
 """Recorded operations of uncompiled steps: a replay is the step again, on the same memory."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -197,3 +199,16 @@ def test_steps_of_many_tokens_are_not_recorded(tiny_pair, replays):
     engine.submit([*range(3, 203)] * 2, max_new_tokens=1, stop_token_ids=())
     engine.run()
     assert not replays["recorded"]
+
+
+def test_a_recording_that_is_dropped_frees_its_tensors_at_once():
+    x = torch.ones(3)
+    _, replay = operations.record(lambda: x + 1)
+    kept = weakref.ref(x)
+    gc.collect()
+    gc.disable()
+    try:
+        del x, replay
+        assert kept() is None
+    finally:
+        gc.enable()

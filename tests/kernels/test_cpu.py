@@ -469,6 +469,15 @@ def test_a_layer_that_the_kernel_has_no_code_for_is_left_to_torch(tiny_pair, mon
     torch.testing.assert_close(logits(), expected)
     assert calls == [None]
     block.mlp.down.weight = weight
+    scripted = torch.nn.Linear(*weight.shape[::-1], bias=False).requires_grad_(False)
+    scripted.weight.copy_(weight)
+    down, block.mlp.down = block.mlp.down, torch.jit.trace(scripted, torch.zeros(1, 1, weight.shape[1]))
+    torch.testing.assert_close(logits(), expected)
+    assert calls == [None]
+    block.mlp.down, down.bias = down, torch.nn.Parameter(torch.zeros(0), requires_grad=False)
+    with pytest.raises(RuntimeError, match="size"):  # it is not left out
+        logits()
+    down.bias = None
     block.mlp.norm.double()
     assert logits().shape == expected.shape
     assert calls == [None]

@@ -78,6 +78,8 @@ def test_other_dtypes_and_gradients_are_left_to_torch():
     with torch.no_grad():
         assert cpu.summarise(x.double()) is None
         assert cpu.summarise(x.bfloat16()) is None
+        assert cpu.summarise(x[0]) is None
+        assert cpu.summarise(x[None]) is None
         plain = [function(x.double()) for function in (reductions.argmax, reductions.logsumexp, reductions.all_finite)]
         assert plain[0].equal(reductions.argmax(x.T.contiguous().T))
         torch.testing.assert_close(plain[1].float(), reductions.logsumexp(x))
