@@ -202,13 +202,16 @@ def test_steps_of_many_tokens_are_not_recorded(tiny_pair, replays):
 
 
 def test_a_recording_that_is_dropped_frees_its_tensors_at_once():
-    x = torch.ones(3)
-    _, replay = operations.record(lambda: x + 1)
-    kept = weakref.ref(x)
+    def make():
+        x = torch.ones(3)
+        return operations.record(lambda: x + 1)[1], weakref.ref(x)
+
+    replay, kept = make()
     gc.collect()
     gc.disable()
     try:
-        del x, replay
+        assert kept() is not None
+        del replay
         assert kept() is None
     finally:
         gc.enable()
