@@ -59,7 +59,8 @@ class Engine:
         """tokenizer: for text and stop strings. compile: run compiled steps (a fixed cost of seconds, then fast);
         "auto": not on a CPU, where uncompiled steps of backend "dense" are faster; on a GPU, but streams under the
         package's own masks begin with such steps there too, and compiled ones take over after 2,048, so that nobody
-        waits for a compiler. Steps not compiled are recorded and replayed.
+        waits for a compiler. Steps are recorded and replayed: of what changes in the model during a stream, such as
+        hooks and modules, they may see the values of parameters alone.
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
 
         The rest configures `submit`, before which it takes no memory. max_batch_size: the most sequences that run at a
