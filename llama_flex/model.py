@@ -254,8 +254,7 @@ class Llama(nn.Module):
         """Run the layers without checks and head; return the last one's output `[B, T, E]`, or packed, and captures.
 
         Its parts, `prepare_inputs` and each layer, are tensor operations only; `run` may compile them. What one kernel
-        computes, layers of an uncompiled step on a CPU, needs no `run`. probes: by
-        layer, see `probes.build_probes`.
+        computes, layers of an uncompiled step on a CPU, needs no `run`. probes: by layer, see `probes.build_probes`.
         """
         probes = probes or {}
         given = input_ids, lengths, positions, segments, cache, plan.variants, backend, self.dims.num_heads

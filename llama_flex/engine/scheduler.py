@@ -332,13 +332,10 @@ class Scheduler:
         weights = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
         if (modules, weights) != (self._modules, self._weights):
             if modules != self._modules or [id for id, _ in weights] != [id for id, _ in self._weights]:
-                self._forget_recorded()
+                for batch in (self.batch, *(stream for stream, _ in self._streams.values())):
+                    batch.recorded.forget()  # recorded steps use the old ones
             self._modules, self._weights = modules, weights
             self.forget()
-
-    def _forget_recorded(self) -> None:
-        for batch in (self.batch, *(stream for stream, _ in self._streams.values())):
-            batch.recorded.forget()  # recorded steps use the old weights and modules
 
     def forget(self) -> None:
         """See `Engine.forget`."""

@@ -429,6 +429,13 @@ struct Attention {
   }
 };
 
+// The end of what is seen of n slots, but for a part of a vector.
+static int64_t end_of(const bool* seen, int64_t n) {
+  if (!memchr(seen, 1, n)) return 0;
+  while (n >= LANES && !memchr(seen + n - LANES, 1, LANES)) n -= LANES;
+  return n;
+}
+
 // Turn PART scores, of which the first n count if seen, into weights relative to the greatest score, which is returned;
 // `before` is the greatest one of earlier parts, and `sum` that of their weights, to which these are added.
 static float weigh(float* x, const bool* seen, int64_t n, float scale, float before, float& sum) {
@@ -453,27 +460,21 @@ static float weigh(float* x, const bool* seen, int64_t n, float scale, float bef
 // One query of M heads with the same keys, from `head` on, and one part of the slots.
 template <int M>
 static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
-  int64_t start = part * PART, n = p.slots - start < PART ? p.slots - start : PART, d = p.dim;
+  int64_t start = part * PART, given = p.slots - start < PART ? p.slots - start : PART, n = 0, d = p.dim;
   int64_t kv_head = head / (p.heads / p.kv_heads), held = p.place(b, kv_head, p.first_slot(b, part));
   const Stored *k = (const Stored*)p.k + held, *v = (const Stored*)p.v + held;
   const Stored* next = part + 1 < p.count ? (const Stored*)p.k + p.place(b, kv_head, p.first_slot(b, part + 1)) : k;
   const float* q = p.q + (b * p.heads + head) * d;
   float* out[M];
   alignas(64) float w[M][PART];
-  bool any = false;
   for (int m = 0; m < M; m++) {
     out[m] = p.parts + ((b * p.heads + head + m) * p.count + part) * (d + 2);
     memset(out[m], 0, (d + 2) * sizeof(float));
     out[m][d] = NONE;
-    any |= memchr(p.seen(b, head + m, 0) + start, 1, n) != nullptr;
+    int64_t end = end_of(p.seen(b, head + m, 0) + start, given);
+    n = end > n ? end : n;
   }
-  if (!any) return;
-  auto sees_the_last = [&] {
-    for (int m = 0; m < M; m++)
-      if (memchr(p.seen(b, head + m, 0) + start + n - LANES, 1, LANES)) return true;
-    return false;
-  };
-  while (n >= LANES && !sees_the_last()) n -= LANES;
+  if (!n) return;
   int64_t s = 0;
   for (; s + LANES <= n; s += LANES) {
     Vector scores[M][LANES / 4];
@@ -633,9 +634,8 @@ static void attend_block(const Attention& p, int64_t b, int64_t kv_head, int64_t
       float* weights = w + tile * ROWS * PART;
       int64_t begin = tile * ROWS, end = begin + ROWS < rows ? begin + ROWS : rows, seen_slots = 0;
       for (int64_t r = begin; r < end; r++) {
-        const bool* seen = p.seen(b, kv_head * group + r % group, first + r / group) + start;
-        for (int64_t s = n; s > seen_slots; s--)
-          if (seen[s - 1]) seen_slots = s;
+        int64_t seen = end_of(p.seen(b, kv_head * group + r % group, first + r / group) + start, n);
+        seen_slots = seen > seen_slots ? seen : seen_slots;
       }
       if (!seen_slots) continue;
       multiply_tile(q + begin * d, d, d, k, PART, (seen_slots + WIDTH - 1) / WIDTH * WIDTH, weights, false);

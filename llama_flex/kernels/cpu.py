@@ -257,7 +257,7 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, newest: Newest | None, kv: KV
 
 
 class Layer(NamedTuple):
-    """What `run_blocks` needs of a layer.
+    """A layer, as `run_blocks` takes it.
 
     norms: of attention and MLP, and those of each query and key, or None. products: q, k and v; o; gate and up; down.
     """
@@ -272,6 +272,8 @@ class Layer(NamedTuple):
         """Return that of a `layers.Block` and its own attention and MLP, or None if there is no kernel for the step."""
         attention, mlp = map(block._modules.get, ("attention", "mlp"))  # ten times as fast as attributes
         if newest is None or newest.packed is not None or kv is None or attention is None or mlp is None:
+            return None
+        if not 0 < newest.slots.numel() <= ROWS:  # asked here, so that a prompt is turned down by its first layer
             return None
         norm, q_norm, k_norm, qkv, o = map(attention._modules.get, ("norm", "q_norm", "k_norm", "qkv", "o"))
         mlp_norm, gate_up, down = map(mlp._modules.get, ("norm", "gate_up", "down"))
@@ -289,7 +291,7 @@ def run_blocks(x: Tensor, layers: Sequence[Layer]) -> Tensor | None:
 
     All in one dtype of DTYPES, with caches of one kind; sums in float32. The modules must be this package's own.
     """
-    if not 0 < x.shape[:-1].numel() <= ROWS or x.dtype not in DTYPES or not load(x.dtype):
+    if x.dtype not in DTYPES or not load(x.dtype):
         return None
     modules = [module for layer in layers for module in (*layer.norms, *layer.products)]
     if any(module is not None and module._parameters.get("weight") is None for module in modules):
