@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import sys
 import threading
+import time
 
 import torch
 
@@ -20,6 +21,7 @@ from .model_runner import ModelRunner
 # and a token needs it several times.
 _SWITCH_INTERVAL = 0.0005
 _compiling = threading.Lock()
+_ACQUIRING = "logging", "threading", "importlib._bootstrap"  # modules with functions that return holding a lock
 
 
 class CompileAhead(Batch):
@@ -40,11 +42,7 @@ class CompileAhead(Batch):
 
     def _abandon(self) -> None:
         """Leave the compiler at its next line of Python: a thread that still runs aborts an interpreter that ends."""
-        if self._thread.is_alive():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(SystemExit)
-            )
-            self._thread.join()
+        leave(self._thread)
 
     @torch.no_grad()
     def _compile(self) -> None:
@@ -75,3 +73,18 @@ class CompileAhead(Batch):
         with cache.appending(1):
             x, _ = self.runner.step(ids, count, positions, segments, self._plan, cache)
             self._sample(x, buffers, self._kinds)
+
+
+def leave(thread: threading.Thread) -> None:
+    """End a thread where it stands in Python, and wait for it.
+
+    But not in code that may have just acquired a lock, and not yet entered the `try` that releases it: whoever needs
+    that lock later, such as what torch logs at exit, would wait for ever.
+    """
+    while thread.is_alive():
+        frame = sys._current_frames().get(thread.ident or 0)
+        if frame is None or frame.f_globals.get("__name__") not in _ACQUIRING:
+            break
+        time.sleep(_SWITCH_INTERVAL)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    thread.join()

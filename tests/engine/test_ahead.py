@@ -1,17 +1,19 @@
 """Streams that begin uncompiled where "auto" compiles, and the takeover by steps that were compiled meanwhile."""
 
 import copy
+import logging
 import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from torch._inductor.exc import InductorError
 
 from llama_flex import Engine, Mask, Sampling
 from llama_flex.engine import model_runner
-from llama_flex.engine.ahead import CompileAhead
+from llama_flex.engine.ahead import CompileAhead, leave
 from llama_flex.engine.graphs import Graphs
 from llama_flex.usercode.errors import CompileError
 
@@ -128,10 +130,32 @@ def test_an_error_of_the_compiler_ends_the_stream_where_it_would_take_over(tiny_
     assert not any(thread.name.startswith("llama_flex") for thread in threading.enumerate())
 
 
+def test_a_thread_that_is_left_holds_no_lock():
+    def use_locks():
+        log = logging.Logger("of this test")
+        while True:
+            log._cache.clear()  # so that the next line acquires the lock of `logging`
+            log.isEnabledFor(logging.DEBUG)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(100):  # without care, every third one would keep the lock
+            thread = threading.Thread(target=use_locks, daemon=True)
+            thread.start()
+            time.sleep(0.002)
+            leave(thread)
+            assert logging._lock.acquire(timeout=10)
+            logging._lock.release()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize("way", ["done", "interrupted"])
 def test_a_program_that_ends_while_a_compiler_runs_ends_cleanly(way, tmp_path):
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", EARLY, "3", way], env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", EARLY, "3", way]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout == "done\n"
     assert (done.returncode == 0) == (way == "done"), done.stderr[-2000:]
     assert ("KeyboardInterrupt" in done.stderr) == (way == "interrupted")
