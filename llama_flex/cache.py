@@ -80,7 +80,8 @@ class Cache:
     @property
     def length(self) -> Tensor:
         """The index of the next token in each row, int32 `[B]`; tokens that a rolling window has passed count too."""
-        return torch.maximum(self.tokens.index.amax(1) + 1, self.rolled_out)
+        held = self.tokens.index.amax(1) + 1
+        return held if self.window is None else torch.maximum(held, self.rolled_out)
 
     @property
     def next_position(self) -> Tensor:

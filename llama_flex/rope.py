@@ -42,7 +42,8 @@ class RotaryEmbedding(nn.Module):
             )
             inv_freq = torch.where(length[:, None] > self.limit, longer, inv_freq)[:, None, None]
         cos, sin = cos_sin(tokens.position, inv_freq)
-        return cos * self.rope.attention_scale, sin * self.rope.attention_scale
+        scale = self.rope.attention_scale
+        return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
     def _make_inv_freq(self) -> None:
         # On the CPU, as in the reference: a frequency's last bit is a visible angle at position 100,000.

@@ -34,28 +34,45 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
     """
     with _Recorder() as recorder:
         result = step()
+    written = {_memory(x) for function, args, options, _ in recorder.calls for x in _written(function, args, options)}
+    constants: set[int] = set()  # ids of tensors that are the same in every replay
+    computed: dict[str, str] = {}  # a call that gives the same again: its first result
     made: dict[int, str] = {}  # id of a tensor that a replay makes: the expression for it
     names: dict[str, Any] = {"unflatten": tree_unflatten}  # of all else; so no tensor is kept that a replay makes
+    named: dict[int, str] = {}
 
     def name(prefix: str, value: Any) -> str:
-        names[key := f"{prefix}{len(names)}"] = value
-        return key
+        if id(value) not in named:
+            named[id(value)] = key = f"{prefix}{len(names)}"
+            names[key] = value
+        return named[id(value)]
 
     def express(value: Any) -> str:
         if id(value) in made:
             return made[id(value)]
-        if isinstance(value, list | tuple) and any(id(x) in made for x in value):  # of tensors; none is nested
+        if isinstance(value, list | tuple):  # of tensors or numbers; none is nested
             return f"[{', '.join(map(express, value))}]"
-        return name("constant", value)
+        return repr(value) if value is None or type(value) in (bool, int) else name("constant", value)
 
     # Written out as Python, since a loop over operations and arguments would take as long as the smaller operations.
     lines = ["def replay():"]
     for n, (function, args, options, returned) in enumerate(recorder.calls):
-        known = set(map(id, tree_leaves((args, options))))
-        if made.keys().isdisjoint(known) and _is_fixed(function, args, returned):
+        given_tensors = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor)]
+        known = set(map(id, given_tensors))
+        pure = _is_pure(function, given_tensors, returned, written)
+        if pure and constants.issuperset(known) and (known or function.overloadpacket in _CONSTANT):
+            constants.add(id(returned))
+            continue
+        if made.keys().isdisjoint(known) and _is_view(function, given_tensors, returned):
             continue
         given = [*map(express, args), *(f"{key}={express(value)}" for key, value in options.items())]
-        lines.append(f"    result{n} = {name('operation', function)}({', '.join(given)})")
+        call = f"{name('operation', function)}({', '.join(given)})"
+        if pure and call in computed:
+            made[id(returned)] = computed[call]
+            continue
+        lines.append(f"    result{n} = {call}")
+        if pure:
+            computed[call] = f"result{n}"
         several = isinstance(returned, list | tuple)
         for i, x in enumerate(returned) if several else ((None, returned),):
             if isinstance(x, Tensor) and id(x) not in known:
@@ -66,18 +83,33 @@ def record(step: Callable[[], T]) -> tuple[T, Callable[[], T]]:
     return result, names.pop("replay")  # else it would refer to itself, and its tensors wait for the garbage collector
 
 
-def _is_fixed(function: OpOverload, args: tuple[Any, ...], returned: Any) -> bool:
-    """Return whether an operation on tensors that persist gives the same each time: a view, or a constant.
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
-    Not views of a parameter, whose memory `parameter.data = ...` replaces. An operation that may return a view may
-    return a copy, too: `to` does, which is an operation of its own in `torch.inference_mode()`.
+
+def _written(function: OpOverload, args: tuple[Any, ...], options: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation writes to."""
+    given = dict(zip((x.name for x in function._schema.arguments), args, strict=False)) | options
+    written = [given.get(x.name) for x in function._schema.arguments if x.alias_info and x.alias_info.is_write]
+    return [x for x in tree_leaves(written) if isinstance(x, Tensor)]
+
+
+def _is_pure(function: OpOverload, given: list[Tensor], returned: Any, written: set[int]) -> bool:
+    """Return whether an operation gives the same each time within a step, in which `written` is written to."""
+    if not isinstance(returned, Tensor) or torch.Tag.nondeterministic_seeded in function.tags:
+        return False
+    return written.isdisjoint(map(_memory, (*given, returned)))
+
+
+def _is_view(function: OpOverload, given: list[Tensor], returned: Any) -> bool:
+    """Return whether an operation on tensors that persist only views their memory.
+
+    Not that of a parameter, which `parameter.data = ...` replaces. An operation that may return a view may return a
+    copy, too: `to` does, which is an operation of its own in `torch.inference_mode()`.
     """
-    if function.overloadpacket in _CONSTANT:
-        return True
     aliases = [x.alias_info for x in function._schema.returns]
     if not aliases or any(alias is None or alias.is_write for alias in aliases):
         return False
-    tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-    memory = {x.untyped_storage().data_ptr() for x in tensors if not isinstance(x, nn.Parameter)}
+    memory = {_memory(x) for x in given if not isinstance(x, nn.Parameter)}
     views = [x for x in tree_leaves(returned) if isinstance(x, Tensor)]
-    return len(tensors) > 0 and all(x.untyped_storage().data_ptr() in memory for x in views)
+    return len(given) > 0 and all(_memory(x) in memory for x in views)

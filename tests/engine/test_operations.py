@@ -50,6 +50,29 @@ def test_arguments_in_lists_and_by_name_are_those_of_the_replay():
     assert not torch.equal(found, result)
 
 
+def test_what_repeats_is_computed_once_unless_something_writes_in_between():
+    x, weight = torch.tensor([[2.0, 1.0, 3.0]]), torch.ones(3)
+
+    def step():
+        twice = x.argmax(-1), x.argmax(-1)
+        noise = torch.randn(1) + x[0, 0], torch.randn(1) + x[0, 0]
+        before = weight.sum()
+        weight.add_(1)
+        written = x.clone(), x.clone()
+        written[0].add_(before)
+        return *twice, *noise, before, weight.sum(), *written
+
+    _, replay = operations.record(step)
+    x.copy_(torch.tensor([[4.0, 5.0, 1.0]]))
+    first, second, a, b, before, after, changed, copied = replay()
+    assert first is second
+    assert first.item() == 1
+    assert a != b
+    assert (before, after) == (6, 9)
+    torch.testing.assert_close(changed, x + 6)
+    torch.testing.assert_close(copied, x)
+
+
 PROMPTS = [[5, 6, 7], [*range(9, 134)]]
 
 
