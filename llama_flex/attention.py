@@ -114,6 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     if padded != group:
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
     score_mod = None if scored is None else scored.score_mod(metadata.q, metadata.kv, pages, group, padded)
+    options = kernel_options(q, k, pages is not None, attention.flash) if q.is_cuda else None
     with nullcontext() if torch.compiler.is_dynamo_compiling() else eager_errors(attention.described):
         out = flex_attention(
             q,
@@ -122,7 +123,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
             score_mod=score_mod,
             block_mask=block_mask,
             enable_gqa=q.shape[1] != k.shape[1],
-            kernel_options=kernel_options(q, k, pages is not None) if q.is_cuda else None,
+            kernel_options=options,
         )
     return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
 

@@ -37,7 +37,7 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
         lines.append(f"products of few rows and dense attention: {cpu.describe(model.dtype)}")
     q, kv = last.newest(), last.tokens()
     (rows, _), group = kv.index.shape, dims.num_heads // dims.num_kv_heads
-    for i, (mask, score_mod) in enumerate(last.plan.variants):
+    for i, (mask, score_mod, flash) in enumerate(runner.compiled_plan(last.plan).variants):
         full, some = mask.blocks(q, kv, dims.num_heads)
         visited, total = int(some.sum()), some.numel()
         count = last.plan.of_layer.count(i)
@@ -47,7 +47,8 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
             lines.append(f"  attention backend {runner.backend!r}")
         elif runner.compile:
             lines.append(f"  decoding: {flex_attention.describe(device, 1, group, some.shape[1])}")
-            lines.append(f"  prompts: {flex_attention.describe(device, BLOCK, group, some.shape[1])}")
+            flash = flash and flex_attention.flash_takes(model.dtype, dims.head_dim)
+            lines.append(f"  prompts: {flex_attention.describe(device, BLOCK, group, some.shape[1], flash)}")
         lines.append(
             f"  the last query visits {visited} of {total} blocks of {BLOCK} slots, {int(full.sum())} unmasked"
         )

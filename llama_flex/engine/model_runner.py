@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import Backend
 from ..interp.hook_points import Captured, Probe
-from ..kernels import cpu
+from ..kernels import cpu, flex_attention
 from ..masks.layout import SlotCache
 from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
@@ -131,6 +131,14 @@ class ModelRunner:
             cpu.load(self.model.dtype)  # compiled code can only use it
         return self.graphs.of(*key) if self.compile else run_eager
 
+    def compiled_plan(self, plan: AttentionPlan) -> AttentionPlan:
+        """Return the plan that compiled steps without probes use: with flash-attn-4, if it is installed.
+
+        Whatever reads a mask's tensors in the same compiled part, as a probe may, Inductor lets go of them before that
+        kernel runs (torch 2.11: "UnboundLocalError").
+        """
+        return plan.with_flash if flex_attention.has_flash(self.model.device) else plan
+
     def step(
         self,
         ids: Tensor,
@@ -145,6 +153,7 @@ class ModelRunner:
         packed, and the tensors that probes captured."""
         key: tuple[Any, ...] = ()
         if self.compile:
+            plan = plan if probes else self.compiled_plan(plan)
             shape = ids.shape if cache.token_indices is None else (1, len(cache.token_indices))
             key = (*shape, cache.max_length, type(cache), cache.layers[0][0].shape, plan.structure)
             self.shapes.add(key)

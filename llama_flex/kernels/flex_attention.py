@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import logging
 import warnings
 from collections.abc import Iterator
@@ -21,12 +23,14 @@ def padded_group(group: int) -> int:
     return 1 << (group - 1).bit_length()
 
 
-def describe(device: torch.device, queries: int, group: int, mask_heads: int) -> str:
-    """Say which kernel compiled attention runs, and why. mask_heads: 1 if the mask is the same for all heads."""
+def describe(device: torch.device, queries: int, group: int, mask_heads: int, flash: bool = False) -> str:
+    """Say which kernel compiled attention runs, and why. mask_heads: 1 if the mask is the same for all heads. flash:
+    whether FlashAttention computes long chunks."""
     if device.type == "cpu":
         return "Inductor's C++ FlexAttention, the only one on a CPU"
     if queries > 1:
-        return "Inductor's Triton FlexAttention: many queries"
+        longer = f"; flash-attn-4 from {_LONG} queries on, if slots are contiguous" if flash else ""
+        return f"Inductor's Triton FlexAttention: many queries{longer}"
     if mask_heads > 1 and group > 1:
         return "Inductor's Triton FlexAttention: a mask that differs between heads, and keys shared by several heads"
     padded = "" if padded_group(group) == group else f", groups of {group} heads padded to {padded_group(group)}"
@@ -46,8 +50,22 @@ _LONG = 8192
 _PROGRAMS = 1024  # enough to keep an H200 busy: parts of the slots, times rows, times key/value heads
 
 
-def kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
-    """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and the choice of kernel.
+@functools.cache
+def has_flash(device: torch.device) -> bool:
+    """Return whether flash-attn-4, FlexAttention's other backend, is installed and has kernels for a device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return any(importlib.metadata.distributions(name="flash-attn-4"))
+
+
+def flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether flash-attn-4 has kernels for a dtype and head dimension."""
+    return dtype.itemsize == 2 and head_dim in (64, 96, 128)
+
+
+def kernel_options(q: Tensor, k: Tensor, paged: bool, flash: bool) -> Any:
+    """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and the choice of kernel. flash: whether
+    flash-attn-4 is installed and knows the mask's operations; it is used for long chunks, as a launch takes 0.4 ms.
 
     For 2 to 127 queries torch 2.11 would choose its decoding kernel, which does not compile or gives wrong results.
 
@@ -59,10 +77,13 @@ def kernel_options(q: Tensor, k: Tensor, paged: bool) -> Any:
     row = (1 << (q.shape[3] - 1).bit_length()) * q.itemsize  # bytes; the kernels pad the head dim
     device: Any = torch.cuda.get_device_properties(q.device)
     most = device.shared_memory_per_block_optin
+    long = not paged and q.itemsize == 2 and q.shape[2] >= _LONG
+    if long and flash and flash_takes(q.dtype, q.shape[3]) and not torch.is_grad_enabled():
+        return {"BACKEND": "FLASH"}
     tiles = _TILES if q.itemsize == 2 else _TILES[1:]
     if paged and q.itemsize == 2 and q.shape[2] == 1:
         tiles = (_TILE_OF_PAGES, *tiles)
-    if not paged and q.itemsize == 2 and q.shape[2] >= _LONG and q.shape[3] > 64:
+    if long and q.shape[3] > 64:
         tiles = (_TILE_OF_LONG, *tiles)
     fitting = [tile for tile in tiles if (tile[0] + 2 * tile[1] * tile[2]) * row <= most]
     rows, slots, stages = tile = (*fitting, _TILES[-1])[0]

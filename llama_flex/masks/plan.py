@@ -16,15 +16,24 @@ from .scores import ScoreMod
 
 
 class LayerAttention(NamedTuple):
-    """The mask of a layer, and its score function if it has one: one variant of a plan."""
+    """The mask of a layer, and its score function if it has one: one variant of a plan.
+
+    flash: whether flash-attn-4 computes long chunks; see `AttentionPlan.with_flash`.
+    """
 
     mask: Mask
     score_mod: ScoreMod | None = None
+    flash: bool = False
+
+    @property
+    def functions(self) -> tuple[Mask | ScoreMod, ...]:
+        """The mask, and the score function if there is one."""
+        return (self.mask,) if self.score_mod is None else (self.mask, self.score_mod)
 
     @property
     def described(self) -> str:
         """The mask and the score function, for messages."""
-        return " or ".join(function.described for function in self if function is not None)
+        return " or ".join(function.described for function in self.functions)
 
 
 @dataclass(frozen=True)
@@ -72,13 +81,25 @@ class AttentionPlan:
     @cached_property
     def is_own(self) -> bool:
         """Whether all masks and score functions are made of this package's functions only."""
-        return all(function is None or function.is_own() for variant in self.variants for function in variant)
+        return all(function.is_own() for variant in self.variants for function in variant.functions)
 
     @cached_property
     def structure(self) -> Hashable:
         """A key for compiled graphs; see `CapturingFunction.structure`."""
-        functions = (function for variant in self.variants for function in variant)
-        return self.of_layer, tuple(function and function.structure() for function in functions)
+        variants = ((*(f.structure() for f in variant.functions), variant.flash) for variant in self.variants)
+        return self.of_layer, tuple(variants)
+
+    @cached_property
+    def with_flash(self) -> AttentionPlan:
+        """This plan, for FlexAttention's backend of flash-attn-4: it computes what it has operations for, that is this
+        package's masks, but for those that look up a table, and no score functions."""
+        return AttentionPlan(
+            tuple(
+                v._replace(flash=v.score_mod is None and v.mask.is_own() and not v.mask.captured())
+                for v in self.variants
+            ),
+            self.of_layer,
+        )
 
     def check_new_tokens(
         self, count: int, positions: Tensor | None, segments: Tensor | None, start: int, num_heads: int
@@ -97,7 +118,7 @@ class AttentionPlan:
         tokens = tokens.map(lambda x: x.cpu())
         at = tokens.index.argmax(1, keepdim=True)
         last = tokens.map(lambda x: x.gather(1, at))
-        for mask, score_mod in self.variants:
+        for mask, score_mod, _ in self.variants:
             mask.to("cpu").dense(last, tokens, num_heads)
             if score_mod is not None:
                 scores = torch.zeros(len(at), num_heads, 1, tokens.index.shape[1])

@@ -47,11 +47,15 @@ class CapturingFunction:
         """Return whether it is made of this package's functions only, which read no values of tensors on the host."""
         return _is_own(self, set())
 
+    def captured(self) -> list[Tensor]:
+        """Return the captured tensors."""
+        found: list[Tensor] = []
+        _structure(self, found.append, set())
+        return found
+
     def requires_grad(self) -> bool:
         """Return whether any captured tensor requires gradients."""
-        found: list[bool] = []
-        _structure(self, lambda t: found.append(t.requires_grad), set())
-        return any(found)
+        return any(x.requires_grad for x in self.captured())
 
 
 def name_of(function: Callable[..., Any]) -> str:

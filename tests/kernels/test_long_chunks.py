@@ -5,6 +5,7 @@ import torch
 
 from llama_flex import Engine, Llama, LlamaConfig, Mask, Sampling, masks, scores
 from llama_flex.attention import attend, build_attention_metadata
+from llama_flex.kernels.flex_attention import has_flash, kernel_options
 from llama_flex.masks.plan import AttentionPlan
 from llama_flex.tokens import Tokens
 
@@ -36,7 +37,9 @@ def tokens(start: int, count: int, slots: int) -> Tokens:
 
 
 def plan_of(mask: Mask, score_mod=None) -> AttentionPlan:
-    return AttentionPlan.make(mask, score_mod, default=[masks.causal()], cache_mask=None, device=torch.device("cuda"))
+    device = torch.device("cuda")
+    plan = AttentionPlan.make(mask, score_mod, default=[masks.causal()], cache_mask=None, device=device)
+    return plan.with_flash if has_flash(device) else plan
 
 
 @torch.no_grad()
@@ -48,11 +51,9 @@ def check(mask: Mask, wanted: Mask, score_mod=None) -> None:
     new, held = tokens(HELD, NEW, NEW), tokens(0, HELD + NEW, SLOTS)
     [attention], [truth] = plan_of(mask, score_mod).variants, plan_of(wanted, score_mod).variants
 
-    def compiled(q, k, v, new, held):
-        return attend(q, k, v, build_attention_metadata(attention, new, held, HEADS, "flex"))
-
     torch._dynamo.reset()
-    found = torch.compile(compiled, dynamic=False)(q, k, v, new, held)
+    build = torch.compile(build_attention_metadata, dynamic=False)  # in a part of its own, as in an engine
+    found = torch.compile(attend, dynamic=False)(q, k, v, build(attention, new, held, HEADS, "flex"))
     dense = build_attention_metadata(truth, new, held, HEADS, "dense")
     exact = attend(q.double(), k.double(), v.double(), dense)
     theirs = (attend(q, k, v, dense).double() - exact).abs()
@@ -65,6 +66,18 @@ def check(mask: Mask, wanted: Mask, score_mod=None) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_a_long_chunk_under_any_mask_is_attended_to_as_defined(name):
     check(MASKS[name], MASKS[name])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_flash(torch.device("cuda")), reason="needs flash-attn-4")
+def test_flash_computes_the_masks_that_look_up_no_table():
+    q = torch.zeros(1, HEADS, NEW, 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        flash = {
+            name
+            for name, mask in MASKS.items()
+            if "BACKEND" in kernel_options(q, q, paged=False, flash=plan_of(mask).variants[0].flash)
+        }
+    assert flash == MASKS.keys() - {"global_tokens", "tree", "own, by head"}
 
 
 def test_the_check_finds_a_window_that_is_too_narrow():
