@@ -114,7 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
     if padded != group:
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
     score_mod = None if scored is None else scored.score_mod(metadata.q, metadata.kv, pages, group, padded)
-    options = kernel_options(q, k, pages is not None, attention.flash) if q.is_cuda else None
+    options = kernel_options(q, k, pages is not None, attention.is_plain, attention.flash) if q.is_cuda else None
     with nullcontext() if torch.compiler.is_dynamo_compiling() else eager_errors(attention.described):
         out = flex_attention(
             q,

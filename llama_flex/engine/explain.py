@@ -37,7 +37,7 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
         lines.append(f"products of few rows and dense attention: {cpu.describe(model.dtype)}")
     q, kv = last.newest(), last.tokens()
     (rows, _), group = kv.index.shape, dims.num_heads // dims.num_kv_heads
-    for i, (mask, score_mod, flash) in enumerate(runner.compiled_plan(last.plan).variants):
+    for i, (mask, score_mod, _, flash) in enumerate(runner.compiled_plan(last.plan).variants):
         full, some = mask.blocks(q, kv, dims.num_heads)
         visited, total = int(some.sum()), some.numel()
         count = last.plan.of_layer.count(i)

@@ -43,9 +43,9 @@ def describe(device: torch.device, queries: int, group: int, mask_heads: int, fl
 _TILES = ((64, 64, 3), (32, 64, 3), (32, 32, 3), (32, 32, 2), (16, 16, 1))
 # One page per tile is better for decoding: 64 rows of 1,024 slots take 77 us instead of 87.
 _TILE_OF_PAGES = 64, 128, 2
-# 8,192 queries against 32,768 slots, with heads of 128, take 8.4 ms instead of 9.2 if TMA loads these tiles. Those of
-# 128 slots take 7.9, but with some masks need 56 bytes more than there is shared memory.
-_TILE_OF_LONG = 128, 64, 3
+# 8,192 queries against 32,768 slots, with heads of 128, take 8.4 ms instead of 9.2 if TMA loads these tiles, and 7.9
+# with the larger ones, which leave too little shared memory for masks and score functions that look up tables.
+_TILE_OF_LONG, _TILE_OF_PLAIN = (128, 64, 3), (128, 128, 3)
 _LONG = 8192
 _PROGRAMS = 1024  # enough to keep an H200 busy: parts of the slots, times rows, times key/value heads
 
@@ -63,9 +63,9 @@ def flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype.itemsize == 2 and head_dim in (64, 96, 128)
 
 
-def kernel_options(q: Tensor, k: Tensor, paged: bool, flash: bool) -> Any:
-    """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and the choice of kernel. flash: whether
-    flash-attn-4 is installed and knows the mask's operations; it is used for long chunks, as a launch takes 0.4 ms.
+def kernel_options(q: Tensor, k: Tensor, paged: bool, plain: bool, flash: bool) -> Any:
+    """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and the choice of kernel. plain, flash: see
+    `masks.plan.LayerAttention`; flash-attn-4 takes 0.4 ms to launch, so it is for long chunks.
 
     For 2 to 127 queries torch 2.11 would choose its decoding kernel, which does not compile or gives wrong results.
 
@@ -84,11 +84,11 @@ def kernel_options(q: Tensor, k: Tensor, paged: bool, flash: bool) -> Any:
     if paged and q.itemsize == 2 and q.shape[2] == 1:
         tiles = (_TILE_OF_PAGES, *tiles)
     if long and q.shape[3] > 64:
-        tiles = (_TILE_OF_LONG, *tiles)
+        tiles = (*((_TILE_OF_PLAIN,) if plain else ()), _TILE_OF_LONG, *tiles)
     fitting = [tile for tile in tiles if (tile[0] + 2 * tile[1] * tile[2]) * row <= most]
     rows, slots, stages = tile = (*fitting, _TILES[-1])[0]
     options = {"fwd_BLOCK_N": slots, "fwd_num_warps": 4, "fwd_num_stages": stages}
-    options |= {"fwd_num_warps": 8, "fwd_USE_TMA": True} if tile == _TILE_OF_LONG else {}
+    options |= {"fwd_num_warps": 8, "fwd_USE_TMA": True} if tile in (_TILE_OF_LONG, _TILE_OF_PLAIN) else {}
     if q.shape[2] > 1:
         return options | {"fwd_BLOCK_M": rows, "FORCE_USE_FLEX_ATTENTION": True}
     parts = _PROGRAMS // (len(q) * k.shape[1]) if paged else max(k.shape[2] // 256, 16) // len(k)

@@ -18,11 +18,13 @@ from .scores import ScoreMod
 class LayerAttention(NamedTuple):
     """The mask of a layer, and its score function if it has one: one variant of a plan.
 
-    flash: whether flash-attn-4 computes long chunks; see `AttentionPlan.with_flash`.
+    is_plain: whether there is no score function, and the mask is this package's own and looks up no table, which takes
+    the fewest operations and the least memory on a chip. flash: whether flash-attn-4 computes long chunks.
     """
 
     mask: Mask
     score_mod: ScoreMod | None = None
+    is_plain: bool = False
     flash: bool = False
 
     @property
@@ -71,7 +73,8 @@ class AttentionPlan:
             key = m.identity(), s and s.identity()
             if key not in variants:
                 m = m if cache_mask is None else m & cache_mask
-                variants[key] = variant = LayerAttention(m.to(device), s and s.to(device))
+                plain = s is None and m.is_own() and not m.captured()
+                variants[key] = variant = LayerAttention(m.to(device), s and s.to(device), plain)
                 variant.mask.dense(token, token, 1)
                 if variant.score_mod is not None:
                     variant.score_mod.dense(score, token, token)
@@ -91,15 +94,8 @@ class AttentionPlan:
 
     @cached_property
     def with_flash(self) -> AttentionPlan:
-        """This plan, for FlexAttention's backend of flash-attn-4: it computes what it has operations for, that is this
-        package's masks, but for those that look up a table, and no score functions."""
-        return AttentionPlan(
-            tuple(
-                v._replace(flash=v.score_mod is None and v.mask.is_own() and not v.mask.captured())
-                for v in self.variants
-            ),
-            self.of_layer,
-        )
+        """This plan, with flash-attn-4 for what it has operations for."""
+        return AttentionPlan(tuple(v._replace(flash=v.is_plain) for v in self.variants), self.of_layer)
 
     def check_new_tokens(
         self, count: int, positions: Tensor | None, segments: Tensor | None, start: int, num_heads: int
@@ -118,7 +114,7 @@ class AttentionPlan:
         tokens = tokens.map(lambda x: x.cpu())
         at = tokens.index.argmax(1, keepdim=True)
         last = tokens.map(lambda x: x.gather(1, at))
-        for mask, score_mod, _ in self.variants:
+        for mask, score_mod, *_ in self.variants:
             mask.to("cpu").dense(last, tokens, num_heads)
             if score_mod is not None:
                 scores = torch.zeros(len(at), num_heads, 1, tokens.index.shape[1])

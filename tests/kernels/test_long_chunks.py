@@ -25,6 +25,8 @@ MASKS = {
     "shared_prefix": masks.shared_prefix(1500),
     "fused": masks.fused(),
     "tree": masks.tree([-1, *range(1500), 700, *range(1501, 1800)], 1000),
+    "many together": (masks.fused() & masks.chunked(4000) | masks.sink(9) & masks.dilated(5))
+    & (masks.shared_prefix(2000) | masks.prefix_lm(3000) & ~masks.bidirectional_window(40)),
     "own, by head": Mask(lambda q, kv: (kv.index <= q.index) & (q.index - kv.index < 400 * (q.head + 1)), "by_head"),
 }
 
@@ -75,7 +77,7 @@ def test_flash_computes_the_masks_that_look_up_no_table():
         flash = {
             name
             for name, mask in MASKS.items()
-            if "BACKEND" in kernel_options(q, q, paged=False, flash=plan_of(mask).variants[0].flash)
+            if "BACKEND" in kernel_options(q, q, paged=False, plain=True, flash=plan_of(mask).variants[0].flash)
         }
     assert flash == MASKS.keys() - {"global_tokens", "tree", "own, by head"}
 
