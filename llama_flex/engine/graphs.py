@@ -166,7 +166,8 @@ def structure(module: nn.Module) -> Hashable:
     tensors = (*module._parameters.values(), *module._buffers.values())
     children = (child for child in module._modules.values() if child and not isinstance(child, nn.ModuleList))
     # The code of the package's own modules reads no numbers that differ between layers.
-    values = () if kind.__module__.startswith(__package__.partition(".")[0]) else vars(module).items()
+    is_own = kind.__module__.partition(".")[0] == __package__.partition(".")[0]
+    values = () if is_own else vars(module).items()
     return (
         kind,
         *(getattr(hook, "__code__", hook) for hook in hooks),

@@ -172,7 +172,8 @@ def _is_own(value: Any, seen: set[int]) -> bool:
         return not callable(value)
     of_python = type(value) in (list, tuple, dict, functools.partial, types.MethodType)
     module = value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__
-    own = of_python or module.partition(".")[0] == __package__.partition(".")[0]
+    # Functions made by `exec` may have no module.
+    own = of_python or str(module).partition(".")[0] == __package__.partition(".")[0]
     return own and all(_is_own(part, seen) for part in parts.held)
 
 

@@ -114,3 +114,16 @@ def test_captured_tensors_that_share_memory_become_tensors_of_their_own():
     moved = Mask(lambda q, kv: kv.index < views[0][0] + views[1][0, 0] + views[2][0]).to("cpu")
     memory = {t.untyped_storage().data_ptr() for t in moved.function.__closure__[0].cell_contents}
     assert len(memory) == 3
+
+
+def test_functions_of_this_package_are_told_from_those_of_users():
+    names: dict[str, object] = {}
+    exec("def of_no_module(q, kv): return kv.index <= q.index", names)
+    for mask in (Mask(names["of_no_module"]), masks.causal() & Mask(names["of_no_module"]), Mask(lambda q, kv: True)):
+        assert not mask.is_own()
+    own = (masks.sliding_window(3) | masks.sink(1)) & ~masks.document()
+    assert own.is_own()
+    assert own.captured() == []
+    table = torch.tensor([True, False])
+    [captured] = masks.global_tokens(table).captured()
+    assert captured is table
