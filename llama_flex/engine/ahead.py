@@ -21,7 +21,8 @@ from .model_runner import ModelRunner
 # and a token needs it several times.
 _SWITCH_INTERVAL = 0.0005
 _compiling = threading.Lock()
-_ACQUIRING = "logging", "threading", "importlib._bootstrap"  # modules with functions that return holding a lock
+# Modules with functions that return holding a lock, and how often to wait for a thread to leave them.
+_ACQUIRING, _TRIES = ("logging", "threading", "importlib._bootstrap"), 1000
 
 
 class CompileAhead(Batch):
@@ -41,8 +42,8 @@ class CompileAhead(Batch):
         self._thread.join()
 
     def _abandon(self) -> None:
-        """Leave the compiler at its next line of Python: a thread that still runs aborts an interpreter that ends."""
-        leave(self._thread)
+        """End the compiler: a thread that still runs aborts an interpreter that ends."""
+        end_thread(self._thread)
 
     @torch.no_grad()
     def _compile(self) -> None:
@@ -75,16 +76,23 @@ class CompileAhead(Batch):
             self._sample(x, buffers, self._kinds)
 
 
-def leave(thread: threading.Thread) -> None:
-    """End a thread where it stands in Python, and wait for it.
+def end_thread(thread: threading.Thread) -> None:
+    """End a thread by an exception where it stands in Python, and wait for it.
 
-    But not in code that may have just acquired a lock, and not yet entered the `try` that releases it: whoever needs
-    that lock later, such as what torch logs at exit, would wait for ever.
+    It is left to run while it stands in code of `_ACQUIRING`: between acquiring a lock and entering the `try` that
+    releases it, an exception would keep the lock, and what torch logs at exit would wait for it for ever.
     """
+    ident, exception, left = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit), _TRIES
     while thread.is_alive():
-        frame = sys._current_frames().get(thread.ident or 0)
-        if frame is None or frame.f_globals.get("__name__") not in _ACQUIRING:
-            break
-        time.sleep(_SWITCH_INTERVAL)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-    thread.join()
+        if left and _module_of(thread) in _ACQUIRING:  # a thread that waits there is ended after all
+            left -= 1
+            time.sleep(_SWITCH_INTERVAL)
+        else:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, exception)
+            thread.join(1)
+
+
+def _module_of(thread: threading.Thread) -> str | None:
+    """Return the module whose code a thread runs. No frame is kept: it would keep what the thread should let go of."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return None if frame is None else frame.f_globals.get("__name__")

@@ -134,8 +134,8 @@ class ModelRunner:
     def compiled_plan(self, plan: AttentionPlan) -> AttentionPlan:
         """Return the plan that compiled steps without probes use: with flash-attn-4, if it is installed.
 
-        Whatever reads a mask's tensors in the same compiled part, as a probe may, Inductor lets go of them before that
-        kernel runs (torch 2.11: "UnboundLocalError").
+        Inductor frees the tensors that a mask reads before that kernel runs, if something else in the same compiled
+        part, such as a probe, reads them, too (torch 2.11: "UnboundLocalError").
         """
         return plan.with_flash if flex_attention.has_flash(self.model.device) else plan
 

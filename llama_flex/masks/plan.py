@@ -18,8 +18,8 @@ from .scores import ScoreMod
 class LayerAttention(NamedTuple):
     """The mask of a layer, and its score function if it has one: one variant of a plan.
 
-    is_plain: whether there is no score function, and the mask is this package's own and looks up no table, which takes
-    the fewest operations and the least memory on a chip. flash: whether flash-attn-4 computes long chunks.
+    is_plain: whether there is no score function, and the mask is this package's own and looks up no table. flash:
+    whether flash-attn-4 computes long chunks.
     """
 
     mask: Mask

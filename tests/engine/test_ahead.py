@@ -1,5 +1,6 @@
 """Streams that begin uncompiled where "auto" compiles, and the takeover by steps that were compiled meanwhile."""
 
+import contextlib
 import copy
 import logging
 import os
@@ -13,7 +14,7 @@ from torch._inductor.exc import InductorError
 
 from llama_flex import Engine, Mask, Sampling
 from llama_flex.engine import model_runner
-from llama_flex.engine.ahead import CompileAhead, leave
+from llama_flex.engine.ahead import CompileAhead, end_thread
 from llama_flex.engine.graphs import Graphs
 from llama_flex.usercode.errors import CompileError
 
@@ -130,7 +131,8 @@ def test_an_error_of_the_compiler_ends_the_stream_where_it_would_take_over(tiny_
     assert not any(thread.name.startswith("llama_flex") for thread in threading.enumerate())
 
 
-def test_a_thread_that_is_left_holds_no_lock():
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_is_ended_holds_no_lock():
     def use_locks():
         log = logging.Logger("of this test")
         while True:
@@ -144,11 +146,57 @@ def test_a_thread_that_is_left_holds_no_lock():
             thread = threading.Thread(target=use_locks, daemon=True)
             thread.start()
             time.sleep(0.002)
-            leave(thread)
+            end_thread(thread)
             assert logging._lock.acquire(timeout=10)
             logging._lock.release()
     finally:
         sys.setswitchinterval(interval)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_waits_or_catches_the_exception_is_ended_too():
+    def wait():
+        while not threading.Event().wait(0.01):
+            pass
+
+    def catch():
+        caught = False
+        while not caught:
+            try:
+                time.sleep(0.001)
+            except SystemExit:
+                caught = True
+        time.sleep(0.5)  # meanwhile it is alive
+
+    for function in (wait, catch):
+        thread = threading.Thread(target=function, daemon=True)
+        thread.start()
+        end_thread(thread)
+        assert not thread.is_alive()
+    end_thread(thread)  # has ended before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lock_in_use_is_released_by_the_thread_that_is_ended():
+    lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def held():
+        with lock:
+            yield
+
+    def use():
+        while True:
+            with held():
+                time.sleep(0.0001)
+
+    for _ in range(30):
+        thread = threading.Thread(target=use, daemon=True)
+        thread.start()
+        time.sleep(0.002)
+        end_thread(thread)
+        assert lock.acquire(timeout=10)
+        lock.release()
 
 
 @pytest.mark.parametrize("way", ["done", "interrupted"])

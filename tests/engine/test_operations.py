@@ -54,19 +54,24 @@ def test_what_repeats_is_computed_once_unless_something_writes_in_between():
     x, weight = torch.tensor([[2.0, 1.0, 3.0]]), torch.ones(3)
 
     def step():
-        twice = x.argmax(-1), x.argmax(-1)
+        twice = x.argmax(-1) + 0, x.argmax(-1) + 0
         noise = torch.randn(1) + x[0, 0], torch.randn(1) + x[0, 0]
         before = weight.sum()
         weight.add_(1)
         written = x.clone(), x.clone()
         written[0].add_(before)
-        return *twice, *noise, before, weight.sum(), *written
+        return *twice, *noise, before, weight.sum(), *written, torch.arange(3) + 1
 
     _, replay = operations.record(step)
     x.copy_(torch.tensor([[4.0, 5.0, 1.0]]))
-    first, second, a, b, before, after, changed, copied = replay()
-    assert first is second
-    assert first.item() == 1
+    with operations._Recorder() as again:
+        first, second, a, b, before, after, changed, copied, counted = replay()
+    assert [str(call[0]) for call in again.calls].count("aten.argmax.default") == 1
+    assert first.item() == second.item() == 1
+    first.add_(1)  # what is returned is the caller's
+    assert second.item() == 1
+    counted.add_(1)
+    assert replay()[-1].tolist() == [1, 2, 3]
     assert a != b
     assert (before, after) == (6, 9)
     torch.testing.assert_close(changed, x + 6)
