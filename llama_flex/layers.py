@@ -40,11 +40,15 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """A linear layer with weight `[out, in]`, the only place that multiplies by a weight matrix.
 
-    parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v.
+    parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v. An int8 weight has a
+    `weight_scale` `[out, 1]`, by which it is multiplied.
     """
+
+    weight_scale: Tensor | None
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts), bias=bias)
+        self.register_parameter("weight_scale", None)
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
@@ -53,7 +57,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`."""
-        return linear.matmul(x, self.weight, self.bias)
+        return linear.matmul(x, self.weight, self.bias, self.weight_scale)
 
 
 class TiedLinear(Linear):
@@ -64,6 +68,7 @@ class TiedLinear(Linear):
         self.out_features, self.in_features = embedding.weight.shape
         self.parts = (self.out_features,)
         self.register_parameter("bias", None)
+        self.register_parameter("weight_scale", None)
         self.embedding = (embedding,)  # a tuple does not register it as a submodule
 
     @property
@@ -81,9 +86,10 @@ def apply_linear(
     from `[B, T, in]` to `[B, T, out]` may take the place of a `Linear`; it is called, as is one with forward hooks.
     """
     if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and are_own(module, norm):
-        weight, bias, norm_weight = module.weight, module.bias, None if norm is None else norm.weight
-        if linear.can_fuse(x, weight, bias, norm_weight, residual, gated):
-            return linear.fused_linear(x, weight, bias, norm_weight, 0.0 if norm is None else norm.eps, residual, gated)
+        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        weight, bias, scale = module.weight, module.bias, module.weight_scale
+        if linear.can_fuse(x, weight, bias, norm_weight, residual, gated, scale):
+            return linear.fused_linear(x, weight, bias, norm_weight, eps, residual, gated, scale)
     y = module(x if norm is None else norm(x))
     if gated:
         gate, up = y.chunk(2, dim=-1)

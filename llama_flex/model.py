@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from . import weights
 from .attention import AttentionMetadata, Backend, build_attention_metadata
 from .cache import Cache
-from .checkpoint import hub, saving
+from .checkpoint import hub, quantization, saving
 from .checkpoint.generation_config import GenerationConfig
 from .config import Dimensions, LlamaConfig
 from .interp.capture import Capture
@@ -76,13 +76,15 @@ class Llama(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        quantize: quantization.Quantization | None = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> Self:
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
-        device: default the GPU if there is one. dtype: default the checkpoint's own. Raises ValueError, naming the file
-        and what to do, for anything missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
+        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8" keeps the
+        matrices of the layers in 8 bits, on a CPU. Raises ValueError, naming the file and what to do, for anything
+        missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
         if dtype is not None and dtype not in weights.DTYPES:
@@ -91,7 +93,8 @@ class Llama(nn.Module):
         config, generation_config = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config, generation_config)
-        weights.load(model, config, folder, device=model_device(device), dtype=dtype)
+        quantization.prepare(model.layers, quantize, where := model_device(device))
+        weights.load(model, config, folder, device=where, dtype=dtype)
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import shards
+from .checkpoint import quantization, shards
 from .checkpoint.shards import CheckpointError
 from .config import LlamaConfig
 from .kernels import cpu
@@ -32,14 +32,15 @@ def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
 def load(
     model: nn.Module, config: LlamaConfig, folder: Path, *, device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    """Fill a model that is on the meta device from the safetensors in `folder`.
+    """Fill a model that is on the meta device from the safetensors in `folder`; weights of int8 are quantised.
 
     Headers are checked against the model's shapes before any memory is allocated. Each tensor is copied from its file
     straight into its parameter, converted on the way, so peak memory is about one copy of the model.
     dtype: default config.json's, else the file's. Raises CheckpointError listing missing, unexpected and misshapen
     tensors, and for damaged files; FolderError for links out of the folder. Warns of weights that are not finite.
     """
-    expected = {name: list(view.shape) for name, view in named_weights(model, config).items()}
+    named = named_weights(model, config)
+    expected = {name: list(view.shape) for name, view in named.items() if not name.endswith(quantization.SCALE)}
     checkpoint = shards.find(folder, expected, tied=config.tie_word_embeddings)
     model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype).to_empty(device=device)
     cpu.prepare(next(model.parameters()))  # its compiler runs while weights are read
@@ -48,7 +49,7 @@ def load(
         with shards.opened(path) as file:
             for name, source in sources.items():
                 if source.path == path:
-                    places[name].copy_(file.get_tensor(source.name))
+                    quantization.fill(places, name, file.get_tensor(source.name))
     if checkpoint.tied_copy is not None:
         embedding = next(iter(places.values()))
         with shards.opened(checkpoint.tied_copy.path) as file:

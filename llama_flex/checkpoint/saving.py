@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,7 +22,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a new model the tensors of another with the same config. Raises ValueError listing those that do not fit."""
+    """Give a new model the tensors of another with the same config.
+
+    Raises ValueError listing those that do not fit, and for quantised ones.
+    """
+    if any(t.dtype == torch.int8 for t in state.values()):
+        raise ValueError("a quantised model cannot be saved; save the one that it was made from")
     expected, found = ({name: list(t.shape) for name, t in held.items()} for held in (model.state_dict(), state))
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"unexpected: {name}" for name in found if name not in expected]

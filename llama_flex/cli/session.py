@@ -46,7 +46,7 @@ class Session:
         LlamaConfig.from_pretrained(folder)  # first, for its errors about folders that hold no model
         self.tokenizer = Tokenizer.from_pretrained(folder)
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        model = Llama.from_pretrained(folder, device=args.device, dtype=dtype)
+        model = Llama.from_pretrained(folder, device=args.device, dtype=dtype, quantize=args.quantize)
         self.engine = Engine(model, self.tokenizer)
         self.statistics = Statistics(self.engine, time.perf_counter() - started)
         self.sampling = Sampling.recommended(model.generation_config, **asked)

@@ -23,6 +23,8 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
     dims, device = model.dims, model.device
     precision = torch.get_float32_matmul_precision()
     lines = [f"{model.dtype} on {device}; float32 products at precision {precision!r}".replace("torch.", "")]
+    if small := sum(p.numel() for p in model.parameters() if p.dtype == torch.int8):
+        lines.append(f"{small / sum(p.numel() for p in model.parameters()):.0%} of the weights in int8")
     graphs = runner.graphs
     if runner.uncompiled is not None and (steps := runner.uncompiled.steps.total()):
         lines.append(f"{steps} steps not compiled, recorded, as were their prompts; attention backend 'dense'")

@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if (FLOAT16 && defined(__F16C__)) || (BFLOAT16 && defined(__AVX512BF16__))
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -163,6 +163,23 @@ struct Float16 : Widened<Float16> {
 };
 #endif
 
+struct Int8 : Widened<Int8> {  // of weights only, which have a scale for each row
+  typedef int8_t Stored;
+  static Vector widen(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Ints), Vector);
+#endif
+  }
+  static void widen(const int8_t* p, Vector& a, Vector& b) { a = widen(p), b = widen(p + LANES); }
+  static void arrange(float*) {}
+  static float widen_one(int8_t x) { return x; }
+};
+
 typedef NUMBERS Numbers;
 typedef Numbers::Stored Stored;
 
@@ -221,38 +238,38 @@ static void prefetch(const void* from, int64_t bytes) {
 
 // Add the products of R rows of a weight, each K long, with M rows of x, up to the last whole vectors; return where they
 // end. The order of the sums does not depend on R and M, so that a row gets the same bits in any company.
-template <int R, int M>
-static int64_t add_products(const Stored* w, const float* x, int64_t k, Vector (*sums)[M]) {
+template <class Weights, int R, int M>
+static int64_t add_products(const typename Weights::Stored* w, const float* x, int64_t k, Vector (*sums)[M]) {
   // Short rows end before the processor has found out that they are read in order; 6 KB hide the latency of memory.
   int64_t i = 0, ahead = R == 1 || k <= 256 ? 6144 : R * k * int64_t(sizeof *w);
   for (; i + 2 * LANES <= k; i += 2 * LANES) {
-    Numbers::Factor factors[M];
-    for (int m = 0; m < M; m++) factors[m] = Numbers::factor(load<Vector>(x + m * k + i), load<Vector>(x + m * k + i + LANES));
+    typename Weights::Factor factors[M];
+    for (int m = 0; m < M; m++) factors[m] = Weights::factor(load<Vector>(x + m * k + i), load<Vector>(x + m * k + i + LANES));
     for (int r = 0; r < R; r++) {
-      const Stored* from = w + r * k + i;
+      const typename Weights::Stored* from = w + r * k + i;
       prefetch((const char*)from + ahead, 2 * LANES * sizeof *from);
-      Numbers::Read weight = Numbers::read(from);
-      for (int m = 0; m < M; m++) Numbers::add(sums[r][m], weight, factors[m]);
+      typename Weights::Read weight = Weights::read(from);
+      for (int m = 0; m < M; m++) Weights::add(sums[r][m], weight, factors[m]);
     }
   }
   return i;
 }
 
-template <int R, int M>
-static void dot(const Stored* w, const float* x, int64_t k, float (*y)[M]) {
+template <class Weights, int R, int M>
+static void dot(const typename Weights::Stored* w, const float* x, int64_t k, float (*y)[M]) {
   Vector sums[R][M] = {};
-  int64_t i = add_products<R, M>(w, x, k, sums);
+  int64_t i = add_products<Weights, R, M>(w, x, k, sums);
 #pragma GCC unroll 8  // else the sums go to memory
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
       y[r][m] = total(sums[r][m]);
-      for (int64_t j = i; j < k; j++) y[r][m] += Numbers::widen_one(w[r * k + j]) * x[m * k + j];
+      for (int64_t j = i; j < k; j++) y[r][m] += Weights::widen_one(w[r * k + j]) * x[m * k + j];
     }
 }
 
 struct Product {
-  const void *weight, *bias, *residual;
+  const void *weight, *scale, *bias, *residual;  // with scales, one for each row, the weight is of Int8
   void* y;
   const float* x;  // [rows, k]
   int64_t rows, n, k;
@@ -260,17 +277,21 @@ struct Product {
 };
 
 // R rows of the weight, or of both halves of a gated one, with M rows of x from row `m` on.
-template <int R, int M>
+template <class Weights, int R, int M>
 static void rows_of(const Product& p, int64_t row, int64_t m) {
-  const Stored *w = (const Stored*)p.weight, *bias = (const Stored*)p.bias, *residual = (const Stored*)p.residual;
+  const typename Weights::Stored* w = (const typename Weights::Stored*)p.weight;
+  const Stored *scale = (const Stored*)p.scale, *bias = (const Stored*)p.bias, *residual = (const Stored*)p.residual;
   float y[R][M], up[R][M];
-  dot<R, M>(w + row * p.k, p.x + m * p.k, p.k, y);
-  if (p.gated) dot<R, M>(w + (p.n + row) * p.k, p.x + m * p.k, p.k, up);
+  dot<Weights, R, M>(w + row * p.k, p.x + m * p.k, p.k, y);
+  if (p.gated) dot<Weights, R, M>(w + (p.n + row) * p.k, p.x + m * p.k, p.k, up);
   for (int r = 0; r < R; r++)
     for (int i = 0; i < M; i++) {
-      float value = y[r][i];
+      float value = y[r][i], other = p.gated ? up[r][i] : 0;
+      if (scale) value *= Numbers::widen_one(scale[row + r]);
+      if (scale && p.gated) other *= Numbers::widen_one(scale[p.n + row + r]);
       if (bias) value += Numbers::widen_one(bias[row + r]);
-      if (p.gated) value = value / (1 + expf(-value)) * (up[r][i] + (bias ? Numbers::widen_one(bias[p.n + row + r]) : 0));
+      if (bias && p.gated) other += Numbers::widen_one(bias[p.n + row + r]);
+      if (p.gated) value = value / (1 + expf(-value)) * other;
       int64_t at = (m + i) * p.n + row + r;
       if (residual) value += Numbers::widen_one(residual[at]);
       ((Stored*)p.y)[at] = Numbers::round(value);
@@ -278,22 +299,24 @@ static void rows_of(const Product& p, int64_t row, int64_t m) {
 }
 
 // Four rows of the weight with all rows of x, after the first of which they are in the cache.
+template <class Weights>
 static void four_rows(const Product& p, int64_t row) {
   int64_t m = 0;
   if (LANES == 16)
-    for (; m + 4 <= p.rows; m += 4) rows_of<4, 4>(p, row, m);
-  for (; m + 2 <= p.rows; m += 2) rows_of<4, 2>(p, row, m);
-  for (; m < p.rows; m++) rows_of<4, 1>(p, row, m);
+    for (; m + 4 <= p.rows; m += 4) rows_of<Weights, 4, 4>(p, row, m);
+  for (; m + 2 <= p.rows; m += 2) rows_of<Weights, 4, 2>(p, row, m);
+  for (; m < p.rows; m++) rows_of<Weights, 4, 1>(p, row, m);
 }
 
 constexpr int BLOCK = 8;  // rows of a weight
 
+template <class Weights>
 static void part(int64_t begin, int64_t end, void* context) {
   const Product& p = *(const Product*)context;
   int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
-  for (; p.rows > 1 && row + 4 <= last; row += 4) four_rows(p, row);
+  for (; p.rows > 1 && row + 4 <= last; row += 4) four_rows<Weights>(p, row);
   for (; row < last; row++)
-    for (int64_t m = 0; m < p.rows; m++) rows_of<1, 1>(p, row, m);
+    for (int64_t m = 0; m < p.rows; m++) rows_of<Weights, 1, 1>(p, row, m);
 }
 
 static void widen_row(const void* x, int64_t k, float* y) {
@@ -317,17 +340,22 @@ static void normalise(float* x, const void* norm, int64_t k, double eps) {
   for (i = 0; i < k; i++) x[i] = Numbers::widen_one(Numbers::round(x[i] * scale * Numbers::widen_one(((const Stored*)norm)[i])));
 }
 
-static void multiply(Product p, const void* x, const void* norm, double eps) {
+template <class Weights>
+static void multiply_with(Product p, const void* x, const void* norm, double eps) {
   Buffer<float> rows(p.rows * p.k);
   for (int64_t m = 0; m < p.rows; m++) {
     float* row = rows.data + m * p.k;
     widen_row((const Stored*)x + m * p.k, p.k, row);
     if (norm) normalise(row, norm, p.k, eps);
-    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Numbers::arrange(row + i);
+    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Weights::arrange(row + i);
   }
   p.x = rows.data;
-  int64_t bytes = BLOCK * p.k * sizeof(Stored) * (1 + p.gated);
-  torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part, &p);  // a thread is worth 64 KiB
+  int64_t bytes = BLOCK * p.k * sizeof(typename Weights::Stored) * (1 + p.gated);
+  torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part<Weights>, &p);  // a thread is worth 64 KiB
+}
+
+static void multiply(const Product& p, const void* x, const void* norm, double eps) {
+  p.scale ? multiply_with<Int8>(p, x, norm, eps) : multiply_with<Numbers>(p, x, norm, eps);
 }
 
 // e to the power x, for x <= 0 (Cephes' expf; relative error < 2e-7).
@@ -483,7 +511,7 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
       Vector sums[4][M] = {};
       int64_t at = (s + 4 * four) * d;
       prefetch(v + at, 4 * d * sizeof *v);
-      add_products<4, M>(k + at, q, d, sums);
+      add_products<Numbers, 4, M>(k + at, q, d, sums);
 #pragma GCC unroll 4
       for (int m = 0; m < M; m++) scores[m][four] = add_pairs(add_pairs(sums[0][m], sums[1][m]), add_pairs(sums[2][m], sums[3][m]));
     }
@@ -499,7 +527,7 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
       for (int m = 0; m < M; m++) w[m][r] += Numbers::widen_one(k[r * d + i]) * q[m * d + i];
   for (; s < n; s++) {
     float y[1][M];
-    dot<1, M>(k + s * d, q, d, y);
+    dot<Numbers, 1, M>(k + s * d, q, d, y);
     for (int m = 0; m < M; m++) w[m][s] = y[0][m];
   }
   for (int m = 0; m < M; m++) out[m][d] = weigh(w[m], p.seen(b, head + m, 0) + start, n, p.scale, NONE, out[m][d + 1]);
@@ -799,21 +827,22 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   attend(p, rows);
 }
 
-// few_rows(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
+// few_rows(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
 // x [..., K], of up to 8 dimensions, weight [N, K] -> [..., N]; all of them contiguous.
 static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
-  Arguments<5> given(stack);
+  Arguments<6> given(stack);
   void** data = given.data;
-  double eps = load<double>(&stack[5]);
-  int64_t parts = (int64_t)stack[6];
+  double eps = load<double>(&stack[6]);
+  int64_t parts = (int64_t)stack[7];
   bool gated = parts & 8;
   int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k = given.size(1, 1), dim, sizes[8];
   aoti_torch_get_dim(given.tensors[0], &dim);
   for (int64_t i = 0; i < dim - 1; i++) rows *= sizes[i] = given.size(0, i);
   sizes[dim - 1] = n;
-  Product p = {data[1], parts & 1 ? data[2] : nullptr, parts & 4 ? data[4] : nullptr, nullptr, nullptr, rows, n, k, gated};
+  const void *scale = parts & 16 ? data[2] : nullptr, *bias = parts & 1 ? data[3] : nullptr, *residual = parts & 4 ? data[5] : nullptr;
+  Product p = {data[1], scale, bias, residual, nullptr, nullptr, rows, n, k, gated};
   stack[0] = (uint64_t)make(dim, sizes, given.dtype(0), &p.y);
-  multiply(p, data[0], parts & 2 ? data[3] : nullptr, eps);
+  multiply(p, data[0], parts & 2 ? data[4] : nullptr, eps);
 }
 
 // normalise(Tensor x, Tensor norm, float eps) -> Tensor, swiglu(Tensor x, Tensor unused, float unused) -> Tensor
@@ -834,32 +863,33 @@ static void each_row(uint64_t* stack, uint64_t, uint64_t) {
 
 // run_blocks(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor
 // x [B, T, E]. tensors, of each layer: the norms of attention, MLP, each query and key; qkv, o, gate_up and down; their
-// biases; and from cos on as attend_newest. A boolean one without elements stands for what is missing. eps: of each layer's norms.
+// scales; their biases; and from cos on as attend_newest. A boolean one without elements stands for what is missing. eps: of each layer's norms.
 // Returns an empty tensor, and does nothing, if there is no code for such tensors.
-enum { NORMS, PRODUCTS = 4, BIASES = 8, NEWEST = 12, TENSORS = 19 };
+enum { NORMS, PRODUCTS = 4, SCALES = 8, BIASES = 12, NEWEST = 16, TENSORS = 23 };
 enum { QKV, O, GATE_UP, DOWN };
 
 struct Layer {
   Attention attention;
-  const void *norms[4], *weights[4], *biases[4];
+  const void *norms[4], *weights[4], *scales[4], *biases[4];
   double eps[4];
   int64_t mlp;
 };
 
 // Read a layer's tensors, and return whether there is code for them. x: [rows, tokens, size].
 static bool read_layer(const Arguments<TENSORS>& of, int64_t rows, int64_t tokens, int64_t size, int32_t dtype, bool paged, Layer& layer) {
-  constexpr int32_t INT64 = 4, FLOAT32 = 6, BOOL = 11;
+  constexpr int32_t INT8 = 1, INT64 = 4, FLOAT32 = 6, BOOL = 11;
   Attention& p = layer.attention = attention_of(of, NEWEST, paged);
   int64_t d = p.dim, width = of.size(PRODUCTS + O, 1), mlp = layer.mlp = of.size(PRODUCTS + DOWN, 1);
   int64_t out[] = {width + 2 * p.kv_heads * d, size, 2 * mlp, size}, in[] = {size, width, size, mlp}, normed[] = {size, size, d, d};
   p.heads = width / d;
   bool fit = p.tokens == tokens && p.heads % p.kv_heads == 0 && width == p.heads * d;
   for (int i = 0; i < 4; i++) {
-    bool has_norm = !of.is_missing(NORMS + i), has_bias = !of.is_missing(BIASES + i);
-    fit = fit && (!has_norm || of.fits(NORMS + i, dtype, normed[i])) && of.fits(PRODUCTS + i, dtype, out[i], in[i]);
-    fit = fit && (!has_bias || of.fits(BIASES + i, dtype, out[i]));
+    bool has_norm = !of.is_missing(NORMS + i), has_bias = !of.is_missing(BIASES + i), has_scale = !of.is_missing(SCALES + i);
+    fit = fit && (!has_norm || of.fits(NORMS + i, dtype, normed[i])) && (!has_bias || of.fits(BIASES + i, dtype, out[i]));
+    fit = fit && of.fits(PRODUCTS + i, has_scale ? INT8 : dtype, out[i], in[i]) && (!has_scale || of.fits(SCALES + i, dtype, out[i], 1));
     layer.norms[i] = has_norm ? of.data[NORMS + i] : nullptr;
     layer.weights[i] = of.data[PRODUCTS + i];
+    layer.scales[i] = has_scale ? of.data[SCALES + i] : nullptr;
     layer.biases[i] = has_bias ? of.data[BIASES + i] : nullptr;
   }
   for (int i = COS; i <= SIN; i++) fit = fit && of.fits(NEWEST + i, FLOAT32, rows, 1, tokens, d / 2);
@@ -872,18 +902,18 @@ static bool read_layer(const Arguments<TENSORS>& of, int64_t rows, int64_t token
 static void run_layer(const Layer& layer, int64_t rows, int64_t size, const void* x, void* y) {
   Attention p = layer.attention;
   int64_t all = rows * p.tokens, width = p.heads * p.dim, kv_size = p.kv_heads * p.dim, wide = width + 2 * kv_size, mlp = layer.mlp;
-  const void *const *norms = layer.norms, *const *weights = layer.weights, *const *biases = layer.biases;
+  const void *const *norms = layer.norms, *const *weights = layer.weights, *const *scales = layer.scales, *const *biases = layer.biases;
   Buffer<Stored> heads(all * wide), z(all * width), middle(all * size), hidden(all * mlp);
-  multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, false}, x, norms[0], layer.eps[0]);
+  multiply({weights[QKV], scales[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, false}, x, norms[0], layer.eps[0]);
   Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
   int64_t first[] = {0, width, width + kv_size}, bytes = wide * sizeof(Stored);
   for (int i = 0; i < 3; i++) *newest[i] = {(const char*)(heads.data + first[i]), p.tokens * bytes, bytes};
   for (int i = 0; i < 2; i++) newest[i]->norm = norms[2 + i], newest[i]->eps = layer.eps[2 + i];
   p.y = z.data;
   attend(p, rows);
-  multiply({weights[O], biases[O], x, middle.data, nullptr, all, size, width, false}, z.data, nullptr, 0);
-  multiply({weights[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, true}, middle.data, norms[1], layer.eps[1]);
-  multiply({weights[DOWN], biases[DOWN], middle.data, y, nullptr, all, size, mlp, false}, hidden.data, nullptr, 0);
+  multiply({weights[O], scales[O], biases[O], x, middle.data, nullptr, all, size, width, false}, z.data, nullptr, 0);
+  multiply({weights[GATE_UP], scales[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, true}, middle.data, norms[1], layer.eps[1]);
+  multiply({weights[DOWN], scales[DOWN], biases[DOWN], middle.data, y, nullptr, all, size, mlp, false}, hidden.data, nullptr, 0);
 }
 
 static void run_blocks(uint64_t* stack, uint64_t, uint64_t) {

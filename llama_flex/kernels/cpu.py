@@ -26,7 +26,7 @@ from . import build
 
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # each has a library of its own
-BIAS, NORM, RESIDUAL, GATED = 1, 2, 4, 8  # the parts of a product besides x and weight
+BIAS, NORM, RESIDUAL, GATED, SCALE = 1, 2, 4, 8, 16  # the parts of a product besides x and weight
 _ATTENTION = (  # a `Newest`, with a cache
     "Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor visible, Tensor page_table"
 )
@@ -50,7 +50,8 @@ class _Ops(NamedTuple):
 def _define(dtype: torch.dtype) -> _Ops:
     product, attention, blocks, *rows = names = [f"{name}_{_name(dtype)}" for name in _Ops._fields]
     ops.define(
-        f"{product}(Tensor x, Tensor weight, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor"
+        f"{product}(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor norm, Tensor residual, float eps, "
+        "int parts) -> Tensor"
     )
     ops.define(f"{attention}(Tensor q, Tensor k, Tensor v, {_ATTENTION}, bool paged) -> Tensor")
     ops.define(f"{blocks}(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor")
@@ -121,14 +122,18 @@ def few_rows(
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return residual + weight @ norm(x) + bias, or SwiGLU of it: x `[..., in]`, of up to 8 dimensions, weight
     `[out, in]` -> `[..., out]`.
 
-    All in one dtype of DTYPES; sums in float32. `load` must have returned True.
+    All in one dtype of DTYPES, except a weight of int8 that has a scale `[out, 1]`, by which its rows are to be
+    multiplied; sums in float32. `load` must have returned True.
     """
     parts = GATED * gated
     x, weight = x.contiguous(), weight.contiguous()
+    if scale is not None:
+        scale, parts = scale.contiguous(), parts | SCALE
     if bias is not None:
         bias, parts = bias.contiguous(), parts | BIAS
     if norm is not None:
@@ -136,7 +141,7 @@ def few_rows(
     if residual is not None:
         residual, parts = residual.contiguous(), parts | RESIDUAL
     # A tensor stands for each that is not given: `parts` says so, and the kernel's interface knows no optional ones.
-    given = (x if bias is None else bias, x if norm is None else norm, x if residual is None else residual)
+    given = (x if part is None else part for part in (scale, bias, norm, residual))
     return _OPS[x.dtype].few_rows(x, weight, *given, eps, parts)
 
 
@@ -281,7 +286,8 @@ class Layer(NamedTuple):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the layer's tensors, as the operation takes them."""
-        named = [(x, "weight") for x in (*self.norms, *self.products)] + [(x, "bias") for x in self.products]
+        named = [(x, "weight") for x in (*self.norms, *self.products)]
+        named += [(x, name) for name in ("weight_scale", "bias") for x in self.products]
         found = (None if module is None else module._parameters.get(name) for module, name in named)
         return *(_MISSING if x is None else x for x in found), *self.newest.with_cache(self.kv)
 

@@ -35,20 +35,25 @@ def can_fuse(
     norm: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    scale: Tensor | None = None,
 ) -> bool:
     """Return whether `fused_linear` computes a product of x `[B, T, in]`: without gradients, of shapes that fit without
-    broadcasting, in one dtype, for few rows on a CPU, and on CUDA for one row of a compiled step."""
+    broadcasting, in one dtype but for an int8 weight with a scale, for few rows on a CPU, and on CUDA for one row of a
+    compiled step, without a scale."""
     rows, (out, size) = x.shape[:-1].numel(), weight.shape
     if torch.is_grad_enabled() or x.shape[-1] != size or not size:
         return False
     result = *x.shape[:-1], out // 2 if gated else out
-    for other, shape in ((weight, None), (bias, (out,)), (norm, (size,)), (residual, result)):
+    if scale is not None and weight.dtype != torch.int8:
+        return False
+    numbers = weight if scale is None else None
+    for other, shape in ((numbers, None), (scale, (out, 1)), (bias, (out,)), (norm, (size,)), (residual, result)):
         if other is None:
             continue
         if other.dtype != x.dtype or other.device != x.device or (shape is not None and other.shape != shape):
             return False
     if x.is_cuda:
-        return rows == 1 and torch.compiler.is_dynamo_compiling() and x.dtype != torch.float64
+        return rows == 1 and torch.compiler.is_dynamo_compiling() and x.dtype != torch.float64 and scale is None
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
     if torch.compiler.is_dynamo_compiling():
@@ -64,18 +69,21 @@ def fused_linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Compute `layers.apply_linear` in one kernel, if it can be fused: `[B, T, in]` -> `[B, T, out]`."""
     if x.is_cuda:
         y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm, eps, residual, gated)
         return y.view(*x.shape[:-1], -1)
-    return cpu.few_rows(x, weight, bias, norm, eps, residual, gated)
+    return cpu.few_rows(x, weight, bias, norm, eps, residual, gated, scale)
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
-    if not x.is_cuda and can_fuse(x, weight, bias):
-        return fused_linear(x, weight, bias)
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`. scale: of an int8 weight."""
+    if not x.is_cuda and can_fuse(x, weight, bias, scale=scale):
+        return fused_linear(x, weight, bias, scale=scale)
+    if scale is not None:
+        weight = weight.to(x.dtype) * scale
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
         return nn.functional.linear(x, weight, bias)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llama_flex import Engine
 from llama_flex import model as model_file
 from llama_flex.attention import build_attention_metadata
+from llama_flex.checkpoint.quantization import make_int8, to_int8
 from llama_flex.config import LlamaConfig
 from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
@@ -41,12 +42,14 @@ for n, dtype in enumerate(kernel.DTYPES):
     for rows, out, k in ((1, 1, 1), (3, 50, 127), (8, 33, 576), (5, 6, 65)):
         for gated in (False, True):
             parts = (n + rows) % 2 == 0, rows != 3, out != 50, gated
-            check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows)
+            for quantised in (False, True):
+                check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows, quantised)
     for t, paged in ((1, False), (1, True), (45, False), (7, True)):
         check_attention(dtype, 2, t, 3, 2, 80, 300, paged, by_head=paged, seed=t)
     check_rows((3, 5, 83), n)
     for b, t in ((1, 1), (3, 1), (2, 7)):
-        check_block(dtype, b, t, 3, 2, 80, 200, paged=b == 3, biased=t == 1, head_norms=b != 1, seed=t)
+        options = dict(paged=b == 3, biased=t == 1, head_norms=b != 1, quantised=t == 7)
+        check_block(dtype, b, t, 3, 2, 80, 200, **options, seed=t)
 """
 
 
@@ -57,7 +60,16 @@ def loaded():
 
 
 def check_product(
-    dtype: torch.dtype, rows: int, out: int, k: int, bias: bool, norm: bool, residual: bool, gated: bool, seed: int
+    dtype: torch.dtype,
+    rows: int,
+    out: int,
+    k: int,
+    bias: bool,
+    norm: bool,
+    residual: bool,
+    gated: bool,
+    seed: int,
+    quantised: bool = False,
 ) -> None:
     """Compare a product with float64: no further than rounding of what it reads, sums in float32, and one rounding."""
     draws = torch.Generator().manual_seed(seed)
@@ -68,8 +80,12 @@ def check_product(
     x, weight = random(rows, k), (random(out, k) / math.sqrt(k)).to(dtype)
     b, n = random(out) if bias else None, random(k).abs() if norm else None
     r = random(rows, out // 2 if gated else out) if residual else None
-    found = kernel.few_rows(x, weight, b, n, 1e-5, r, gated)
-    wide = x.double()
+    scale = None
+    if quantised:
+        weight, scale = to_int8(weight, dtype)
+        assert scale.dtype == dtype
+    found = kernel.few_rows(x, weight, b, n, 1e-5, r, gated, scale)
+    weight, wide = weight.double() * (1 if scale is None else scale.double()), x.double()
     if n is not None:
         wide = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * n.double()).to(dtype).double()
     exact = wide @ weight.double().T + (0 if b is None else b.double())
@@ -97,10 +113,18 @@ def check_product(
     residual=st.booleans(),
     gated=st.booleans(),
     seed=st.integers(0, 2**31),
+    quantised=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
-def test_a_product_of_any_shape_is_that_of_float64(dtype, rows, out, k, bias, norm, residual, gated, seed):
-    check_product(dtype, rows, 2 * out if gated else out, k, bias, norm, residual, gated, seed)
+@settings(max_examples=200, deadline=None)
+def test_a_product_of_any_shape_is_that_of_float64(dtype, rows, out, k, bias, norm, residual, gated, seed, quantised):
+    check_product(dtype, rows, 2 * out if gated else out, k, bias, norm, residual, gated, seed, quantised)
+
+
+def test_the_check_finds_the_scales_of_neighbours(monkeypatch):
+    few_rows = kernel.few_rows
+    monkeypatch.setattr(kernel, "few_rows", lambda *given: few_rows(*given[:-1], given[-1].roll(1, 0)))
+    with pytest.raises(AssertionError):
+        check_product(torch.bfloat16, 2, 64, 128, False, False, False, False, 0, quantised=True)
 
 
 def test_the_check_finds_a_column_that_is_left_out(monkeypatch):
@@ -333,6 +357,7 @@ def check_block(
     paged: bool,
     biased: bool,
     head_norms: bool,
+    quantised: bool = False,
     seed: int,
 ) -> None:
     """Compare a layer for t new tokens in each of b rows, which hold up to s others, with the definition in float64: no
@@ -356,6 +381,12 @@ def check_block(
     for parameter in block.parameters():
         parameter.copy_(torch.randn_like(parameter) if parameter.dim() == 1 else 2 * parameter)
     block, blocks = block.to(dtype), -(-(s + t) // 128)
+    for module in block.modules() if quantised else ():
+        if isinstance(module, Linear):
+            weight, scale = to_int8(module.weight, dtype)
+            make_int8(module)
+            module.weight.copy_(weight)
+            module.weight_scale.copy_(scale)
     held = torch.randint(0, s, (b, 1)) if s else torch.zeros(b, 1, dtype=torch.int64)
     index = (held + torch.arange(t)).int()
     kv = Tokens(torch.arange(blocks * 128).expand(b, -1).int(), *torch.zeros(2, b, blocks * 128).int())
@@ -403,16 +434,13 @@ def check_block(
     kv_heads=st.integers(1, 3),
     d=st.sampled_from([2, 16, 64, 80, 100, 128]),
     s=st.sampled_from([0, 1, 127, 128, 300]),
-    paged=st.booleans(),
-    biased=st.booleans(),
-    head_norms=st.booleans(),
+    options=st.fixed_dictionaries({name: st.booleans() for name in ("paged", "biased", "head_norms", "quantised")}),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @torch.no_grad()
-def test_a_layer_of_any_shape_is_that_of_float64(dtype, rows, group, kv_heads, d, s, paged, biased, head_norms, seed):
-    options = {"paged": paged, "biased": biased, "head_norms": head_norms, "seed": seed}
-    check_block(dtype, *rows, group, kv_heads, d, s, **options)
+def test_a_layer_of_any_shape_is_that_of_float64(dtype, rows, group, kv_heads, d, s, options, seed):
+    check_block(dtype, *rows, group, kv_heads, d, s, **options, seed=seed)
 
 
 @pytest.mark.parametrize("fault", ["slots", "cos", "visible"])
