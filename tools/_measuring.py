@@ -82,7 +82,8 @@ def model_of(args: argparse.Namespace, dtype: str) -> Llama:
     """Return the model that --config or --model names; a shape gets random weights, and ones for its norms."""
     wanted = getattr(torch, dtype)
     if args.config is None:
-        return Llama.from_pretrained(args.model, device=args.device, dtype=wanted)
+        quantize = getattr(args, "quantize", None)
+        return Llama.from_pretrained(args.model, device=args.device, dtype=wanted, quantize=quantize)
     with torch.device("meta"):
         model = Llama(config_of(args)).to(wanted)
     model = model.to_empty(device=args.device).eval().requires_grad_(False)

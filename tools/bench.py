@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (decode, prefill, startup, child):
         command.add_argument("--compile", choices=COMPILE, default="auto", help="as for llama_flex.generate")
     for command in (decode, prefill):
+        command.add_argument("--quantize", choices=("int8",), help="as for llama_flex.generate; llama.cpp gets Q8_0")
         what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention; "
         what += "llama.cpp, on a CPU (the extra `peers`); its llama-bench on the PATH, built natively"
         command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
@@ -121,6 +122,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in the default model and check the arguments; exit with the reason if they do not fit."""
     check_device(parser, args)
     args.config = getattr(args, "config", None)
+    if getattr(args, "quantize", None) and (args.config is not None or args.device != "cpu"):
+        parser.error("--quantize needs the weights of a --model, and --device cpu")
     if args.model is None and args.config is None:
         args.model, args.config = (None, "llama-3.1-8b") if args.name == "window" else (DEMO, None)
     context = check_model(parser, args)
