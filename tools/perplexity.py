@@ -1,0 +1,50 @@
+"""The perplexity of text under a model, as its dtype and quantisation change it:
+
+python -m tools.perplexity --quantize int8 README.md docs/*.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llama_flex import Llama, Tokenizer
+
+from ._measuring import DEMO
+
+WIDTH = 1024  # tokens that are predicted from those before them in the same window
+
+
+@torch.no_grad()
+def perplexity(model: Llama, ids: Sequence[int]) -> tuple[float, int]:
+    """Return the perplexity of a text in windows of WIDTH tokens, and how many tokens were predicted."""
+    total, count = 0.0, 0
+    for start in range(0, len(ids) - 1, WIDTH):
+        window = torch.tensor([ids[start : start + WIDTH + 1]], device=model.device)
+        logprobs = model(window[:, :-1], backend="dense").float().log_softmax(-1)
+        total += logprobs.gather(-1, window[:, 1:, None]).double().sum().item()
+        count += window.shape[1] - 1
+    return math.exp(-total / count), count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="text, read one after the other")
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    ids = Tokenizer.from_pretrained(args.model).encode("".join(path.read_text() for path in args.files))
+    dtype = getattr(torch, args.dtype)
+    model = Llama.from_pretrained(args.model, device=args.device, dtype=dtype, quantize=args.quantize)
+    found, count = perplexity(model, ids)
+    print(f"{args.dtype}, {args.quantize or 'not quantised'}: perplexity {found:.4f} of {count:,} tokens")
+
+
+if __name__ == "__main__":
+    main()
