@@ -608,6 +608,7 @@ def unloaded(monkeypatch, tmp_path):
     """Let the kernels be built anew, in a folder of their own."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(kernel, "loaded", set())
+    monkeypatch.setattr(build, "_begun", {})  # an earlier test's may wait to be finished, in another folder
     kernel.load.cache_clear()
     yield tmp_path / "cache"
     kernel.load.cache_clear()
