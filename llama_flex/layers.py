@@ -44,10 +44,9 @@ class Linear(nn.Linear):
     `weight_scale` `[out, 1]`, by which it is multiplied.
     """
 
-    weight_scale: Tensor | None
-
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts), bias=bias)
+        self.weight_scale: Tensor | None
         self.register_parameter("weight_scale", None)
         self.parts = tuple(parts)
 

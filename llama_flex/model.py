@@ -29,7 +29,7 @@ from .masks.plan import AttentionPlan, LayerAttention
 from .masks.scores import ScoreMod
 from .rope import RotaryEmbedding
 from .tokens import Tokens
-from .usercode.arguments import check_choice, model_device, whole_number
+from .usercode.arguments import check_choice, whole_number
 from .usercode.inputs import check_cache, check_inputs, warn_beyond_context
 
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step: takes its name, a function and the arguments
@@ -82,18 +82,19 @@ class Llama(nn.Module):
     ) -> Self:
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
-        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8" keeps the
-        matrices of the layers in 8 bits, on a CPU. Raises ValueError, naming the file and what to do, for anything
-        missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
+        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8" keeps the layers'
+        matrices in 8 bits, on a CPU; such a model is not trained or saved. Raises ValueError, naming the file and what
+        to do, for anything missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
         if dtype is not None and dtype not in weights.DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, weights.DTYPES))}, found {dtype!r}")
+        where = quantization.device_for(quantize, device)
         folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
         config, generation_config = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config, generation_config)
-        quantization.prepare(model.layers, quantize, where := model_device(device))
+        quantization.prepare(model.layers, quantize)
         weights.load(model, config, folder, device=where, dtype=dtype)
         return model.eval().requires_grad_(False)
 

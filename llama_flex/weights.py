@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import quantization, shards
+from .checkpoint import shards
+from .checkpoint.quantization import SCALE, fill
 from .checkpoint.shards import CheckpointError
 from .config import LlamaConfig
 from .kernels import cpu
@@ -39,8 +40,7 @@ def load(
     dtype: default config.json's, else the file's. Raises CheckpointError listing missing, unexpected and misshapen
     tensors, and for damaged files; FolderError for links out of the folder. Warns of weights that are not finite.
     """
-    named = named_weights(model, config)
-    expected = {name: list(view.shape) for name, view in named.items() if not name.endswith(quantization.SCALE)}
+    expected = {name: list(view.shape) for name, view in named_weights(model, config).items() if SCALE not in name}
     checkpoint = shards.find(folder, expected, tied=config.tie_word_embeddings)
     model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype).to_empty(device=device)
     cpu.prepare(next(model.parameters()))  # its compiler runs while weights are read
@@ -49,7 +49,7 @@ def load(
         with shards.opened(path) as file:
             for name, source in sources.items():
                 if source.path == path:
-                    quantization.fill(places, name, file.get_tensor(source.name))
+                    fill(places, name, file.get_tensor(source.name))
     if checkpoint.tied_copy is not None:
         embedding = next(iter(places.values()))
         with shards.opened(checkpoint.tied_copy.path) as file:
@@ -59,4 +59,4 @@ def load(
                 f"{folder}: lm_head.weight differs from the embedding, but config.json sets tie_word_embeddings; "
                 "set it to false there, or remove lm_head.weight"
             )
-    shards.warn_if_not_finite(places)
+    shards.warn_if_not_finite({name.removesuffix("_scale"): place for name, place in places.items()})

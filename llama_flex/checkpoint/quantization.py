@@ -8,24 +8,31 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from ..usercode.arguments import check_choice
+from ..usercode.arguments import check_choice, model_device
 
 Quantization: TypeAlias = Literal["int8"]
 SCALE = "weight_scale"  # the name of the parameter, and of the tensor in a checkpoint
 _MOST = 127  # -128 is not used, so that a weight and its negative are as exact
 
 
-def prepare(layers: nn.Module, quantization: Quantization | None, device: torch.device) -> None:
-    """Give the linear layers of a model on the meta device weights as `quantization` says, unless it is None.
+def device_for(quantization: Quantization | None, device: torch.device | str | None) -> torch.device:
+    """Return the device for a model, as `model_device` does.
 
-    Raises ValueError for an unknown one, or a device that has no kernels for it.
+    Raises ValueError for an unknown quantization, and for a device that has no kernels for it.
     """
-    if quantization is None:
-        return
-    check_choice("quantize", quantization, get_args(Quantization))
-    if device.type != "cpu":
-        raise ValueError(f"quantize {quantization!r} has kernels for a CPU only, not for {device}; use device='cpu'")
-    for module in layers.modules():
+    found = model_device(device)
+    if quantization is not None:
+        check_choice("quantize", quantization, get_args(Quantization))
+        if found.type != "cpu":
+            raise ValueError(
+                f"quantize {quantization!r} has kernels for a CPU only, not for {found}; use device='cpu', --device cpu"
+            )
+    return found
+
+
+def prepare(layers: nn.Module, quantization: Quantization | None) -> None:
+    """Give the linear layers of a model on the meta device weights as `quantization` says, unless it is None."""
+    for module in layers.modules() if quantization else ():
         if hasattr(module, "parts"):
             make_int8(module)
 
@@ -54,5 +61,5 @@ def to_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = most.to(dtype)
     # Rounded up, so that the largest weight of a row is not beyond the largest number.
     scale = torch.where(scale < most, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
-    numbers = (weight / torch.where(scale == 0, 1, scale).to(most.dtype)).round().clamp(-_MOST, _MOST)
-    return numbers.to(torch.int8), scale
+    numbers = weight / torch.where(scale == 0, 1, scale).to(most.dtype)
+    return numbers.round_().clamp_(-_MOST, _MOST).to(torch.int8), scale

@@ -44,7 +44,7 @@ def can_fuse(
     if torch.is_grad_enabled() or x.shape[-1] != size or not size:
         return False
     result = *x.shape[:-1], out // 2 if gated else out
-    if scale is not None and weight.dtype != torch.int8:
+    if scale is not None and (weight.dtype != torch.int8 or weight.device != x.device):
         return False
     numbers = weight if scale is None else None
     for other, shape in ((numbers, None), (scale, (out, 1)), (bias, (out,)), (norm, (size,)), (residual, result)):
@@ -83,7 +83,9 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None 
     if not x.is_cuda and can_fuse(x, weight, bias, scale=scale):
         return fused_linear(x, weight, bias, scale=scale)
     if scale is not None:
-        weight = weight.to(x.dtype) * scale
+        if weight.dtype != torch.int8:
+            raise ValueError(f"a weight_scale belongs to a weight of int8, not of {weight.dtype}; set it to None")
+        weight = weight.to(x.dtype).mul_(scale)
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
         return nn.functional.linear(x, weight, bias)

@@ -100,7 +100,28 @@ def test_steps_give_the_tokens_of_the_dequantised_weights_compiled_or_not(tiny_p
     assert "of the weights in int8" in engine.explain()
 
 
-def test_quantising_takes_no_more_memory_than_it_leaves(demo_folder):
+@torch.no_grad()
+def test_a_scale_is_not_applied_to_a_weight_that_replaces_the_int8_one(tiny_pair, tmp_path):
+    model, ids = quantised(tiny_pair, tmp_path, "gqa", dtype=torch.float32), torch.tensor([random_ids(20)])
+    expected, o = model(ids, backend="dense"), model.layers[0].attention.o
+    o.weight = torch.nn.Parameter(o.weight * o.weight_scale, requires_grad=False)
+    with pytest.raises(ValueError, match="weight_scale belongs to a weight of int8, not of"):
+        model(ids, backend="dense")
+    o.weight_scale = None
+    torch.testing.assert_close(model(ids, backend="dense"), expected)
+
+
+def test_gradients_go_through_weights_of_8_bits(tiny_pair, tmp_path):
+    model, ids = quantised(tiny_pair, tmp_path, "gqa", dtype=torch.float32), torch.tensor([random_ids(20)])
+    found = []
+    for each in (model, dequantised(model)):
+        each.embed.weight.requires_grad_()
+        each(ids, backend="dense").square().sum().backward()
+        found.append(each.embed.weight.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_the_layers_of_a_quantised_model_take_half_the_memory(demo_folder):
     model = Llama.from_pretrained(demo_folder, device="cpu", quantize="int8", dtype=torch.bfloat16)
     plain = Llama.from_pretrained(demo_folder, device="cpu", dtype=torch.bfloat16)
     size, whole = (sum(p.nbytes for p in m.parameters()) for m in (model, plain))
@@ -108,15 +129,16 @@ def test_quantising_takes_no_more_memory_than_it_leaves(demo_folder):
     assert size < whole - 0.49 * layers
 
 
-def test_what_cannot_be_quantised_or_saved_is_refused(tiny_pair, tmp_path):
+def test_what_cannot_be_quantised_or_saved_is_refused(tiny_pair, tmp_path, monkeypatch):
     model = quantised(tiny_pair, tmp_path, "gqa")
     with pytest.raises(ValueError, match="cannot be saved; save the one that it was made from"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="quantize 'int3' is not known; choose 'int8'"):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int3")
-    with pytest.raises(ValueError, match="kernels for a CPU only, not for cuda; use device='cpu'"):
-        quantization.prepare(model.layers, "int8", torch.device("cuda"))
+    monkeypatch.setattr(quantization, "model_device", torch.device)
+    with pytest.raises(ValueError, match="kernels for a CPU only, not for cuda; use device='cpu', --device cpu"):
+        Llama.from_pretrained("no/such", device="cuda", quantize="int8")  # refused before anything is fetched
 
 
 def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):
@@ -124,7 +146,7 @@ def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):
     with torch.no_grad():
         model.layers[1].mlp.down.weight[3, 4] = torch.nan
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"NaN or infinity: model.layers.1.mlp.down_proj.weight_scale"):
+    with pytest.warns(UserWarning, match=r"NaN or infinity: model.layers.1.mlp.down_proj.weight$"):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int8")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
