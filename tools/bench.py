@@ -122,10 +122,11 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in the default model and check the arguments; exit with the reason if they do not fit."""
     check_device(parser, args)
     args.config = getattr(args, "config", None)
-    if getattr(args, "quantize", None) and (args.config is not None or args.device != "cpu"):
-        parser.error("--quantize needs the weights of a --model, and --device cpu")
-    if getattr(args, "quantize", None) and set(args.peers) - {*LLAMA_CPP}:
-        parser.error(f"of the peers only {' and '.join(LLAMA_CPP)} quantise; name them after --peers, or none")
+    if getattr(args, "quantize", None):
+        if args.config is not None or args.device != "cpu":
+            parser.error("--quantize needs the weights of a --model, and --device cpu")
+        if {*args.peers} - {*LLAMA_CPP}:
+            parser.error(f"of the peers only {' and '.join(LLAMA_CPP)} quantise; name them after --peers, or none")
     if args.model is None and args.config is None:
         args.model, args.config = (None, "llama-3.1-8b") if args.name == "window" else (DEMO, None)
     context = check_model(parser, args)

@@ -12,23 +12,20 @@ from pathlib import Path
 
 import torch
 
-from llama_flex import Llama, Tokenizer
+from llama_flex import Engine, Llama, Tokenizer
+from llama_flex.eval.scoring import score
 
 from ._measuring import DEMO
 
 WIDTH = 1024  # tokens that are predicted from those before them in the same window
 
 
-@torch.no_grad()
 def perplexity(model: Llama, ids: Sequence[int]) -> tuple[float, int]:
     """Return the perplexity of a text in windows of WIDTH tokens, and how many tokens were predicted."""
-    total, count = 0.0, 0
-    for start in range(0, len(ids) - 1, WIDTH):
-        window = torch.tensor([ids[start : start + WIDTH + 1]], device=model.device)
-        logprobs = model(window[:, :-1], backend="dense").float().log_softmax(-1)
-        total += logprobs.gather(-1, window[:, 1:, None]).double().sum().item()
-        count += window.shape[1] - 1
-    return math.exp(-total / count), count
+    engine, windows = Engine(model, backend="dense"), range(0, len(ids) - 1, WIDTH)
+    scores = [score(engine, ids[n : n + 1], [ids[n + 1 : n + 1 + WIDTH]])[0] for n in windows]
+    count = sum(len(each.logprobs) for each in scores)
+    return math.exp(-sum(each.total for each in scores) / count), count
 
 
 def main() -> None:

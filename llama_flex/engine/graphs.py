@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..usercode.errors import CompileError, is_data_dependent, line_of_user
+from ..usercode.modules import in_package
 
 T = TypeVar("T")
 # What runs for the first time may synchronise with the device, which a thread must not while another captures a graph.
@@ -166,8 +167,7 @@ def structure(module: nn.Module) -> Hashable:
     tensors = (*module._parameters.values(), *module._buffers.values())
     children = (child for child in module._modules.values() if child and not isinstance(child, nn.ModuleList))
     # The code of the package's own modules reads no numbers that differ between layers.
-    is_own = kind.__module__.partition(".")[0] == __package__.partition(".")[0]
-    values = () if is_own else vars(module).items()
+    values = () if in_package(kind.__module__) else vars(module).items()
     return (
         kind,
         *(getattr(hook, "__code__", hook) for hook in hooks),

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .modules import in_package
+
 _EMPTY = types.CellType()  # a closure's cell for a variable that has no value yet
 
 
@@ -172,9 +174,7 @@ def _is_own(value: Any, seen: set[int]) -> bool:
         return not callable(value)
     of_python = type(value) in (list, tuple, dict, functools.partial, types.MethodType)
     module = value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__
-    # Functions made by `exec` may have no module.
-    own = of_python or str(module).partition(".")[0] == __package__.partition(".")[0]
-    return own and all(_is_own(part, seen) for part in parts.held)
+    return (of_python or in_package(module)) and all(_is_own(part, seen) for part in parts.held)
 
 
 def _hashable(value: Any) -> bool:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as all_modules
 
-_PACKAGE = __name__.partition(".")[0] + "."
+_PACKAGE = __name__.partition(".")[0]
+
+
+def in_package(module: str | None) -> bool:
+    """Return whether a module's name is of this package; functions made by `exec` may have none."""
+    return module is not None and module.partition(".")[0] == _PACKAGE
 
 
 def are_own(*modules: nn.Module | None) -> bool:
     """Return whether modules, or None, compute what this package defines: they are its own, and nobody changed them."""
-    return all(x is None or (type(x).__module__.startswith(_PACKAGE) and not is_changed(x)) for x in modules)
+    return all(x is None or (in_package(type(x).__module__) and not is_changed(x)) for x in modules)
 
 
 def is_changed(module: nn.Module) -> bool:
