@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import Dimensions
 from .masks.block_mask import first_true
-from .masks.layout import BLOCK, PageTable
+from .masks.layout import BLOCK, PageTable, new_layers
 from .masks.library import sink, sliding_window
 from .masks.mask import Mask
 from .masks.selection import selection
@@ -56,11 +56,7 @@ class Cache:
         self.max_length = -(-max_length // BLOCK) * BLOCK
         slots = self.max_length + BLOCK
         shape = (batch_size, dims.num_kv_heads, slots, dims.head_dim)
-        # Zeros, not empty: a masked slot still takes part in products, and 0 * NaN is NaN.
-        self.layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(dims.num_layers)
-        ]
+        self.layers = new_layers(dims.num_layers, shape, dtype, device)
         self.tokens = Tokens(
             *(torch.full((batch_size, slots), free, dtype=torch.int32, device=device) for free in (-1, 0, 0))
         )

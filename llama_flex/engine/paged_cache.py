@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cache import Cache
 from ..config import Dimensions
-from ..masks.layout import BLOCK, PageTable, slot_mapping
+from ..masks.layout import BLOCK, PageTable, new_layers, slot_mapping
 from ..tokens import Tokens
 from .block_manager import BlockManager
 from .transfer import to_device_async
@@ -37,11 +37,7 @@ class PagedCache:
         shape = (1, dims.num_kv_heads, slots, dims.head_dim)
         if pages > (most := self.most_pages(dims)):
             raise ValueError(f"{pages * BLOCK} slots are more than attention can address; ask for {most * BLOCK}")
-        # Zeros, not empty: see `clear`.
-        self.layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(dims.num_layers)
-        ]
+        self.layers = new_layers(dims.num_layers, shape, dtype, device)
         self.position = torch.zeros(slots, dtype=torch.int32, device=device)
         self.segment = torch.zeros(slots, dtype=torch.int32, device=device)
         self.block_manager = BlockManager(pages)
@@ -57,7 +53,7 @@ class PagedCache:
             blocks[target] = blocks[source]
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Zero pages, without synchronising: a masked slot still takes part in products, and 0 * NaN is NaN."""
+        """Zero pages, without synchronising; see `layout.new_layers`."""
         at = to_device_async(torch.tensor(pages), self.position.device)
         for blocks in self._blocks():
             blocks.index_fill_(1, at, 0)

@@ -19,6 +19,7 @@ from ..masks.plan import AttentionPlan
 from ..tokens import Tokens
 from .model_runner import ModelRunner
 from .paged_cache import RowCache
+from .transfer import to_device_async
 
 # Chunk sizes in tokens: the largest that the prompt still fills, the last one padded. A GPU needs large ones.
 CHUNKS = {"cpu": (512, 128), "cuda": (8192, 2048, 512, 128)}
@@ -46,14 +47,15 @@ def prefill(
     padded = np.zeros((3, len(rows), width), np.int64)
     for n, row in enumerate(rows):
         padded[:, n, : row.shape[1]] = row
-    ids, positions, segments = torch.from_numpy(padded).to(device).unbind(0)
+    ids, positions, segments = to_device_async(torch.from_numpy(padded), device).unbind(0)
     positions, segments = positions.to(torch.int32), segments.to(torch.int32)
-    length = torch.tensor([row.shape[1] for row in rows], dtype=torch.int32, device=device)
+    length = to_device_async(torch.tensor([row.shape[1] for row in rows], dtype=torch.int32), device)
     chunks = _chunks(longest, sizes, cache.largest_append)
-    column = torch.arange(width, dtype=torch.int32, device=device)
-    index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
-    if _looks_ahead(runner, plan, Tokens(index, positions, segments), chunks, whole):
-        chunks = _chunks(longest, (whole,), cache.largest_append)
+    if masks := tuple(v.mask for v in plan.variants if not v.mask.never_looks_ahead):
+        column = torch.arange(width, dtype=torch.int32, device=device)
+        index = torch.where(column < length[:, None], cache.length[:, None] + column, -1)
+        if _looks_ahead(runner, masks, Tokens(index, positions, segments), chunks, whole):
+            chunks = _chunks(longest, (whole,), cache.largest_append)
     for start, size, count in chunks:
         here = (length - start).clamp(0, count)
         chunk = [_part(x, start, start + size) for x in (ids, positions, segments)]
@@ -67,14 +69,16 @@ def prefill(
 
 def newest_outputs(rows: Sequence[np.ndarray], outputs: Iterable[Tensor]) -> Iterator[Tensor | None]:
     """Yield None for each chunk but the last, and then the outputs `[R, 1, E]` at each row's last token."""
-    ends, start, longest = torch.empty(0), 0, max(row.shape[1] for row in rows)
+    counts, ends, start = torch.tensor([row.shape[1] for row in rows]), None, 0
     for x in outputs:
-        left = torch.tensor([row.shape[1] - start for row in rows], device=x.device)
-        end = last_tokens(x, left.clamp(0, x.shape[1]), 1)
+        left = counts - start
         here = (left > 0) & (left <= x.shape[1])
-        ends = end if start == 0 else torch.where(here[:, None, None], end, ends)
+        if here.any():
+            end = last_tokens(x, to_device_async(left.clamp(0, x.shape[1]), x.device), 1)
+            # A row that has not ended yet gets anything.
+            ends = end if ends is None else torch.where(to_device_async(here, x.device)[:, None, None], end, ends)
         start += x.shape[1]
-        yield ends if start == longest else None
+        yield ends if start == counts.max() else None
 
 
 def _sizes(runner: ModelRunner, rows: int, most: int) -> tuple[int, ...]:
@@ -91,16 +95,13 @@ def _sizes(runner: ModelRunner, rows: int, most: int) -> tuple[int, ...]:
 
 
 def _looks_ahead(
-    runner: ModelRunner, plan: AttentionPlan, tokens: Tokens, chunks: Sequence[tuple[int, int, int]], width: int
+    runner: ModelRunner, masks: tuple[Mask, ...], tokens: Tokens, chunks: Sequence[tuple[int, int, int]], width: int
 ) -> bool:
-    """Return whether any of these tokens sees one of a later chunk, among the first `width`.
+    """Return whether any of these tokens sees one of a later chunk, among the first `width`, under any of the masks.
 
-    Masks marked `never_looks_ahead` are skipped. Any other is evaluated, at the cost of making the block lists of the
-    chunks: compiled if steps are, else only for the cells in question.
+    They are evaluated, at the cost of making the block lists of the chunks: compiled if steps are, else only for the
+    cells in question.
     """
-    masks = tuple(v.mask for v in plan.variants if not v.mask.never_looks_ahead)
-    if not masks:
-        return False
     heads, found, longest = runner.model.dims.num_heads, [], sum(chunks[-1][::2])
     column = torch.arange(tokens.index.shape[1], device=tokens.index.device)
     for start, size, count in chunks[:-1]:

@@ -32,6 +32,13 @@ class LayerAttention(NamedTuple):
         """The mask, and the score function if there is one."""
         return (self.mask,) if self.score_mod is None else (self.mask, self.score_mod)
 
+    def check(self, device: torch.device) -> None:
+        """Raise FunctionError if the mask or the score function fails for one token."""
+        token = Tokens.arriving(1).map(lambda x: x.to(device))
+        self.mask.dense(token, token, 1)
+        if self.score_mod is not None:
+            self.score_mod.dense(torch.zeros(1, 1, 1, 1, device=device), token, token)
+
     @property
     def described(self) -> str:
         """The mask and the score function, for messages."""
@@ -63,21 +70,19 @@ class AttentionPlan:
         """
         each_mask = _of_each_layer(mask, Mask, "mask", len(default))
         each_score_mod = _of_each_layer(score_mod, ScoreMod, "score_mod", len(default))
-        # Each is tried on one token, so that a function's fault is not first reported by a compiler.
-        token = Tokens.arriving(1).map(lambda x: x.to(device))
-        score = torch.zeros(1, 1, 1, 1, device=device)
+        functions = {id(f): f for f in (*each_mask, *each_score_mod, *default) if f is not None}
+        identities = {n: f.identity() for n, f in functions.items()}  # of each once: most layers have the same
         variants: dict[Hashable, LayerAttention] = {}
         of_layer = []
         for m, s, own in zip(each_mask, each_score_mod, default, strict=True):
             m = m or own
-            key = m.identity(), s and s.identity()
+            key = identities[id(m)], s and identities[id(s)]
             if key not in variants:
                 m = m if cache_mask is None else m & cache_mask
                 plain = s is None and m.is_own() and not m.captured()
                 variants[key] = variant = LayerAttention(m.to(device), s and s.to(device), plain)
-                variant.mask.dense(token, token, 1)
-                if variant.score_mod is not None:
-                    variant.score_mod.dense(score, token, token)
+                if not plain:  # tried on one token, so that a function's fault is not first reported by a compiler
+                    variant.check(device)
             of_layer.append(list(variants).index(key))
         return cls(tuple(variants.values()), tuple(of_layer))
 

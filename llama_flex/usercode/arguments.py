@@ -25,7 +25,8 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 def whole_numbers(name: str, values: Iterable[Any]) -> list[int]:
     """Return numbers of any integer type as ints. Raises ValueError, which begins with `name`, for anything else."""
     try:
-        return list(map(_index, values))
+        found = list(values)
+        return found if {*map(type, found)} <= {int} else list(map(_index, found))  # prompts are long
     except TypeError:  # not iterable, too
         raise ValueError(f"{name}, not {values!r}") from None
 
