@@ -7,7 +7,6 @@ dim, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,19 +38,6 @@ class PageTable(NamedTuple):
         found = pool[0][:, slot_mapping(self.page_table, slots)].transpose(0, 1)
         missing = (self.page_table == self.physical_to_logical.shape[1] - 1).repeat_interleave(BLOCK, dim=1)
         return found.masked_fill_(missing[:, None, :, None], 0)  # padding may be NaN
-
-
-def new_layers(
-    count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
-) -> list[tuple[Tensor, Tensor]]:
-    """Allocate the keys and values of each layer: zeros, as a masked slot still takes part in products, and 0 * NaN is
-    NaN."""
-    if torch.device(device).type == "cpu":  # whose zeros take no memory until they are written
-        held = [torch.zeros(shape, dtype=dtype) for _ in range(2 * count)]
-    else:
-        held = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * count)]
-        torch._foreach_zero_(held)  # a kernel for many layers: each would take the host longer than the GPU
-    return list(zip(held[::2], held[1::2], strict=True))
 
 
 def new_layers(
