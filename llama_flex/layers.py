@@ -18,6 +18,7 @@ from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
 from .kernels.cpu import KV
+from .kernels.weight import Weight
 from .rope import apply_rotary_emb
 from .usercode.modules import are_own
 
@@ -40,23 +41,30 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     """A linear layer with weight `[out, in]`, the only place that multiplies by a weight matrix.
 
-    parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v. An int8 weight has a
-    `weight_scale` `[out, 1]`, by which it is multiplied.
+    parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v. A quantised weight has
+    a `weight_scale`, and may have a `weight_zero_point`; see `kernels.weight.Weight`.
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts), bias=bias)
         self.weight_scale: Tensor | None
+        self.weight_zero_point: Tensor | None
         self.register_parameter("weight_scale", None)
+        self.register_parameter("weight_zero_point", None)
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # where it has no effect, but takes half of the time to build a model
             super().reset_parameters()
 
+    @property
+    def matrix(self) -> Weight:
+        """The weight with its scale and zero point."""
+        return Weight(self.weight, self.weight_scale, self.weight_zero_point)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`."""
-        return linear.matmul(x, self.weight, self.bias, self.weight_scale)
+        return linear.matmul(x, self.matrix, self.bias)
 
 
 class TiedLinear(Linear):
@@ -66,8 +74,8 @@ class TiedLinear(Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = embedding.weight.shape
         self.parts = (self.out_features,)
-        self.register_parameter("bias", None)
-        self.register_parameter("weight_scale", None)
+        for name in ("bias", "weight_scale", "weight_zero_point"):
+            self.register_parameter(name, None)
         self.embedding = (embedding,)  # a tuple does not register it as a submodule
 
     @property
@@ -85,10 +93,12 @@ def apply_linear(
     from `[B, T, in]` to `[B, T, out]` may take the place of a `Linear`; it is called, as is one with forward hooks.
     """
     if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and are_own(module, norm):
-        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        weight, bias, scale = module.weight, module.bias, module.weight_scale
-        if linear.can_fuse(x, weight, bias, norm_weight, residual, gated, scale):
-            return linear.fused_linear(x, weight, bias, norm_weight, eps, residual, gated, scale)
+        weight, bias = module.matrix, module.bias
+        if norm is not None and linear.can_fuse(x, weight, bias, norm.weight, residual, gated):
+            return linear.fused_linear(x, weight, bias, norm.weight, norm.eps, residual, gated)
+        x, norm = x if norm is None else norm(x), None
+        if linear.can_fuse(x, weight, bias, None, residual, gated):
+            return linear.fused_linear(x, weight, bias, None, 0.0, residual, gated)
     y = module(x if norm is None else norm(x))
     if gated:
         gate, up = y.chunk(2, dim=-1)

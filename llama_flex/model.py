@@ -76,7 +76,7 @@ class Llama(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        quantize: quantization.Quantization | None = None,
+        quantize: quantization.Quantization | quantization.Format | None = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> Self:
@@ -89,13 +89,13 @@ class Llama(nn.Module):
         """
         if dtype is not None and dtype not in weights.DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, weights.DTYPES))}, found {dtype!r}")
-        where = quantization.device_for(quantize, device)
+        quantized = quantization.Quantization.of(quantize)
+        where = quantization.device_for(device, quantized)
         folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
         config, generation_config = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config, generation_config)
-        quantization.prepare(model.layers, quantize)
-        weights.load(model, config, folder, device=where, dtype=dtype)
+        weights.load(model, config, folder, device=where, dtype=dtype, quantization=quantized)
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:

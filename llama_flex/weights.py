@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import shards
-from .checkpoint.quantization import SCALE, fill
+from .checkpoint.quantization import Quantization, fill, prepare
 from .checkpoint.shards import CheckpointError
 from .config import LlamaConfig
 from .kernels import cpu
@@ -31,25 +31,34 @@ def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
 
 
 def load(
-    model: nn.Module, config: LlamaConfig, folder: Path, *, device: torch.device, dtype: torch.dtype | None = None
+    model: nn.Module,
+    config: LlamaConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
-    """Fill a model that is on the meta device from the safetensors in `folder`; weights of int8 are quantised.
+    """Fill a model that is on the meta device from the safetensors in `folder`.
 
     Headers are checked against the model's shapes before any memory is allocated. Each tensor is copied from its file
     straight into its parameter, converted on the way, so peak memory is about one copy of the model.
-    dtype: default config.json's, else the file's. Raises CheckpointError listing missing, unexpected and misshapen
+    dtype: default config.json's, else the file's. quantization: of its
+    layers. Raises CheckpointError listing missing, unexpected and misshapen
     tensors, and for damaged files; FolderError for links out of the folder. Warns of weights that are not finite.
     """
-    expected = {name: list(view.shape) for name, view in named_weights(model, config).items() if SCALE not in name}
+    expected = {name: list(view.shape) for name, view in named_weights(model, config).items()}
     checkpoint = shards.find(folder, expected, tied=config.tie_word_embeddings)
-    model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype).to_empty(device=device)
+    model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype)
+    prepare(model.get_submodule("layers"), quantization)
+    model.to_empty(device=device)
     cpu.prepare(next(model.parameters()))  # its compiler runs while weights are read
     places, sources = named_weights(model, config), checkpoint.sources
     for path in sorted({source.path for source in sources.values()}):
         with shards.opened(path) as file:
             for name, source in sources.items():
                 if source.path == path:
-                    fill(places, name, file.get_tensor(source.name))
+                    fill(places, name, file.get_tensor(source.name), quantization)
     if checkpoint.tied_copy is not None:
         embedding = next(iter(places.values()))
         with shards.opened(checkpoint.tied_copy.path) as file:
@@ -59,4 +68,4 @@ def load(
                 f"{folder}: lm_head.weight differs from the embedding, but config.json sets tie_word_embeddings; "
                 "set it to false there, or remove lm_head.weight"
             )
-    shards.warn_if_not_finite({name.removesuffix("_scale"): place for name, place in places.items()})
+    shards.warn_if_not_finite({n.removesuffix("_scale"): x for n, x in places.items() if x.dtype in DTYPES})

@@ -1,65 +1,156 @@
-"""Weights in 8 bits: whole numbers from -127 to 127, with a scale for each row. Dimensions: N rows, K columns."""
+"""Weights in 8 or 4 bits: numbers with a scale for each row, or for each group of its columns.
+
+Dimensions: N rows, K columns, G groups of columns.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.weight import MIDDLE, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
-Quantization: TypeAlias = Literal["int8"]
-SCALE = "weight_scale"  # the name of the parameter, and of the tensor in a checkpoint
-_MOST = 127  # -128 is not used, so that a weight and its negative are as exact
+Format: TypeAlias = Literal["int8", "fp8", "int4"]
+GROUP_SIZES = RUN, 2 * RUN, 4 * RUN
+SCALE, ZERO = "weight_scale", "weight_zero_point"  # the names of the parameters
+_INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
+_FP8 = torch.float8_e4m3fn
+_SHRUNK = 1.0, 0.95, 0.9, 0.85, 0.8  # ranges of 4 bits that are tried: a smaller one cuts off some, and is finer
 
 
-def device_for(quantization: Quantization | None, device: torch.device | str | None) -> torch.device:
-    """Return the device for a model, as `model_device` does.
+@dataclass(frozen=True)
+class Quantization:
+    """The numbers that weights are kept in.
 
-    Raises ValueError for an unknown quantization, and for a device that has no kernels for it.
+    format: "int8", whole numbers, or "fp8", float8_e4m3fn, with a scale for each row; "int4", whole numbers of 4 bits,
+    with a scale and a zero point for every `group_size` numbers of a row. symmetric: no zero points.
+    Raises ValueError for an unknown format or group size.
     """
+
+    format: Format
+    group_size: int = RUN
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("quantize", self.format, get_args(Format))
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
+
+    @classmethod
+    def of(cls, value: Quantization | Format | None) -> Quantization | None:
+        """Return a quantization, given as such or by its format. Raises ValueError for anything else."""
+        return value if value is None or isinstance(value, Quantization) else cls(value)
+
+    def empty(self, weight: Tensor) -> Weight:
+        """Return memory for a weight `[N, K]`, on its device. Raises ValueError if groups do not divide its rows."""
+        rows, columns = weight.shape
+        one = weight.new_empty(rows, 1)
+        if self.format != "int4":
+            return Weight(torch.empty_like(weight, dtype=torch.int8 if self.format == "int8" else _FP8), one)
+        if columns % self.group_size:
+            fitting = [str(size) for size in GROUP_SIZES if not columns % size]
+            way = f"use {' or '.join(fitting)}" if fitting else 'use "int8" or "fp8"'
+            raise ValueError(f"groups of {self.group_size} do not divide rows of {columns} numbers; {way}")
+        numbers = weight.new_empty(rows, columns // 8, dtype=torch.int32)
+        scale = weight.new_empty(rows, columns // self.group_size)
+        return Weight(numbers, scale, None if self.symmetric else torch.empty_like(scale, dtype=torch.uint8))
+
+    def quantise(self, weight: Tensor, dtype: torch.dtype) -> Weight:
+        """Return the numbers nearest to a weight `[N, K]`, with scales of a dtype."""
+        if self.format == "int8":
+            return to_int8(weight, dtype)
+        return (
+            to_fp8(weight, dtype) if self.format == "fp8" else to_int4(weight, self.group_size, self.symmetric, dtype)
+        )
+
+
+def device_for(device: torch.device | str | None, quantization: Quantization | None) -> torch.device:
+    """Return the device for a model, as `model_device` does. Raises ValueError if it has no kernels for a format."""
     found = model_device(device)
-    if quantization is not None:
-        check_choice("quantize", quantization, get_args(Quantization))
-        if found.type != "cpu":
-            raise ValueError(
-                f"quantize {quantization!r} has kernels for a CPU only, not for {found}; use device='cpu', --device cpu"
-            )
+    is_fp8 = quantization is not None and quantization.format == "fp8"
+    if is_fp8 and found.type == "cuda" and torch.cuda.get_device_capability(found) < (8, 9):
+        raise ValueError(f'{torch.cuda.get_device_name(found)} does not compute with "fp8"; use "int8" or "int4"')
     return found
 
 
 def prepare(layers: nn.Module, quantization: Quantization | None) -> None:
-    """Give the linear layers of a model on the meta device weights as `quantization` says, unless it is None."""
+    """Give the linear layers of a model on the meta device weights as a quantization says, unless it is None.
+
+    Raises ValueError for groups that do not divide rows.
+    """
     for module in layers.modules() if quantization else ():
         if hasattr(module, "parts"):
-            make_int8(module)
+            assert quantization is not None
+            assign(module, quantization.empty(module.get_parameter("weight")))
 
 
-def make_int8(linear: nn.Module) -> None:
-    """Replace a linear layer's weight by an empty one of int8, and give it a scale, in the dtype of the former."""
-    weight = linear.get_parameter("weight")
-    scale = torch.empty(len(weight), 1, dtype=weight.dtype, device=weight.device)
-    linear.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
-    linear.register_parameter("weight", nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False))
+def assign(linear: nn.Module, weight: Weight) -> None:
+    """Make a weight that of a linear layer."""
+    for name, tensor in zip(("weight", SCALE, ZERO), weight, strict=True):
+        linear.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
-def fill(places: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Copy a tensor of a checkpoint to its place, quantised if that is of int8."""
-    place = places[name]
-    if place.dtype == torch.int8:
-        scale = places[f"{name}_scale"]
-        tensor, found = to_int8(tensor, scale.dtype)
-        scale.copy_(found)
-    place.copy_(tensor)
+def fill(places: Mapping[str, Tensor], name: str, tensor: Tensor, quantization: Quantization | None) -> None:
+    """Copy a tensor of a checkpoint to its place, quantised if a scale belongs to it."""
+    scale = places.get(f"{name}_scale")
+    if scale is None:
+        places[name].copy_(tensor)
+        return
+    assert quantization is not None
+    found = quantization.quantise(tensor.to(scale.device), scale.dtype)
+    for place, part in zip((places[name], scale, places.get(f"{name}_zero_point")), found, strict=True):
+        if place is not None and part is not None:
+            place.copy_(part)
 
 
-def to_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the nearest `numbers * scale` to a weight `[N, K]`: int8 `[N, K]`, and `[N, 1]` in `dtype`."""
-    most = weight.abs().amax(1, keepdim=True).to(torch.promote_types(weight.dtype, torch.float32)) / _MOST
-    scale = most.to(dtype)
+def to_int8(weight: Tensor, dtype: torch.dtype) -> Weight:
+    """Return the nearest whole numbers from -127 to 127 times a scale of each row to a weight `[N, K]`."""
+    scale = _scale_of(weight, _INT8, dtype)
+    return Weight(_divided(weight, scale).round_().clamp_(-_INT8, _INT8).to(torch.int8), scale)
+
+
+def to_fp8(weight: Tensor, dtype: torch.dtype) -> Weight:
+    """Return the nearest float8_e4m3fn numbers times a scale of each row to a weight `[N, K]`."""
+    most = torch.finfo(_FP8).max
+    scale = _scale_of(weight, most, dtype)
+    return Weight(_divided(weight, scale).clamp_(-most, most).to(_FP8), scale)
+
+
+def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype) -> Weight:
+    """Return whole numbers of 4 bits near to a weight `[N, K]`, with the scale, and unless symmetric the zero point, of
+    each group: of a few ranges, the one with the least squared error."""
+    groups = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group_size))
+    low, high = groups.amin(2, keepdim=True).clamp_(max=0), groups.amax(2, keepdim=True).clamp_(min=0)
+    best: tuple[Tensor, ...] = ()
+    for shrunk in _SHRUNK:
+        if symmetric:  # -8 to 7: the sign of the scale lets the largest number be -8
+            scale = torch.where(-low > high, -low, -high) * (shrunk / MIDDLE)
+            zero = torch.full_like(scale, MIDDLE)
+        else:
+            scale = (high - low) * (shrunk / 15)
+            zero = (-low * shrunk / torch.where(scale == 0, 1, scale)).round_().clamp_(0, 15)
+        scale = scale.to(dtype).to(groups.dtype)
+        numbers = (groups / torch.where(scale == 0, 1, scale)).round_().add_(zero).clamp_(0, 15)
+        error = ((numbers - zero) * scale - groups).square_().sum(2, keepdim=True)
+        found = error, numbers, scale, zero
+        best = tuple(torch.where(error < best[0], x, y) for x, y in zip(found, best, strict=True)) if best else found
+    _, numbers, scale, zero = best
+    held = None if symmetric else zero[..., 0].to(torch.uint8)
+    return Weight(pack(numbers.flatten(1)), scale[..., 0].to(dtype), held)
+
+
+def _scale_of(weight: Tensor, most: float, dtype: torch.dtype) -> Tensor:
+    """Return the scale of each row, `[N, 1]`, with which its largest number is `most`."""
+    exact = weight.abs().amax(1, keepdim=True).to(torch.promote_types(weight.dtype, torch.float32)) / most
+    scale = exact.to(dtype)
     # Rounded up, so that the largest weight of a row is not beyond the largest number.
-    scale = torch.where(scale < most, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
-    numbers = weight / torch.where(scale == 0, 1, scale).to(most.dtype)
-    return numbers.round_().clamp_(-_MOST, _MOST).to(torch.int8), scale
+    return torch.where(scale < exact, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
+
+
+def _divided(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight / torch.where(scale == 0, 1, scale).to(torch.promote_types(weight.dtype, torch.float32))

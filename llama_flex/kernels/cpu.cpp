@@ -829,22 +829,22 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   attend(p, rows);
 }
 
-// few_rows(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
+// few_rows(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
 // x [..., K], of up to 8 dimensions, weight [N, K] -> [..., N]; all of them contiguous.
 static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
-  Arguments<6> given(stack);
+  Arguments<7> given(stack);
   void** data = given.data;
-  double eps = load<double>(&stack[6]);
-  int64_t parts = (int64_t)stack[7];
+  double eps = load<double>(&stack[7]);
+  int64_t parts = (int64_t)stack[8];
   bool gated = parts & 8;
   int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k = given.size(1, 1), dim, sizes[8];
   aoti_torch_get_dim(given.tensors[0], &dim);
   for (int64_t i = 0; i < dim - 1; i++) rows *= sizes[i] = given.size(0, i);
   sizes[dim - 1] = n;
-  const void *scale = parts & 16 ? data[2] : nullptr, *bias = parts & 1 ? data[3] : nullptr, *residual = parts & 4 ? data[5] : nullptr;
+  const void *scale = parts & 16 ? data[2] : nullptr, *bias = parts & 1 ? data[4] : nullptr, *residual = parts & 4 ? data[6] : nullptr;
   Product p = {data[1], scale, bias, residual, nullptr, nullptr, rows, n, k, gated};
   stack[0] = (uint64_t)make(dim, sizes, given.dtype(0), &p.y);
-  multiply(p, data[0], parts & 2 ? data[4] : nullptr, eps);
+  multiply(p, data[0], parts & 2 ? data[5] : nullptr, eps);
 }
 
 // normalise(Tensor x, Tensor norm, float eps) -> Tensor, swiglu(Tensor x, Tensor unused, float unused) -> Tensor
@@ -865,9 +865,9 @@ static void each_row(uint64_t* stack, uint64_t, uint64_t) {
 
 // run_blocks(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor
 // x [B, T, E]. tensors, of each layer: the norms of attention, MLP, each query and key; qkv, o, gate_up and down; their
-// scales; their biases; and from cos on as attend_newest. A boolean one without elements stands for what is missing. eps: of each layer's norms.
+// scales; their zeros; their biases; and from cos on as attend_newest. A boolean one without elements stands for what is missing. eps: of each layer's norms.
 // Returns an empty tensor, and does nothing, if there is no code for such tensors.
-enum { NORMS, PRODUCTS = 4, SCALES = 8, BIASES = 12, NEWEST = 16, TENSORS = 23 };
+enum { NORMS, PRODUCTS = 4, SCALES = 8, ZEROS = 12, BIASES = 16, NEWEST = 20, TENSORS = 27 };
 enum { QKV, O, GATE_UP, DOWN };
 
 struct Layer {

@@ -17,11 +17,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def gemv(
     x: Tensor,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
     residual: Tensor | None,
     gated: bool,
+    config=None,
 ) -> Tensor:
     """Compute residual + weight @ norm(x) + bias for x `[K]`, weight `[N, K]` -> `[N]`; gated: silu of the first half
     times the second, `[N/2]`. Accumulates in float32, and rounds where torch's own operations round."""
@@ -30,12 +32,13 @@ def gemv(
     assert x.is_contiguous()
     # Found by trying all sizes on the matrices of the 1B, 3B and 8B shapes, on an H200.
     rows, columns, warps = (4, 1024, 4) if k < 4096 else (4, 2048, 8) if k < 8192 else (2, 2048, 4)
+    rows, columns, warps = config or (rows, columns, warps)
     rows = rows // 2 if gated else rows
     out = x.new_empty(n)
     overlap = torch.cuda.get_device_capability(x.device) >= (9, 0)
     sizes = {"K": k, "ROWS": rows, "COLUMNS": columns, "GATED": gated, "OVERLAP": overlap}
     _kernel[(triton.cdiv(n, rows),)](
-        x, weight, bias, norm_weight, residual, out, n, eps, **sizes, num_warps=warps, launch_pdl=overlap
+        x, weight, scale, bias, norm_weight, residual, out, n, eps, **sizes, num_warps=warps, launch_pdl=overlap
     )
     return out
 
@@ -44,6 +47,7 @@ def gemv(
 def _kernel(
     x,
     weight,
+    scale,
     bias,
     norm_weight,
     residual,
@@ -88,21 +92,22 @@ def _kernel(
         if GATED:
             total_up += w_up.to(tl.float32) * v[None, :]
     # The root mean square is one number for the whole row, so the division can come last.
-    scale = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    y = _finished(total, scale, bias, row, is_row, out.dtype.element_ty)
+    rms = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    y = _finished(total, rms, scale, bias, row, is_row, out.dtype.element_ty)
     if GATED:
-        up_bias = None if bias is None else bias + n
         y = y * tl.sigmoid(y)
         y = y.to(out.dtype.element_ty).to(tl.float32)
-        y *= _finished(total_up, scale, up_bias, row, is_row, out.dtype.element_ty)
+        y *= _finished(total_up, rms, scale, bias, row + n, is_row, out.dtype.element_ty)
     if residual is not None:
         y += tl.load(residual + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out + row, y.to(out.dtype.element_ty), mask=is_row)
 
 
 @triton.jit
-def _finished(total, scale, bias, row, is_row, dtype: tl.constexpr):
-    y = tl.sum(total, 1) * scale
+def _finished(total, rms, scale, bias, row, is_row, dtype: tl.constexpr):
+    y = tl.sum(total, 1) * rms
+    if scale is not None:
+        y *= tl.load(scale + row, mask=is_row, other=0.0).to(tl.float32)
     if bias is not None:
         y += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)
     return y.to(dtype).to(tl.float32)

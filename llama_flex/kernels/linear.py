@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu
+from .weight import Weight
 
+FEW_ROWS = 32  # on CUDA; with more, cuBLAS is faster
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 
 
@@ -18,42 +20,48 @@ def _gemv(*args: Any) -> Tensor:
     return gemv(*args)
 
 
-ops.define(
-    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float eps, Tensor? residual, bool gated)"
-    " -> Tensor"
-)
-ops.impl("gemv", _gemv, "CUDA")
-torch.library.register_fake(
-    "llama_flex::gemv", lambda x, weight, *rest: x.new_empty(len(weight) // (1 + rest[-1])), lib=ops
-)
+def _few_rows(*args: Any) -> Tensor:
+    from .few_rows import few_rows
+
+    return few_rows(*args)
+
+
+_WEIGHT = "Tensor numbers, Tensor? scale, Tensor? zero, Tensor? bias"
+ops.define(f"gemv(Tensor x, {_WEIGHT}, Tensor? norm_weight, float eps, Tensor? residual, bool gated) -> Tensor")
+ops.define(f"few_rows(Tensor x, {_WEIGHT}, Tensor? residual, bool gated) -> Tensor")
+for _name, _function in (("gemv", _gemv), ("few_rows", _few_rows)):
+    ops.impl(_name, _function, "CUDA")
+    torch.library.register_fake(
+        f"llama_flex::{_name}",
+        lambda x, numbers, *rest: x.new_empty(*x.shape[:-1], len(numbers) // (1 + rest[-1])),
+        lib=ops,
+    )
 
 
 def can_fuse(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
-    scale: Tensor | None = None,
 ) -> bool:
     """Return whether `fused_linear` computes a product of x `[B, T, in]`: without gradients, of shapes that fit without
-    broadcasting, in one dtype but for an int8 weight with a scale, for few rows on a CPU, and on CUDA for one row of a
-    compiled step, without a scale."""
+    broadcasting, in one dtype but for the numbers of a quantised weight, for few rows on a CPU, and on CUDA in compiled
+    steps, for one row, or, in 16 bits and without a norm, a few."""
     rows, (out, size) = x.shape[:-1].numel(), weight.shape
-    if torch.is_grad_enabled() or x.shape[-1] != size or not size:
+    if torch.is_grad_enabled() or x.shape[-1] != size or not size or not weight.fits(x):
         return False
     result = *x.shape[:-1], out // 2 if gated else out
-    if scale is not None and (weight.dtype != torch.int8 or weight.device != x.device):
-        return False
-    numbers = weight if scale is None else None
-    for other, shape in ((numbers, None), (scale, (out, 1)), (bias, (out,)), (norm, (size,)), (residual, result)):
-        if other is None:
-            continue
-        if other.dtype != x.dtype or other.device != x.device or (shape is not None and other.shape != shape):
+    for other, shape in ((bias, (out,)), (norm, (size,)), (residual, result)):
+        if other is not None and (other.dtype != x.dtype or other.device != x.device or other.shape != shape):
             return False
     if x.is_cuda:
-        return rows == 1 and torch.compiler.is_dynamo_compiling() and x.dtype != torch.float64 and scale is None
+        if not torch.compiler.is_dynamo_compiling() or x.dtype == torch.float64:
+            return False
+        return rows == 1 or (rows <= FEW_ROWS and norm is None and x.dtype.itemsize == 2)
+    if weight.scale is not None and weight.numbers.dtype not in cpu.QUANTISED:
+        return False
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
     if torch.compiler.is_dynamo_compiling():
@@ -63,32 +71,33 @@ def can_fuse(
 
 def fused_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
     gated: bool = False,
-    scale: Tensor | None = None,
 ) -> Tensor:
     """Compute `layers.apply_linear` in one kernel, if it can be fused: `[B, T, in]` -> `[B, T, out]`."""
-    if x.is_cuda:
-        y = torch.ops.llama_flex.gemv(x.reshape(-1), weight, bias, norm, eps, residual, gated)
-        return y.view(*x.shape[:-1], -1)
-    return cpu.few_rows(x, weight, bias, norm, eps, residual, gated, scale)
+    if not x.is_cuda:
+        return cpu.few_rows(x, weight, bias, norm, eps, residual, gated)
+    rows = x.shape[:-1].numel()
+    if rows == 1:
+        y = torch.ops.llama_flex.gemv(x.reshape(-1), *weight, bias, norm, eps, residual, gated)
+    else:
+        residual = None if residual is None else residual.reshape(rows, -1)
+        y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), *weight, bias, residual, gated)
+    return y.view(*x.shape[:-1], -1)
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`. scale: of an int8 weight."""
-    if not x.is_cuda and can_fuse(x, weight, bias, scale=scale):
-        return fused_linear(x, weight, bias, scale=scale)
-    if scale is not None:
-        if weight.dtype != torch.int8:
-            raise ValueError(f"a weight_scale belongs to a weight of int8, not of {weight.dtype}; set it to None")
-        weight = weight.to(x.dtype).mul_(scale)
+def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
+    if can_fuse(x, weight, bias):
+        return fused_linear(x, weight, bias)
+    numbers = weight.floats()
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
-        return nn.functional.linear(x, weight, bias)
+        return nn.functional.linear(x, numbers, bias)
     # On the CPU, torch reads 16-bit weights 1.5 times as fast if they are the left operand.
-    y = torch.mm(weight, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    y = torch.mm(numbers, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias

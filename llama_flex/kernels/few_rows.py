@@ -1,0 +1,238 @@
+"""A few rows times a weight matrix on CUDA, with scale, SwiGLU and residual, in one kernel.
+
+The step of a small batch, like that of one sequence (see `gemv`), reads each weight once, and is bound by memory;
+tensor cores make its arithmetic free. A program multiplies some rows of the weight by all rows of x. Weights of 8 and 4
+bits become numbers of x's dtype in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Rows and columns of the weight that a program multiplies at a time, its warps, and how many such pieces it loads
+# ahead: the best on the matrices of the 8B shape, on an H200, and then for less shared memory. By bits of the weight.
+_TILES = {
+    16: ((64, 256, 4, 4), (64, 128, 4, 4), (64, 64, 4, 2)),
+    8: ((16, 512, 1, 4), (16, 256, 1, 4), (16, 128, 1, 2)),
+    4: ((32, 128, 2, 4), (32, 128, 2, 2)),
+}
+# The same for SwiGLU, whose two halves take twice the memory.
+_GATED_TILES = {
+    16: ((64, 128, 4, 4), (64, 64, 4, 2)),
+    8: ((16, 256, 1, 4), (16, 128, 1, 2)),
+    4: ((32, 128, 2, 8), (32, 128, 2, 2)),
+}
+
+
+def few_rows(
+    x: Tensor,
+    numbers: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gated: bool,
+    tile: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """Compute residual + x @ weight.T + bias for x `[M, K]`, weight `[N, K]` -> `[M, N]`; gated: silu of the first half
+    times the second, `[M, N/2]`. numbers, scale, zero: see `weight.Weight`. Accumulates in float32, and rounds where
+    torch's own operations round."""
+    (m, k), n = x.shape, len(numbers) // (1 + gated)
+    assert numbers.is_contiguous()
+    x = x.contiguous()
+    bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
+    tokens = max(16, triton.next_power_of_2(m))
+    device: Any = torch.cuda.get_device_properties(x.device)
+    if tile is None:
+        tiles = (_GATED_TILES if gated else _TILES)[bits]
+        most = device.shared_memory_per_block_optin
+        fitting = [t for t in tiles if t[3] * t[1] * (t[0] * bits // 8 * (1 + gated) + 2 * tokens) < 0.9 * most]
+        tile = (*fitting, tiles[-1])[0]
+    rows, columns, warps, stages = tile
+    out = x.new_empty(m, n)
+    overlap = device.major >= 9
+    sizes = {
+        "K": k,
+        "TOKENS": tokens,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "GROUP": k if scale is None else k // scale.shape[1],
+        "PACKED": bits == 4,
+        "STAGES": stages,
+        "GATED": gated,
+        "OVERLAP": overlap,
+    }
+    _kernel[(triton.cdiv(n, rows),)](
+        x, numbers, scale, zero, bias, residual, out, m, n, **sizes, num_warps=warps, launch_pdl=overlap
+    )
+    return out
+
+
+@triton.jit
+def _kernel(
+    x,
+    weight,
+    scale,
+    zero,
+    bias,
+    residual,
+    out,
+    m,
+    n,
+    K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACKED: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:  # the next kernel may start while the last programs of this one run
+        gdc_launch_dependents()
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    is_row = row < n
+    is_token = token < m
+    dtype: tl.constexpr = out.dtype.element_ty
+    EACH: tl.constexpr = 8 if PACKED else 1  # columns in an element of the weight
+    WIDTH: tl.constexpr = COLUMNS // EACH
+    place = tl.arange(0, WIDTH)
+    column = place // 4 * 32 + place % 4 if PACKED else place  # the first of an element; the next is 4 further
+    at = weight + row[:, None].to(tl.int64) * (K // EACH) + place[None, :]
+    at_up = at + n.to(tl.int64) * (K // EACH)
+    at_x = x + token[None, :] * K + column[:, None]
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    total_up = tl.zeros((ROWS, TOKENS), tl.float32)
+    if OVERLAP:
+        gdc_wait()
+    for begin in tl.range(0, K // EACH, WIDTH, num_stages=STAGES):
+        start = begin * EACH
+        inside = is_row[:, None] & (begin + place < K // EACH)[None, :]
+        seen = (start + column < K)[:, None] & is_token[None, :]
+        w = tl.load(at + begin, mask=inside, other=0.0, eviction_policy="evict_first")
+        w_up = tl.load(at_up + begin, mask=inside, other=0.0, eviction_policy="evict_first") if GATED else w
+        if PACKED:
+            w, each = _unpacked(w, scale, zero, row, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
+            part = tl.zeros((ROWS, TOKENS), tl.float32)
+            part_up = tl.zeros((ROWS, TOKENS), tl.float32)
+            if GATED:
+                w_up, each_up = _unpacked(w_up, scale, zero, row + n, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
+            for i in tl.static_range(8):
+                v = tl.load(at_x + start + 4 * i, mask=seen, other=0.0, eviction_policy="evict_last")
+                part = tl.dot(w[i], v, part)
+                if GATED:
+                    part_up = tl.dot(w_up[i], v, part_up)
+            total += part * each[:, None]
+            if GATED:
+                total_up += part_up * each_up[:, None]
+        else:
+            v = tl.load(at_x + start, mask=seen, other=0.0, eviction_policy="evict_last")
+            total = tl.dot(w.to(dtype), v, total)
+            if GATED:
+                total_up = tl.dot(w_up.to(dtype), v, total_up)
+    inside = is_row[:, None] & is_token[None, :]
+    y = _finished(total, None if PACKED else scale, bias, row, is_row, dtype)
+    if GATED:
+        y_up = _finished(total_up, None if PACKED else scale, bias, row + n, is_row, dtype)
+        y = (y * tl.sigmoid(y)).to(dtype).to(tl.float32) * y_up
+    to = token[None, :] * n + row[:, None]
+    if residual is not None:
+        y = y.to(dtype).to(tl.float32) + tl.load(residual + to, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + to, y.to(dtype), mask=inside)
+
+
+@triton.jit
+def _finished(total, scale, bias, row, is_row, dtype: tl.constexpr):
+    if scale is not None:
+        total *= tl.load(scale + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    if bias is not None:
+        total += tl.load(bias + row, mask=is_row, other=0.0).to(tl.float32)[:, None]
+    return total.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _unpacked(
+    words,
+    scale,
+    zero,
+    row,
+    is_row,
+    start,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    # Returns eight tiles `[ROWS, COLUMNS / 8]`, and what products with them are still to be multiplied by, `[ROWS]`.
+    BASE: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
+    COUNT: tl.constexpr = COLUMNS // GROUP if GROUP < COLUMNS else 1  # groups among the columns
+    group = start // GROUP + tl.arange(0, COUNT)
+    at = row[:, None] * (K // GROUP) + group[None, :]
+    inside = is_row[:, None] & (group < K // GROUP)[None, :]
+    s = tl.load(scale + at, mask=inside, other=0.0)
+    if zero is None:
+        z = tl.full((ROWS, COUNT), BASE + 8, dtype)
+    else:
+        z = tl.load(zero + at, mask=inside, other=0).to(dtype) + BASE
+    each = tl.full((ROWS,), 1.0, tl.float32)
+    w = _nibbles(words, dtype)
+    if COUNT == 1:  # a product is multiplied once by the scale, instead of each number
+        w = (w[0] - z, w[1] - z, w[2] - z, w[3] - z, w[4] - z, w[5] - z, w[6] - z, w[7] - z)
+        each = tl.sum(s.to(tl.float32), 1)
+    else:
+        z, s = _of_words(z, ROWS, COUNT, COLUMNS // 8), _of_words(s, ROWS, COUNT, COLUMNS // 8)
+        w = (
+            (w[0] - z) * s,
+            (w[1] - z) * s,
+            (w[2] - z) * s,
+            (w[3] - z) * s,
+            (w[4] - z) * s,
+            (w[5] - z) * s,
+            (w[6] - z) * s,
+            (w[7] - z) * s,
+        )
+    return w, each
+
+
+@triton.jit
+def _of_words(x, ROWS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    shape: tl.constexpr = (ROWS, COUNT, WIDTH // COUNT)
+    return tl.reshape(tl.broadcast_to(x[:, :, None], shape), (ROWS, WIDTH))
+
+
+@triton.jit
+def _nibbles(words, dtype: tl.constexpr):
+    # Eight tiles: 128 (bfloat16) or 1024 (float16), which end in zeros, plus the number in each four bits. Two words at
+    # a time, as a register holds two numbers.
+    ONES: tl.constexpr = "0x43004300" if dtype == tl.bfloat16 else "0x64006400"
+    END: tl.constexpr = ", 0x000f000f, " + ONES + ", 0xea;"
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        "{ .reg .b32 l, h, t; prmt.b32 l, $8, $9, 0x5410; prmt.b32 h, $8, $9, 0x7632;"
+        "lop3.b32 $0, l" + END + "shr.u32 t, l, 4; lop3.b32 $1, t" + END + "shr.u32 t, l, 8; lop3.b32 $2, t" + END +
+        "shr.u32 t, l, 12; lop3.b32 $3, t" + END + "lop3.b32 $4, h" + END + "shr.u32 t, h, 4; lop3.b32 $5, t" + END +
+        "shr.u32 t, h, 8; lop3.b32 $6, t" + END + "shr.u32 t, h, 12; lop3.b32 $7, t" + END + "}",
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+        [words],
+        dtype=(tl.uint16, tl.uint16, tl.uint16, tl.uint16, tl.uint16, tl.uint16, tl.uint16, tl.uint16),
+        is_pure=True,
+        pack=2,
+    )  # fmt: skip
+    return (
+        a.to(dtype, bitcast=True),
+        b.to(dtype, bitcast=True),
+        c.to(dtype, bitcast=True),
+        d.to(dtype, bitcast=True),
+        e.to(dtype, bitcast=True),
+        f.to(dtype, bitcast=True),
+        g.to(dtype, bitcast=True),
+        h.to(dtype, bitcast=True),
+    )
