@@ -49,8 +49,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, sum(parts), bias=bias)
         self.weight_scale: Tensor | None
         self.weight_zero_point: Tensor | None
-        self.register_parameter("weight_scale", None)
-        self.register_parameter("weight_zero_point", None)
+        for name in ("weight_scale", "weight_zero_point"):
+            self.register_parameter(name, None)
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
@@ -59,7 +59,7 @@ class Linear(nn.Linear):
 
     @property
     def matrix(self) -> Weight:
-        """The weight with its scale and zero point."""
+        """The weight, with scale and zero point if it is quantised."""
         return Weight(self.weight, self.weight_scale, self.weight_zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,12 +93,9 @@ def apply_linear(
     from `[B, T, in]` to `[B, T, out]` may take the place of a `Linear`; it is called, as is one with forward hooks.
     """
     if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and are_own(module, norm):
-        weight, bias = module.matrix, module.bias
-        if norm is not None and linear.can_fuse(x, weight, bias, norm.weight, residual, gated):
-            return linear.fused_linear(x, weight, bias, norm.weight, norm.eps, residual, gated)
-        x, norm = x if norm is None else norm(x), None
-        if linear.can_fuse(x, weight, bias, None, residual, gated):
-            return linear.fused_linear(x, weight, bias, None, 0.0, residual, gated)
+        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        if linear.can_fuse(x, module.matrix, module.bias, norm_weight, residual, gated):
+            return linear.fused_linear(x, module.matrix, module.bias, norm_weight, eps, residual, gated)
     y = module(x if norm is None else norm(x))
     if gated:
         gate, up = y.chunk(2, dim=-1)

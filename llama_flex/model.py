@@ -76,15 +76,15 @@ class Llama(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        quantize: quantization.Quantization | quantization.Format | None = None,
+        quantize: quantization.Quantization | str | None = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> Self:
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
-        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8" keeps the layers'
-        matrices in 8 bits, on a CPU; such a model is not trained or saved. Raises ValueError, naming the file and what
-        to do, for anything missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
+        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8", "fp8", "int4" or
+        another `Quantization` of the layers' matrices. Raises ValueError, naming the file and what to do, for anything
+        missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
         if dtype is not None and dtype not in weights.DTYPES:

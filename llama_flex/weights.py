@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .checkpoint import shards
 from .checkpoint.quantization import Quantization, fill, prepare
-from .checkpoint.shards import CheckpointError
 from .config import LlamaConfig
 from .kernels import cpu
 
@@ -42,13 +41,13 @@ def load(
     """Fill a model that is on the meta device from the safetensors in `folder`.
 
     Headers are checked against the model's shapes before any memory is allocated. Each tensor is copied from its file
-    straight into its parameter, converted on the way, so peak memory is about one copy of the model.
-    dtype: default config.json's, else the file's. quantization: of its
-    layers. Raises CheckpointError listing missing, unexpected and misshapen
-    tensors, and for damaged files; FolderError for links out of the folder. Warns of weights that are not finite.
+    straight into its parameter, converted on the way, so peak memory is about one copy of the model. dtype: default
+    config.json's, else the file's. quantization: of its layers. Raises CheckpointError listing missing, unexpected and
+    misshapen tensors, and for damaged files; FolderError for links out of the folder. Warns of weights that are not
+    finite.
     """
-    expected = {name: list(view.shape) for name, view in named_weights(model, config).items()}
-    checkpoint = shards.find(folder, expected, tied=config.tie_word_embeddings)
+    shapes = {name: list(view.shape) for name, view in named_weights(model, config).items()}
+    checkpoint = shards.find(folder, shapes, tied=config.tie_word_embeddings)
     model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype)
     prepare(model.get_submodule("layers"), quantization)
     model.to_empty(device=device)
@@ -59,13 +58,5 @@ def load(
             for name, source in sources.items():
                 if source.path == path:
                     fill(places, name, file.get_tensor(source.name), quantization)
-    if checkpoint.tied_copy is not None:
-        embedding = next(iter(places.values()))
-        with shards.opened(checkpoint.tied_copy.path) as file:
-            copy = file.get_tensor(checkpoint.tied_copy.name)
-        if not torch.equal(copy.to(embedding.device, embedding.dtype), embedding):
-            raise CheckpointError(
-                f"{folder}: lm_head.weight differs from the embedding, but config.json sets tie_word_embeddings; "
-                "set it to false there, or remove lm_head.weight"
-            )
+    checkpoint.check_tied_copy(next(iter(places.values())))
     shards.warn_if_not_finite({n.removesuffix("_scale"): x for n, x in places.items() if x.dtype in DTYPES})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import json
 import re
 import shutil
@@ -20,7 +21,9 @@ import xllamacpp
 from torch import Tensor
 
 from llama_flex import Llama
-from llama_flex.checkpoint.quantization import SCALE
+from llama_flex.checkpoint.quantization import assign
+from llama_flex.kernels.weight import Weight
+from llama_flex.layers import Linear
 from llama_flex.weights import named_weights
 
 TYPES = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
@@ -118,7 +121,8 @@ def serve(path: str, slots: str, threads: str) -> None:
 
 
 def write(model: Llama, path: Path) -> None:
-    """Write a model as a GGUF file, with a vocabulary of numbers; an int8 one as Q8_0.
+    """Write a model as a GGUF file, with a vocabulary of numbers; a quantised one as Q8_0, or as Q4_0 if its
+    numbers have 4 bits.
 
     Raises ValueError for dtypes, architectures and rope types that this does not write.
     """
@@ -147,19 +151,20 @@ def write(model: Llama, path: Path) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * dims.vocab_size)
     writer.add_token_merges(["< 0"])
     writer.add_eos_token_id(dims.vocab_size - 1)
-    weights = named_weights(model, config)
-    scales = {name: weights.pop(name) for name in list(weights) if name.endswith(SCALE)}
-    for name, weight in weights.items():
-        if (scale := scales.get(f"{name}_scale")) is not None:
-            weight = weight.float() * scale.float()
+    model, quantised = copy.deepcopy(model), None
+    for module in (x for x in model.modules() if isinstance(x, Linear) and x.weight_scale is not None):
+        kinds = gguf.GGMLQuantizationType
+        quantised = kinds.Q4_0 if module.matrix.is_packed else kinds.Q8_0
+        assign(module, Weight(module.matrix.floats()))
+    for name, weight in named_weights(model, config).items():
         layer, _, inside = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
         theirs = f"blk.{layer}.{NAMES[inside]}" if layer.isdigit() else NAMES[name.removesuffix(".weight")]
         if "attn_q" in theirs or "attn_k" in theirs:
             weight = _permuted(weight, dims.num_heads if "attn_q" in theirs else dims.num_kv_heads)
         weight = (weight.float() if weight.dim() == 1 else weight).contiguous()  # llama.cpp wants norms in float32
-        if scales and weight.dim() > 1:  # all matrices, as llama.cpp's own program does
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(f"{theirs}.weight", gguf.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+        if quantised is not None and weight.dim() > 1:  # all matrices, as llama.cpp's own program does
+            numbers = gguf.quantize(weight.float().numpy(), quantised)
+            writer.add_tensor(f"{theirs}.weight", numbers, raw_dtype=quantised)
             continue
         writer.add_tensor(f"{theirs}.weight", weight.cpu().view(torch.uint8).numpy(), raw_dtype=TYPES[weight.dtype])
     writer.write_header_to_file()

@@ -6,6 +6,7 @@ import argparse
 import gc
 import importlib.metadata
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from llama_flex import Llama, LlamaConfig
 from llama_flex.checkpoint import hub
+from llama_flex.checkpoint.quantization import Quantization, prepare
 from llama_flex.eval.samples import CONFIGS
+from llama_flex.layers import Linear
 
 Result = TypeVar("Result")
 
@@ -86,11 +90,27 @@ def model_of(args: argparse.Namespace, dtype: str) -> Llama:
         return Llama.from_pretrained(args.model, device=args.device, dtype=wanted, quantize=quantize)
     with torch.device("meta"):
         model = Llama(config_of(args)).to(wanted)
+        prepare(model.layers, Quantization.of(getattr(args, "quantize", None)))
     model = model.to_empty(device=args.device).eval().requires_grad_(False)
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    for name, parameter in model.named_parameters():
+        _randomise(name, parameter)
     return model
+
+
+def _randomise(name: str, parameter: Tensor) -> None:
+    if parameter.dim() == 1:
+        parameter.fill_(1.0)
+    elif parameter.dtype in (torch.int8, torch.int32):
+        parameter.random_(torch.iinfo(parameter.dtype).min, torch.iinfo(parameter.dtype).max)
+    elif parameter.dtype == torch.float8_e4m3fn:
+        parameter.copy_(torch.randn(parameter.shape, device=parameter.device) * 74)
+    elif name.endswith("zero_point"):
+        parameter.fill_(8)
+    elif name.endswith("scale"):  # for a standard deviation of 0.02, of 8 bits or of 4
+        parameter.fill_(0.02 / (74 if parameter.shape[1] == 1 else 4.6))
+    else:
+        parameter.normal_(std=0.02)
 
 
 def random_ids(count: int, config: LlamaConfig) -> list[int]:
@@ -151,7 +171,7 @@ def several(device: str, work: Callable[[], object], count: int = 5) -> list[flo
 
 def matrices(model: Llama) -> int:
     """Count the numbers in the matrices of the layers."""
-    return sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+    return sum(math.prod(x.matrix.shape) for x in model.layers.modules() if isinstance(x, Linear))
 
 
 def operations(model: Llama, length: int) -> int:

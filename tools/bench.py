@@ -33,6 +33,7 @@ from torch import Tensor
 
 from llama_flex import Engine, Llama, Mask, Prompt, Sampling, Tokenizer, Tokens, fuse, masks
 from llama_flex.checkpoint.files import FolderError
+from llama_flex.checkpoint.quantization import Quantization
 from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.graphs import Graphs
 from llama_flex.eval.samples import PARAPHRASES
@@ -111,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (decode, prefill, startup, child):
         command.add_argument("--compile", choices=COMPILE, default="auto", help="as for llama_flex.generate")
     for command in (decode, prefill):
-        command.add_argument("--quantize", choices=("int8",), help="as for llama_flex.generate; llama.cpp gets Q8_0")
+        what = "as for llama_flex.generate; llama.cpp gets Q8_0, or Q4_0 for int4"
+        command.add_argument("--quantize", metavar="FORMAT", help=what)
         what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention; "
         what += "llama.cpp, on a CPU (the extra `peers`); its llama-bench on the PATH, built natively"
         command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
@@ -123,8 +125,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     check_device(parser, args)
     args.config = getattr(args, "config", None)
     if getattr(args, "quantize", None):
-        if args.config is not None or args.device != "cpu":
-            parser.error("--quantize needs the weights of a --model, and --device cpu")
+        try:
+            Quantization.of(args.quantize)
+        except ValueError as error:
+            parser.error(str(error))
         if {*args.peers} - {*LLAMA_CPP}:
             parser.error(f"of the peers only {' and '.join(LLAMA_CPP)} quantise; name them after --peers, or none")
     if args.model is None and args.config is None:

@@ -14,6 +14,7 @@ import torch
 
 from llama_flex import Engine, Llama, Tokenizer
 from llama_flex.eval.scoring import score
+from llama_flex.layers import Linear
 
 from ._measuring import DEMO
 
@@ -28,19 +29,33 @@ def perplexity(model: Llama, ids: Sequence[int]) -> tuple[float, int]:
     return math.exp(-sum(each.total for each in scores) / count), count
 
 
+def round_as_gguf(model: Llama, kind: str) -> None:
+    """Replace the layers' matrices by what is left of them in a type of GGUF, such as "Q4_0"."""
+    import gguf
+
+    for module in (x for x in model.layers.modules() if isinstance(x, Linear)):
+        numbers = gguf.quantize(module.weight.float().cpu().numpy(), gguf.GGMLQuantizationType[kind])
+        module.weight.copy_(torch.from_numpy(gguf.dequantize(numbers, gguf.GGMLQuantizationType[kind])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="text, read one after the other")
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--quantize", choices=("int8",))
+    parser.add_argument("--quantize", metavar="FORMAT", help="as for llama_flex.generate")
+    parser.add_argument(
+        "--gguf", metavar="TYPE", help="of llama.cpp: the layers' matrices as Q4_0 or the like has them"
+    )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     ids = Tokenizer.from_pretrained(args.model).encode("".join(path.read_text() for path in args.files))
     dtype = getattr(torch, args.dtype)
     model = Llama.from_pretrained(args.model, device=args.device, dtype=dtype, quantize=args.quantize)
+    if args.gguf is not None:
+        round_as_gguf(model, args.gguf)
     found, count = perplexity(model, ids)
-    print(f"{args.dtype}, {args.quantize or 'not quantised'}: perplexity {found:.4f} of {count:,} tokens")
+    print(f"{args.dtype}, {args.quantize or args.gguf or 'not quantised'}: perplexity {found:.4f} of {count:,} tokens")
 
 
 if __name__ == "__main__":

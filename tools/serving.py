@@ -311,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--count", type=whole_number, default=counts[name], help="number of requests")
         if name in NAMES:
             command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+            command.add_argument("--quantize", metavar="FORMAT", help="as for llama_flex.generate")
             command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
             command.add_argument("--rounds", type=whole_number, default=3)
     for name in ("throughput", "requests"):

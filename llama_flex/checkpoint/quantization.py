@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,26 @@ class Quantization:
             raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
 
     @classmethod
-    def of(cls, value: Quantization | Format | None) -> Quantization | None:
-        """Return a quantization, given as such or by its format. Raises ValueError for anything else."""
-        return value if value is None or isinstance(value, Quantization) else cls(value)
+    def of(cls, value: Quantization | str | None) -> Quantization | None:
+        """Return a quantization, given as such or by its name: "int8", "fp8", "int4", "int4-128", "int4-64-symmetric".
+
+        Raises ValueError for anything else.
+        """
+        if value is None or isinstance(value, Quantization):
+            return value
+        name, *options = str(value).split("-")
+        symmetric = options[-1:] == ["symmetric"]
+        sizes = options[:-1] if symmetric else options
+        if options and (name != "int4" or len(sizes) > 1 or not all(size.isdecimal() for size in sizes)):
+            raise ValueError(f"quantize {value!r} is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like")
+        return cls(cast(Format, name), int(sizes[0]) if sizes else RUN, symmetric)
+
+    @property
+    def name(self) -> str:
+        """The name that `of` takes."""
+        if self.format != "int4":
+            return self.format
+        return f"int4-{self.group_size}" + ("-symmetric" if self.symmetric else "")
 
     def empty(self, weight: Tensor) -> Weight:
         """Return memory for a weight `[N, K]`, on its device. Raises ValueError if groups do not divide its rows."""

@@ -47,6 +47,18 @@ class Checkpoint(NamedTuple):
     dtype: torch.dtype
     tied_copy: Source | None
 
+    def check_tied_copy(self, embedding: Tensor) -> None:
+        """Raise CheckpointError if there is a copy of a tied embedding, and it differs."""
+        if self.tied_copy is None:
+            return
+        with opened(self.tied_copy.path) as file:
+            copy = file.get_tensor(self.tied_copy.name)
+        if not torch.equal(copy.to(embedding.device, embedding.dtype), embedding):
+            raise CheckpointError(
+                f"{self.tied_copy.path.parent}: lm_head.weight differs from the embedding, but config.json sets "
+                "tie_word_embeddings; set it to false there, or remove lm_head.weight"
+            )
+
 
 def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Checkpoint:
     """Find the tensors of these names and shapes. Raises CheckpointError listing missing, unexpected, misshapen ones.

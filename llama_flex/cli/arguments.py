@@ -92,7 +92,10 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeat for several")
     run = p.add_argument_group("running")
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    run.add_argument("--quantize", choices=("int8",), help="the layers' matrices in 8 bits; on a CPU")
+    formats = (
+        "the layers' matrices in fewer bits: int8, fp8, or int4, in groups of 32 with zero points; int4-64, int4-128"
+    )
+    run.add_argument("--quantize", metavar="FORMAT", help=f"{formats}; without zero points int4-128-symmetric")
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     run.add_argument(

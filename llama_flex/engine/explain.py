@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels import cpu, flex_attention
+from ..kernels.weight import QUANTISED
+from ..layers import Linear
 from ..masks.layout import BLOCK
 from ..model import Llama
 from .model_runner import ModelRunner
@@ -23,8 +26,11 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
     dims, device = model.dims, model.device
     precision = torch.get_float32_matmul_precision()
     lines = [f"{model.dtype} on {device}; float32 products at precision {precision!r}".replace("torch.", "")]
-    if small := sum(p.numel() for p in model.parameters() if p.dtype == torch.int8):
-        lines.append(f"{small / sum(p.numel() for p in model.parameters()):.0%} of the weights in int8")
+    sizes = Counter[str]()
+    for weight in (module.matrix for module in model.modules() if isinstance(module, Linear)):
+        sizes["" if weight.scale is None else QUANTISED[weight.numbers.dtype]] += math.prod(weight.shape)
+    for kind in filter(None, sizes):
+        lines.append(f"{sizes[kind] / sizes.total():.0%} of the weights in {kind}")
     graphs = runner.graphs
     if runner.uncompiled is not None and (steps := runner.uncompiled.steps.total()):
         lines.append(f"{steps} steps not compiled, recorded, as were their prompts; attention backend 'dense'")

@@ -47,8 +47,8 @@ def can_fuse(
     gated: bool = False,
 ) -> bool:
     """Return whether `fused_linear` computes a product of x `[B, T, in]`: without gradients, of shapes that fit without
-    broadcasting, in one dtype but for the numbers of a quantised weight, for few rows on a CPU, and on CUDA in compiled
-    steps, for one row, or, in 16 bits and without a norm, a few."""
+    broadcasting, in one dtype but for the numbers of a quantised weight, for few rows on a CPU, and on CUDA, if
+    compiled or quantised, for one row, or, in 16 bits, a few."""
     rows, (out, size) = x.shape[:-1].numel(), weight.shape
     if torch.is_grad_enabled() or x.shape[-1] != size or not size or not weight.fits(x):
         return False
@@ -57,9 +57,10 @@ def can_fuse(
         if other is not None and (other.dtype != x.dtype or other.device != x.device or other.shape != shape):
             return False
     if x.is_cuda:
-        if not torch.compiler.is_dynamo_compiling() or x.dtype == torch.float64:
+        # Uncompiled steps are torch's operations, but would have to widen a quantised weight each time.
+        if x.dtype == torch.float64 or not (torch.compiler.is_dynamo_compiling() or weight.scale is not None):
             return False
-        return rows == 1 or (rows <= FEW_ROWS and norm is None and x.dtype.itemsize == 2)
+        return rows == 1 or (0 < rows <= FEW_ROWS and x.dtype.itemsize == 2)
     if weight.scale is not None and weight.numbers.dtype not in cpu.QUANTISED:
         return False
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
@@ -85,6 +86,9 @@ def fused_linear(
     if rows == 1:
         y = torch.ops.llama_flex.gemv(x.reshape(-1), *weight, bias, norm, eps, residual, gated)
     else:
+        if norm is not None:  # by each program anew it would take longer
+            wide = x.float()
+            x = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm).to(x.dtype)
         residual = None if residual is None else residual.reshape(rows, -1)
         y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), *weight, bias, residual, gated)
     return y.view(*x.shape[:-1], -1)

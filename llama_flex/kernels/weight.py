@@ -71,7 +71,7 @@ class Weight(NamedTuple):
         return (numbers.to(self.scale.dtype) * self.scale[..., None]).flatten(1)
 
 
-QUANTISED = torch.int8, torch.float8_e4m3fn, torch.int32
+QUANTISED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}  # the dtypes of numbers
 
 
 def pack(numbers: Tensor) -> Tensor:
