@@ -36,9 +36,9 @@ def names_of_package() -> dict[str, set[str]]:
     for path in (ROOT / "llama_flex").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(parts).removesuffix(".__init__")
-        if module == "llama_flex.kernels.gemv":  # imports Triton, which comes with torch's CUDA builds only
+        if path.stem in ("gemv", "few_rows"):  # import Triton, which comes with torch's CUDA builds only
             tree = ast.parse(path.read_text())
-            names["gemv"] |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            names[path.stem] |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             continue
         imported = importlib.import_module(module)
         names[module.split(".")[-1]] |= set(dir(imported))

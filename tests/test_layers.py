@@ -364,9 +364,10 @@ def test_weights_that_are_not_tied_would_be_seen(monkeypatch, change):
 # ---- a kernel for the whole product
 
 
-def fused(x: torch.Tensor, weight, bias, norm, eps: float, residual, gated: bool, scale: None) -> torch.Tensor:
+def fused(x: torch.Tensor, weight, bias, norm, eps: float, residual, gated: bool) -> torch.Tensor:
     """Compute a product by its definition, and mark it: the result is off by 1."""
-    y = nn.functional.linear(x if norm is None else nn.functional.rms_norm(x, x.shape[-1:], norm, eps), weight, bias)
+    x = x if norm is None else nn.functional.rms_norm(x, x.shape[-1:], norm, eps)
+    y = nn.functional.linear(x, weight.numbers, bias)
     y = swiglu(y) if gated else y
     return 1 + (y if residual is None else residual + y)
 
@@ -381,7 +382,9 @@ class OtherNorm(RMSNorm):
 def test_a_fused_kernel_runs_for_the_packages_own_modules_alone(monkeypatch, compile):
     monkeypatch.setattr("llama_flex.kernels.linear.can_fuse", lambda *given: True)
     monkeypatch.setattr("llama_flex.kernels.linear.fused_linear", fused)
-    monkeypatch.setattr("llama_flex.kernels.linear.matmul", lambda *given: nn.functional.linear(*given[:3]))
+    monkeypatch.setattr(
+        "llama_flex.kernels.linear.matmul", lambda x, weight, bias: nn.functional.linear(x, weight.numbers, bias)
+    )
     x, residual, norm = torch.randn(1, 1, 8), torch.randn(1, 1, 6), RMSNorm(8, 1e-6)
 
     def is_fused(module: nn.Module, norm: nn.Module | None = norm) -> bool:
