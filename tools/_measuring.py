@@ -104,7 +104,7 @@ def _randomise(name: str, parameter: Tensor) -> None:
     elif parameter.dtype in (torch.int8, torch.int32):
         parameter.random_(torch.iinfo(parameter.dtype).min, torch.iinfo(parameter.dtype).max)
     elif parameter.dtype == torch.float8_e4m3fn:
-        parameter.copy_(torch.randn(parameter.shape, device=parameter.device) * 74)
+        parameter.copy_((torch.randn(parameter.shape, device=parameter.device) * 74).clamp_(-448, 448))
     elif name.endswith("zero_point"):
         parameter.fill_(8)
     elif name.endswith("scale"):  # for a standard deviation of 0.02, of 8 bits or of 4

@@ -60,7 +60,9 @@ def can_fuse(
         # Uncompiled steps are torch's operations, but would have to widen a quantised weight each time.
         if x.dtype == torch.float64 or not (torch.compiler.is_dynamo_compiling() or weight.scale is not None):
             return False
-        return rows == 1 or (0 < rows <= FEW_ROWS and x.dtype.itemsize == 2)
+        if x.dtype == torch.float32:  # 4 bits multiplied before zero is subtracted would cost the last two bits
+            return rows == 1 and not weight.is_packed
+        return 0 < rows <= FEW_ROWS
     if weight.scale is not None and weight.numbers.dtype not in cpu.QUANTISED:
         return False
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
