@@ -45,7 +45,7 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 def nibbles(words: Tensor) -> Tensor:
     """Return the numbers of 4 bits in int32 `[..., W]`, lowest first, as uint8 `[..., 8 W]`."""
-    pairs = words.contiguous().view(torch.uint8)
+    pairs = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # `contiguous` keeps odd strides of 1
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
