@@ -13,6 +13,7 @@ from . import quantization
 from .compressed_tensors import METHOD
 from .compressed_tensors import scheme as compressed_tensors_scheme
 from .config_rules import QUANTIZATION_KEYS, ConfigError
+from .gptq import awq_scheme, gptq_scheme
 from .quantization import GROUP_SIZES, Quantization
 from .shards import CheckpointError, Stored
 from .stored import WAY, Scheme
@@ -20,6 +21,8 @@ from .stored import WAY, Scheme
 # By quant_method: what reads the object in config.json, given its key there.
 _FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
     METHOD: compressed_tensors_scheme,
+    "gptq": gptq_scheme,
+    "awq": awq_scheme,
 }
 
 
