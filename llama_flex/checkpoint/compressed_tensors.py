@@ -16,11 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import Weight, unpack
+from ..kernels.weight import Weight
 from .config_rules import ConfigError
 from .quantization import SCALE, ZERO, Format, Quantization
 from .shards import Stored
-from .stored import ANY, WAY, Scheme, as_it_is, check_group_size, check_keys, nibbles, packed, words_of
+from .stored import (
+    ANY,
+    WAY,
+    Scheme,
+    as_it_is,
+    check_group_size,
+    check_keys,
+    in_sequence,
+    interleaved,
+    nibbles,
+    words_of,
+)
 
 METHOD = "compressed-tensors"
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
@@ -82,7 +93,7 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     return Scheme(
         METHOD,
         quantization,
-        strategy == "channel",
+        strategy == "channel" and quantization.format == "int4",
         _matcher(top, config.get("ignore")),
         partial(_tensors, layout, quantization, strategy),
     )
@@ -149,7 +160,7 @@ def _tensors(
     found = {scale: Stored([1] if strategy == "tensor" else [rows, groups], scale)}
     if layout == PACKED:
         is_4 = quantization.format == "int4"
-        words, read = -(-columns // (8 if is_4 else 4)), _numbers_of_4_bits if is_4 else partial(_bytes, columns)
+        words, read = -(-columns // (8 if is_4 else 4)), interleaved if is_4 else partial(_bytes, columns)
         found[f"{name}.{_NUMBERS}"] = Stored([rows, words], numbers, read, ("I32",))
         found[f"{name}.{_SHAPE}"] = Stored([2], "", partial(_check_shape, (rows, columns)), ("I64", "I32"))
     elif quantization.format == "int8":
@@ -159,10 +170,6 @@ def _tensors(
     if not quantization.symmetric and quantization.format == "int4":
         found[zero] = Stored([-(-rows // 8), groups], zero, partial(_zero_points, rows), ("I32",))
     return found
-
-
-def _numbers_of_4_bits(words: Tensor) -> Tensor:
-    return packed(nibbles(words))
 
 
 def _bytes(columns: int, words: Tensor) -> Tensor:
@@ -223,7 +230,7 @@ def as_written(name: str, tensor: Tensor) -> Tensor:
     """Return a tensor of `compress` as it is written, a copy."""
     if not name.endswith(f".{_NUMBERS}"):
         return tensor.clone(memory_format=torch.contiguous_format)
-    return torch.cat([words_of(unpack(rows)) for rows in tensor.split(1024)])
+    return in_sequence(tensor)
 
 
 def _kind(weight: Weight) -> Quantization:

@@ -19,7 +19,7 @@ from ..kernels.weight import MIDDLE
 from .config_rules import ConfigError
 from .quantization import SCALE, ZERO, Quantization
 from .shards import Stored
-from .stored import ANY, WAY, Scheme, check_group_size, check_keys, nibbles, packed
+from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, words_of
 
 _GPTQ_KEYS = {
     "quant_method": ("gptq",),
@@ -133,7 +133,7 @@ def _stored_zeros(quantization: Quantization, name: str, rows: int, groups: int)
 
 
 def _gptq_numbers(words: Tensor) -> Tensor:
-    return packed(nibbles(words.T))
+    return interleaved(words.T)
 
 
 def _gptq_zeros(first: int, symmetric: bool, words: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _check_order(size: int, groups: Tensor) -> Tensor:
 
 
 def _awq_numbers(words: Tensor) -> Tensor:
-    return packed(_awq_rows(words))
+    return interleaved(words_of(_awq_rows(words)))
 
 
 def _awq_rows(words: Tensor) -> Tensor:

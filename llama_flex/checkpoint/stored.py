@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import pack
 from .config_rules import ConfigError
 from .quantization import GROUP_SIZES, Quantization
 from .shards import Stored
 
 WAY = "give the checkpoint that they were made of (the model card names it), or dequantise them with that library"
 ANY: Any = object()  # stands for all values of a key, where another check follows or nothing depends on it
-_CHUNK = 1024  # rows that are packed at a time: one number takes several bytes meanwhile
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 def nibbles(words: Tensor) -> Tensor:
     """Return the numbers of 4 bits in int32 `[..., W]`, lowest first, as uint8 `[..., 8 W]`."""
-    pairs = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # `contiguous` keeps odd strides of 1
+    pairs = _bytes_of(words)
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
@@ -55,9 +53,28 @@ def words_of(numbers: Tensor) -> Tensor:
     return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
 
 
-def packed(numbers: Tensor) -> Tensor:
-    """Pack numbers of 4 bits `[N, K]` into int32 `[N, K / 8]`, in the order of `kernels.weight`."""
-    return torch.cat([pack(rows) for rows in numbers.split(_CHUNK)])
+def interleaved(words: Tensor) -> Tensor:
+    """Return numbers of 4 bits in int32 `[N, K / 8]`, lowest first, in the order of `kernels.weight`.
+
+    No number is unpacked: of 32 columns, the first and the second four of each eight change places with the even and
+    the odd ones.
+    """
+    first, second = _bytes_of(words).unflatten(1, (-1, 4, 2, 2)).unbind(3)
+    parts = (first & 15) | second << 4, first >> 4 | (second & 240)
+    return torch.stack([part.transpose(2, 3) for part in parts], 3).flatten(1).view(torch.int32)
+
+
+def in_sequence(words: Tensor) -> Tensor:
+    """Return int32 `[N, K / 8]` in the order of `kernels.weight`, lowest first: the inverse of `interleaved`."""
+    even, odd = _bytes_of(words).unflatten(1, (-1, 2, 2, 4)).unbind(3)
+    parts = (even & 15) | odd << 4, even >> 4 | (odd & 240)
+    return torch.stack([part.transpose(2, 3) for part in parts], 3).flatten(1).view(torch.int32)
+
+
+def _bytes_of(words: Tensor) -> Tensor:
+    if words.stride(-1) != 1:  # `contiguous` would keep it in a tensor of one column
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def check_keys(where: str, found: Any, known: Mapping[str, Any], inert: Container[str] = ()) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from checkpoint_helpers import assert_same_tensors, load, load_quietly, logits, refusal, rewrite, shard, tensors_of
 from compressed_helpers import Kind, configured, floats_of, quantise, same, write_floats
+from compressed_helpers import pack as pack_in_sequence
 from helpers import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from llama_flex.checkpoint.compressed_tensors import as_written, compress, schem
 from llama_flex.checkpoint.config_rules import ConfigError
 from llama_flex.checkpoint.quantization import SCALE, ZERO, Quantization, to_fp8, to_int4, to_int8
 from llama_flex.checkpoint.shards import CheckpointError
+from llama_flex.checkpoint.stored import in_sequence, interleaved, nibbles, words_of
 from llama_flex.kernels.weight import pack
 
 KINDS = {
@@ -65,6 +67,16 @@ def test_each_number_is_the_one_that_was_stored(kind, folder, tmp_path):
     assert same(floats_of(model), expected)
     held = {p.dtype for p in model.layers.parameters()} - {torch.float32, torch.uint8}
     assert held == {torch.int32 if kind.num_bits == 4 else torch.float8_e4m3fn if kind.type == "float" else torch.int8}
+    model.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tensors_of(load_quietly(tmp_path / "again")), tensors_of(model))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.num_bits == 8], ids=str)
+def test_rows_of_8_bits_have_any_length(kind, tmp_path):
+    folder = write_floats(tmp_path / "floats", intermediate_size=70)
+    expected = quantise(folder, kind.config(), kind.store)
+    model = load_quietly(folder)
+    assert same(floats_of(model), expected)
     model.save_pretrained(tmp_path / "again")
     assert_same_tensors(tensors_of(load_quietly(tmp_path / "again")), tensors_of(model))
 
@@ -333,6 +345,18 @@ def test_keys_that_change_nothing_are_accepted(folder):
 
 
 # ---- written
+
+
+@given(rows=st.integers(1, 9), runs=st.integers(1, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_numbers_in_words_change_places_as_if_they_were_unpacked(rows, runs, seed):
+    numbers = torch.randint(0, 16, (rows, 32 * runs), generator=torch.Generator().manual_seed(seed))
+    words = pack_in_sequence(numbers.numpy(), 4)
+    assert torch.equal(nibbles(words), numbers)
+    assert torch.equal(words_of(numbers), words)
+    assert torch.equal(interleaved(words), pack(numbers))
+    assert torch.equal(in_sequence(pack(numbers)), words)
+    assert torch.equal(interleaved(words.T.contiguous().T), pack(numbers))
 
 
 @given(
