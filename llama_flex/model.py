@@ -83,8 +83,9 @@ class Llama(nn.Module):
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
         device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: keep the layers'
-        matrices in 8 or 4 bits, see `Quantization`; such weights are not trained. Raises ValueError, naming the file
-        and what to do, for anything missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
+        matrices in 8 or 4 bits, see `Quantization`, unless the checkpoint's are already; such weights are not trained.
+        Raises ValueError, naming the file and what to do, for anything missing, malformed or unsupported; see
+        `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
         if dtype is not None and dtype not in weights.DTYPES:

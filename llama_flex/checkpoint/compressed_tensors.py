@@ -102,7 +102,7 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
 def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[Quantization, str]:
     """Return the numbers and the strategy, with the library's defaults. Raises ConfigError for a combination."""
     bits, kind, size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
-    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group") if _hashes(size) else ""
+    strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     found = _SUPPORTED.get((layout, kind, bits)) if isinstance(kind, str) and type(bits) is int else None
     if found is None:
         known = ", ".join(f"{b} bits of {k!r} in {f!r}" for f, k, b in _SUPPORTED)
@@ -120,10 +120,6 @@ def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[
     if size not in (None, -1) or isinstance(size, float):
         raise ConfigError(f"{where}: group_size={size!r:.200} does not go with strategy={strategy!r}; {WAY}")
     return Quantization(form, symmetric=symmetric), strategy
-
-
-def _hashes(size: Any) -> bool:
-    return size is None or type(size) is int
 
 
 def _matcher(where: str, ignore: Any) -> Callable[[str], bool]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.weight import MIDDLE
 from .config_rules import ConfigError
-from .quantization import SCALE, ZERO, Quantization
+from .quantization import GROUP_SIZES, SCALE, ZERO, Quantization
 from .shards import Stored
 from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, words_of
 
@@ -63,12 +63,10 @@ def gptq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     versions = {config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None} or {"gptq"}
     if len(versions) > 1:
         raise ConfigError(f"{where}: format and checkpoint_format differ; {WAY}")
-    per_row = config["group_size"] == -1
-    if not per_row:
-        check_group_size(where, config["group_size"])
-    quantization = Quantization(
-        "int4", **{} if per_row else {"group_size": config["group_size"]}, symmetric=config["sym"]
-    )
+    size = config["group_size"]
+    per_row = type(size) is int and size == -1
+    size = GROUP_SIZES[0] if per_row else check_group_size(where, size)
+    quantization = Quantization("int4", size, config["sym"])
     first = 1 if "gptq" in versions else 0  # what a stored zero point of 0 means
     return Scheme("gptq", quantization, per_row, _is_head, partial(_gptq, quantization, per_row, first))
 
@@ -77,11 +75,10 @@ def awq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     """Return how AWQ stored the weights. where: the key of config.json. Raises ConfigError for what is unsupported."""
     check_keys(where, config, _AWQ_KEYS, _AWQ_INERT)
     _require(where, config, "bits", "group_size", "zero_point", "version")
-    check_group_size(where, config["group_size"])
+    quantization = Quantization("int4", check_group_size(where, config["group_size"]))
     kept = config.get("modules_to_not_convert") or []
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept) or len(kept) > 1000:
         raise ConfigError(f"{where}: modules_to_not_convert must be a list of names, found {kept!r:.200}; {WAY}")
-    quantization = Quantization("int4", config["group_size"])
     return Scheme(
         "awq",
         quantization,
