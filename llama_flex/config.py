@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint import config_rules
+from .checkpoint import config_rules, formats
 from .checkpoint.architectures import ARCHITECTURES, Architecture
 from .checkpoint.config_rules import ConfigError, token_ids
 from .checkpoint.rope_scaling import RopeParameters
@@ -90,11 +90,12 @@ class LlamaConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
         """Build a config from the object in a `config.json`, with the rotary keys in either spelling.
 
-        Raises ConfigError for an unsupported architecture, and for a known key whose value would change the
-        computation. Warns of keys that transformers' config class does not know either.
+        Raises ConfigError for an unsupported architecture or quantisation, and for a known key whose value would change
+        the computation. Warns of keys that transformers' config class does not know either.
         """
         architecture = config_rules.architecture_of(raw)
         config_rules.check_supported(raw)
+        formats.scheme_of(raw)
 
         names = {f.name for f in dataclasses.fields(cls)} - {"other", *architecture.ignored}
         fields = {**architecture.defaults, **{key: raw[key] for key in names if raw.get(key) is not None}}

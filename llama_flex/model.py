@@ -82,9 +82,10 @@ class Llama(nn.Module):
     ) -> Self:
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
-        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8", "fp8", "int4" or
-        another `Quantization` of the layers' matrices. Raises ValueError, naming the file and what to do, for anything
-        missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
+        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: keep the layers'
+        matrices in 8 or 4 bits, see `Quantization`, unless the checkpoint's are already; such weights are not trained.
+        Raises ValueError, naming the file and what to do, for anything missing, malformed or unsupported; see
+        `weights.load` and `LlamaConfig`.
         The parameters do not require gradients until `requires_grad_()` is called.
         """
         if dtype is not None and dtype not in weights.DTYPES:
@@ -101,7 +102,8 @@ class Llama(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors under Hugging Face's names; loading them back is bit-exact.
 
-        Raises ValueError for a model on the meta device, and if replaced modules hold other tensors than its config.
+        Quantised weights are written as compressed-tensors has them. Raises ValueError for a model on the meta device,
+        and if replaced modules hold other tensors than its config.
         """
         self.check_device()
         with torch.device("meta"):

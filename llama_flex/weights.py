@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import shards
-from .checkpoint.quantization import Quantization, fill, prepare
+from .checkpoint import formats, shards
+from .checkpoint.quantization import Quantization, device_for, prepare
 from .config import LlamaConfig
 from .kernels import cpu
 
 DTYPES = tuple(shards.DTYPES.values())  # supported for weights
 
 
-def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
-    """Return every tensor of the checkpoint by its name there, as a view into the (fused) parameter that holds it."""
-    table, views = config.architecture.weights, dict[str, Tensor]()
+def modules(config: LlamaConfig) -> Iterator[tuple[str, list[str]]]:
+    """Yield the path of each module with weights, and the checkpoint's names of the modules stacked in it."""
+    table = config.architecture.weights
     in_layers = [(layer, path) for layer in range(config.num_hidden_layers) for path in table if "{}" in path]
     head = [] if config.tie_word_embeddings else [(0, "lm_head")]
     for layer, path in ((0, "embed"), (0, "norm"), *in_layers, *head):
-        module = model.get_submodule(path.format(layer))
+        yield path.format(layer), [name.format(layer) for name in table[path]]
+
+
+def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
+    """Return every tensor of the checkpoint by its name there, as a view into the (fused) parameter that holds it."""
+    views = dict[str, Tensor]()
+    for path, names in modules(config):
+        module = model.get_submodule(path)
         for kind, parameter in module.named_parameters(recurse=False):  # weight, and bias if there is one
             parts = getattr(module, "parts", (len(parameter),))
-            for name, view in zip(table[path], parameter.detach().split(parts), strict=True):
-                views[f"{name.format(layer)}.{kind}"] = view
+            for name, view in zip(names, parameter.detach().split(parts), strict=True):
+                views[f"{name}.{kind}"] = view
     return views
 
 
@@ -41,15 +49,17 @@ def load(
     """Fill a model that is on the meta device from the safetensors in `folder`.
 
     Headers are checked against the model's shapes before any memory is allocated. Each tensor is copied from its file
-    straight into its parameter, converted on the way, so peak memory is about one copy of the model. dtype: default
-    config.json's, else the file's. quantization: of its layers. Raises CheckpointError listing missing, unexpected and
-    misshapen tensors, and for damaged files; FolderError for links out of the folder. Warns of weights that are not
-    finite.
+    straight into its parameter, converted on the way, so peak memory is about one copy of the model.
+    dtype: default config.json's, else the file's. quantization: of the layers, unless the folder's are quantised.
+    Raises CheckpointError listing missing, unexpected and misshapen tensors, and for damaged files; ConfigError for a
+    quantised folder that does not fit; FolderError for links out of it. Warns of weights that are not finite.
     """
     shapes = {name: list(view.shape) for name, view in named_weights(model, config).items()}
-    checkpoint = shards.find(folder, shapes, tied=config.tie_word_embeddings)
+    plan = formats.plan(folder, config.other, modules(config), shapes, quantization)
+    device_for(device, plan.quantization)
+    checkpoint = shards.find(folder, plan.expected, tied=config.tie_word_embeddings)
     model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype)
-    prepare(model.get_submodule("layers"), quantization)
+    prepare(model, plan.quantization, plan.floats)
     model.to_empty(device=device)
     cpu.prepare(next(model.parameters()))  # its compiler runs while weights are read
     places, sources = named_weights(model, config), checkpoint.sources
@@ -57,6 +67,6 @@ def load(
         with shards.opened(path) as file:
             for name, source in sources.items():
                 if source.path == path:
-                    fill(places, name, file.get_tensor(source.name), quantization)
+                    plan.fill(places, name, file.get_tensor(source.name))
     checkpoint.check_tied_copy(next(iter(places.values())))
     shards.warn_if_not_finite({n.removesuffix("_scale"): x for n, x in places.items() if x.dtype in DTYPES})

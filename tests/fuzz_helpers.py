@@ -183,6 +183,7 @@ def sound(tmp_path_factory) -> Path:
     """The place of two folders that load, "single" and "sharded"."""
     root = tmp_path_factory.mktemp("sound")
     save_sound(root)
+    load_model(root / "quantised")
     for folder in (root / "single", root / "sharded"):
         load_all(folder)  # also imports what is imported late, whose files are opened then
     return root
@@ -202,6 +203,8 @@ def save_sound(root: Path) -> None:
     named = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "extra_special_tokens": ["<x>"]}
     single, sharded = root / "single", root / "sharded"
     model.save_pretrained(single)
+    model.save_pretrained(root / "floats")
+    Llama.from_pretrained(root / "floats", device="cpu", quantize="int8").save_pretrained(root / "quantised")
     (single / "tokenizer.json").write_text(byte_level_json())
     settings = named | {"added_tokens_decoder": {"700": tool}, "chat_template": TEMPLATE, "legacy": False}
     (single / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -353,10 +356,18 @@ def fuzzed(cases: int, strategy: st.SearchStrategy):
 
 
 def check_mutations(
-    cases: int, sound: Path, outcomes: Outcomes, file: str, load, kind: str, strategy: st.SearchStrategy, change
+    cases: int,
+    sound: Path,
+    outcomes: Outcomes,
+    file: str,
+    load,
+    kind: str,
+    strategy: st.SearchStrategy,
+    change,
+    source: Path | None = None,
 ) -> None:
-    """Load the sound folder that holds `file`, with the file changed by each mutation of a strategy."""
-    source = sound / "single" if (sound / "single" / file).exists() else sound / "sharded"
+    """Load the sound folder that holds `file`, or `source`, with the file changed by each mutation of a strategy."""
+    source = source or (sound / "single" if (sound / "single" / file).exists() else sound / "sharded")
     with tempfile.TemporaryDirectory(dir=sound) as place:
         folder = Path(shutil.copytree(source, Path(place) / "model"))
         whole = (folder / file).read_bytes()

@@ -90,7 +90,7 @@ def model_of(args: argparse.Namespace, dtype: str) -> Llama:
         return Llama.from_pretrained(args.model, device=args.device, dtype=wanted, quantize=quantize)
     with torch.device("meta"):
         model = Llama(config_of(args)).to(wanted)
-        prepare(model.layers, Quantization.of(getattr(args, "quantize", None)))
+        prepare(model, Quantization.of(getattr(args, "quantize", None)))
     model = model.to_empty(device=args.device).eval().requires_grad_(False)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

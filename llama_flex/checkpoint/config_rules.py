@@ -158,10 +158,7 @@ def check_values(config: Any, unread: Iterable[str]) -> None:
 
 
 def check_supported(raw: Mapping[str, Any]) -> None:
-    """Raise ConfigError for quantised weights, and for a known key whose value would change the computation."""
-    for key in QUANTIZATION_KEYS:
-        if raw.get(key) is not None:
-            raise ConfigError(_quantized(key, raw[key]))
+    """Raise ConfigError for a known key whose value would change the computation."""
     for key, neutral in NEUTRAL_VALUES.items():
         if key in raw and raw[key] not in neutral:
             raise ConfigError(f"{key}={raw[key]!r} is not supported (only {neutral[0]!r})")
@@ -245,18 +242,6 @@ def architecture_of(raw: Mapping[str, Any]) -> Architecture:
     elif architecture and (own := [kind for kind, name in known.items() if name == named]):
         reason += f"; {named} goes with model_type {own[0]!r}"
     raise ConfigError(reason)
-
-
-def _quantized(key: str, value: Any) -> str:
-    """Explain why a quantised checkpoint is refused: its method, as far as the config names it, and what to do."""
-    value = value if isinstance(value, Mapping) else {}
-    method = value.get("quant_method") or value.get("quant_type") or value.get("format")
-    bits = value.get("bits") or next((n for n in (4, 8) if value.get(f"load_in_{n}bit")), None)
-    kind = f"by {method!r}" * bool(method) + f" to {bits} bits" * bool(bits) or "by a method it does not name"
-    return (
-        f"{key}: the weights are quantised {kind}, which is not supported; give the checkpoint that they were made of "
-        "(the model card names it), or dequantise them with the library that made them"
-    )
 
 
 def is_number(value: Any) -> bool:

@@ -5,7 +5,7 @@ Dimensions: N rows, K columns, G groups of columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
 
@@ -79,11 +79,9 @@ class Quantization:
 
     def quantise(self, weight: Tensor, dtype: torch.dtype) -> Weight:
         """Return the numbers nearest to a weight `[N, K]`, with scales of a dtype."""
-        if self.format == "int8":
-            return to_int8(weight, dtype)
-        return (
-            to_fp8(weight, dtype) if self.format == "fp8" else to_int4(weight, self.group_size, self.symmetric, dtype)
-        )
+        if self.format == "int4":
+            return to_int4(weight, self.group_size, self.symmetric, dtype)
+        return to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
 
 
 def device_for(device: torch.device | str | None, quantization: Quantization | None) -> torch.device:
@@ -95,13 +93,13 @@ def device_for(device: torch.device | str | None, quantization: Quantization | N
     return found
 
 
-def prepare(layers: nn.Module, quantization: Quantization | None) -> None:
+def prepare(model: nn.Module, quantization: Quantization | None, floats: Collection[str] = ()) -> None:
     """Give the linear layers of a model on the meta device weights as a quantization says, unless it is None.
 
-    Raises ValueError for groups that do not divide rows.
+    floats: the paths of those left as they are. Raises ValueError for groups that do not divide rows.
     """
-    for module in layers.modules() if quantization else ():
-        if hasattr(module, "parts"):
+    for path, module in model.named_modules() if quantization else ():
+        if hasattr(module, "parts") and path.startswith("layers.") and path not in floats:
             assert quantization is not None
             assign(module, quantization.empty(module.get_parameter("weight")))
 

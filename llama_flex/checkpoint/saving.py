@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..kernels.weight import Weight
+from . import quantization
+from .compressed_tensors import as_written, compress
+from .config_rules import QUANTIZATION_KEYS
 from .files import make_folder
 from .generation_config import GenerationConfig
+from .quantization import SCALE, ZERO
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -24,10 +28,14 @@ MAX_SHARD_BYTES = 5 * 10**9
 def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a new model the tensors of another with the same config.
 
-    Raises ValueError listing those that do not fit, and for quantised ones.
+    Raises ValueError listing those that do not fit.
     """
-    if any(t.dtype == torch.int8 for t in state.values()):
-        raise ValueError("a quantised model cannot be saved; save the one that it was made from")
+    for path, module in model.named_modules():
+        numbers, scale, zero = (state.get(f"{path}.{kind}") for kind in ("weight", SCALE, ZERO))
+        if hasattr(module, "parts") and numbers is not None and scale is not None:
+            weight = Weight(numbers, scale, zero)
+            if weight.shape == module.get_parameter("weight").shape and weight.fits(scale):
+                quantization.assign(module, weight)
     expected, found = ({name: list(t.shape) for name, t in held.items()} for held in (model.state_dict(), state))
     problems = [f"missing: {name}" for name in expected if name not in found]
     problems += [f"unexpected: {name}" for name in found if name not in expected]
@@ -45,13 +53,16 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: GenerationConfig, folder: Path) -> None:
     """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
 
-    tensors: by Hugging Face's names. config: the object of config.json, without its dtype.
+    tensors: by Hugging Face's names. config: the object of config.json, without its dtype. Quantised weights are
+    written as compressed-tensors has them; raises ValueError if they are quantised in different ways.
 
     If no generation_config.json was loaded and nothing is set, none is written, and an existing one is removed.
     Everything is written to temporary files, which are renamed when all are complete; weight files of an earlier save
     in another layout are removed. If writing fails (OSError) or is killed, the old checkpoint is intact. Between the
     first rename and the last, the folder has no config.json and does not load, unless a single rename is enough.
     """
+    tensors, quantised = compress(tensors)
+    config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS} | quantised
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in tensors.items():
@@ -85,7 +96,9 @@ def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: G
         for file, shard in files.items():
             # Cloned because parts of a fused parameter share storage, which the format refuses; one shard at a time.
             try:
-                save_file({name: t.clone() for name, t in shard.items()}, partial[file], metadata={"format": "pt"})
+                save_file(
+                    {name: as_written(name, t) for name, t in shard.items()}, partial[file], metadata={"format": "pt"}
+                )
             except SafetensorError as error:
                 raise OSError(f"{folder / file}: cannot be written ({error}); what was there is whole") from None
         for file, document in documents.items():

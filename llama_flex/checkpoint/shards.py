@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,20 @@ class Source(NamedTuple):
     name: str
 
 
+class Stored(NamedTuple):
+    """A tensor in a file, and the parameter that it fills.
+
+    shape, dtypes: what the file's header must say, the dtypes by safetensors' names. place: the name of the parameter;
+    "" for a tensor that is only checked. read: turns the tensor into one that is copied to its place, broadcast; raises
+    ValueError, in words that follow the tensor's name. None: it is floats.
+    """
+
+    shape: list[int]
+    place: str
+    read: Callable[[Tensor], Tensor] | None = None
+    dtypes: Collection[str] = tuple(DTYPES)
+
+
 class Checkpoint(NamedTuple):
     """The sources of a model's tensors, by name.
 
@@ -60,8 +74,8 @@ class Checkpoint(NamedTuple):
             )
 
 
-def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Checkpoint:
-    """Find the tensors of these names and shapes. Raises CheckpointError listing missing, unexpected, misshapen ones.
+def find(folder: Path, expected: Mapping[str, Stored], *, tied: bool) -> Checkpoint:
+    """Find the tensors that are expected. Raises CheckpointError listing missing, unexpected, misshapen ones.
 
     Like transformers, it accepts a base model's names, which lack "model.", and a tied embedding under either name.
     """
@@ -76,10 +90,14 @@ def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Chec
                     continue  # a buffer that old checkpoints saved; it follows from the config
                 name = key if key in expected or f"model.{key}" not in expected else f"model.{key}"
                 meta = file.get_slice(key)
-                if meta.get_dtype() in DTYPES:
-                    stored[name] = DTYPES[meta.get_dtype()]
-                elif not _OF_A_DRAFT.fullmatch(key):  # its tables of ids are integers
-                    problems.append(f"stored as {meta.get_dtype()}: {name} (quantised checkpoints are not supported)")
+                dtype, allowed = meta.get_dtype(), expected[name].dtypes if name in expected else DTYPES
+                if dtype in DTYPES:
+                    stored[name] = DTYPES[dtype]
+                if dtype not in allowed and not _OF_A_DRAFT.fullmatch(key):  # its tables of ids are integers
+                    reason = (
+                        f"not {' or '.join(allowed)}" if "F32" not in allowed else "quantised; config.json says not"
+                    )
+                    problems.append(f"stored as {dtype}: {name} ({reason})")
                 if name in found and (other := _difference(found[name], file.get_tensor(key))):
                     both = [f"{source.name} in {source.path.name}" for source in (found[name], Source(path, key))]
                     problems.append(f"twice, {other}: {name} ({' and '.join(both)})")
@@ -91,9 +109,9 @@ def find(folder: Path, expected: Mapping[str, list[int]], *, tied: bool) -> Chec
         found[embedding], tied_copy = tied_copy, None
         stored[embedding], shapes[embedding] = stored.get(head, torch.float32), shapes[head]
     problems += [
-        f"shape: {name} is {shapes[name]}, config.json says {expected[name]}"
+        f"shape: {name} is {shapes[name]}, config.json says {expected[name].shape}"
         for name in sorted(expected.keys() & found.keys())
-        if shapes[name] != expected[name]
+        if shapes[name] != expected[name].shape
     ]
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems += [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]

@@ -64,6 +64,23 @@ def test_values_of_any_json(file, load, cases, sound, outcomes):
     check_mutations(cases, sound, outcomes, file, load, f"values in `{file}`", json_changes, change_json_file)
 
 
+@pytest.mark.parametrize("cases", CASES)
+def test_values_of_a_quantised_checkpoints_json(cases, sound, outcomes):
+    def change(whole, mutation):
+        config = json.loads(whole)
+        return (
+            json.dumps(config)
+            .encode()
+            .replace(
+                json.dumps(config["quantization_config"]).encode(),
+                change_json(config["quantization_config"], mutation).encode("utf-8", "surrogatepass"),
+            )
+        )
+
+    source, kind = sound / "quantised", "values in `quantization_config`"
+    check_mutations(cases, sound, outcomes, "config.json", load_model, kind, json_changes, change, source)
+
+
 sizes = st.one_of(st.none(), st.none(), st.none(), st.sampled_from([0, 1, 8, 100, 2**22, 2**31, 2**63 - 1, 2**64 - 1]))
 
 

@@ -1,71 +1,127 @@
-"""Weights quantised while they are loaded: as near as 8 bits are, and computed as the dequantised ones would be."""
+"""Weights quantised while they are loaded: as near as few bits are, and computed as the dequantised ones would be."""
 
 import copy
 import warnings
 
 import pytest
 import torch
-from helpers import TINY, random_ids
+from helpers import TINY, few, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.checkpoint import quantization
-from llama_flex.checkpoint.quantization import to_int8
+from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, to_fp8, to_int4, to_int8
+from llama_flex.kernels.weight import unpack
 from llama_flex.layers import Linear
 from llama_flex.weights import DTYPES
 
+WAYS = {
+    "int8": Quantization("int8"),
+    "fp8": Quantization("fp8"),
+    "int4": Quantization("int4"),
+    "int4, symmetric": Quantization("int4", symmetric=True),
+}
+DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int32}
+random_weights = {
+    "stored": st.sampled_from(DTYPES),
+    "dtype": st.sampled_from(DTYPES),
+    "rows": st.integers(1, 9),
+    "size": st.sampled_from([1e-7, 1e-5, 0.02, 1.0, 300.0]),
+    "seed": st.integers(0, 2**31),
+}
 
-@given(
-    stored=st.sampled_from(DTYPES),
-    dtype=st.sampled_from(DTYPES),
-    rows=st.integers(1, 9),
-    columns=st.integers(1, 70),
-    size=st.sampled_from([1e-7, 1e-5, 0.02, 1.0, 300.0]),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_weight_is_at_most_half_a_step_from_its_numbers(stored, dtype, rows, columns, size, seed):
+
+def random_weight(stored, rows, columns, size, seed) -> torch.Tensor:
+    """Return a random weight whose first row is 0."""
     weight = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * size).to(stored)
     weight[0] = 0
-    numbers, scale = to_int8(weight, dtype)
+    return weight
+
+
+@given(**random_weights, columns=st.integers(1, 70))
+@settings(max_examples=200, deadline=None)
+def test_a_weight_is_at_most_half_a_step_from_its_numbers(stored, dtype, rows, columns, size, seed):
+    weight = random_weight(stored, rows, columns, size, seed)
+    numbers, scale, zero = to_int8(weight, dtype)
     assert numbers.dtype == torch.int8
     assert numbers.shape == weight.shape
     assert scale.dtype == dtype
     assert scale.shape == (rows, 1)
+    assert zero is None
     assert numbers.abs().max() <= 127
     error = (numbers.double() * scale.double() - weight.double()).abs()
     assert (error <= scale.double() * (0.5 + 1e-4)).all()
-    # No step is larger than 127 of them need, but for the rounding of a scale.
-    most = weight.double().abs().amax(1, keepdim=True) / 127
-    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert (scale.double() <= most * (1 + 2 * torch.finfo(dtype).eps + 1e-6) + least).all()
+    check_scale(scale, weight, 127)
+
+
+def check_scale(scale: torch.Tensor, weight: torch.Tensor, largest: float) -> None:
+    """Check that no step is larger than the largest number needs, but for the rounding of a scale."""
+    most = weight.double().abs().amax(1, keepdim=True) / largest
+    dtype = torch.finfo(scale.dtype)
+    least = dtype.smallest_normal * dtype.eps
+    assert (scale.double() <= most * (1 + 2 * dtype.eps + 1e-6) + least).all()
+
+
+@given(**random_weights, columns=st.integers(1, 70))
+@settings(max_examples=200, deadline=None)
+def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size, seed):
+    weight = random_weight(stored, rows, columns, size, seed)
+    numbers, scale, zero = to_fp8(weight, dtype)
+    assert numbers.dtype == torch.float8_e4m3fn
+    assert zero is None
+    assert not numbers.isnan().any()
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    nearest = (every[~every.isnan()] * scale.double()[..., None] - weight.double()[..., None]).abs().amin(-1)
+    error = (numbers.double() * scale.double() - weight.double()).abs()
+    assert (error <= nearest + 1e-4 * scale.double() + 1e-6 * weight.double().abs()).all()
+    check_scale(scale, weight, 448)
+
+
+@given(**random_weights, groups=st.integers(1, 3), group_size=st.sampled_from(GROUP_SIZES), symmetric=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_weight_has_no_nearer_number_of_4_bits(stored, dtype, rows, groups, group_size, symmetric, size, seed):
+    weight = random_weight(stored, rows, groups * group_size, size, seed)
+    words, scale, zero = to_int4(weight, group_size, symmetric, dtype)
+    assert (words.dtype, scale.dtype) == (torch.int32, dtype)
+    assert words.shape == (rows, groups * group_size // 8)
+    assert scale.shape == (rows, groups)
+    assert (zero is None) == symmetric
+    middle = torch.full((rows, groups), 8) if zero is None else zero
+    assert middle.max() <= 15
+    steps = unpack(words).unflatten(1, (groups, -1)) - middle[..., None].int()
+    exact, step = weight.double().unflatten(1, (groups, -1)), scale.double()[..., None]
+    every = (torch.arange(16) - middle[..., None].int()).double() * step
+    nearest = (every[:, :, None] - exact[..., None]).abs().amin(-1)
+    error = (steps * step - exact).abs()
+    assert (error <= nearest + 1e-4 * step.abs() + 1e-6 * exact.abs()).all()
+    assert (error[0] == 0).all()
 
 
 def dequantised(model: Llama) -> Llama:
-    """Return the model with the weights that its int8 numbers and scales stand for."""
+    """Return the model with the weights that its numbers, scales and zero points stand for."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, Linear) and module.weight_scale is not None:
-            assert module.weight.dtype == torch.int8
-            module.weight = torch.nn.Parameter(module.weight.to(module.weight_scale.dtype) * module.weight_scale, False)
-            module.weight_scale = None
+            module.weight = torch.nn.Parameter(module.matrix.floats(), False)
+            module.weight_scale = module.weight_zero_point = None
     return model
 
 
-def quantised(tiny_pair, tmp_path, name, **options) -> Llama:
+def quantised(tiny_pair, tmp_path, name, quantize="int8", **options) -> Llama:
     tiny_pair(name)[1].save_pretrained(tmp_path)
-    return Llama.from_pretrained(tmp_path, device="cpu", quantize="int8", **options)
+    return Llama.from_pretrained(tmp_path, device="cpu", quantize=quantize, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", [torch.float32, *few([torch.bfloat16], [torch.float16])])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", few(["gqa", "biases", "tied"], sorted(TINY.keys() - {"gqa", "biases", "tied"})))
 @torch.no_grad()
-def test_a_quantised_model_computes_what_its_dequantised_weights_do(tiny_pair, tmp_path, name, dtype):
-    model = quantised(tiny_pair, tmp_path, name, dtype=dtype)
+def test_a_quantised_model_computes_what_its_dequantised_weights_do(tiny_pair, tmp_path, name, way, dtype):
+    model = quantised(tiny_pair, tmp_path, name, way, dtype=dtype)
     plain, ids = dequantised(model), torch.tensor([random_ids(150)])
     assert model.dtype == dtype
-    assert sum(p.numel() for p in model.parameters() if p.dtype == torch.int8) > 0
+    assert sum(p.numel() for p in model.parameters() if p.dtype == DTYPE_OF[way.format]) > 0
     exact = copy.deepcopy(plain).double()(ids, backend="dense")
     theirs = (plain(ids, backend="dense").double() - exact).abs()
     cache, cached = model.new_cache(1, 200), []
@@ -76,6 +132,16 @@ def test_a_quantised_model_computes_what_its_dequantised_weights_do(tiny_pair, t
         error = (ours.double() - exact).abs()
         assert error.mean() <= 1.5 * theirs.mean()
         assert error.max() <= 3 * theirs.max()
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_memory_is_given_for_what_the_numbers_of_a_weight_take(way):
+    weight = torch.randn(5, 64)
+    made, empty = way.quantise(weight, torch.float32), way.empty(weight)
+    for one, other in zip(made, empty, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert made.fits(weight)
 
 
 @torch.no_grad()
@@ -105,7 +171,7 @@ def test_a_scale_is_not_applied_to_a_weight_that_replaces_the_int8_one(tiny_pair
     model, ids = quantised(tiny_pair, tmp_path, "gqa", dtype=torch.float32), torch.tensor([random_ids(20)])
     expected, o = model(ids, backend="dense"), model.layers[0].attention.o
     o.weight = torch.nn.Parameter(o.weight * o.weight_scale, requires_grad=False)
-    with pytest.raises(ValueError, match="weight_scale belongs to a weight of int8, not of"):
+    with pytest.raises(ValueError, match="weight_scale belongs to a weight of few bits, not of"):
         model(ids, backend="dense")
     o.weight_scale = None
     torch.testing.assert_close(model(ids, backend="dense"), expected)
@@ -129,16 +195,26 @@ def test_the_layers_of_a_quantised_model_take_half_the_memory(demo_folder):
     assert size < whole - 0.49 * layers
 
 
-def test_what_cannot_be_quantised_or_saved_is_refused(tiny_pair, tmp_path, monkeypatch):
-    model = quantised(tiny_pair, tmp_path, "gqa")
-    with pytest.raises(ValueError, match="cannot be saved; save the one that it was made from"):
-        model.save_pretrained(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="quantize 'int3' is not known; choose 'int8'"):
+def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
+    quantised(tiny_pair, tmp_path, "gqa")
+    with pytest.raises(ValueError, match="quantize 'int3' is not known; choose 'int8' or 'fp8' or 'int4'"):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int3")
+    with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 48"):
+        Quantization("int4", 48)
     monkeypatch.setattr(quantization, "model_device", torch.device)
-    with pytest.raises(ValueError, match="kernels for a CPU only, not for cuda; use device='cpu', --device cpu"):
-        Llama.from_pretrained("no/such", device="cuda", quantize="int8")  # refused before anything is fetched
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    with pytest.raises(ValueError, match='A100 does not compute with "fp8"; use "int8" or "int4"'):
+        Llama.from_pretrained("no/such", device="cuda", quantize="fp8")  # refused before anything is fetched
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "way"),
+    [(64, 160, "use 32"), (128, 160, "use 32"), (128, 192, "use 32 or 64"), (32, 72, 'use "int8" or "fp8"')],
+)
+def test_groups_that_do_not_divide_rows_are_refused(size, columns, way):
+    with pytest.raises(ValueError, match=f"groups of {size} do not divide rows of {columns} numbers; {way}$"):
+        Quantization("int4", size).empty(torch.empty(3, columns))
 
 
 def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):

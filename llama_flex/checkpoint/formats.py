@@ -1,0 +1,149 @@
+"""The formats of quantised checkpoints, and what follows for loading one: its tensors, and what becomes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import quantization
+from .compressed_tensors import METHOD
+from .compressed_tensors import scheme as compressed_tensors_scheme
+from .config_rules import QUANTIZATION_KEYS, ConfigError
+from .gptq import awq_scheme, gptq_scheme
+from .quantization import GROUP_SIZES, Quantization
+from .shards import CheckpointError, Stored
+from .stored import WAY, Scheme
+
+# By quant_method: what reads the object in config.json, given its key there.
+_FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
+    METHOD: compressed_tensors_scheme,
+    "gptq": gptq_scheme,
+    "awq": awq_scheme,
+}
+
+
+def scheme_of(raw: Mapping[str, Any]) -> Scheme | None:
+    """Return how a config.json says that weights are quantised, None if they are not. Raises ConfigError."""
+    given = {key: raw[key] for key in QUANTIZATION_KEYS if raw.get(key) is not None}
+    if not given:
+        return None
+    (key, value), *others = given.items()
+    if any(other != value for _, other in others):
+        raise ConfigError(f"{' and '.join(given)} differ; keep the one that tells how the weights are stored")
+    method = value.get("quant_method") if isinstance(value, Mapping) else None
+    read = _FORMATS.get(method) if isinstance(method, str) else None
+    if read is None:
+        raise ConfigError(_unknown(key, value))
+    return read(key, value)
+
+
+class Plan(NamedTuple):
+    """How a model is loaded from a folder.
+
+    expected: the tensors in its files, by name. quantization: of the model's layers, or None. floats: the paths of
+    modules that it does not apply to.
+    """
+
+    folder: Path
+    expected: dict[str, Stored]
+    quantization: Quantization | None
+    floats: frozenset[str] = frozenset()
+
+    def fill(self, places: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+        """Copy a tensor of the files into the parameters. Raises CheckpointError naming one with invalid values."""
+        _, place, read, _ = self.expected[name]
+        if read is None:
+            quantization.fill(places, name, tensor, self.quantization)
+            return
+        try:
+            found = read(tensor.to(places[place].device) if place else tensor)
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {name} {error}") from None
+        if place:
+            places[place].copy_(found)
+
+
+def plan(
+    folder: Path,
+    raw: Mapping[str, Any],
+    modules: Iterable[tuple[str, list[str]]],
+    shapes: Mapping[str, list[int]],
+    quantize: Quantization | None,
+) -> Plan:
+    """Return how to load a model.
+
+    raw: the object in config.json. modules: the paths of its modules, and the names of the matrices stacked in each.
+    shapes: of the model's tensors, by name. quantize: what to quantise the layers' matrices to. Raises ConfigError.
+    """
+    try:
+        scheme = scheme_of(raw)
+        if scheme is None:
+            return Plan(folder, {name: Stored(shape, name) for name, shape in shapes.items()}, quantize)
+        if quantize is not None:
+            raise ConfigError(
+                f"quantize={quantize.name!r} is given, but the weights are already quantised, by {scheme.method!r}; "
+                "leave it out, or give the checkpoint that they were made of"
+            )
+        return _quantised(folder, scheme, modules, shapes)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _quantised(
+    folder: Path, scheme: Scheme, modules: Iterable[tuple[str, list[str]]], shapes: Mapping[str, list[int]]
+) -> Plan:
+    """Return how to load a quantised checkpoint. Raises ConfigError if it does not fit the model."""
+    floats, found = set(), dict[str, list[int]]()
+    for path, names in modules:
+        matrices = {name: shape for name in names if len(shape := shapes[f"{name}.weight"]) == 2}
+        if path == "lm_head" and not scheme.ignores(path):
+            raise ConfigError(f"lm_head is quantised (ignore does not have it), which is not supported; {WAY}")
+        if not path.startswith("layers.") or not matrices:
+            continue
+        kept = [name for name in names if scheme.ignores(name)]
+        if kept and len(kept) < len(names):
+            other = next(name for name in names if name not in kept)
+            raise ConfigError(f"{kept[0]} keeps floats, but {other} does not, which is not supported; {WAY}")
+        if kept:
+            floats.add(path)
+        else:
+            found |= matrices
+    if scheme.per_row:
+        scheme = dataclasses.replace(scheme, quantization=_for_rows(scheme.quantization, found))
+    size = scheme.quantization.group_size
+    for name, (_, columns) in found.items() if scheme.quantization.format == "int4" else ():
+        if columns % size:
+            raise ConfigError(f"groups of {size} do not divide the {columns} columns of {name}; {WAY}")
+    expected = dict[str, Stored]()
+    for name, shape in shapes.items():
+        matrix = name.removesuffix(".weight")
+        if matrix in found and matrix != name:
+            expected |= scheme.tensors(matrix, *shape)
+        else:
+            expected[name] = Stored(shape, name)
+    return Plan(folder, expected, scheme.quantization, frozenset(floats))
+
+
+def _for_rows(quantization: Quantization, matrices: Mapping[str, list[int]]) -> Quantization:
+    """Return a quantization with the largest groups that divide the rows of all matrices. Raises ConfigError."""
+    for size in reversed(GROUP_SIZES):
+        if all(columns % size == 0 for _, columns in matrices.values()):
+            return dataclasses.replace(quantization, group_size=size)
+    name, (_, columns) = next(item for item in matrices.items() if item[1][1] % GROUP_SIZES[0])
+    raise ConfigError(f"no groups of {GROUP_SIZES[0]} divide the {columns} columns of {name}; {WAY}")
+
+
+def _unknown(key: str, value: Any) -> str:
+    """Explain why a quantised checkpoint is refused: its method, as far as the config names it, and what to do."""
+    value = value if isinstance(value, Mapping) else {}
+    method = value.get("quant_method") or value.get("quant_type") or value.get("format")
+    bits = value.get("bits") or next((n for n in (4, 8) if value.get(f"load_in_{n}bit")), None)
+    kind = (
+        f"by {method!r:.200}" * bool(method) + f" to {bits!r:.200} bits" * bool(bits) or "by a method it does not name"
+    )
+    known = ", ".join(_FORMATS)
+    return f"{key}: the weights are quantised {kind}, which is not supported (only {known}); {WAY}"

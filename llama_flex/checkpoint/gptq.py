@@ -1,0 +1,158 @@
+"""Checkpoints of GPTQ (AutoGPTQ, GPTQModel, optimum) and of AWQ (AutoAWQ): weights in 4 bits.
+
+Dimensions: N rows, K columns, G groups of columns. Both store a matrix "x" transposed, with `x.scales` `[G, N]` and
+`x.qzeros`, int32 `[G, N / 8]`. GPTQ: `x.qweight`, int32 `[K / 8, N]`, packed along the columns of the matrix, lowest
+bits first; `x.g_idx` `[K]`, the group of each column. AWQ: `x.qweight`, int32 `[K, N / 8]`, packed along its rows, and
+in each eight the even ones first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.weight import MIDDLE
+from .config_rules import ConfigError
+from .quantization import GROUP_SIZES, SCALE, ZERO, Quantization
+from .shards import Stored
+from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, words_of
+
+_GPTQ_KEYS = {
+    "quant_method": ("gptq",),
+    "bits": (4,),
+    "group_size": ANY,
+    "sym": (True, False),
+    "desc_act": (True, False),  # g_idx tells whether columns were reordered
+    "checkpoint_format": ("gptq", "gptq_v2", None),
+    "format": ("gptq", "gptq_v2", None),
+    "modules_in_block_to_quantize": (None,),
+    "block_name_to_quantize": (None, "model.layers"),
+    "dynamic": (None, {}),
+    "lm_head": (None, False),
+    "is_marlin_format": (None, False),
+    "pack_dtype": (None, "int32"),
+}
+_GPTQ_INERT = frozenset(  # how the numbers were found, and how another library multiplies by them
+    {
+        *("act_group_aware", "backend", "batch_size", "cache_block_outputs", "damp_auto_increment", "damp_percent"),
+        *("dataset", "disable_exllama", "exllama_config", "max_input_length", "meta", "model_file_base_name"),
+        *("model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "mse", "pad_token_id"),
+        *("static_groups", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama"),
+    }
+)
+_AWQ_KEYS = {
+    "quant_method": ("awq",),
+    "bits": (4,),
+    "group_size": ANY,
+    "zero_point": (True,),
+    "version": ("gemm", "GEMM"),
+    "modules_to_not_convert": ANY,
+}
+_AWQ_INERT = frozenset({"backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse"})
+_AWQ_COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]  # the place of each of eight columns among the four bits of a word
+
+
+def gptq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
+    """Return how GPTQ stored the weights. where: the key of config.json. Raises ConfigError for what is unsupported."""
+    check_keys(where, config, _GPTQ_KEYS, _GPTQ_INERT)
+    _require(where, config, "bits", "group_size", "sym")
+    versions = {config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None} or {"gptq"}
+    if len(versions) > 1:
+        raise ConfigError(f"{where}: format and checkpoint_format differ; {WAY}")
+    size = config["group_size"]
+    per_row = type(size) is int and size == -1
+    size = GROUP_SIZES[0] if per_row else check_group_size(where, size)
+    quantization = Quantization("int4", size, config["sym"])
+    first = 1 if "gptq" in versions else 0  # what a stored zero point of 0 means
+    return Scheme("gptq", quantization, per_row, _is_head, partial(_gptq, quantization, per_row, first))
+
+
+def awq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
+    """Return how AWQ stored the weights. where: the key of config.json. Raises ConfigError for what is unsupported."""
+    check_keys(where, config, _AWQ_KEYS, _AWQ_INERT)
+    _require(where, config, "bits", "group_size", "zero_point", "version")
+    quantization = Quantization("int4", check_group_size(where, config["group_size"]))
+    kept = config.get("modules_to_not_convert") or []
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept) or len(kept) > 1000:
+        raise ConfigError(f"{where}: modules_to_not_convert must be a list of names, found {kept!r:.200}; {WAY}")
+    return Scheme(
+        "awq",
+        quantization,
+        False,
+        lambda name: _is_head(name) or any(part in name for part in kept),
+        partial(_awq, quantization),
+    )
+
+
+def _require(where: str, config: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if key not in config:
+            raise ConfigError(f"{where}: {key} is missing; {WAY}")
+
+
+def _is_head(name: str) -> bool:
+    return name == "lm_head"
+
+
+def _gptq(
+    quantization: Quantization, per_row: bool, first: int, name: str, rows: int, columns: int
+) -> dict[str, Stored]:
+    """Return GPTQ's tensors of a matrix `[N, K]`, by their names in the file."""
+    size = columns if per_row else quantization.group_size
+    zeros = _stored_zeros(quantization, name, rows, columns // size)
+    read = partial(_gptq_zeros, first, quantization.symmetric)
+    return {
+        f"{name}.qweight": Stored([columns // 8, rows], f"{name}.weight", _gptq_numbers, ("I32",)),
+        f"{name}.qzeros": zeros._replace(read=read),
+        f"{name}.scales": Stored([columns // size, rows], f"{name}.{SCALE}", torch.t),
+        f"{name}.g_idx": Stored([columns], "", partial(_check_order, size), ("I32", "I64")),
+    }
+
+
+def _awq(quantization: Quantization, name: str, rows: int, columns: int) -> dict[str, Stored]:
+    """Return AWQ's tensors of a matrix `[N, K]`, by their names in the file."""
+    groups = columns // quantization.group_size
+    return {
+        f"{name}.qweight": Stored([columns, rows // 8], f"{name}.weight", _awq_numbers, ("I32",)),
+        f"{name}.qzeros": _stored_zeros(quantization, name, rows, groups)._replace(read=_awq_rows),
+        f"{name}.scales": Stored([groups, rows], f"{name}.{SCALE}", torch.t),
+    }
+
+
+def _stored_zeros(quantization: Quantization, name: str, rows: int, groups: int) -> Stored:
+    if rows % 8:
+        raise ConfigError(f"{name} has {rows} rows, not a multiple of 8, which cannot be packed; {WAY}")
+    return Stored([groups, rows // 8], "" if quantization.symmetric else f"{name}.{ZERO}", dtypes=("I32",))
+
+
+def _gptq_numbers(words: Tensor) -> Tensor:
+    return interleaved(words.T)
+
+
+def _gptq_zeros(first: int, symmetric: bool, words: Tensor) -> Tensor:
+    """Return zero points `[N, G]`."""
+    zeros = nibbles(words).T + first
+    if symmetric and (zeros != MIDDLE).any():
+        raise ValueError(f"has zero points other than {MIDDLE}, but config.json says sym; set it to false there")
+    if (zeros > 15).any():  # 16 to some libraries, 0 to others
+        raise ValueError('has a zero point of 15 in format "gptq", which libraries read differently; use "gptq_v2"')
+    return zeros
+
+
+def _check_order(size: int, groups: Tensor) -> Tensor:
+    if not torch.equal(groups.long(), torch.arange(len(groups), device=groups.device) // size):
+        raise ValueError(f"reorders columns (desc_act), which is not supported; {WAY}")
+    return groups
+
+
+def _awq_numbers(words: Tensor) -> Tensor:
+    return interleaved(words_of(_awq_rows(words)))
+
+
+def _awq_rows(words: Tensor) -> Tensor:
+    """Return numbers packed along rows, `[X, N / 8]`, as `[N, X]`."""
+    return nibbles(words).unflatten(1, (-1, 8))[..., _AWQ_COLUMNS].flatten(1).T

@@ -1,0 +1,100 @@
+"""What the formats of quantised checkpoints share: numbers of 4 bits in words, and strict reading of a config.
+
+Dimensions: N rows, K columns, G groups of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config_rules import ConfigError
+from .quantization import GROUP_SIZES, Quantization
+from .shards import Stored
+
+WAY = "give the checkpoint that they were made of (the model card names it), or dequantise them with that library"
+ANY: Any = object()  # stands for all values of a key, where another check follows or nothing depends on it
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint stores its quantised matrices.
+
+    method: the name of the format. quantization: the numbers they become. per_row: a scale of 4 bits is for a whole
+    row, and repeated for groups. ignores: tells by its name whether a module keeps floats. tensors: from the name and
+    the shape `(N, K)` of a matrix to the tensors that it is stored in, by name.
+    """
+
+    method: str
+    quantization: Quantization
+    per_row: bool
+    ignores: Callable[[str], bool]
+    tensors: Callable[[str, int, int], dict[str, Stored]]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """Return the tensor."""
+    return tensor
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """Return the numbers of 4 bits in int32 `[..., W]`, lowest first, as uint8 `[..., 8 W]`."""
+    pairs = _bytes_of(words)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+
+
+def words_of(numbers: Tensor) -> Tensor:
+    """Return numbers of 4 bits `[..., 8 W]` as int32 `[..., W]`, lowest first: the inverse of `nibbles`."""
+    pairs = numbers.to(torch.uint8).unflatten(-1, (-1, 2))
+    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
+
+
+def interleaved(words: Tensor) -> Tensor:
+    """Return numbers of 4 bits in int32 `[N, K / 8]`, lowest first, in the order of `kernels.weight`.
+
+    No number is unpacked: of 32 columns, the first and the second four of each eight change places with the even and
+    the odd ones.
+    """
+    first, second = _bytes_of(words).unflatten(1, (-1, 4, 2, 2)).unbind(3)
+    parts = (first & 15) | second << 4, first >> 4 | (second & 240)
+    return torch.stack([part.transpose(2, 3) for part in parts], 3).flatten(1).view(torch.int32)
+
+
+def in_sequence(words: Tensor) -> Tensor:
+    """Return int32 `[N, K / 8]` in the order of `kernels.weight`, lowest first: the inverse of `interleaved`."""
+    even, odd = _bytes_of(words).unflatten(1, (-1, 2, 2, 4)).unbind(3)
+    parts = (even & 15) | odd << 4, even >> 4 | (odd & 240)
+    return torch.stack([part.transpose(2, 3) for part in parts], 3).flatten(1).view(torch.int32)
+
+
+def _bytes_of(words: Tensor) -> Tensor:
+    if words.stride(-1) != 1:  # `contiguous` would keep it in a tensor of one column
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
+
+
+def check_keys(where: str, found: Any, known: Mapping[str, Any], inert: Container[str] = ()) -> Mapping[str, Any]:
+    """Return an object of a config.json. Raises ConfigError naming a key that is not known, or a value that is not.
+
+    known: for each key the values that it may have, or ANY.
+    """
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{where} must be an object, found {found!r:.200}; {WAY}")
+    for key, value in found.items():
+        choices = known.get(key, ANY if key in inert else ())
+        if choices is not ANY and not any(type(value) is type(choice) and value == choice for choice in choices):
+            reason = f"is not supported (only {' or '.join(map(repr, choices))})" if choices else "is not known"
+            raise ConfigError(f"{where}: {key}={value!r:.200} {reason}; {WAY}")
+    return found
+
+
+def check_group_size(where: str, size: Any) -> int:
+    """Return the size of groups of columns. Raises ConfigError unless kernels take it."""
+    if type(size) is not int or size not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise ConfigError(f"{where}: group_size={size!r:.200} is not supported (only {sizes}); {WAY}")
+    return size

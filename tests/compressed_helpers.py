@@ -1,0 +1,118 @@
+"""Quantised checkpoints written by code of its own: random numbers, packed with numpy as each format describes."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from checkpoint_helpers import rewrite
+from helpers import TINY, tiny_reference
+
+from llama_flex import Llama
+from llama_flex.layers import Linear
+from llama_flex.weights import modules
+
+SMALL = {"vocab_size": 48, "hidden_size": 128, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
+
+
+def write_floats(folder: Path, **overrides) -> Path:
+    """Write a small checkpoint of floats; return its folder."""
+    tiny_reference(**TINY["gqa"] | SMALL | overrides).save_pretrained(folder)
+    return folder
+
+
+class Kind(NamedTuple):
+    """How matrices are stored: the words of a config.json of compressed-tensors."""
+
+    format: str = "pack-quantized"
+    num_bits: int = 4
+    type: str = "int"
+    strategy: str = "group"
+    group_size: int | None = 32
+    symmetric: bool = True
+
+    def config(self, **changes) -> dict:
+        """Return the object for config.json; changes: of its weights."""
+        weights = {key: value for key, value in self._asdict().items() if key != "format"} | changes
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
+
+    def store(self, name: str, shape: tuple[int, int], seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the tensors of a random matrix, by their names in the file, and its floats."""
+        (rows, columns), draw = shape, np.random.default_rng(seed)
+        groups = columns // self.group_size if self.strategy == "group" else 1
+        high = 1 << (self.num_bits - 1)
+        numbers = draw.integers(-high, high, shape)
+        zero = draw.integers(-high, high, (rows, groups)) * (not self.symmetric)
+        scale = torch.tensor(draw.normal(size=(rows, groups)) * 0.3 / high, dtype=torch.float32)
+        if self.strategy == "tensor":
+            scale = scale[:1].expand(rows, 1)
+        stored = {f"{name}.weight_scale": scale[:1, 0] if self.strategy == "tensor" else scale}
+        if self.type == "float":
+            held = torch.tensor(draw.normal(size=shape) * 50).to(torch.float8_e4m3fn)
+            return stored | {f"{name}.weight": held}, held.float() * scale
+        if self.format == "int-quantized":
+            stored[f"{name}.weight"] = torch.tensor(numbers, dtype=torch.int8)
+        else:
+            stored[f"{name}.weight_packed"] = pack(numbers + high, self.num_bits)
+            stored[f"{name}.weight_shape"] = torch.tensor(shape)
+        if not self.symmetric:
+            stored[f"{name}.weight_zero_point"] = pack((zero + high).T, self.num_bits).T
+        steps = torch.tensor(numbers - np.repeat(zero, columns // groups, 1), dtype=torch.float32)
+        return stored, steps * scale.repeat_interleave(columns // groups, 1)
+
+
+def pack(numbers: np.ndarray, bits: int) -> torch.Tensor:
+    """Return unsigned numbers `[X, Y]` in int32 `[X, Y bits / 32]`, lowest bits first, padded with 0."""
+    each = 32 // bits
+    wide = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % each))).astype(np.uint32)
+    words = sum((wide[:, i::each] << np.uint32(bits * i) for i in range(each)), np.zeros((), np.uint32))
+    return torch.tensor(words.view(np.int32))
+
+
+def quantise(folder: Path, config: dict, store, keep=lambda name: False) -> dict[str, torch.Tensor]:
+    """Replace the layers' matrices of a checkpoint by quantised ones, but for those to keep; return their floats.
+
+    store: from a matrix's name, shape and a seed to its tensors in the file and its floats.
+    """
+    floats: dict[str, torch.Tensor] = {}
+
+    def change(tensors):
+        for seed, (name, tensor) in enumerate(list(tensors.items())):
+            matrix = name.removesuffix(".weight")
+            if name.startswith("model.layers.") and tensor.ndim == 2:
+                floats[matrix] = tensor
+                if not keep(matrix):
+                    del tensors[name]
+                    stored, floats[matrix] = store(matrix, tuple(tensor.shape), seed)
+                    tensors |= {key: value.contiguous() for key, value in stored.items()}
+        return tensors
+
+    rewrite(folder, change, quantization_config=config)
+    return floats
+
+
+def floats_of(model: Llama) -> dict[str, torch.Tensor]:
+    """Return the layers' matrices of a model as floats, by their names in a checkpoint."""
+    found = {}
+    for path, names in modules(model.config):
+        if isinstance(module := model.get_submodule(path), Linear) and path != "lm_head":
+            found |= zip(names, module.matrix.floats().split(module.parts), strict=True)
+    return found
+
+
+def same(found: dict, expected: dict) -> bool:
+    """Return whether matrices have the same names and are equal, number by number."""
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def configured(folder: Path) -> dict:
+    """Return the quantization_config of a folder."""
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
