@@ -60,7 +60,7 @@ def can_fuse(
         if not torch.compiler.is_dynamo_compiling() or x.dtype == torch.float64:
             return False
         return rows == 1 or (rows <= FEW_ROWS and norm is None and x.dtype.itemsize == 2)
-    if weight.scale is not None and weight.numbers.dtype not in cpu.QUANTISED:
+    if not cpu.can_read(weight):
         return False
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
