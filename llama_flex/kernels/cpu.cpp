@@ -102,6 +102,7 @@ template <class Numbers>
 struct Widened {
   typedef Pair Read;
   typedef Pair Factor;
+  static constexpr bool FOUR = false;  // whether to take four rows of a weight at a time even for one row of x
   static int64_t size(int64_t k) { return k; }  // of a row of x, arranged
   static int64_t bytes(int64_t k) { return k * sizeof(typename Numbers::Stored); }  // of a row of a weight
   static Pair factor(Vector a, Vector b) { return {a, b}; }
@@ -252,6 +253,12 @@ constexpr Order order(int factor, int plus, int flipped) {
   return order;
 }
 
+constexpr Order halves(int width, int plus) {
+  Order order{};
+  for (int i = 0; i < LANES; i++) order.at[i] = i / width * 2 * width + i % width + plus;
+  return order;
+}
+
 template <int WIDTH>
 static Vector add_other(Vector sum) {
 #ifdef __clang__
@@ -267,6 +274,30 @@ static float total(Vector sum) {
   if constexpr (LANES >= 16) sum = add_other<8>(sum);
   if constexpr (LANES >= 8) sum = add_other<4>(sum);
   return add_other<1>(add_other<2>(sum))[0];
+}
+
+// Add the halves of each of the groups of 2 WIDTH lanes in a, then in b.
+template <int WIDTH>
+static Vector add_halves(Vector a, Vector b) {
+#ifdef __clang__
+  Vector sums;
+  for (int i = 0; i < LANES; i++) {
+    int from = i / WIDTH * 2 * WIDTH + i % WIDTH;
+    sums[i] = from < LANES ? a[from] + a[from + WIDTH] : b[from - LANES] + b[from - LANES + WIDTH];
+  }
+  return sums;
+#else
+  static constexpr Order first = halves(WIDTH, 0), second = halves(WIDTH, WIDTH);
+  return __builtin_shuffle(a, b, load<Ints>(&first)) + __builtin_shuffle(a, b, load<Ints>(&second));
+#endif
+}
+
+// The same total, of four at once: that of a in lane 0, of b in lane LANES / 4, and so on.
+static Vector totals(Vector a, Vector b, Vector c, Vector d) {
+  Vector sum = add_halves<LANES / 4>(add_halves<LANES / 2>(a, b), add_halves<LANES / 2>(c, d));
+  if constexpr (LANES >= 16) sum = add_other<2>(sum);
+  if constexpr (LANES >= 8) sum = add_other<1>(sum);
+  return sum;
 }
 
 // Sums of neighbours in a, then in b.
@@ -396,6 +427,8 @@ struct Int4 {
   static constexpr int STEPS = 8;
   typedef Vector Factor;
 #endif
+  static constexpr bool FOUR = true;
+
   struct Span {  // of x
     Factor factors[4][STEPS];
     Vector sums;  // of the columns of each scale
@@ -424,26 +457,29 @@ struct Int4 {
   }
 };
 
-// Of four columns in four lanes each: lane l belongs to run l / 4.
-constexpr Order RUNS = [] {
-  Order order{};
-  for (int i = 0; i < LANES; i++) order.at[i] = i / 4;
-  return order;
+// Which of a span's scales belongs to each lane of a unit, if it is that of 1, 2 or 4 runs.
+struct Places {
+  Order of[3][4];
+};
+constexpr Places PLACES = [] {
+  Places places{};
+  for (int shift = 0; shift < 3; shift++)
+    for (int lane = 0; lane < 4 * LANES; lane++) places.of[shift][lane / LANES].at[lane % LANES] = lane / 4 >> shift;
+  return places;
 }();
 
 template <int R, int M>
 static void multiply_rows(Int4, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
-  int64_t words = p.k / 8, groups = p.weight.groups, ahead = R == 1 || p.k <= 256 ? 6144 : R * p.k / 2;
+  int64_t words = p.k / 8, groups = p.weight.groups, ahead = R * p.k / 2 > 6144 ? R * p.k / 2 : 6144;
   const uint32_t* numbers = (const uint32_t*)p.weight.numbers + row * words;
   const Stored* scale = (const Stored*)p.weight.scale + row * groups;
   const uint8_t* zero = (const uint8_t*)p.weight.zero;
   if (zero) zero += row * groups;
-  int shift = p.weight.run_shift;
   Vector sums[R][M] = {};
   for (int64_t span = 0; span * 4 * LANES < words; span++) {
     const Int4::Span* x[M];
     for (int i = 0; i < M; i++) x[i] = (const Int4::Span*)(p.x + (m + i) * p.x_size) + span;
-    int64_t first = span * LANES >> shift;
+    int64_t first = span * LANES >> p.weight.run_shift;
     Vector scales[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -456,7 +492,7 @@ static void multiply_rows(Int4, const Product& p, int64_t row, int64_t m, float 
     for (int unit = 0; unit < 4; unit++) {
       int64_t at = (span * 4 + unit) * LANES;
       if (at >= words) break;
-      Ints scale_of = (load<Ints>(&RUNS) + unit * (LANES / 4)) >> shift;
+      Ints places = load<Ints>(&PLACES.of[p.weight.run_shift][unit]);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         const uint32_t* from = numbers + r * words + at;
@@ -469,16 +505,20 @@ static void multiply_rows(Int4, const Product& p, int64_t row, int64_t m, float 
 #pragma GCC unroll 4
           for (int i = 0; i < M; i++) Int4::add(part[i], read, x[i]->factors[unit][step]);
         }
-        Vector each = pick(scales[r], scale_of);
+        Vector each = pick(scales[r], places);
 #pragma GCC unroll 4
         for (int i = 0; i < M; i++) sums[r][i] += each * part[i];
       }
     }
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int i = 0; i < M; i++) y[r][i] = total(sums[r][i]);
+  for (int i = 0; i < M; i++)
+    if constexpr (R == 4) {
+      Vector all = totals(sums[0][i], sums[1][i], sums[2][i], sums[3][i]);
+      for (int r = 0; r < R; r++) y[r][i] = all[r * (LANES / 4)];
+    } else {
+      for (int r = 0; r < R; r++) y[r][i] = total(sums[r][i]);
+    }
 }
 // R rows of the weight, or of both halves of a gated one, with M rows of x from row `m` on.
 template <class Weights, int R, int M>
@@ -515,7 +555,7 @@ template <class Weights>
 static void part(int64_t begin, int64_t end, void* context) {
   const Product& p = *(const Product*)context;
   int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
-  for (; p.rows > 1 && row + 4 <= last; row += 4) four_rows<Weights>(p, row);
+  for (; (p.rows > 1 || Weights::FOUR) && row + 4 <= last; row += 4) four_rows<Weights>(p, row);
   for (; row < last; row++)
     for (int64_t m = 0; m < p.rows; m++) rows_of<Weights, 1, 1>(p, row, m);
 }

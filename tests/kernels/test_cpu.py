@@ -90,8 +90,10 @@ def check_product(
     seed: int,
     quantization: Quantization | None = None,
 ) -> None:
-    """Compare a product with float64: no further than rounding of what it reads, sums in float32, and one rounding. k is
-    the least number of columns."""
+    """Compare a product with float64: no further than rounding of what it reads, sums in float32, and one rounding.
+
+    k: the least number of columns.
+    """
     k = fitting(k, quantization)
     draws = torch.Generator().manual_seed(seed)
 
