@@ -56,6 +56,41 @@ static T load(const void* from) {
   return value;
 }
 
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint8_t Naturals __attribute__((vector_size(LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+// Compilers widen number by number if asked by __builtin_convertvector.
+static Ints extend(Bytes numbers) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepi8_epi32((__m128i)numbers);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)&numbers));
+#else
+  return __builtin_convertvector(numbers, Ints);
+#endif
+}
+
+static Words extend(Halves numbers) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)numbers);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)numbers);
+#else
+  return __builtin_convertvector(numbers, Words);
+#endif
+}
+
+static Vector widen(Naturals numbers) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)numbers));
+#elif defined(__AVX2__)
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&numbers)));
+#else
+  return __builtin_convertvector(numbers, Vector);
+#endif
+}
+
 struct Pair {  // 2 * LANES numbers
   Vector a, b;
 };
@@ -67,6 +102,9 @@ template <class Numbers>
 struct Widened {
   typedef Pair Read;
   typedef Pair Factor;
+  static constexpr bool FOUR = false;  // whether to take four rows of a weight at a time even for one row of x
+  static int64_t size(int64_t k) { return k; }  // of a row of x, arranged
+  static int64_t bytes(int64_t k) { return k * sizeof(typename Numbers::Stored); }  // of a row of a weight
   static Pair factor(Vector a, Vector b) { return {a, b}; }
   template <class Stored>
   static Pair read(const Stored* p) {
@@ -86,6 +124,7 @@ struct Float32 : Widened<Float32> {
     a = load<Vector>(p);
     b = load<Vector>(p + LANES);
   }
+  static Vector widen(Vector numbers) { return numbers; }
   static void arrange(float*) {}
   static void restore(float*) {}
   static float widen_one(float x) { return x; }
@@ -109,6 +148,7 @@ struct BFloat16 : Widened<BFloat16> {
     a = (Vector)(words << 16);
     b = (Vector)(words & 0xffff0000u);
   }
+  static Vector widen(Halves numbers) { return (Vector)(extend(numbers) << 16); }
   static void arrange(float* x) {
     float odd[LANES];
     for (int i = 0; i < LANES; i++) {
@@ -139,19 +179,20 @@ struct BFloat16 : Widened<BFloat16> {
 #if FLOAT16
 struct Float16 : Widened<Float16> {
   typedef uint16_t Stored;
-  static void widen(const uint16_t* p, Vector& a, Vector& b) {
+  static Vector widen(Halves numbers) {
 #if defined(__AVX512F__)
-    a = (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-    b = (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + LANES)));
+    return (Vector)_mm512_cvtph_ps((__m256i)numbers);
 #elif defined(__F16C__)
-    a = (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-    b = (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + LANES)));
+    return (Vector)_mm256_cvtph_ps((__m128i)numbers);
 #else
-    for (int i = 0; i < LANES; i++) {
-      a[i] = widen_one(p[i]);
-      b[i] = widen_one(p[LANES + i]);
-    }
+    Vector wide;
+    for (int i = 0; i < LANES; i++) wide[i] = widen_one(numbers[i]);
+    return wide;
 #endif
+  }
+  static void widen(const uint16_t* p, Vector& a, Vector& b) {
+    a = widen(load<Halves>(p));
+    b = widen(load<Halves>(p + LANES));
   }
   static void arrange(float*) {}
   static void restore(float*) {}
@@ -163,23 +204,30 @@ struct Float16 : Widened<Float16> {
 };
 #endif
 
-struct Int8 : Widened<Int8> {  // of weights only, which have a scale for each row
+template <class Numbers>
+struct OfBytes : Widened<Numbers> {  // of weights only, which have a scale for each row
   typedef int8_t Stored;
-  static Vector widen(const int8_t* p) {
-#if defined(__AVX512F__)
-    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(__AVX2__)
-    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-    typedef int8_t Bytes __attribute__((vector_size(LANES)));
-    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Ints), Vector);
-#endif
+  static void widen(const int8_t* p, Vector& a, Vector& b) {
+    a = Numbers::floats(extend(load<Bytes>(p)));
+    b = Numbers::floats(extend(load<Bytes>(p + LANES)));
   }
-  static void widen(const int8_t* p, Vector& a, Vector& b) { a = widen(p), b = widen(p + LANES); }
   static void arrange(float*) {}
-  static float widen_one(int8_t x) { return x; }
   // A single addition that waits for the one before: of two, 8 bits would have to wait longer than for memory.
   static void add(Vector& sum, const Pair& weight, const Pair& x) { sum += weight.a * x.a + weight.b * x.b; }
+};
+
+struct Int8 : OfBytes<Int8> {
+  static Vector floats(Ints numbers) { return __builtin_convertvector(numbers, Vector); }
+  static float widen_one(int8_t x) { return x; }
+};
+
+struct Float8 : OfBytes<Float8> {  // float8_e4m3fn
+  static constexpr float BIAS = 0x1p120f;  // a multiplication makes the exponent a float's, and numbers below normal right
+  static Vector floats(Ints numbers) { return (Vector)((Words)numbers << 20 & 0x87f00000u) * BIAS; }
+  static float widen_one(int8_t x) {
+    uint32_t bits = (uint32_t)x << 20 & 0x87f00000u;
+    return load<float>(&bits) * BIAS;
+  }
 };
 
 typedef NUMBERS Numbers;
@@ -189,7 +237,7 @@ template <class T>
 struct Buffer {
   T* data;
 
-  explicit Buffer(int64_t size) : data((T*)malloc(size * sizeof(T))) {}
+  explicit Buffer(int64_t size) : data((T*)aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64)) {}  // as vectors lie
   Buffer(const Buffer&) = delete;
   ~Buffer() { free(data); }
 };
@@ -202,6 +250,12 @@ struct Order {
 constexpr Order order(int factor, int plus, int flipped) {
   Order order{};
   for (int i = 0; i < LANES; i++) order.at[i] = (factor * i + plus) ^ flipped;
+  return order;
+}
+
+constexpr Order halves(int width, int plus) {
+  Order order{};
+  for (int i = 0; i < LANES; i++) order.at[i] = i / width * 2 * width + i % width + plus;
   return order;
 }
 
@@ -222,6 +276,30 @@ static float total(Vector sum) {
   return add_other<1>(add_other<2>(sum))[0];
 }
 
+// Add the halves of each of the groups of 2 WIDTH lanes in a, then in b.
+template <int WIDTH>
+static Vector add_halves(Vector a, Vector b) {
+#ifdef __clang__
+  Vector sums;
+  for (int i = 0; i < LANES; i++) {
+    int from = i / WIDTH * 2 * WIDTH + i % WIDTH;
+    sums[i] = from < LANES ? a[from] + a[from + WIDTH] : b[from - LANES] + b[from - LANES + WIDTH];
+  }
+  return sums;
+#else
+  static constexpr Order first = halves(WIDTH, 0), second = halves(WIDTH, WIDTH);
+  return __builtin_shuffle(a, b, load<Ints>(&first)) + __builtin_shuffle(a, b, load<Ints>(&second));
+#endif
+}
+
+// The same total, of four at once: that of a in lane 0, of b in lane LANES / 4, and so on.
+static Vector totals(Vector a, Vector b, Vector c, Vector d) {
+  Vector sum = add_halves<LANES / 4>(add_halves<LANES / 2>(a, b), add_halves<LANES / 2>(c, d));
+  if constexpr (LANES >= 16) sum = add_other<2>(sum);
+  if constexpr (LANES >= 8) sum = add_other<1>(sum);
+  return sum;
+}
+
 // Sums of neighbours in a, then in b.
 static Vector add_pairs(Vector a, Vector b) {
 #ifdef __clang__
@@ -231,6 +309,19 @@ static Vector add_pairs(Vector a, Vector b) {
 #else
   static constexpr Order even = order(2, 0, 0), odd = order(2, 1, 0);
   return __builtin_shuffle(a, b, load<Ints>(&even)) + __builtin_shuffle(a, b, load<Ints>(&odd));
+#endif
+}
+
+// The numbers of a at the given places.
+static Vector pick(Vector a, Ints places) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_permutexvar_ps((__m512i)places, (__m512)a);
+#elif defined(__AVX2__)
+  return (Vector)_mm256_permutevar8x32_ps((__m256)a, (__m256i)places);
+#else
+  Vector picked;
+  for (int i = 0; i < LANES; i++) picked[i] = a[places[i]];
+  return picked;
 #endif
 }
 
@@ -270,27 +361,175 @@ static void dot(const typename Weights::Stored* w, const float* x, int64_t k, fl
     }
 }
 
+enum { UINT8 = 0, INT8 = 1, INT32 = 3, INT64 = 4, FLOAT32 = 6, FLOAT64 = 7, BOOL = 11, FLOAT8 = 24 };  // torch's dtypes
+
+struct Matrix {  // [n, k]; of a quantised one, the dtype tells the kind
+  const void *numbers, *scale, *zero;
+  int32_t dtype;
+  int64_t groups, run_shift;  // scales of a row; the logarithm of the runs of columns of 4 bits that one belongs to
+};
+
 struct Product {
-  const void *weight, *scale, *bias, *residual;  // with scales, one for each row, the weight is of Int8
+  Matrix weight;
+  const void *bias, *residual;
   void* y;
-  const float* x;  // [rows, k]
-  int64_t rows, n, k;
+  const float* x;  // [rows, x_size], arranged
+  int64_t rows, n, k, x_size;
   bool gated;
 };
 
+template <int R, int M, class Weights>
+static void multiply_rows(Weights, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
+  dot<Weights, R, M>((const typename Weights::Stored*)p.weight.numbers + row * p.k, p.x + m * p.x_size, p.k, y);
+  const Stored* scale = (const Stored*)p.weight.scale;
+  for (int r = 0; scale && r < R; r++)
+    for (int i = 0; i < M; i++) y[r][i] *= Numbers::widen_one(scale[row + r]);
+}
+
+// The first of LANES numbers, or all of them, and zeros.
+template <class T>
+static auto load_some(const T* from, int64_t count) {
+  typedef T Some __attribute__((vector_size(LANES * sizeof(T))));
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  uint16_t which = count < LANES ? (1 << count) - 1 : 0xffff;
+  if constexpr (sizeof(T) == 4) return (Some)_mm512_maskz_loadu_epi32(which, from);
+  else if constexpr (sizeof(T) == 2) return (Some)_mm256_maskz_loadu_epi16(which, from);
+  else return (Some)_mm_maskz_loadu_epi8(which, from);
+#else
+  if (count >= LANES) return load<Some>(from);
+  T some[LANES] = {};
+  for (int64_t i = 0; i < count; i++) some[i] = from[i];
+  return load<Some>(some);
+#endif
+}
+
+#if BFLOAT16 && defined(__AVX512BF16__)
+// In this dtype, twice: of each half of a word, an instruction looks at one bit more.
+constexpr struct {
+  uint16_t at[32];
+} FOUR_BITS = {{0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+                0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+                0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0}};
+#elif defined(__AVX512F__)
+constexpr struct {
+  float at[16];
+} FOUR_BITS = {{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};
+#endif
+
+// Weights of 4 bits, as weight.py says. A vector of words is a unit, whose numbers come out of it in STEPS. Four units are
+// a span: it has LANES runs of 32 columns, and so up to LANES scales.
+struct Int4 {
+  static constexpr int RUN = 32, UNIT = 8 * LANES, SPAN = 4 * UNIT;
+#if BFLOAT16 && defined(__AVX512BF16__)
+  static constexpr int STEPS = 4;  // numbers i and i + 4 of each word at a time, without widening
+  typedef Words Factor;
+#else
+  static constexpr int STEPS = 8;
+  typedef Vector Factor;
+#endif
+  static constexpr bool FOUR = true;
+
+  struct Span {  // of x
+    Factor factors[4][STEPS];
+    Vector sums;  // of the columns of each scale
+  };
+
+  static int64_t size(int64_t k) { return (k + SPAN - 1) / SPAN * (sizeof(Span) / sizeof(float)); }
+  static int64_t bytes(int64_t k) { return k / 2; }
+
+  // The numbers of step i, minus 8.
+  static Factor read(Words words, int i) {
+#if BFLOAT16 && defined(__AVX512BF16__)
+    return (Words)_mm512_permutexvar_epi16((__m512i)(words >> 4 * i), load<__m512i>(&FOUR_BITS));
+#elif defined(__AVX512F__)
+    return (Vector)_mm512_permutexvar_ps((__m512i)(words >> 4 * i), load<__m512>(&FOUR_BITS));
+#else
+    return __builtin_convertvector((Ints)((words ^ 0x88888888u) << (28 - 4 * i)) >> 28, Vector);
+#endif
+  }
+
+  static void add(Vector& sum, const Factor& numbers, const Factor& x) {
+#if BFLOAT16 && defined(__AVX512BF16__)
+    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)numbers, (__m512bh)x);
+#else
+    sum += numbers * x;
+#endif
+  }
+};
+
+// Which of a span's scales belongs to each lane of a unit, if it is that of 1, 2 or 4 runs.
+struct Places {
+  Order of[3][4];
+};
+constexpr Places PLACES = [] {
+  Places places{};
+  for (int shift = 0; shift < 3; shift++)
+    for (int lane = 0; lane < 4 * LANES; lane++) places.of[shift][lane / LANES].at[lane % LANES] = lane / 4 >> shift;
+  return places;
+}();
+
+template <int R, int M>
+static void multiply_rows(Int4, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
+  int64_t words = p.k / 8, groups = p.weight.groups, ahead = R * p.k / 2 > 6144 ? R * p.k / 2 : 6144;
+  const uint32_t* numbers = (const uint32_t*)p.weight.numbers + row * words;
+  const Stored* scale = (const Stored*)p.weight.scale + row * groups;
+  const uint8_t* zero = (const uint8_t*)p.weight.zero;
+  if (zero) zero += row * groups;
+  Vector sums[R][M] = {};
+  for (int64_t span = 0; span * 4 * LANES < words; span++) {
+    const Int4::Span* x[M];
+    for (int i = 0; i < M; i++) x[i] = (const Int4::Span*)(p.x + (m + i) * p.x_size) + span;
+    int64_t first = span * LANES >> p.weight.run_shift;
+    Vector scales[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      scales[r] = Numbers::widen(load_some(scale + r * groups + first, groups - first));
+      if (!zero) continue;
+      Vector zeros = scales[r] * (widen(load_some(zero + r * groups + first, groups - first)) - 8.f);
+#pragma GCC unroll 4
+      for (int i = 0; i < M; i++) sums[r][i] -= zeros * x[i]->sums;
+    }
+    for (int unit = 0; unit < 4; unit++) {
+      int64_t at = (span * 4 + unit) * LANES;
+      if (at >= words) break;
+      Ints places = load<Ints>(&PLACES.of[p.weight.run_shift][unit]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const uint32_t* from = numbers + r * words + at;
+        prefetch((const char*)from + ahead, 4 * LANES);
+        Words four_bits = (Words)load_some(from, words - at);
+        Vector part[M] = {};
+#pragma GCC unroll 8
+        for (int step = 0; step < Int4::STEPS; step++) {
+          Int4::Factor read = Int4::read(four_bits, step);
+#pragma GCC unroll 4
+          for (int i = 0; i < M; i++) Int4::add(part[i], read, x[i]->factors[unit][step]);
+        }
+        Vector each = pick(scales[r], places);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) sums[r][i] += each * part[i];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < M; i++)
+    if constexpr (R == 4) {
+      Vector all = totals(sums[0][i], sums[1][i], sums[2][i], sums[3][i]);
+      for (int r = 0; r < R; r++) y[r][i] = all[r * (LANES / 4)];
+    } else {
+      for (int r = 0; r < R; r++) y[r][i] = total(sums[r][i]);
+    }
+}
 // R rows of the weight, or of both halves of a gated one, with M rows of x from row `m` on.
 template <class Weights, int R, int M>
 static void rows_of(const Product& p, int64_t row, int64_t m) {
-  const typename Weights::Stored* w = (const typename Weights::Stored*)p.weight;
-  const Stored *scale = (const Stored*)p.scale, *bias = (const Stored*)p.bias, *residual = (const Stored*)p.residual;
+  const Stored *bias = (const Stored*)p.bias, *residual = (const Stored*)p.residual;
   float y[R][M], up[R][M];
-  dot<Weights, R, M>(w + row * p.k, p.x + m * p.k, p.k, y);
-  if (p.gated) dot<Weights, R, M>(w + (p.n + row) * p.k, p.x + m * p.k, p.k, up);
+  multiply_rows<R, M>(Weights(), p, row, m, y);
+  if (p.gated) multiply_rows<R, M>(Weights(), p, p.n + row, m, up);
   for (int r = 0; r < R; r++)
     for (int i = 0; i < M; i++) {
       float value = y[r][i], other = p.gated ? up[r][i] : 0;
-      if (scale) value *= Numbers::widen_one(scale[row + r]);
-      if (scale && p.gated) other *= Numbers::widen_one(scale[p.n + row + r]);
       if (bias) value += Numbers::widen_one(bias[row + r]);
       if (bias && p.gated) other += Numbers::widen_one(bias[p.n + row + r]);
       if (p.gated) value = value / (1 + expf(-value)) * other;
@@ -316,7 +555,7 @@ template <class Weights>
 static void part(int64_t begin, int64_t end, void* context) {
   const Product& p = *(const Product*)context;
   int64_t row = begin * BLOCK, last = end * BLOCK < p.n ? end * BLOCK : p.n;
-  for (; p.rows > 1 && row + 4 <= last; row += 4) four_rows<Weights>(p, row);
+  for (; (p.rows > 1 || Weights::FOUR) && row + 4 <= last; row += 4) four_rows<Weights>(p, row);
   for (; row < last; row++)
     for (int64_t m = 0; m < p.rows; m++) rows_of<Weights, 1, 1>(p, row, m);
 }
@@ -343,21 +582,51 @@ static void normalise(float* x, const void* norm, int64_t k, double eps) {
 }
 
 template <class Weights>
+static void arrange(Weights, const Product& p, const float* x, float* arranged) {
+  memcpy(arranged, x, p.k * sizeof(float));
+  for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Weights::arrange(arranged + i);
+}
+
+static void arrange(Int4, const Product& p, const float* x, float* arranged) {
+  typedef float Four __attribute__((vector_size(16)));
+  typedef uint32_t FourWords __attribute__((vector_size(16)));
+  Int4::Span* spans = (Int4::Span*)arranged;
+  memset(spans, 0, p.x_size * sizeof(float));
+  for (int64_t run = 0; run < p.k / Int4::RUN; run++, x += Int4::RUN) {
+    Int4::Span& span = spans[run / LANES];
+    int64_t of_span = run % LANES, unit = of_span / (LANES / 4), lane = 4 * (of_span % (LANES / 4));
+    Four columns[8], sum = {};
+    for (int i = 0; i < 8; i++) sum += columns[i] = load<Four>(x + 4 * i);
+    for (int i = 0; i < Int4::STEPS; i++) {
+      FourWords four = (FourWords)columns[i];
+      if (Int4::STEPS == 4) four = ((FourWords)columns[i + 4] & 0xffff0000u) | four >> 16;
+      memcpy((float*)&span.factors[unit][i] + lane, &four, sizeof four);
+    }
+    span.sums[of_span >> p.weight.run_shift] += sum[0] + sum[1] + (sum[2] + sum[3]);
+  }
+}
+
+template <class Weights>
 static void multiply_with(Product p, const void* x, const void* norm, double eps) {
-  Buffer<float> rows(p.rows * p.k);
+  p.x_size = Weights::size(p.k);
+  Buffer<float> rows(p.rows * p.x_size), row(p.k);
   for (int64_t m = 0; m < p.rows; m++) {
-    float* row = rows.data + m * p.k;
-    widen_row((const Stored*)x + m * p.k, p.k, row);
-    if (norm) normalise(row, norm, p.k, eps);
-    for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Weights::arrange(row + i);
+    widen_row((const Stored*)x + m * p.k, p.k, row.data);
+    if (norm) normalise(row.data, norm, p.k, eps);
+    arrange(Weights(), p, row.data, rows.data + m * p.x_size);
   }
   p.x = rows.data;
-  int64_t bytes = BLOCK * p.k * sizeof(typename Weights::Stored) * (1 + p.gated);
+  int64_t bytes = BLOCK * Weights::bytes(p.k) * (1 + p.gated);
   torch_parallel_for(0, (p.n + BLOCK - 1) / BLOCK, 1 + 65536 / bytes, part<Weights>, &p);  // a thread is worth 64 KiB
 }
 
 static void multiply(const Product& p, const void* x, const void* norm, double eps) {
-  p.scale ? multiply_with<Int8>(p, x, norm, eps) : multiply_with<Numbers>(p, x, norm, eps);
+  switch (p.weight.dtype) {
+    case INT8: return multiply_with<Int8>(p, x, norm, eps);
+    case FLOAT8: return multiply_with<Float8>(p, x, norm, eps);
+    case INT32: return multiply_with<Int4>(p, x, norm, eps);
+    default: return multiply_with<Numbers>(p, x, norm, eps);
+  }
 }
 
 // e to the power x, for x <= 0 (Cephes' expf; relative error < 2e-7).
@@ -732,13 +1001,13 @@ struct Arguments {  // the tensors that begin a stack
     aoti_torch_get_size(tensors[i], dimension, &size);
     return size;
   }
+  int64_t columns(int i) const { return size(i, 1) * (dtype(i) == INT32 ? 8 : 1); }  // of a weight
   int64_t stride(int i, int64_t dimension) const {
     int64_t stride = 0;
     aoti_torch_get_stride(tensors[i], dimension, &stride);
     return stride;
   }
   bool is_missing(int i) const {
-    constexpr int32_t BOOL = 11;
     int64_t numel;
     aoti_torch_get_numel(tensors[i], &numel);
     return !numel && dtype(i) == BOOL;
@@ -829,6 +1098,17 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   attend(p, rows);
 }
 
+// A weight of k columns, without a scale or a zero point if that is argument 0.
+template <int N>
+static Matrix matrix_of(const Arguments<N>& given, int numbers, int scale, int zero, int64_t k) {
+  Matrix weight = {given.data[numbers], nullptr, nullptr, given.dtype(numbers), 1, 0};
+  if (zero) weight.zero = given.data[zero];
+  if (!scale) return weight;
+  weight.scale = given.data[scale], weight.groups = given.size(scale, 1);
+  while (weight.groups && weight.groups * Int4::RUN << weight.run_shift < k) weight.run_shift++;
+  return weight;
+}
+
 // few_rows(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
 // x [..., K], of up to 8 dimensions, weight [N, K] -> [..., N]; all of them contiguous.
 static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
@@ -837,12 +1117,13 @@ static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
   double eps = load<double>(&stack[7]);
   int64_t parts = (int64_t)stack[8];
   bool gated = parts & 8;
-  int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k = given.size(1, 1), dim, sizes[8];
+  int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k, dim, sizes[8];
   aoti_torch_get_dim(given.tensors[0], &dim);
   for (int64_t i = 0; i < dim - 1; i++) rows *= sizes[i] = given.size(0, i);
-  sizes[dim - 1] = n;
-  const void *scale = parts & 16 ? data[2] : nullptr, *bias = parts & 1 ? data[4] : nullptr, *residual = parts & 4 ? data[6] : nullptr;
-  Product p = {data[1], scale, bias, residual, nullptr, nullptr, rows, n, k, gated};
+  k = given.size(0, dim - 1), sizes[dim - 1] = n;
+  Matrix weight = matrix_of(given, 1, parts & 16 ? 2 : 0, parts & 32 ? 3 : 0, k);
+  const void *bias = parts & 1 ? data[4] : nullptr, *residual = parts & 4 ? data[6] : nullptr;
+  Product p = {weight, bias, residual, nullptr, nullptr, rows, n, k, 0, gated};
   stack[0] = (uint64_t)make(dim, sizes, given.dtype(0), &p.y);
   multiply(p, data[0], parts & 2 ? data[5] : nullptr, eps);
 }
@@ -872,26 +1153,37 @@ enum { QKV, O, GATE_UP, DOWN };
 
 struct Layer {
   Attention attention;
-  const void *norms[4], *weights[4], *scales[4], *biases[4];
+  const void *norms[4], *biases[4];
+  Matrix weights[4];
   double eps[4];
   int64_t mlp;
 };
 
+// Read a product's weight `[rows, columns]`, and return whether there is code for it.
+static bool read_weight(const Arguments<TENSORS>& of, int i, int64_t rows, int64_t columns, int32_t dtype, Matrix& weight) {
+  int numbers = PRODUCTS + i, scale = SCALES + i, zero = ZEROS + i;
+  bool has_scale = !of.is_missing(scale), has_zero = !of.is_missing(zero);
+  weight = matrix_of(of, numbers, has_scale ? scale : 0, has_zero ? zero : 0, columns);
+  int32_t kind = weight.dtype;
+  if (!has_scale) return !has_zero && of.fits(numbers, dtype, rows, columns);
+  if (!of.fits(scale, dtype, rows, weight.groups)) return false;
+  if (kind != INT32) return (kind == INT8 || kind == FLOAT8) && !has_zero && weight.groups == 1 && of.fits(numbers, kind, rows, columns);
+  if (weight.groups * Int4::RUN << weight.run_shift != columns || weight.run_shift > 2) return false;
+  return of.fits(numbers, kind, rows, columns / 8) && (!has_zero || of.fits(zero, UINT8, rows, weight.groups));
+}
+
 // Read a layer's tensors, and return whether there is code for them. x: [rows, tokens, size].
 static bool read_layer(const Arguments<TENSORS>& of, int64_t rows, int64_t tokens, int64_t size, int32_t dtype, bool paged, Layer& layer) {
-  constexpr int32_t INT8 = 1, INT64 = 4, FLOAT32 = 6, BOOL = 11;
   Attention& p = layer.attention = attention_of(of, NEWEST, paged);
-  int64_t d = p.dim, width = of.size(PRODUCTS + O, 1), mlp = layer.mlp = of.size(PRODUCTS + DOWN, 1);
+  int64_t d = p.dim, width = of.columns(PRODUCTS + O), mlp = layer.mlp = of.columns(PRODUCTS + DOWN);
   int64_t out[] = {width + 2 * p.kv_heads * d, size, 2 * mlp, size}, in[] = {size, width, size, mlp}, normed[] = {size, size, d, d};
   p.heads = width / d;
   bool fit = p.tokens == tokens && p.heads % p.kv_heads == 0 && width == p.heads * d;
   for (int i = 0; i < 4; i++) {
-    bool has_norm = !of.is_missing(NORMS + i), has_bias = !of.is_missing(BIASES + i), has_scale = !of.is_missing(SCALES + i);
+    bool has_norm = !of.is_missing(NORMS + i), has_bias = !of.is_missing(BIASES + i);
     fit = fit && (!has_norm || of.fits(NORMS + i, dtype, normed[i])) && (!has_bias || of.fits(BIASES + i, dtype, out[i]));
-    fit = fit && of.fits(PRODUCTS + i, has_scale ? INT8 : dtype, out[i], in[i]) && (!has_scale || of.fits(SCALES + i, dtype, out[i], 1));
+    fit = fit && read_weight(of, i, out[i], in[i], dtype, layer.weights[i]);
     layer.norms[i] = has_norm ? of.data[NORMS + i] : nullptr;
-    layer.weights[i] = of.data[PRODUCTS + i];
-    layer.scales[i] = has_scale ? of.data[SCALES + i] : nullptr;
     layer.biases[i] = has_bias ? of.data[BIASES + i] : nullptr;
   }
   for (int i = COS; i <= SIN; i++) fit = fit && of.fits(NEWEST + i, FLOAT32, rows, 1, tokens, d / 2);
@@ -904,18 +1196,19 @@ static bool read_layer(const Arguments<TENSORS>& of, int64_t rows, int64_t token
 static void run_layer(const Layer& layer, int64_t rows, int64_t size, const void* x, void* y) {
   Attention p = layer.attention;
   int64_t all = rows * p.tokens, width = p.heads * p.dim, kv_size = p.kv_heads * p.dim, wide = width + 2 * kv_size, mlp = layer.mlp;
-  const void *const *norms = layer.norms, *const *weights = layer.weights, *const *scales = layer.scales, *const *biases = layer.biases;
+  const void *const *norms = layer.norms, *const *biases = layer.biases;
+  const Matrix* weights = layer.weights;
   Buffer<Stored> heads(all * wide), z(all * width), middle(all * size), hidden(all * mlp);
-  multiply({weights[QKV], scales[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, false}, x, norms[0], layer.eps[0]);
+  multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, 0, false}, x, norms[0], layer.eps[0]);
   Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
   int64_t first[] = {0, width, width + kv_size}, bytes = wide * sizeof(Stored);
   for (int i = 0; i < 3; i++) *newest[i] = {(const char*)(heads.data + first[i]), p.tokens * bytes, bytes};
   for (int i = 0; i < 2; i++) newest[i]->norm = norms[2 + i], newest[i]->eps = layer.eps[2 + i];
   p.y = z.data;
   attend(p, rows);
-  multiply({weights[O], scales[O], biases[O], x, middle.data, nullptr, all, size, width, false}, z.data, nullptr, 0);
-  multiply({weights[GATE_UP], scales[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, true}, middle.data, norms[1], layer.eps[1]);
-  multiply({weights[DOWN], scales[DOWN], biases[DOWN], middle.data, y, nullptr, all, size, mlp, false}, hidden.data, nullptr, 0);
+  multiply({weights[O], biases[O], x, middle.data, nullptr, all, size, width, 0, false}, z.data, nullptr, 0);
+  multiply({weights[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, 0, true}, middle.data, norms[1], layer.eps[1]);
+  multiply({weights[DOWN], biases[DOWN], middle.data, y, nullptr, all, size, mlp, 0, false}, hidden.data, nullptr, 0);
 }
 
 static void run_blocks(uint64_t* stack, uint64_t, uint64_t) {
@@ -992,7 +1285,6 @@ static void summarise_chunks(int64_t begin, int64_t end, void* context) {
 // summarise(Tensor x) -> Tensor
 // x [B, V], float32, contiguous -> float64 [B, 3]: the first index of the largest value, log(sum(exp(x))), all finite.
 static void summarise(uint64_t* stack, uint64_t, uint64_t) {
-  constexpr int32_t FLOAT64 = 7;
   Arguments<1> given(stack);
   int64_t rows = given.size(0, 0), size = given.size(0, 1), count = (size + CHUNK - 1) / CHUNK, sizes[] = {rows, 3};
   Buffer<Chunk> chunks(rows * count);

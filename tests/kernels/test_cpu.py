@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llama_flex import Engine
 from llama_flex import model as model_file
 from llama_flex.attention import build_attention_metadata
-from llama_flex.checkpoint.quantization import make_int8, to_int8
+from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, assign
 from llama_flex.config import LlamaConfig
 from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
 from llama_flex.kernels.cpu import Newest
+from llama_flex.kernels.weight import MIDDLE, Weight, unpack
 from llama_flex.layers import Block, Linear, RMSNorm, apply_linear, run_blocks
 from llama_flex.masks.layout import PageTable
 from llama_flex.masks.library import sliding_window
@@ -29,11 +30,17 @@ from llama_flex.masks.plan import LayerAttention
 from llama_flex.rope import cos_sin
 from llama_flex.tokens import Tokens
 
+FORMATS = (
+    None,
+    Quantization("int8"),
+    Quantization("fp8"),
+    *(Quantization("int4", size, symmetric) for size in GROUP_SIZES for symmetric in (False, True)),
+)
 CHECK = """
 import torch
 from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
-from test_cpu import check_attention, check_block, check_product, check_rows
+from test_cpu import FORMATS, check_attention, check_block, check_product, check_rows
 from test_reductions import check as check_reductions
 torch.set_grad_enabled(False)
 assert all(map(kernel.load, kernel.DTYPES)) and torch.backends.cpu.get_cpu_capability() == {capability!r}
@@ -42,14 +49,15 @@ for n, dtype in enumerate(kernel.DTYPES):
     for rows, out, k in ((1, 1, 1), (3, 50, 127), (8, 33, 576), (5, 6, 65)):
         for gated in (False, True):
             parts = (n + rows) % 2 == 0, rows != 3, out != 50, gated
-            for quantised in (False, True):
-                check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows, quantised)
+            for quantization in FORMATS:
+                check_product(dtype, rows, 2 * out if gated else out, k, *parts, rows, quantization)
     for t, paged in ((1, False), (1, True), (45, False), (7, True)):
         check_attention(dtype, 2, t, 3, 2, 80, 300, paged, by_head=paged, seed=t)
     check_rows((3, 5, 83), n)
     for b, t in ((1, 1), (3, 1), (2, 7)):
-        options = dict(paged=b == 3, biased=t == 1, head_norms=b != 1, quantised=t == 7)
-        check_block(dtype, b, t, 3, 2, 80, 200, **options, seed=t)
+        options = dict(paged=b == 3, biased=t == 1, head_norms=b != 1)
+        for quantization in FORMATS[n::3]:
+            check_block(dtype, b, t, 3, 2, 80, 200, **options, quantization=quantization, seed=t)
 """
 
 
@@ -57,6 +65,17 @@ for n, dtype in enumerate(kernel.DTYPES):
 def loaded():
     """Load the kernels, whichever test comes first."""
     assert all(map(kernel.load, kernel.DTYPES))
+
+
+def exactly(weight: Weight) -> torch.Tensor:
+    """Return a weight in float64."""
+    return (weight if weight.scale is None else weight._replace(scale=weight.scale.double())).floats().double()
+
+
+def fitting(k: int, quantization: Quantization | None) -> int:
+    """Return the least number of columns from k on that has whole groups."""
+    size = quantization.group_size if quantization is not None and quantization.format == "int4" else 1
+    return -(-k // size) * size
 
 
 def check_product(
@@ -69,27 +88,28 @@ def check_product(
     residual: bool,
     gated: bool,
     seed: int,
-    quantised: bool = False,
+    quantization: Quantization | None = None,
 ) -> None:
-    """Compare a product with float64: no further than rounding of what it reads, sums in float32, and one rounding."""
+    """Compare a product with float64: no further than rounding of what it reads, sums in float32, and one rounding.
+
+    k: the least number of columns.
+    """
+    k = fitting(k, quantization)
     draws = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draws).to(dtype)
 
-    x, weight = random(rows, k), (random(out, k) / math.sqrt(k)).to(dtype)
+    x, matrix = random(rows, k), (random(out, k) / math.sqrt(k)).to(dtype)
     b, n = random(out) if bias else None, random(k).abs() if norm else None
     r = random(rows, out // 2 if gated else out) if residual else None
-    scale = None
-    if quantised:
-        weight, scale = to_int8(weight, dtype)
-        assert scale.dtype == dtype
-    found = kernel.few_rows(x, weight, b, n, 1e-5, r, gated, scale)
-    weight, wide = weight.double() * (1 if scale is None else scale.double()), x.double()
+    weight = Weight(matrix) if quantization is None else quantization.quantise(matrix, dtype)
+    found = kernel.few_rows(x, weight, b, n, 1e-5, r, gated)
+    weight, wide = exactly(weight), x.double()
     if n is not None:
         wide = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * n.double()).to(dtype).double()
-    exact = wide @ weight.double().T + (0 if b is None else b.double())
-    size = wide.abs() @ weight.double().abs().T + 1  # of what is summed
+    exact = wide @ weight.T + (0 if b is None else b.double())
+    size = wide.abs() @ weight.abs().T + 1  # of what is summed
     if gated:
         gate, up = exact.chunk(2, -1)
         size = (size.chunk(2, -1)[0] + 1) * (size.chunk(2, -1)[1] + 1)
@@ -113,18 +133,68 @@ def check_product(
     residual=st.booleans(),
     gated=st.booleans(),
     seed=st.integers(0, 2**31),
-    quantised=st.booleans(),
+    quantization=st.sampled_from(FORMATS),
 )
-@settings(max_examples=200, deadline=None)
-def test_a_product_of_any_shape_is_that_of_float64(dtype, rows, out, k, bias, norm, residual, gated, seed, quantised):
-    check_product(dtype, rows, 2 * out if gated else out, k, bias, norm, residual, gated, seed, quantised)
+@settings(max_examples=400, deadline=None)
+def test_a_product_of_any_shape_is_that_of_float64(
+    dtype, rows, out, k, bias, norm, residual, gated, seed, quantization
+):
+    check_product(dtype, rows, 2 * out if gated else out, k, bias, norm, residual, gated, seed, quantization)
 
 
-def test_the_check_finds_the_scales_of_neighbours(monkeypatch):
+FAULTS = {
+    "the scale of a neighbour": lambda w: w._replace(scale=w.scale.roll(1, 0)),
+    "the scale of the next group": lambda w: w._replace(scale=w.scale.roll(-1, 1)),
+    "the zero point of the next group": lambda w: w._replace(zero=w.zero.roll(-1, 1)),
+    "another zero point": lambda w: w._replace(zero=w.zero + 1),
+    "no zero points": lambda w: w._replace(zero=None),
+    "swapped numbers": lambda w: w._replace(numbers=swapped(w.numbers)),
+    "the next word": lambda w: w._replace(numbers=w.numbers.roll(-1, 1)),
+}
+
+
+def swapped(words: torch.Tensor) -> torch.Tensor:
+    """Swap the two numbers in each byte."""
+    both = words.view(torch.uint8)
+    return (both >> 4 | both << 4).view(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", kernel.DTYPES)
+@pytest.mark.parametrize(
+    ("fault", "quantization"),
+    [
+        ("the scale of a neighbour", Quantization("int8")),
+        ("the scale of a neighbour", Quantization("fp8")),
+        *((fault, Quantization("int4", size)) for fault in FAULTS for size in GROUP_SIZES),
+    ],
+)
+def test_the_check_finds_a_fault_in_a_weight(monkeypatch, dtype, fault, quantization):
     few_rows = kernel.few_rows
-    monkeypatch.setattr(kernel, "few_rows", lambda *given: few_rows(*given[:-1], given[-1].roll(1, 0)))
+    monkeypatch.setattr(kernel, "few_rows", lambda x, weight, *rest: few_rows(x, FAULTS[fault](weight), *rest))
     with pytest.raises(AssertionError):
-        check_product(torch.bfloat16, 2, 64, 128, False, False, False, False, 0, quantised=True)
+        check_product(dtype, 2, 64, 640, False, False, False, False, 0, quantization)
+
+
+@pytest.mark.parametrize("dtype", kernel.DTYPES)
+@torch.no_grad()
+def test_every_number_of_few_bits_is_read_as_it_is(dtype):
+    """Check all numbers at all places of a row, times 1: exact."""
+    places, draws = torch.eye(160, dtype=dtype)[:, None], torch.Generator().manual_seed(0)
+    bytes_ = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, 160).contiguous()
+    one = torch.ones(256, 1, dtype=dtype)
+    four_bits = torch.randint(-(2**31), 2**31, (256, 20), generator=draws).int()
+    zero = torch.randint(0, 16, (256, 5), generator=draws, dtype=torch.uint8)
+    ones = one.expand(-1, 5)
+    numbers = unpack(four_bits)
+    for weight, exact in (
+        (Weight(bytes_.view(torch.int8), one), bytes_.view(torch.int8)),
+        (Weight(bytes_.view(torch.float8_e4m3fn), one), bytes_.view(torch.float8_e4m3fn)),
+        (Weight(four_bits, ones), numbers - MIDDLE),
+        (Weight(four_bits, ones, zero), numbers - zero.repeat_interleave(32, 1)),
+    ):
+        found = torch.cat([kernel.few_rows(x, weight, None) for x in places])
+        known = exact.to(dtype).isfinite().T  # float8's two NaN are none of the quantiser's
+        assert torch.equal(found[known], exact.to(dtype).T[known])
 
 
 def test_the_check_finds_a_column_that_is_left_out(monkeypatch):
@@ -138,11 +208,14 @@ def test_the_check_finds_a_column_that_is_left_out(monkeypatch):
         check_product(torch.bfloat16, 2, 64, 128, False, False, False, False, 0)
 
 
+@pytest.mark.parametrize("quantization", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", kernel.DTYPES)
-def test_a_row_has_the_same_bits_in_any_company(dtype):
-    x, weight, norm = torch.randn(8, 577).to(dtype), torch.randn(131, 577).to(dtype), torch.rand(577).to(dtype)
+def test_a_row_has_the_same_bits_in_any_company(dtype, quantization):
+    k = fitting(577, quantization)
+    x, matrix, norm = torch.randn(8, k).to(dtype), torch.randn(131, k).to(dtype), torch.rand(k).to(dtype)
+    weight = Weight(matrix) if quantization is None else quantization.quantise(matrix, dtype)
     for gated in (False, True):
-        weights = weight[:130] if gated else weight
+        weights = Weight(*(None if part is None else part[:130] for part in weight)) if gated else weight
         together = kernel.few_rows(x, weights, None, norm, 1e-6, None, gated)
         for first in range(8):
             for last in range(first + 1, 9):
@@ -150,10 +223,13 @@ def test_a_row_has_the_same_bits_in_any_company(dtype):
                 assert torch.equal(some, together[first:last])
 
 
+@pytest.mark.parametrize("quantization", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", kernel.DTYPES)
-def test_nan_and_infinity_reach_the_rows_that_have_them_and_no_others(dtype):
-    x, weight = torch.ones(4, 40, dtype=dtype), torch.ones(6, 40, dtype=dtype)
+def test_nan_and_infinity_reach_the_rows_that_have_them_and_no_others(dtype, quantization):
+    k = fitting(40, quantization)
+    x, matrix = torch.ones(4, k, dtype=dtype), torch.ones(6, k, dtype=dtype)
     x[1, 3], x[2, 39] = torch.nan, torch.inf
+    weight = Weight(matrix) if quantization is None else quantization.quantise(matrix, dtype)
     y = kernel.few_rows(x, weight, None)
     assert y.isnan().tolist() == [[n == 1] * 6 for n in range(4)]
     assert y.isinf().tolist() == [[n == 2] * 6 for n in range(4)]
@@ -345,6 +421,11 @@ def test_the_number_of_threads_changes_no_bit(t):
     assert torch.equal(found[0], found[2])
 
 
+def linears(block: Block) -> list[Linear]:
+    """Return the linear layers of a block."""
+    return [module for module in block.modules() if isinstance(module, Linear)]
+
+
 def check_block(
     dtype: torch.dtype,
     b: int,
@@ -357,7 +438,7 @@ def check_block(
     paged: bool,
     biased: bool,
     head_norms: bool,
-    quantised: bool = False,
+    quantization: Quantization | None = None,
     seed: int,
 ) -> None:
     """Compare a layer for t new tokens in each of b rows, which hold up to s others, with the definition in float64: no
@@ -367,8 +448,8 @@ def check_block(
         "architectures": ["Qwen3ForCausalLM" if head_norms else "LlamaForCausalLM"],
         "model_type": "qwen3" if head_norms else "llama",
         "vocab_size": 8,
-        "hidden_size": 72,
-        "intermediate_size": 100,
+        "hidden_size": fitting(72, quantization),
+        "intermediate_size": fitting(100, quantization),
         "num_hidden_layers": 1,
         "num_attention_heads": group * kv_heads,
         "num_key_value_heads": kv_heads,
@@ -381,12 +462,9 @@ def check_block(
     for parameter in block.parameters():
         parameter.copy_(torch.randn_like(parameter) if parameter.dim() == 1 else 2 * parameter)
     block, blocks = block.to(dtype), -(-(s + t) // 128)
-    for module in block.modules() if quantised else ():
-        if isinstance(module, Linear):
-            weight, scale = to_int8(module.weight, dtype)
-            make_int8(module)
-            module.weight.copy_(weight)
-            module.weight_scale.copy_(scale)
+    for module in linears(block) if quantization else ():
+        if fitting(module.in_features, quantization) == module.in_features:  # else the layer has both kinds
+            assign(module, quantization.quantise(module.weight, dtype))
     held = torch.randint(0, s, (b, 1)) if s else torch.zeros(b, 1, dtype=torch.int64)
     index = (held + torch.arange(t)).int()
     kv = Tokens(torch.arange(blocks * 128).expand(b, -1).int(), *torch.zeros(2, b, blocks * 128).int())
@@ -399,7 +477,7 @@ def check_block(
         pages, rows = PageTable(table, inverse), 1
         slots = table.gather(1, slots // 128).long() * 128 + slots % 128
     shape = rows, kv_heads, (b * blocks + 1) * 128 if paged else blocks * 128, d
-    q, x = Tokens(index, index, torch.zeros_like(index)), torch.randn(b, t, 72).to(dtype)
+    q, x = Tokens(index, index, torch.zeros_like(index)), torch.randn(b, t, config["hidden_size"]).to(dtype)
     cache = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
 
     def run(block: Block, dtype: torch.dtype, kernels: bool) -> tuple[torch.Tensor, ...]:
@@ -418,7 +496,9 @@ def check_block(
         return y, *kvs[0], *kvs[1]
 
     found, plain = run(block, torch.float32, True), run(block, torch.float32, False)
-    exact = run(copy.deepcopy(block).double(), torch.float64, False)
+    for module in linears(wide := copy.deepcopy(block)):
+        assign(module, Weight(exactly(module.matrix)))
+    exact = run(wide.double(), torch.float64, False)
     for ours, theirs, truth in zip(found, plain, exact, strict=True):
         assert ours.dtype == dtype
         assert ours.shape == truth.shape
@@ -434,13 +514,14 @@ def check_block(
     kv_heads=st.integers(1, 3),
     d=st.sampled_from([2, 16, 64, 80, 100, 128]),
     s=st.sampled_from([0, 1, 127, 128, 300]),
-    options=st.fixed_dictionaries({name: st.booleans() for name in ("paged", "biased", "head_norms", "quantised")}),
+    options=st.fixed_dictionaries({name: st.booleans() for name in ("paged", "biased", "head_norms")}),
+    quantization=st.sampled_from(FORMATS),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=150, deadline=None)
 @torch.no_grad()
-def test_a_layer_of_any_shape_is_that_of_float64(dtype, rows, group, kv_heads, d, s, options, seed):
-    check_block(dtype, *rows, group, kv_heads, d, s, **options, seed=seed)
+def test_a_layer_of_any_shape_is_that_of_float64(dtype, rows, group, kv_heads, d, s, options, quantization, seed):
+    check_block(dtype, *rows, group, kv_heads, d, s, **options, quantization=quantization, seed=seed)
 
 
 @pytest.mark.parametrize("fault", ["slots", "cos", "visible"])
@@ -580,13 +661,13 @@ def test_narrower_vectors_and_plain_code_give_the_same(capability):
 def test_what_the_kernel_has_no_code_for_is_left_to_torch():
     module, norm = Linear(8, [6]), RMSNorm(8, 1e-6)
     x = torch.randn(1, 2, 8)
-    assert linear.can_fuse(x, module.weight)
-    assert not linear.can_fuse(x.double(), module.weight.double())
-    assert not linear.can_fuse(x.bfloat16(), module.weight)
-    assert not linear.can_fuse(x[:, :0], module.weight)
-    assert not linear.can_fuse(torch.randn(1, kernel.ROWS + 1, 8), module.weight)
+    assert linear.can_fuse(x, module.matrix)
+    assert not linear.can_fuse(x.double(), Weight(module.weight.double()))
+    assert not linear.can_fuse(x.bfloat16(), module.matrix)
+    assert not linear.can_fuse(x[:, :0], module.matrix)
+    assert not linear.can_fuse(torch.randn(1, kernel.ROWS + 1, 8), module.matrix)
     with torch.enable_grad():
-        assert not linear.can_fuse(x, module.weight)
+        assert not linear.can_fuse(x, module.matrix)
     assert apply_linear(module, x[:, :0], norm=norm).shape == (1, 0, 6)
     assert apply_linear(Linear(0, [4], bias=True), x[..., :0]).shape == (1, 2, 4)
     assert apply_linear(module, x[None], residual=torch.ones(6)).shape == (1, 1, 2, 6)  # which broadcasts
@@ -597,10 +678,58 @@ def test_what_the_kernel_has_no_code_for_is_left_to_torch():
     torch.testing.assert_close(module.double()(x.double()), torch.nn.functional.linear(x.double(), module.weight))
 
 
+def faults_of_shape(weight: Weight) -> list[Weight]:
+    """Return weights like one of 4 bits `[64, 256]`, in groups of 32, for which there is no code."""
+    one, zero = weight.scale[:, :1], weight.zero
+    return [
+        weight._replace(scale=one.contiguous(), zero=zero[:, :1].contiguous()),  # groups of 256
+        weight._replace(scale=weight.scale[:, :7].contiguous()),
+        weight._replace(scale=weight.scale[:-1]),
+        weight._replace(scale=weight.scale.double()),
+        weight._replace(scale=weight.scale.T.contiguous().T),
+        weight._replace(zero=zero[:, :4].contiguous()),
+        weight._replace(zero=zero[:-1]),
+        weight._replace(zero=zero.int()),
+        weight._replace(numbers=weight.numbers[:, :-4].contiguous()),
+        weight._replace(numbers=weight.numbers.view(torch.int8), scale=one.contiguous()),
+        weight._replace(numbers=weight.numbers.long()),
+        weight._replace(scale=None, zero=None),
+        Weight(torch.zeros(64, 256, dtype=torch.int8), weight.scale),
+        Weight(torch.zeros(64, 256, dtype=torch.uint8), one.contiguous()),
+        Weight(torch.zeros(64, 256), None, zero),
+    ]
+
+
+@torch.no_grad()
+def test_a_weight_of_few_bits_in_another_shape_has_no_code():
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "num_hidden_layers": 1}
+    config |= {"hidden_size": 256, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 32}
+    block, module = Block(LlamaConfig.from_dict(config), None), Linear(256, [64])
+    weight, x = Quantization("int4").quantise(module.weight, torch.float32), torch.randn(1, 1, 256)
+    index = torch.zeros(1, 1, dtype=torch.int32)
+    q, kv = Tokens(index, index, index), torch.zeros(1, 2, 128, 32)
+    held = Tokens(torch.arange(128)[None].int(), *torch.zeros(2, 1, 128).int())
+    args = LayerAttention(sliding_window(150)), q, held, 2, "dense", None
+    metadata = build_attention_metadata(*args, rotary=cos_sin(index, torch.ones(16)), slots=index.long())
+
+    def runs() -> bool:
+        return run_blocks(x, [(block, metadata, (kv.clone(), kv.clone()))]) is not None
+
+    assert linear.can_fuse(x, weight)
+    assign(block.mlp.gate_up, weight)
+    assert runs()
+    for other in faults_of_shape(weight):
+        assign(block.mlp.gate_up, other)
+        assert not runs()
+    large = faults_of_shape(weight)[0]
+    assert not linear.can_fuse(x, large)
+    torch.testing.assert_close(linear.matmul(x, large, None), x @ large.floats().T)
+
+
 def test_a_strided_row_or_weight_is_read_as_it_is():
     weight, x = torch.randn(9, 7).T, torch.randn(9, 3).T
     with torch.no_grad():
-        torch.testing.assert_close(linear.matmul(x[None], weight, None)[0], x @ weight.T)
+        torch.testing.assert_close(linear.matmul(x[None], Weight(weight), None)[0], x @ weight.T)
 
 
 @pytest.fixture
