@@ -47,10 +47,8 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts), bias=bias)
-        self.weight_scale: Tensor | None
-        self.weight_zero_point: Tensor | None
-        for name in ("weight_scale", "weight_zero_point"):
-            self.register_parameter(name, None)
+        self.register_parameter("weight_scale", None)
+        self.register_parameter("weight_zero_point", None)
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
@@ -60,7 +58,7 @@ class Linear(nn.Linear):
     @property
     def matrix(self) -> Weight:
         """The weight, with scale and zero point if it is quantised."""
-        return Weight(self.weight, self.weight_scale, self.weight_zero_point)
+        return Weight(self.weight, self._parameters["weight_scale"], self._parameters["weight_zero_point"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`."""

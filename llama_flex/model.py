@@ -82,16 +82,14 @@ class Llama(nn.Module):
     ) -> Self:
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
-        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: keep the layers'
-        matrices in 8 or 4 bits, see `Quantization`, unless the checkpoint's are already; such weights are not trained.
-        Raises ValueError, naming the file and what to do, for anything missing, malformed or unsupported; see
-        `weights.load` and `LlamaConfig`.
-        The parameters do not require gradients until `requires_grad_()` is called.
+        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8", "fp8", "int4" or
+        another `Quantization` of the layers' matrices, which are not trained then. The parameters do not require
+        gradients until `requires_grad_()` is called. Raises ValueError, naming the file and what to do, for anything
+        missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
         """
         if dtype is not None and dtype not in weights.DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, weights.DTYPES))}, found {dtype!r}")
-        quantized = quantization.Quantization.of(quantize)
-        where = quantization.device_for(device, quantized)
+        where = quantization.device_for(device, quantized := quantization.Quantization.of(quantize))
         folder = hub.resolve(path_or_repo, hub.MODEL_FILES, revision=revision, token=token)
         config, generation_config = LlamaConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -109,8 +107,9 @@ class Llama(nn.Module):
         with torch.device("meta"):
             plain = Llama(self.config)
         saving.assign(plain, self.state_dict())
-        tensors = weights.named_weights(plain, self.config)
-        saving.save(tensors, self.config.to_dict(), self.generation_config, Path(folder))
+        saving.save(
+            weights.named_weights(plain, self.config), self.config.to_dict(), self.generation_config, Path(folder)
+        )
 
     def blocks(self) -> Iterator[Block]:
         """Yield the layers in order, typed as Block."""

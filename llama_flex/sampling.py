@@ -90,21 +90,19 @@ class SamplingTensors(NamedTuple):
 def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors:
     """Stack the parameters of `requests` into tensors, drawing the seeds that are None."""
 
-    def column(name: str, dtype: torch.dtype, neutral: float) -> Tensor | None:
-        values = [1 - r.top_p if name == "tail" else getattr(r, name) for r in requests]
+    def column(values: Sequence[float | None], dtype: torch.dtype, neutral: float | None) -> Tensor | None:
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
-    requests = [with_seed(r) for r in requests]
+    penalty = column([r.repetition_penalty for r in requests], torch.float32, 1.0)
     if all(r.temperature == 0 for r in requests):
-        penalty = column("repetition_penalty", torch.float32, 1.0)
         return SamplingTensors(None, None, None, None, penalty, None)
     return SamplingTensors(
         temperature=torch.tensor([r.divisor for r in requests], device=device),
-        top_k=column("top_k", torch.int64, 0),
-        tail=column("tail", torch.float32, 0.0),
-        min_p=column("min_p", torch.float32, 0.0),
-        repetition_penalty=column("repetition_penalty", torch.float32, 1.0),
-        seed=torch.tensor([r.seed for r in requests], dtype=torch.int64, device=device),
+        top_k=column([r.top_k for r in requests], torch.int64, 0),
+        tail=column([1 - r.top_p for r in requests], torch.float32, 0.0),
+        min_p=column([r.min_p for r in requests], torch.float32, 0.0),
+        repetition_penalty=penalty,
+        seed=column([with_seed(r).seed for r in requests], torch.int64, None),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,19 +15,10 @@ from .kernels import cpu
 DTYPES = tuple(shards.DTYPES.values())  # supported for weights
 
 
-def modules(config: LlamaConfig) -> Iterator[tuple[str, list[str]]]:
-    """Yield the path of each module with weights, and the checkpoint's names of the modules stacked in it."""
-    table = config.architecture.weights
-    in_layers = [(layer, path) for layer in range(config.num_hidden_layers) for path in table if "{}" in path]
-    head = [] if config.tie_word_embeddings else [(0, "lm_head")]
-    for layer, path in ((0, "embed"), (0, "norm"), *in_layers, *head):
-        yield path.format(layer), [name.format(layer) for name in table[path]]
-
-
 def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
     """Return every tensor of the checkpoint by its name there, as a view into the (fused) parameter that holds it."""
     views = dict[str, Tensor]()
-    for path, names in modules(config):
+    for path, names in config.architecture.modules(config.num_hidden_layers, config.tie_word_embeddings):
         module = model.get_submodule(path)
         for kind, parameter in module.named_parameters(recurse=False):  # weight, and bias if there is one
             parts = getattr(module, "parts", (len(parameter),))
@@ -48,14 +38,15 @@ def load(
 ) -> None:
     """Fill a model that is on the meta device from the safetensors in `folder`.
 
-    Headers are checked against the model's shapes before any memory is allocated. Each tensor is copied from its file
-    straight into its parameter, converted on the way, so peak memory is about one copy of the model.
-    dtype: default config.json's, else the file's. quantization: of the layers, unless the folder's are quantised.
-    Raises CheckpointError listing missing, unexpected and misshapen tensors, and for damaged files; ConfigError for a
-    quantised folder that does not fit; FolderError for links out of it. Warns of weights that are not finite.
+    Headers are checked against the model's shapes before any memory is allocated; each tensor goes from its file into
+    its parameter, so peak memory is about one copy of the model. dtype: default config.json's, else the file's.
+    quantization: of the layers, unless the folder's are quantised. Raises CheckpointError listing missing, unexpected
+    and misshapen tensors, and for damaged files; ConfigError for a quantised folder that does not fit; FolderError for
+    links out of it. Warns of weights that are not finite.
     """
     shapes = {name: list(view.shape) for name, view in named_weights(model, config).items()}
-    plan = formats.plan(folder, config.other, modules(config), shapes, quantization)
+    modules = config.architecture.modules(config.num_hidden_layers, config.tie_word_embeddings)
+    plan = formats.plan(folder, config.other, modules, shapes, quantization)
     device_for(device, plan.quantization)
     checkpoint = shards.find(folder, plan.expected, tied=config.tie_word_embeddings)
     model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype)

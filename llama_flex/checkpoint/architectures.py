@@ -27,6 +27,15 @@ class Architecture(NamedTuple):
     layer_types: bool = False
     use_sliding_window: bool = False
 
+    def modules(self, num_layers: int, tied: bool) -> list[tuple[str, list[str]]]:
+        """Return the path of each module with weights, and the checkpoint's names of the modules stacked in it."""
+        in_layers = [(layer, path) for layer in range(num_layers) for path in self.weights if "{}" in path]
+        head = [] if tied else [(0, "lm_head")]
+        return [
+            (path.format(layer), [name.format(layer) for name in self.weights[path]])
+            for layer, path in ((0, "embed"), (0, "norm"), *in_layers, *head)
+        ]
+
 
 _LLAMA = {
     "embed": ("model.embed_tokens",),
