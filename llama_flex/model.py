@@ -98,18 +98,17 @@ class Llama(nn.Module):
         return model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and safetensors under Hugging Face's names; loading them back is bit-exact.
+        """Write config and safetensors under Hugging Face's names, and quantised weights as compressed-tensors does.
 
-        Quantised weights are written as compressed-tensors has them. Raises ValueError for a model on the meta device,
-        and if replaced modules hold other tensors than its config.
+        Loading them back is bit-exact. Raises ValueError for a model on the meta device, and if replaced modules hold
+        other tensors than its config.
         """
         self.check_device()
         with torch.device("meta"):
             plain = Llama(self.config)
         saving.assign(plain, self.state_dict())
-        saving.save(
-            weights.named_weights(plain, self.config), self.config.to_dict(), self.generation_config, Path(folder)
-        )
+        tensors, config = weights.named_weights(plain, self.config), self.config.to_dict()
+        saving.save(tensors, config, self.generation_config, Path(folder))
 
     def blocks(self) -> Iterator[Block]:
         """Yield the layers in order, typed as Block."""

@@ -37,10 +37,10 @@ class RotaryEmbedding(nn.Module):
         inv_freq = self.inv_freq
         if self.limit is not None:
             length = torch.where(tokens.index < 0, 0, tokens.position + 1).amax(1)
-            longer = self.rope.inverse_frequencies(
+            long = self.rope.inverse_frequencies(
                 self.head_dim, context=self.context, length=length, dtype=inv_freq.dtype
             )
-            inv_freq = torch.where(length[:, None] > self.limit, longer, inv_freq)[:, None, None]
+            inv_freq = torch.where(length[:, None] > self.limit, long, inv_freq)[:, None, None]
         cos, sin = cos_sin(tokens.position, inv_freq)
         scale = self.rope.attention_scale
         return (cos, sin) if scale == 1 else (cos * scale, sin * scale)

@@ -94,10 +94,10 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
     penalty = column([r.repetition_penalty for r in requests], torch.float32, 1.0)
-    if all(r.temperature == 0 for r in requests):
+    if (temperature := column([r.divisor for r in requests], torch.float32, 0.0)) is None:
         return SamplingTensors(None, None, None, None, penalty, None)
     return SamplingTensors(
-        temperature=torch.tensor([r.divisor for r in requests], device=device),
+        temperature=temperature,
         top_k=column([r.top_k for r in requests], torch.int64, 0),
         tail=column([1 - r.top_p for r in requests], torch.float32, 0.0),
         min_p=column([r.min_p for r in requests], torch.float32, 0.0),

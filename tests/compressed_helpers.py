@@ -11,7 +11,6 @@ from helpers import TINY, tiny_reference
 
 from llama_flex import Llama
 from llama_flex.layers import Linear
-from llama_flex.weights import modules
 
 SMALL = {"vocab_size": 48, "hidden_size": 128, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
 
@@ -102,7 +101,9 @@ def quantise(folder: Path, config: dict, store, keep=lambda name: False) -> dict
 def floats_of(model: Llama) -> dict[str, torch.Tensor]:
     """Return the layers' matrices of a model as floats, by their names in a checkpoint."""
     found = {}
-    for path, names in modules(model.config):
+    for path, names in model.config.architecture.modules(
+        model.config.num_hidden_layers, model.config.tie_word_embeddings
+    ):
         if isinstance(module := model.get_submodule(path), Linear) and path != "lm_head":
             found |= zip(names, module.matrix.floats().split(module.parts), strict=True)
     return found
