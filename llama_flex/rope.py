@@ -34,15 +34,13 @@ class RotaryEmbedding(nn.Module):
 
         Frequencies that depend on a sequence's length take it from the given tokens.
         """
-        inv_freq = self.inv_freq
+        inv_freq, rope = self.inv_freq, self.rope
         if self.limit is not None:
             length = torch.where(tokens.index < 0, 0, tokens.position + 1).amax(1)
-            long = self.rope.inverse_frequencies(
-                self.head_dim, context=self.context, length=length, dtype=inv_freq.dtype
-            )
-            inv_freq = torch.where(length[:, None] > self.limit, long, inv_freq)[:, None, None]
+            longer = rope.inverse_frequencies(self.head_dim, context=self.context, length=length, dtype=inv_freq.dtype)
+            inv_freq = torch.where(length[:, None] > self.limit, longer, inv_freq)[:, None, None]
         cos, sin = cos_sin(tokens.position, inv_freq)
-        scale = self.rope.attention_scale
+        scale = rope.attention_scale
         return (cos, sin) if scale == 1 else (cos * scale, sin * scale)
 
     def _make_inv_freq(self) -> None:
