@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import masks as masks
     from .cache import Cache as Cache
     from .checkpoint.generation_config import GenerationConfig as GenerationConfig
+    from .checkpoint.quantization import Quantization as Quantization
     from .config import LlamaConfig as LlamaConfig
     from .engine.engine import Engine as Engine
     from .engine.fusion import Ensemble as Ensemble
@@ -43,6 +44,7 @@ _HOME = {
     "LlamaConfig": "config",
     "Mask": "masks.mask",
     "Prompt": "engine.fusion",
+    "Quantization": "checkpoint.quantization",
     "Sampling": "sampling",
     "Score": "eval.scoring",
     "ScoreMod": "masks.scores",
