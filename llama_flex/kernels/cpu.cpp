@@ -262,8 +262,9 @@ constexpr Order halves(int width, int plus) {
 template <int WIDTH>
 static Vector add_other(Vector sum) {
 #ifdef __clang__
-  for (int i = 0; i < WIDTH; i++) sum[i] += sum[i + WIDTH];
-  return sum;
+  Vector other;
+  for (int i = 0; i < LANES; i++) other[i] = sum[i ^ WIDTH];
+  return sum + other;
 #else
   static constexpr Order other = order(1, 0, WIDTH);
   return sum + __builtin_shuffle(sum, load<Ints>(&other));
@@ -403,6 +404,7 @@ static auto load_some(const T* from, int64_t count) {
 #endif
 }
 
+// Not in the function that reads them: libraries share such constants of functions that are not static, by their names.
 #if BFLOAT16 && defined(__AVX512BF16__)
 // In this dtype, twice: of each half of a word, an instruction looks at one bit more.
 constexpr struct {
@@ -427,7 +429,7 @@ struct Int4 {
   static constexpr int STEPS = 8;
   typedef Vector Factor;
 #endif
-  static constexpr bool FOUR = true;
+  static constexpr bool FOUR = true;  // else what surrounds a short row takes a third of the time
 
   struct Span {  // of x
     Factor factors[4][STEPS];
@@ -1110,7 +1112,7 @@ static Matrix matrix_of(const Arguments<N>& given, int numbers, int scale, int z
 }
 
 // few_rows(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
-// x [..., K], of up to 8 dimensions, weight [N, K] -> [..., N]; all of them contiguous.
+// x [..., K], of up to 8 dimensions, weight [N, K], or of 4 bits [N, K / 8] -> [..., N]; all of them contiguous.
 static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
   Arguments<7> given(stack);
   void** data = given.data;
