@@ -522,6 +522,7 @@ static void multiply_rows(Int4, const Product& p, int64_t row, int64_t m, float 
       for (int r = 0; r < R; r++) y[r][i] = total(sums[r][i]);
     }
 }
+
 // R rows of the weight, or of both halves of a gated one, with M rows of x from row `m` on.
 template <class Weights, int R, int M>
 static void rows_of(const Product& p, int64_t row, int64_t m) {
