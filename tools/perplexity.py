@@ -49,6 +49,8 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if args.quantize and args.gguf:
+        parser.error("--quantize and --gguf: give one of them")
     ids = Tokenizer.from_pretrained(args.model).encode("".join(path.read_text() for path in args.files))
     dtype = getattr(torch, args.dtype)
     model = Llama.from_pretrained(args.model, device=args.device, dtype=dtype, quantize=args.quantize)

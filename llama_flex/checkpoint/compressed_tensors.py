@@ -36,7 +36,8 @@ from .stored import (
 METHOD = "compressed-tensors"
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
 _NUMBERS, _SHAPE = "weight_packed", "weight_shape"  # tensors of a matrix, beside SCALE and ZERO
-_MOST_PATTERNS, _MOST_REPEATS = 16, 3  # of an ignore list; with more, a match could take minutes
+# Of an ignore list: with more, a match could take minutes.
+_MOST_PATTERNS, _MOST_REPEATS, _MOST_CHOICES = 16, 3, 2
 
 _KEYS = {
     "quant_method": (METHOD,),
@@ -136,7 +137,7 @@ def _matcher(where: str, ignore: Any) -> Callable[[str], bool]:
 def _compiled(where: str, pattern: str) -> re.Pattern[str]:
     """Compile a pattern that matches soon, whatever it is. Raises ConfigError for others, and for no pattern."""
     simple = re.fullmatch(r"[\w .*+^$|()\[\]\\-]{,200}", pattern) and not re.search(r"\)[*+]|\[\[|--|\|\|", pattern)
-    if not simple or sum(map(pattern.count, "*+")) > _MOST_REPEATS:
+    if not simple or sum(map(pattern.count, "*+")) > _MOST_REPEATS or pattern.count("(") > _MOST_CHOICES:
         raise ConfigError(f"{where}: ignore has 're:{pattern:.200}', a pattern that is not supported; name the modules")
     try:
         return re.compile(pattern)
@@ -218,7 +219,9 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         return found, {}
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
-        raise ValueError(f"cannot save {first} as {one} beside {second} as {other}; quantise all in the same way")
+        raise ValueError(
+            f"cannot save {first} as {one.name} beside {second} as {other.name}; quantise all in the same way"
+        )
     return found, {"quantization_config": _described(next(iter(kinds)), ignored)}
 
 
@@ -233,7 +236,7 @@ def _kind(weight: Weight) -> Quantization:
     """Return how a weight is quantised. Raises ValueError for groups that cannot be saved."""
     assert weight.scale is not None
     if not weight.is_packed:
-        return Quantization("int8" if weight.numbers.dtype == torch.int8 else "fp8", symmetric=True)
+        return Quantization("int8" if weight.numbers.dtype == torch.int8 else "fp8")
     return Quantization("int4", weight.shape[1] // weight.scale.shape[1], weight.zero is None)
 
 

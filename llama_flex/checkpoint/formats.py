@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..kernels.weight import GROUP_SIZES
 from . import quantization
 from .compressed_tensors import METHOD
 from .compressed_tensors import scheme as compressed_tensors_scheme
 from .config_rules import QUANTIZATION_KEYS, ConfigError
 from .gptq import awq_scheme, gptq_scheme
-from .quantization import GROUP_SIZES, Quantization
+from .quantization import Quantization
 from .shards import CheckpointError, Stored
 from .stored import WAY, Scheme
 

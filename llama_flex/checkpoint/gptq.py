@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import MIDDLE
+from ..kernels.weight import GROUP_SIZES, MIDDLE
 from .config_rules import ConfigError
-from .quantization import GROUP_SIZES, SCALE, ZERO, Quantization
+from .quantization import SCALE, ZERO, Quantization
 from .shards import Stored
 from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, words_of
 

@@ -5,6 +5,7 @@ Dimensions: N rows, K columns, G groups of columns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast, get_args
@@ -12,14 +13,14 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..kernels.weight import MIDDLE, RUN, Weight, pack
+from ..kernels.weight import GROUP_SIZES, MIDDLE, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
 Format: TypeAlias = Literal["int8", "fp8", "int4"]
-GROUP_SIZES = RUN, 2 * RUN, 4 * RUN
 SCALE, ZERO = "weight_scale", "weight_zero_point"  # the names of the parameters
 _INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
 _FP8 = torch.float8_e4m3fn
+_AT_ONCE = 2**18  # numbers that a CPU's cache holds in some copies
 _SHRUNK = 1.0, 0.95, 0.9, 0.85, 0.8  # ranges of 4 bits that are tried: a smaller one cuts off some, and is finer
 
 
@@ -38,8 +39,12 @@ class Quantization:
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.format, get_args(Format))
-        if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, not {self.group_size!r}")
+        if self.format != "int4":  # which have no groups
+            object.__setattr__(self, "group_size", RUN)
+            object.__setattr__(self, "symmetric", True)
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"group_size must be one of {sizes}, not {self.group_size!r:.60}")
 
     @classmethod
     def of(cls, value: Quantization | str | None) -> Quantization | None:
@@ -49,12 +54,10 @@ class Quantization:
         """
         if value is None or isinstance(value, Quantization):
             return value
-        name, *options = str(value).split("-")
-        symmetric = options[-1:] == ["symmetric"]
-        sizes = options[:-1] if symmetric else options
-        if options and (name != "int4" or len(sizes) > 1 or not all(size.isdecimal() for size in sizes)):
-            raise ValueError(f"quantize {value!r} is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like")
-        return cls(cast(Format, name), int(sizes[0]) if sizes else RUN, symmetric)
+        found = re.fullmatch(r"(int8|fp8|int4)|int4(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
+        if found is None:
+            raise ValueError(f"quantize {value!r:.60} is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like")
+        return cls(cast(Format, found[1] or "int4"), int(found[2] or RUN), found[3] is not None)
 
     @property
     def name(self) -> str:
@@ -98,9 +101,10 @@ def prepare(model: nn.Module, quantization: Quantization | None, floats: Collect
 
     floats: the paths of those left as they are. Raises ValueError for groups that do not divide rows.
     """
-    for path, module in model.named_modules() if quantization else ():
+    if quantization is None:
+        return
+    for path, module in model.named_modules():
         if hasattr(module, "parts") and path.startswith("layers.") and path not in floats:
-            assert quantization is not None
             assign(module, quantization.empty(module.get_parameter("weight")))
 
 
@@ -139,6 +143,12 @@ def to_fp8(weight: Tensor, dtype: torch.dtype) -> Weight:
 def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype) -> Weight:
     """Return whole numbers of 4 bits near to a weight `[N, K]`, with the scale, and unless symmetric the zero point, of
     each group: of a few ranges, the one with the least squared error."""
+    rows = max(1, _AT_ONCE * (64 if weight.is_cuda else 1) // weight.shape[1])
+    if len(weight) > rows:
+        each = [to_int4(part, group_size, symmetric, dtype) for part in weight.split(rows)]
+        numbers, scale, zero = (None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
+        assert numbers is not None
+        return Weight(numbers, scale, zero)
     groups = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group_size))
     low, high = groups.amin(2, keepdim=True).clamp_(max=0), groups.amax(2, keepdim=True).clamp_(min=0)
     best: tuple[Tensor, ...] = ()

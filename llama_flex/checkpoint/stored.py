@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.weight import GROUP_SIZES
 from .config_rules import ConfigError
-from .quantization import GROUP_SIZES, Quantization
+from .quantization import Quantization
 from .shards import Stored
 
 WAY = "give the checkpoint that they were made of (the model card names it), or dequantise them with that library"

@@ -69,7 +69,7 @@ def prefill(
 
 def newest_outputs(rows: Sequence[np.ndarray], outputs: Iterable[Tensor]) -> Iterator[Tensor | None]:
     """Yield None for each chunk but the last, and then the outputs `[R, 1, E]` at each row's last token."""
-    counts, ends, start = torch.tensor([row.shape[1] for row in rows]), None, 0
+    counts, ends, start = torch.tensor([row.shape[1] for row in rows], device="cpu"), None, 0
     for x in outputs:
         left = counts - start
         here = (left > 0) & (left <= x.shape[1])

@@ -23,12 +23,10 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from . import build
-from .weight import RUN, Weight
+from .weight import Weight
 
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # each has a library of its own
-QUANTISED = torch.int8, torch.float8_e4m3fn, torch.int32  # numbers of weights with a scale
-_GROUPS = RUN, 2 * RUN, 4 * RUN  # columns that have a scale of their own, of 4 bits
 BIAS, NORM, RESIDUAL, GATED, SCALE, ZERO = 1, 2, 4, 8, 16, 32  # the parts of a product besides x and weight
 _ATTENTION = (  # a `Newest`, with a cache
     "Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor visible, Tensor page_table"
@@ -115,14 +113,6 @@ def describe(dtype: torch.dtype) -> str:
         return "torch's: cpu.cpp could not be compiled and loaded"
     bits = 32 * _libraries[dtype].lanes()
     return f"cpu.cpp, {bits}-bit vectors, up to {ROWS} rows; torch's for more, which are bound by arithmetic"
-
-
-def can_read(weight: Weight) -> bool:
-    """Return whether there is code for a weight, if it fits what it is multiplied by."""
-    if weight.scale is None:
-        return True
-    columns = weight.shape[1] // weight.scale.shape[1]
-    return weight.numbers.dtype in QUANTISED and (not weight.is_packed or columns in _GROUPS)
 
 
 def few_rows(

@@ -63,8 +63,6 @@ def can_fuse(
         if x.dtype == torch.float32:  # 4 bits multiplied before zero is subtracted would cost the last two bits
             return rows == 1 and not weight.is_packed
         return 0 < rows <= FEW_ROWS
-    if not cpu.can_read(weight):
-        return False
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
     if torch.compiler.is_dynamo_compiling():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 RUN = 32  # columns whose numbers of 4 bits lie together
+GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
 _SHIFTS = tuple(range(0, 32, 4))
 
@@ -49,9 +50,10 @@ class Weight(NamedTuple):
             return False
         rows, columns = self.shape
         groups = self.scale.shape[-1]
-        if self.scale.shape != (rows, groups) or not groups or columns % groups or (groups > 1 and not self.is_packed):
+        sizes = [size for size in GROUP_SIZES if not columns % size] if self.is_packed else [columns]
+        if self.scale.shape != (rows, groups) or groups not in [columns // size for size in sizes]:
             return False
-        if self.zero is not None and (not self.is_packed or self.zero.shape != self.scale.shape):
+        if self.zero is not None and (self.zero.dtype != torch.uint8 or self.zero.shape != self.scale.shape):
             return False
         parts = (self.numbers, self.scale) if self.zero is None else self
         return all(part.device == x.device for part in parts if part is not None)
@@ -62,7 +64,8 @@ class Weight(NamedTuple):
             return self.numbers
         if self.numbers.dtype not in QUANTISED:
             raise ValueError(
-                f"a weight_scale belongs to a weight of few bits, not of {self.numbers.dtype}; set it to None"
+                f"a weight_scale belongs to a weight of few bits, not of {self.numbers.dtype}; if the dtype of a model "
+                "in fp8 was changed, load it in that dtype; else set the scale to None"
             )
         if not self.is_packed:
             return self.numbers.to(self.scale.dtype) * self.scale

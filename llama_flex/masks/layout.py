@@ -46,7 +46,7 @@ def new_layers(
     """Allocate the keys and values of each layer: zeros, as a masked slot still takes part in products, and 0 * NaN is
     NaN."""
     if torch.device(device).type == "cpu":  # whose zeros take no memory until they are written
-        held = [torch.zeros(shape, dtype=dtype) for _ in range(2 * count)]
+        held = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * count)]
     else:
         held = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * count)]
         torch._foreach_zero_(held)  # a kernel for many layers: each would take the host longer than the GPU

@@ -240,6 +240,8 @@ def test_the_output_matrix_must_keep_floats_unless_it_is_the_embedding(folder, t
         (["re:(a+)+b"], "ignore has 're:(a+)+b', a pattern that is not supported; name the modules"),
         (["re:.*.*.*.*x"], "a pattern that is not supported"),
         (["re:(?!x)"], "a pattern that is not supported"),
+        (["re:" + "(.|)" * 40 + "Z"], "a pattern that is not supported"),
+        (["re:" + "(a|a)" * 30], "a pattern that is not supported"),
         (["re:a{9}"], "a pattern that is not supported"),
         (["re:[b-a]"], "which is no pattern (bad character range"),
         (["re:("], "which is no pattern"),

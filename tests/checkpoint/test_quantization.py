@@ -197,7 +197,7 @@ def test_the_layers_of_a_quantised_model_take_half_the_memory(demo_folder):
 
 def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
     quantised(tiny_pair, tmp_path, "gqa")
-    with pytest.raises(ValueError, match="quantize 'int3' is not known; choose 'int8' or 'fp8' or 'int4'"):
+    with pytest.raises(ValueError, match="quantize 'int3' is not known; use 'int8', 'fp8', 'int4', 'int4-128'"):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int3")
     with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 48"):
         Quantization("int4", 48)
@@ -228,3 +228,36 @@ def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):
         warnings.simplefilter("error")
         tiny_pair("gqa")[1].save_pretrained(tmp_path / "whole")
         Llama.from_pretrained(tmp_path / "whole", device="cpu", quantize="int8")
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4-32", "int4-128", "int4-64-symmetric", "int4-32-symmetric"])
+def test_a_name_is_read_back(name):
+    assert Quantization.of(Quantization.of(name).name) == Quantization.of(name)
+    assert Quantization.of(name).name == name
+
+
+@pytest.mark.parametrize("name", ["int8-32", "fp8-symmetric", "int4-9999", "int4-٣٢", "int4-", 4, True, "int4-128-x"])
+def test_other_names_are_refused_in_a_line(name):
+    with pytest.raises(ValueError, match="is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like"):
+        Quantization.of(name)
+
+
+def test_a_model_in_fp8_whose_dtype_changed_says_what_to_do(tiny_pair, tmp_path):
+    model = quantised(tiny_pair, tmp_path, "gqa", "fp8").half()
+    with pytest.raises(ValueError, match="if the dtype of a model in fp8 was changed, load it in that dtype"):
+        model(torch.tensor([[1, 2]]), backend="dense")
+
+
+@pytest.mark.parametrize("fault", ["zero of another dtype", "groups of another size"])
+@torch.no_grad()
+def test_parts_that_kernels_do_not_read_are_computed_by_definition(tiny_pair, tmp_path, fault):
+    model = quantised(tiny_pair, tmp_path, "gqa", "int4")
+    expected = model(torch.tensor([[1, 2]]), backend="dense")
+    for module in (x for x in model.modules() if isinstance(x, Linear) and x.weight_scale is not None):
+        weight = module.matrix
+        if fault == "zero of another dtype":
+            quantization.assign(module, weight._replace(zero=weight.zero.int()))
+        else:
+            halves = (x.repeat_interleave(2, 1) for x in (weight.scale, weight.zero))
+            quantization.assign(module, type(weight)(weight.numbers, *halves))
+    torch.testing.assert_close(model(torch.tensor([[1, 2]]), backend="dense"), expected, rtol=1e-4, atol=1e-4)
