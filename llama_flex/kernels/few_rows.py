@@ -38,7 +38,6 @@ def few_rows(
     bias: Tensor | None,
     residual: Tensor | None,
     gated: bool,
-    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """Compute residual + x @ weight.T + bias for x `[M, K]`, weight `[N, K]` -> `[M, N]`; gated: silu of the first half
     times the second, `[M, N/2]`. numbers, scale, zero: see `weight.Weight`. Accumulates in float32, and rounds where
@@ -49,12 +48,9 @@ def few_rows(
     bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
     tokens = max(16, triton.next_power_of_2(m))
     device: Any = torch.cuda.get_device_properties(x.device)
-    if tile is None:
-        tiles = (_GATED_TILES if gated else _TILES)[bits]
-        most = device.shared_memory_per_block_optin
-        fitting = [t for t in tiles if t[3] * t[1] * (t[0] * bits // 8 * (1 + gated) + 2 * tokens) < 0.9 * most]
-        tile = (*fitting, tiles[-1])[0]
-    rows, columns, warps, stages = tile
+    tiles, most = (_GATED_TILES if gated else _TILES)[bits], device.shared_memory_per_block_optin
+    fitting = [t for t in tiles if t[3] * t[1] * (t[0] * bits // 8 * (1 + gated) + 2 * tokens) < 0.9 * most]
+    rows, columns, warps, stages = (*fitting, tiles[-1])[0]
     out = x.new_empty(m, n)
     overlap = device.major >= 9
     sizes = {

@@ -24,7 +24,6 @@ def gemv(
     eps: float,
     residual: Tensor | None,
     gated: bool,
-    tile: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Compute residual + weight @ norm(x) + bias for x `[K]`, weight `[N, K]` -> `[N]`; gated: silu of the first half
     times the second, `[N/2]`. numbers, scale, zero: see `weight.Weight`. Accumulates in float32, and rounds where
@@ -32,8 +31,8 @@ def gemv(
     n, k = len(numbers) // (1 + gated), len(x)
     assert numbers.is_contiguous()
     assert x.is_contiguous()
-    packed = numbers.dtype == torch.int32
-    rows, columns, warps = tile or _tile(8 if packed else numbers.itemsize, len(numbers), k)
+    bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
+    rows, columns, warps = _tile(bits, len(numbers), k)
     rows = rows // 2 if gated else rows
     out = x.new_empty(n)
     capability = torch.cuda.get_device_capability(x.device)
@@ -43,7 +42,7 @@ def gemv(
         "ROWS": rows,
         "COLUMNS": columns,
         "GROUP": k if scale is None else k // scale.shape[1],
-        "PACKED": packed,
+        "PACKED": bits == 4,
         "GATED": gated,
         "FLOAT8": capability >= (8, 9),  # whether the device converts it
         "OVERLAP": overlap,
@@ -54,13 +53,12 @@ def gemv(
     return out
 
 
-def _tile(size: int, n: int, k: int) -> tuple[int, int, int]:
-    """Return the rows and columns that a program multiplies at a time, and its warps: found by trying all on the
-    matrices of the 8B shape, and those of 16 bits on the 1B and 3B shapes, too, on an H200. size: of an element of the
-    weight in bytes, 8 for the words of numbers of 4 bits."""
-    if size == 1:
+def _tile(bits: int, n: int, k: int) -> tuple[int, int, int]:
+    """Return the rows and columns that a program multiplies at a time, and its warps, for a weight `[N, K]` of so many
+    bits: found by trying all on the matrices of the 8B shape, and with 16 bits of the 1B and 3B shapes, on an H200."""
+    if bits == 8:
         return (4, 4096, 4) if 2048 < k <= 4096 else (4, 2048, 2)
-    if size == 8:
+    if bits == 4:
         return (4 if n <= 4096 else 8, *((4096, 4) if 2048 < k <= 4096 else (2048, 2)))
     return (4, 1024, 4) if k < 4096 else (4, 2048, 8) if k < 8192 else (2, 2048, 4)
 

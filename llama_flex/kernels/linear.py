@@ -89,7 +89,7 @@ def fused_linear(
         if norm is not None:  # by each program anew it would take longer
             wide = x.float()
             x = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm).to(x.dtype)
-        residual = None if residual is None else residual.reshape(rows, -1)
+        residual = None if residual is None else residual.reshape(rows, -1).contiguous()
         y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), *weight, bias, residual, gated)
     return y.view(*x.shape[:-1], -1)
 
