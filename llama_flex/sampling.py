@@ -93,6 +93,7 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
     def column(values: Sequence[float | None], dtype: torch.dtype, neutral: float | None) -> Tensor | None:
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
+    requests = [with_seed(r) for r in requests]
     penalty = column([r.repetition_penalty for r in requests], torch.float32, 1.0)
     if (temperature := column([r.divisor for r in requests], torch.float32, 0.0)) is None:
         return SamplingTensors(None, None, None, None, penalty, None)
@@ -102,7 +103,7 @@ def stack(requests: Sequence[Sampling], device: torch.device) -> SamplingTensors
         tail=column([1 - r.top_p for r in requests], torch.float32, 0.0),
         min_p=column([r.min_p for r in requests], torch.float32, 0.0),
         repetition_penalty=penalty,
-        seed=column([with_seed(r).seed for r in requests], torch.int64, None),
+        seed=column([r.seed for r in requests], torch.int64, None),
     )
 
 
