@@ -32,10 +32,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if (y := cpu.normalise(x, self.weight, self.eps)) is not None:
-            return y
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        y = cpu.normalise(x, self.weight, self.eps)
+        return linear.rms_norm(x, self.weight, self.eps) if y is None else y
 
 
 class Linear(nn.Linear):

@@ -43,7 +43,7 @@ def scheme_of(raw: Mapping[str, Any]) -> Scheme | None:
 
 
 class Plan(NamedTuple):
-    """How a model is loaded from a folder.
+    """The tensors of a folder, and the parameters that they become.
 
     expected: the tensors in its files, by name. quantization: of the model's layers, or None. floats: the paths of
     modules that it does not apply to.

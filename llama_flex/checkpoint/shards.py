@@ -83,7 +83,7 @@ def find(folder: Path, expected: Mapping[str, Stored], *, tied: bool) -> Checkpo
     problems: list[str] = []
     stored: dict[str, torch.dtype] = {}
     shapes: dict[str, list[int]] = {}
-    known = any("F32" not in each.dtypes for each in expected.values())  # that it is quantised
+    is_quantised = any("F32" not in each.dtypes for each in expected.values())
     for path in _files(folder):
         with opened(path) as file:
             for key in file.keys():  # noqa: SIM118
@@ -95,7 +95,7 @@ def find(folder: Path, expected: Mapping[str, Stored], *, tied: bool) -> Checkpo
                 if dtype in DTYPES:
                     stored[name] = DTYPES[dtype]
                 if dtype not in allowed and not _OF_A_DRAFT.fullmatch(key):  # its tables of ids are integers
-                    reason = f"not {' or '.join(allowed)}" if known else "quantised; config.json says not"
+                    reason = f"not {' or '.join(allowed)}" if is_quantised else "quantised; config.json says not"
                     problems.append(f"stored as {dtype}: {name} ({reason})")
                 if name in found and (other := _difference(found[name], file.get_tensor(key))):
                     both = [f"{source.name} in {source.path.name}" for source in (found[name], Source(path, key))]

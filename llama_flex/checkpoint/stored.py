@@ -23,7 +23,7 @@ ANY: Any = object()  # stands for all values of a key, where another check follo
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint stores its quantised matrices.
+    """The storage of a checkpoint's quantised matrices.
 
     method: the name of the format. quantization: the numbers they become. per_row: a scale of 4 bits is for a whole
     row, and repeated for groups. ignores: tells by its name whether a module keeps floats. tensors: from the name and

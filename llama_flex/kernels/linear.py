@@ -38,6 +38,12 @@ for _name, _function in (("gemv", _gemv), ("few_rows", _few_rows)):
     )
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute `layers.RMSNorm` of x `[..., E]`, in float32 or wider, rounded once."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
 def can_fuse(
     x: Tensor,
     weight: Weight,
@@ -86,9 +92,7 @@ def fused_linear(
     if rows == 1:
         y = torch.ops.llama_flex.gemv(x.reshape(-1), *weight, bias, norm, eps, residual, gated)
     else:
-        if norm is not None:  # by each program anew it would take longer
-            wide = x.float()
-            x = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * norm).to(x.dtype)
+        x = x if norm is None else rms_norm(x, norm, eps)  # by each program anew it would take longer
         residual = None if residual is None else residual.reshape(rows, -1).contiguous()
         y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), *weight, bias, residual, gated)
     return y.view(*x.shape[:-1], -1)

@@ -45,15 +45,9 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def floats(tmp_path_factory):
-    """A checkpoint of floats; not to be changed."""
-    return write_floats(tmp_path_factory.mktemp("floats"))
-
-
 @pytest.fixture
 def folder(floats, tmp_path):
-    """A copy of it to change."""
+    """A copy of `floats` to change."""
     return shutil.copytree(floats, tmp_path / "model")
 
 
