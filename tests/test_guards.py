@@ -18,11 +18,15 @@ PACKAGE = Path(llama_flex.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in FILES}
 MODULES = [".".join(("llama_flex", *Path(name).with_suffix("").parts)).removesuffix(".__init__") for name in TREES]
-FORBIDDEN = ("transformers", "accelerate", "triton", "flash_attn", "xformers")
-CUDA_ONLY = "kernels/gemv.py", "kernels/few_rows.py"  # import Triton, which comes with torch's CUDA builds only
+FORBIDDEN = ("transformers", "accelerate", "triton", "cuda", "flash_attn", "xformers")
+# Import Triton or CUDA's bindings, which come with torch's CUDA builds only.
+CUDA_ONLY = "kernels/gemv.py", "kernels/few_rows.py", "kernels/int4_gemv.py"
 PARITY = "eval/parity.py"  # compares with transformers: imported by nothing else of the package
 # Import what only extras bring.
-LAZY = ("llama_flex.kernels.gemv", "llama_flex.kernels.few_rows", "llama_flex.eval.lm_eval", "llama_flex.eval.parity")
+LAZY = (
+    *(f"llama_flex.{file.removesuffix('.py').replace('/', '.')}" for file in CUDA_ONLY),
+    *("llama_flex.eval.lm_eval", "llama_flex.eval.parity"),
+)
 
 
 def run(code: str) -> str:
@@ -62,7 +66,7 @@ def last_name(node: ast.AST) -> str | None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_file_imports_what_the_package_does_without(name):
-    allowed = {**{file: {"triton"} for file in CUDA_ONLY}, PARITY: {"transformers"}}
+    allowed = {**{file: {"triton", "cuda"} for file in CUDA_ONLY}, PARITY: {"transformers"}}
     assert imported(TREES[name]) & set(FORBIDDEN) <= allowed.get(name, set())
 
 
@@ -95,7 +99,7 @@ def imported_at_once(node: ast.AST) -> set[str]:
 @pytest.mark.parametrize("name", TREES)
 def test_imports_that_need_triton_or_an_extra_are_lazy(name):
     at_once = imported_at_once(TREES[name])
-    assert not at_once & {"gemv", "few_rows"}
+    assert not at_once & {"gemv", "few_rows", "int4_gemv"}
     assert "lm_eval" not in at_once or name == "eval/lm_eval.py"
     assert "parity" not in at_once
 

@@ -14,10 +14,10 @@ FEW_ROWS = 32  # on CUDA; with more, cuBLAS is faster
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 
 
-def _gemv(*args: Any) -> Tensor:
-    from .gemv import gemv  # Triton comes with torch's CUDA builds only
+def _gemv(x: Tensor, numbers: Tensor, *args: Any) -> Tensor:
+    from . import gemv, int4_gemv  # Triton and CUDA's own packages come with torch's CUDA builds only
 
-    return gemv(*args)
+    return (int4_gemv if int4_gemv.takes(x, numbers) else gemv).gemv(x, numbers, *args)
 
 
 def _few_rows(*args: Any) -> Tensor:
