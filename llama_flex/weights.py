@@ -60,4 +60,4 @@ def load(
                 if source.path == path:
                     plan.fill(places, name, file.get_tensor(source.name))
     checkpoint.check_tied_copy(next(iter(places.values())))
-    shards.warn_if_not_finite({n.removesuffix("_scale"): x for n, x in places.items() if x.dtype in DTYPES})
+    plan.check(places)

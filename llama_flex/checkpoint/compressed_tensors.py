@@ -1,13 +1,16 @@
-"""Checkpoints of the library compressed-tensors (llm-compressor, vLLM): weights in 8 or 4 bits, read and written.
+"""Checkpoints of the library compressed-tensors (llm-compressor, vLLM), read and written: weights in 8 or 4 bits, and
+inputs in 8.
 
 Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is stored as `x.weight_packed`, int32
 `[N, K / 8]`, lowest bits first, each number from 0 to 15 with 8 for 0; `x.weight_scale` `[N, G]`; perhaps
 `x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; and `x.weight_shape`, (N, K). One of 8 bits
-is stored as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale` `[N, 1]`.
+is stored as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale` `[N, 1]`; its inputs may be numbers of the
+same kind, with a scale of their own, or with `x.input_scale` `[1]`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from ..kernels.weight import Weight
 from .config_rules import ConfigError
-from .quantization import SCALE, ZERO, Format, Quantization
+from .quantization import INPUT, SCALE, ZERO, Format, Inputs, Quantization
 from .shards import Stored
 from .stored import (
     ANY,
@@ -50,7 +53,7 @@ _KEYS = {
     "moe_sparsity_config": (None, {}),
     "transform_config": (None, {}),
 }
-_GROUP_KEYS = {"targets": (["Linear"],), "weights": ANY, "input_activations": (None,), "output_activations": (None,)}
+_GROUP_KEYS = {"targets": (["Linear"],), "weights": ANY, "input_activations": ANY, "output_activations": (None,)}
 _WEIGHT_KEYS = {
     "num_bits": ANY,
     "type": ANY,
@@ -62,6 +65,18 @@ _WEIGHT_KEYS = {
     "actorder": (None, False, "weight", "static"),  # only the order of calibration; others reorder columns by a g_idx
     "scale_dtype": (None, "torch.float16", "torch.bfloat16", "torch.float32"),
     "zp_dtype": (None, "torch.int8"),
+}
+_INPUT_KEYS = {
+    "num_bits": (8,),
+    "type": ANY,
+    "symmetric": (True,),
+    "strategy": ("token", "tensor", None),
+    "group_size": (None,),
+    "block_structure": (None,),
+    "dynamic": (True, False),
+    "actorder": (None,),
+    "scale_dtype": (None,),
+    "zp_dtype": ANY,  # of zero points, which there are none of
 }
 # By format, type and bits: ours, the strategies, and whether there may be zero points.
 _SUPPORTED: dict[tuple[Any, ...], tuple[Format, tuple[str, ...], bool]] = {
@@ -91,6 +106,9 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
         raise ConfigError(f"{where}: targets are missing (only ['Linear']); {WAY}")
     weights = check_keys(f"{where}.weights", group.get("weights"), _WEIGHT_KEYS, inert=("observer", "observer_kwargs"))
     quantization, strategy = _quantization(f"{where}.weights", layout, weights)
+    if group.get("input_activations") is not None:
+        inputs = _inputs(f"{where}.input_activations", layout, group["input_activations"])
+        quantization = dataclasses.replace(quantization, inputs=inputs)
     return Scheme(
         METHOD,
         quantization,
@@ -121,6 +139,24 @@ def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[
     if size not in (None, -1) or isinstance(size, float):
         raise ConfigError(f"{where}: group_size={size!r:.200} does not go with strategy={strategy!r}; {WAY}")
     return Quantization(form, symmetric=symmetric), strategy
+
+
+def _inputs(where: str, layout: str, inputs: Any) -> Inputs:
+    """Return which inputs a layer has, with the library's defaults. Raises ConfigError for others."""
+    found = check_keys(where, inputs, _INPUT_KEYS, inert=("observer", "observer_kwargs"))
+    kind, known = found.get("type", "int"), {INTEGERS: "int", FLOATS: "float"}.get(layout)
+    if known is None:
+        raise ConfigError(f"{where} is not supported in format={layout!r} (only in {INTEGERS!r} or {FLOATS!r}); {WAY}")
+    if kind != known:
+        raise ConfigError(f"{where}: type={kind!r:.50} in format={layout!r} is not supported (only {known!r}); {WAY}")
+    dynamic, strategy = found.get("dynamic", False), found.get("strategy") or "tensor"
+    if dynamic != (strategy == "token"):
+        why = ": a token's result would depend on those computed with it" if dynamic else ""
+        raise ConfigError(
+            f"{where}: strategy={strategy!r} with dynamic={dynamic} is not supported{why} (only 'token' with True or "
+            f"'tensor' with False); {WAY}"
+        )
+    return "dynamic" if dynamic else "static"
 
 
 def _matcher(where: str, ignore: Any) -> Callable[[str], bool]:
@@ -164,6 +200,8 @@ def _tensors(
         found[numbers] = Stored([rows, columns], numbers, as_it_is, ("I8",))
     else:
         found[numbers] = Stored([rows, columns], numbers, _floats_of_8_bits, ("F8_E4M3",))
+    if quantization.inputs == "static":
+        found[f"{name}.{INPUT}"] = Stored([1], f"{name}.{INPUT}")
     if not quantization.symmetric and quantization.format == "int4":
         found[zero] = Stored([-(-rows // 8), groups], zero, partial(_zero_points, rows), ("I32",))
     return found
@@ -205,7 +243,7 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     for name, tensor in tensors.items():
         matrix = name.removesuffix(".weight")
         if (scale := tensors.get(f"{matrix}.{SCALE}")) is not None and matrix != name:
-            weight = Weight(tensor, scale, tensors.get(f"{matrix}.{ZERO}"))
+            weight = Weight(tensor, scale, *(tensors.get(f"{matrix}.{part}") for part in (ZERO, INPUT)))
             kinds.setdefault(_kind(weight), name)
             if not name.startswith("model.layers."):
                 raise ValueError(f"cannot save {name} in few bits, only matrices of layers; keep floats in it")
@@ -214,6 +252,10 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
                 name = f"{matrix}.{_NUMBERS}"
         elif matrix != name and tensor.ndim == 2 and name.startswith("model.layers."):
             ignored.append(matrix)
+        if name.endswith(INPUT):
+            if tensor.numel():
+                found[name] = _one_of(name, tensor)
+            continue
         found[name] = words_of(_padded(tensor).T).T if name.endswith(ZERO) else tensor
     if not kinds:
         return found, {}
@@ -236,8 +278,17 @@ def _kind(weight: Weight) -> Quantization:
     """Return how a weight is quantised. Raises ValueError for groups that cannot be saved."""
     assert weight.scale is not None
     if not weight.is_packed:
-        return Quantization("int8" if weight.numbers.dtype == torch.int8 else "fp8")
+        given = weight.input_scale
+        inputs: Inputs | None = None if given is None else "static" if given.numel() else "dynamic"
+        return Quantization("int8" if weight.numbers.dtype == torch.int8 else "fp8", inputs=inputs)
     return Quantization("int4", weight.shape[1] // weight.scale.shape[1], weight.zero is None)
+
+
+def _one_of(name: str, scale: Tensor) -> Tensor:
+    """Return a scale of inputs `[N, 1]` as it is stored, `[1]`. Raises ValueError unless it is one number."""
+    if (scale != scale[0]).any():
+        raise ValueError(f"cannot save {name}, whose numbers differ; give all inputs of a layer one scale")
+    return scale[0]
 
 
 def _padded(zero: Tensor) -> Tensor:
@@ -256,8 +307,12 @@ def _described(quantization: Quantization, ignored: list[str]) -> dict[str, Any]
         "group_size": quantization.group_size if is_4 else None,
         "dynamic": False,
     }
+    inputs = None
+    if quantization.inputs is not None:
+        dynamic = quantization.inputs == "dynamic"
+        inputs = weights | {"strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
     # The format is named in the group, too: without it, the library takes 8 bits for packed.
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": METHOD,
         "format": layout,

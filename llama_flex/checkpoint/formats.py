@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..kernels.weight import GROUP_SIZES
-from . import quantization
+from . import quantization, shards
 from .compressed_tensors import METHOD
 from .compressed_tensors import scheme as compressed_tensors_scheme
 from .config_rules import QUANTIZATION_KEYS, ConfigError
 from .gptq import awq_scheme, gptq_scheme
-from .quantization import Quantization
+from .quantization import INPUT, Quantization
 from .shards import CheckpointError, Stored
 from .stored import WAY, Scheme
 
@@ -46,13 +46,14 @@ class Plan(NamedTuple):
     """The tensors of a folder, and the parameters that they become.
 
     expected: the tensors in its files, by name. quantization: of the model's layers, or None. floats: the paths of
-    modules that it does not apply to.
+    modules that it does not apply to. sharing: the names of matrices that take the same inputs, with a scale for each.
     """
 
     folder: Path
     expected: dict[str, Stored]
     quantization: Quantization | None
     floats: frozenset[str] = frozenset()
+    sharing: tuple[list[str], ...] = ()
 
     def fill(self, places: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
         """Copy a tensor of the files into the parameters. Raises CheckpointError naming one with invalid values."""
@@ -66,6 +67,19 @@ class Plan(NamedTuple):
             raise CheckpointError(f"{self.folder}: {name} {error}") from None
         if place:
             places[place].copy_(found)
+
+    def check(self, places: Mapping[str, Tensor]) -> None:
+        """Warn of floats that are not finite. Raises CheckpointError if scales of the same inputs differ."""
+        floats = {n: x for n, x in places.items() if x.dtype in shards.DTYPES.values() and x.numel()}
+        shards.warn_if_not_finite({name.replace(".weight_scale", ".weight"): x for name, x in floats.items()})
+        for first, *others in self.sharing:
+            for other in others:
+                one, two = (places[f"{name}.{INPUT}"][0].item() for name in (first, other))
+                if one != two:
+                    raise CheckpointError(
+                        f"{self.folder}: {other}.{INPUT} is {two}, but that of {first}, which has the same inputs, is "
+                        f"{one}, which is not supported; {WAY}"
+                    )
 
 
 def plan(
@@ -98,7 +112,7 @@ def _quantised(
     folder: Path, scheme: Scheme, modules: Iterable[tuple[str, list[str]]], shapes: Mapping[str, list[int]]
 ) -> Plan:
     """Return how to load a quantised checkpoint. Raises ConfigError if it does not fit the model."""
-    floats, found = set(), dict[str, list[int]]()
+    floats, found, sharing = set(), dict[str, list[int]](), list[list[str]]()
     for path, names in modules:
         matrices = {name: shape for name in names if len(shape := shapes[f"{name}.weight"]) == 2}
         if path == "lm_head" and not scheme.ignores(path):
@@ -113,6 +127,7 @@ def _quantised(
             floats.add(path)
         else:
             found |= matrices
+            sharing += [names] if scheme.quantization.inputs == "static" else []
     if scheme.per_row:
         scheme = dataclasses.replace(scheme, quantization=_for_rows(scheme.quantization, found))
     size = scheme.quantization.group_size
@@ -126,7 +141,7 @@ def _quantised(
             expected |= scheme.tensors(matrix, *shape)
         else:
             expected[name] = Stored(shape, name)
-    return Plan(folder, expected, scheme.quantization, frozenset(floats))
+    return Plan(folder, expected, scheme.quantization, frozenset(floats), tuple(sharing))
 
 
 def _for_rows(quantization: Quantization, matrices: Mapping[str, list[int]]) -> Quantization:

@@ -13,11 +13,12 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..kernels.weight import GROUP_SIZES, MIDDLE, RUN, Weight, pack
+from ..kernels.weight import GROUP_SIZES, MIDDLE, PARTS, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
 Format: TypeAlias = Literal["int8", "fp8", "int4"]
-SCALE, ZERO = "weight_scale", "weight_zero_point"  # the names of the parameters
+Inputs: TypeAlias = Literal["dynamic", "static"]
+_, SCALE, ZERO, INPUT = PARTS
 _INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
 _FP8 = torch.float8_e4m3fn
 _AT_ONCE = 2**18  # numbers that a CPU's cache holds in some copies
@@ -26,19 +27,25 @@ _SHRUNK = 1.0, 0.95, 0.9, 0.85, 0.8  # ranges of 4 bits that are tried: a smalle
 
 @dataclass(frozen=True)
 class Quantization:
-    """The numbers that weights are kept in.
+    """The numbers that weights are kept in, and perhaps their inputs.
 
     format: "int8", whole numbers, or "fp8", float8_e4m3fn, with a scale for each row; "int4", whole numbers of 4 bits,
-    with a scale and a zero point for every `group_size` numbers of a row. symmetric: no zero points.
-    Raises ValueError for an unknown format or group size.
+    with a scale and a zero point for every `group_size` numbers of a row. symmetric: no zero points. inputs: those of a
+    product become numbers of the same format, "dynamic", with a scale for each token, or "static", with a checkpoint's
+    scale for all. Raises ValueError for an unknown format or group size, and for inputs of 4 bits.
     """
 
     format: Format
     group_size: int = RUN
     symmetric: bool = False
+    inputs: Inputs | None = None
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.format, get_args(Format))
+        if self.inputs is not None:
+            check_choice("inputs", self.inputs, get_args(Inputs))
+            if self.format == "int4":
+                raise ValueError(f'inputs={self.inputs!r} is for "int8" and "fp8", not for "int4"; leave it out')
         if self.format != "int4":  # which have no groups
             object.__setattr__(self, "group_size", RUN)
             object.__setattr__(self, "symmetric", True)
@@ -48,22 +55,25 @@ class Quantization:
 
     @classmethod
     def of(cls, value: Quantization | str | None) -> Quantization | None:
-        """Return a quantization, given as such or by its name: "int8", "fp8", "int4", "int4-128", "int4-64-symmetric".
+        """Return a quantization of floats, given as such or by its name: "int8", "fp8-dynamic", "int4-64-symmetric".
 
         Raises ValueError for anything else.
         """
+        if isinstance(value, Quantization) and value.inputs == "static":
+            raise ValueError(f"quantize {value.name!r} needs scales of inputs, which floats do not have; use 'dynamic'")
         if value is None or isinstance(value, Quantization):
             return value
-        found = re.fullmatch(r"(int8|fp8|int4)|int4(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
+        found = re.fullmatch(r"(int8|fp8|int4)|(int8|fp8)-dynamic|int4(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
         if found is None:
             raise ValueError(f"quantize {value!r:.60} is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like")
-        return cls(cast(Format, found[1] or "int4"), int(found[2] or RUN), found[3] is not None)
+        form = cast(Format, found[1] or found[2] or "int4")
+        return cls(form, int(found[3] or RUN), found[4] is not None, "dynamic" if found[2] else None)
 
     @property
     def name(self) -> str:
-        """The name that `of` takes."""
+        """The name, which `of` takes."""
         if self.format != "int4":
-            return self.format
+            return self.format if self.inputs is None else f"{self.format}-{self.inputs}"
         return f"int4-{self.group_size}" + ("-symmetric" if self.symmetric else "")
 
     def empty(self, weight: Tensor) -> Weight:
@@ -71,7 +81,8 @@ class Quantization:
         rows, columns = weight.shape
         one = weight.new_empty(rows, 1)
         if self.format != "int4":
-            return Weight(torch.empty_like(weight, dtype=torch.int8 if self.format == "int8" else _FP8), one)
+            numbers = torch.empty_like(weight, dtype=torch.int8 if self.format == "int8" else _FP8)
+            return Weight(numbers, one, None, self._input_scale(one))
         if columns % self.group_size:
             fitting = [str(size) for size in GROUP_SIZES if not columns % size]
             way = f"use {' or '.join(fitting)}" if fitting else 'use "int8" or "fp8"'
@@ -84,7 +95,14 @@ class Quantization:
         """Return the numbers nearest to a weight `[N, K]`, with scales of a dtype."""
         if self.format == "int4":
             return to_int4(weight, self.group_size, self.symmetric, dtype)
-        return to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
+        found = to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
+        return found._replace(input_scale=self._input_scale(found.scale))
+
+    def _input_scale(self, scale: Tensor | None) -> Tensor | None:
+        """Return memory for the scale of inputs, if they have any: as a weight's `scale`, or with no column."""
+        if scale is None or self.inputs is None:
+            return None
+        return torch.empty_like(scale if self.inputs == "static" else scale[:, :0])
 
 
 def device_for(device: torch.device | str | None, quantization: Quantization | None) -> torch.device:
@@ -110,7 +128,7 @@ def prepare(model: nn.Module, quantization: Quantization | None, floats: Collect
 
 def assign(linear: nn.Module, weight: Weight) -> None:
     """Make a weight that of a linear layer."""
-    for name, tensor in zip(("weight", SCALE, ZERO), weight, strict=True):
+    for name, tensor in zip(PARTS, weight, strict=True):
         linear.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
@@ -122,7 +140,7 @@ def fill(places: Mapping[str, Tensor], name: str, tensor: Tensor, quantization: 
         return
     assert quantization is not None
     found = quantization.quantise(tensor.to(scale.device), scale.dtype)
-    for place, part in zip((places[name], scale, places.get(f"{name}_zero_point")), found, strict=True):
+    for place, part in zip((places[name], scale, places.get(f"{name}_zero_point"), None), found, strict=True):
         if place is not None and part is not None:
             place.copy_(part)
 
@@ -146,7 +164,7 @@ def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype
     rows = max(1, _AT_ONCE * (64 if weight.is_cuda else 1) // weight.shape[1])
     if len(weight) > rows:
         each = [to_int4(part, group_size, symmetric, dtype) for part in weight.split(rows)]
-        numbers, scale, zero = (None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
+        numbers, scale, zero, _ = (None if x[0] is None else torch.cat(x) for x in zip(*each, strict=True))
         assert numbers is not None
         return Weight(numbers, scale, zero)
     groups = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group_size))

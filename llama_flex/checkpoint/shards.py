@@ -242,4 +242,4 @@ def warn_if_not_finite(tensors: Mapping[str, Tensor]) -> None:
     finite: Iterable[bool] = torch.stack(extremes).tolist()
     if bad := [name for name, ok in zip(tensors, finite, strict=True) if not ok]:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        warnings.warn(f"weights with NaN or infinity: {shown}", stacklevel=3)
+        warnings.warn(f"weights with NaN or infinity: {shown}", stacklevel=4)

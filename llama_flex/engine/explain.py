@@ -28,9 +28,9 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
     lines = [f"{model.dtype} on {device}; float32 products at precision {precision!r}".replace("torch.", "")]
     sizes = Counter[str]()
     for weight in (module.matrix for module in model.modules() if isinstance(module, Linear)):
-        sizes["" if weight.scale is None else QUANTISED.get(weight.numbers.dtype, str(weight.numbers.dtype))] += (
-            math.prod(weight.shape)
-        )
+        kind = "" if weight.scale is None else QUANTISED.get(weight.numbers.dtype, str(weight.numbers.dtype))
+        kind += "" if weight.input_scale is None else f", with inputs in {kind}"
+        sizes[kind] += math.prod(weight.shape)
     for kind in filter(None, sizes):
         lines.append(f"{sizes[kind] / sizes.total():.0%} of the weights in {kind}")
     graphs = runner.graphs

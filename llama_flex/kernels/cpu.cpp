@@ -102,6 +102,7 @@ template <class Numbers>
 struct Widened {
   typedef Pair Read;
   typedef Pair Factor;
+  static constexpr float MOST = 0;  // of inputs in 8 bits; 0: it has none
   static constexpr bool FOUR = false;  // whether to take four rows of a weight at a time even for one row of x
   static int64_t size(int64_t k) { return k; }  // of a row of x, arranged
   static int64_t bytes(int64_t k) { return k * sizeof(typename Numbers::Stored); }  // of a row of a weight
@@ -216,12 +217,21 @@ struct OfBytes : Widened<Numbers> {  // of weights only, which have a scale for 
   static void add(Vector& sum, const Pair& weight, const Pair& x) { sum += weight.a * x.a + weight.b * x.b; }
 };
 
+// `most` and the like: of inputs that are numbers of the same kind, `RANGE` times a row's scale being its largest. Adding
+// and subtracting a number whose last bit is a step, `whole`, rounds to steps.
 struct Int8 : OfBytes<Int8> {
+  static constexpr float LEAST = -128, MOST = 127, RANGE = 127.5;
+  static Vector whole(Vector) { return Vector{} + 0x1.8p23f; }
   static Vector floats(Ints numbers) { return __builtin_convertvector(numbers, Vector); }
   static float widen_one(int8_t x) { return x; }
 };
 
 struct Float8 : OfBytes<Float8> {  // float8_e4m3fn
+  static constexpr float LEAST = -448, MOST = 448, RANGE = 448;
+  static Vector whole(Vector x) {
+    Words power = (Words)x & 0x7f800000u, least = Words{} + 0x3c800000u;  // 2^-6; there are 8 steps up to the next power
+    return (Vector)((power < least ? least : power) + (20u << 23)) * 1.5f;
+  }
   static constexpr float BIAS = 0x1p120f;  // a multiplication makes the exponent a float's, and numbers below normal right
   static Vector floats(Ints numbers) { return (Vector)((Words)numbers << 20 & 0x87f00000u) * BIAS; }
   static float widen_one(int8_t x) {
@@ -368,13 +378,15 @@ struct Matrix {  // [n, k]; of a quantised one, the dtype tells the kind
   const void *numbers, *scale, *zero;
   int32_t dtype;
   int64_t groups, run_shift;  // scales of a row; the logarithm of the runs of columns of 4 bits that one belongs to
+  bool has_inputs;            // in 8 bits
+  const void* input_scale;    // null if each row of x has its own
 };
 
 struct Product {
   Matrix weight;
   const void *bias, *residual;
   void* y;
-  const float* x;  // [rows, x_size], arranged
+  const float *x, *x_scale;  // [rows, x_size], arranged; [rows] or null
   int64_t rows, n, k, x_size;
   bool gated;
 };
@@ -384,7 +396,7 @@ static void multiply_rows(Weights, const Product& p, int64_t row, int64_t m, flo
   dot<Weights, R, M>((const typename Weights::Stored*)p.weight.numbers + row * p.k, p.x + m * p.x_size, p.k, y);
   const Stored* scale = (const Stored*)p.weight.scale;
   for (int r = 0; scale && r < R; r++)
-    for (int i = 0; i < M; i++) y[r][i] *= Numbers::widen_one(scale[row + r]);
+    for (int i = 0; i < M; i++) y[r][i] *= Numbers::widen_one(scale[row + r]) * (p.x_scale ? p.x_scale[m + i] : 1);
 }
 
 // The first of LANES numbers, or all of them, and zeros.
@@ -429,6 +441,7 @@ struct Int4 {
   static constexpr int STEPS = 8;
   typedef Vector Factor;
 #endif
+  static constexpr float MOST = 0;
   static constexpr bool FOUR = true;  // else what surrounds a short row takes a third of the time
 
   struct Span {  // of x
@@ -584,6 +597,32 @@ static void normalise(float* x, const void* norm, int64_t k, double eps) {
   for (i = 0; i < k; i++) x[i] = Numbers::widen_one(Numbers::round(x[i] * scale * Numbers::widen_one(((const Stored*)norm)[i])));
 }
 
+// Replace a row of x by numbers of a weight's kind, as activations.py says, and return their scale. x has room for whole
+// vectors.
+template <class Weights>
+static float quantise(float* x, int64_t k, const Stored* input_scale) {
+  Vector most = {};
+  for (int64_t i = k; i % LANES; i++) x[i] = 0;
+  for (int64_t i = 0; i < k; i += LANES) {
+    Vector v = load<Vector>(x + i);
+    v = v < 0 ? -v : v;
+    most = v > most ? v : most;
+  }
+  float greatest = 0x1p-118f;  // a row of zeros is divided by something
+  for (int lane = 0; lane < LANES; lane++) greatest = fmaxf(greatest, most[lane]);
+  float scale = input_scale ? Numbers::widen_one(*input_scale) : greatest / Weights::RANGE;
+  for (int64_t i = 0; i < k; i += LANES) {
+    Vector least = Vector{} + Weights::LEAST, v = load<Vector>(x + i);
+    v = v == -greatest && !input_scale ? least : v / scale;
+    v = v < least ? least : v;  // NaN stays NaN
+    v = v > Weights::MOST ? Vector{} + Weights::MOST : v;
+    Vector whole = Weights::whole(v);
+    v = (v + whole) - whole;
+    memcpy(x + i, &v, sizeof v);
+  }
+  return scale;
+}
+
 template <class Weights>
 static void arrange(Weights, const Product& p, const float* x, float* arranged) {
   memcpy(arranged, x, p.k * sizeof(float));
@@ -612,10 +651,13 @@ static void arrange(Int4, const Product& p, const float* x, float* arranged) {
 template <class Weights>
 static void multiply_with(Product p, const void* x, const void* norm, double eps) {
   p.x_size = Weights::size(p.k);
-  Buffer<float> rows(p.rows * p.x_size), row(p.k);
+  Buffer<float> rows(p.rows * p.x_size), row(p.k), scales(p.rows);
+  p.x_scale = p.weight.has_inputs ? scales.data : nullptr;
   for (int64_t m = 0; m < p.rows; m++) {
     widen_row((const Stored*)x + m * p.k, p.k, row.data);
     if (norm) normalise(row.data, norm, p.k, eps);
+    if constexpr (Weights::MOST > 0)
+      if (p.x_scale) scales.data[m] = quantise<Weights>(row.data, p.k, (const Stored*)p.weight.input_scale);
     arrange(Weights(), p, row.data, rows.data + m * p.x_size);
   }
   p.x = rows.data;
@@ -1101,10 +1143,11 @@ static void attend_newest(uint64_t* stack, uint64_t, uint64_t) {
   attend(p, rows);
 }
 
-// A weight of k columns, without a scale or a zero point if that is argument 0.
+// A weight of k columns, without a scale, a zero point or inputs in 8 bits if that is argument 0.
 template <int N>
-static Matrix matrix_of(const Arguments<N>& given, int numbers, int scale, int zero, int64_t k) {
-  Matrix weight = {given.data[numbers], nullptr, nullptr, given.dtype(numbers), 1, 0};
+static Matrix matrix_of(const Arguments<N>& given, int numbers, int scale, int zero, int inputs, int64_t k) {
+  Matrix weight = {given.data[numbers], nullptr, nullptr, given.dtype(numbers), 1, 0, inputs > 0, nullptr};
+  if (inputs && given.size(inputs, 1)) weight.input_scale = given.data[inputs];
   if (zero) weight.zero = given.data[zero];
   if (!scale) return weight;
   weight.scale = given.data[scale], weight.groups = given.size(scale, 1);
@@ -1112,23 +1155,24 @@ static Matrix matrix_of(const Arguments<N>& given, int numbers, int scale, int z
   return weight;
 }
 
-// few_rows(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor bias, Tensor norm, Tensor residual, float eps, int parts) -> Tensor
+// few_rows(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor input_scale, Tensor bias, Tensor norm,
+//   Tensor residual, float eps, int parts) -> Tensor
 // x [..., K], of up to 8 dimensions, weight [N, K], or of 4 bits [N, K / 8] -> [..., N]; all of them contiguous.
 static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
-  Arguments<7> given(stack);
+  Arguments<8> given(stack);
   void** data = given.data;
-  double eps = load<double>(&stack[7]);
-  int64_t parts = (int64_t)stack[8];
+  double eps = load<double>(&stack[8]);
+  int64_t parts = (int64_t)stack[9];
   bool gated = parts & 8;
   int64_t rows = 1, n = given.size(1, 0) / (1 + gated), k, dim, sizes[8];
   aoti_torch_get_dim(given.tensors[0], &dim);
   for (int64_t i = 0; i < dim - 1; i++) rows *= sizes[i] = given.size(0, i);
   k = given.size(0, dim - 1), sizes[dim - 1] = n;
-  Matrix weight = matrix_of(given, 1, parts & 16 ? 2 : 0, parts & 32 ? 3 : 0, k);
-  const void *bias = parts & 1 ? data[4] : nullptr, *residual = parts & 4 ? data[6] : nullptr;
-  Product p = {weight, bias, residual, nullptr, nullptr, rows, n, k, 0, gated};
+  Matrix weight = matrix_of(given, 1, parts & 16 ? 2 : 0, parts & 32 ? 3 : 0, parts & 64 ? 4 : 0, k);
+  const void *bias = parts & 1 ? data[5] : nullptr, *residual = parts & 4 ? data[7] : nullptr;
+  Product p = {weight, bias, residual, nullptr, nullptr, nullptr, rows, n, k, 0, gated};
   stack[0] = (uint64_t)make(dim, sizes, given.dtype(0), &p.y);
-  multiply(p, data[0], parts & 2 ? data[5] : nullptr, eps);
+  multiply(p, data[0], parts & 2 ? data[6] : nullptr, eps);
 }
 
 // normalise(Tensor x, Tensor norm, float eps) -> Tensor, swiglu(Tensor x, Tensor unused, float unused) -> Tensor
@@ -1149,9 +1193,9 @@ static void each_row(uint64_t* stack, uint64_t, uint64_t) {
 
 // run_blocks(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor
 // x [B, T, E]. tensors, of each layer: the norms of attention, MLP, each query and key; qkv, o, gate_up and down; their
-// scales; their zeros; their biases; and from cos on as attend_newest. A boolean one without elements stands for what is missing. eps: of each layer's norms.
+// scales; their zeros; their input_scales; their biases; and from cos on as attend_newest. A boolean one without elements stands for what is missing. eps: of each layer's norms.
 // Returns an empty tensor, and does nothing, if there is no code for such tensors.
-enum { NORMS, PRODUCTS = 4, SCALES = 8, ZEROS = 12, BIASES = 16, NEWEST = 20, TENSORS = 27 };
+enum { NORMS, PRODUCTS = 4, SCALES = 8, ZEROS = 12, INPUTS = 16, BIASES = 20, NEWEST = 24, TENSORS = 31 };
 enum { QKV, O, GATE_UP, DOWN };
 
 struct Layer {
@@ -1164,11 +1208,12 @@ struct Layer {
 
 // Read a product's weight `[rows, columns]`, and return whether there is code for it.
 static bool read_weight(const Arguments<TENSORS>& of, int i, int64_t rows, int64_t columns, int32_t dtype, Matrix& weight) {
-  int numbers = PRODUCTS + i, scale = SCALES + i, zero = ZEROS + i;
-  bool has_scale = !of.is_missing(scale), has_zero = !of.is_missing(zero);
-  weight = matrix_of(of, numbers, has_scale ? scale : 0, has_zero ? zero : 0, columns);
+  int numbers = PRODUCTS + i, scale = SCALES + i, zero = ZEROS + i, inputs = INPUTS + i;
+  bool has_scale = !of.is_missing(scale), has_zero = !of.is_missing(zero), has_inputs = !of.is_missing(inputs);
+  weight = matrix_of(of, numbers, has_scale ? scale : 0, has_zero ? zero : 0, has_inputs ? inputs : 0, columns);
   int32_t kind = weight.dtype;
-  if (!has_scale) return !has_zero && of.fits(numbers, dtype, rows, columns);
+  if (has_inputs && (kind == INT32 || !of.fits(inputs, dtype, rows, weight.input_scale != nullptr))) return false;
+  if (!has_scale) return !has_zero && !has_inputs && of.fits(numbers, dtype, rows, columns);
   if (!of.fits(scale, dtype, rows, weight.groups)) return false;
   if (kind != INT32) return (kind == INT8 || kind == FLOAT8) && !has_zero && weight.groups == 1 && of.fits(numbers, kind, rows, columns);
   if (weight.groups * Int4::RUN << weight.run_shift != columns || weight.run_shift > 2) return false;
@@ -1202,16 +1247,16 @@ static void run_layer(const Layer& layer, int64_t rows, int64_t size, const void
   const void *const *norms = layer.norms, *const *biases = layer.biases;
   const Matrix* weights = layer.weights;
   Buffer<Stored> heads(all * wide), z(all * width), middle(all * size), hidden(all * mlp);
-  multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, all, wide, size, 0, false}, x, norms[0], layer.eps[0]);
+  multiply({weights[QKV], biases[QKV], nullptr, heads.data, nullptr, nullptr, all, wide, size, 0, false}, x, norms[0], layer.eps[0]);
   Heads* newest[] = {&p.newest_q, &p.newest_k, &p.newest_v};
   int64_t first[] = {0, width, width + kv_size}, bytes = wide * sizeof(Stored);
   for (int i = 0; i < 3; i++) *newest[i] = {(const char*)(heads.data + first[i]), p.tokens * bytes, bytes};
   for (int i = 0; i < 2; i++) newest[i]->norm = norms[2 + i], newest[i]->eps = layer.eps[2 + i];
   p.y = z.data;
   attend(p, rows);
-  multiply({weights[O], biases[O], x, middle.data, nullptr, all, size, width, 0, false}, z.data, nullptr, 0);
-  multiply({weights[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, all, mlp, size, 0, true}, middle.data, norms[1], layer.eps[1]);
-  multiply({weights[DOWN], biases[DOWN], middle.data, y, nullptr, all, size, mlp, 0, false}, hidden.data, nullptr, 0);
+  multiply({weights[O], biases[O], x, middle.data, nullptr, nullptr, all, size, width, 0, false}, z.data, nullptr, 0);
+  multiply({weights[GATE_UP], biases[GATE_UP], nullptr, hidden.data, nullptr, nullptr, all, mlp, size, 0, true}, middle.data, norms[1], layer.eps[1]);
+  multiply({weights[DOWN], biases[DOWN], middle.data, y, nullptr, nullptr, all, size, mlp, 0, false}, hidden.data, nullptr, 0);
 }
 
 static void run_blocks(uint64_t* stack, uint64_t, uint64_t) {

@@ -23,11 +23,11 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from . import build
-from .weight import Weight
+from .weight import PARTS, Weight
 
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
 DTYPES = torch.float32, torch.bfloat16, torch.float16  # each has a library of its own
-BIAS, NORM, RESIDUAL, GATED, SCALE, ZERO = 1, 2, 4, 8, 16, 32  # the parts of a product besides x and weight
+BIAS, NORM, RESIDUAL, GATED, SCALE, ZERO, INPUTS = 1, 2, 4, 8, 16, 32, 64  # the parts of a product besides x and weight
 _ATTENTION = (  # a `Newest`, with a cache
     "Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, Tensor visible, Tensor page_table"
 )
@@ -51,8 +51,8 @@ class _Ops(NamedTuple):
 def _define(dtype: torch.dtype) -> _Ops:
     product, attention, blocks, *rows = names = [f"{name}_{_name(dtype)}" for name in _Ops._fields]
     ops.define(
-        f"{product}(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor bias, Tensor norm, Tensor residual, "
-        "float eps, int parts) -> Tensor"
+        f"{product}(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor input_scale, Tensor bias, Tensor norm, "
+        "Tensor residual, float eps, int parts) -> Tensor"
     )
     ops.define(f"{attention}(Tensor q, Tensor k, Tensor v, {_ATTENTION}, bool paged) -> Tensor")
     ops.define(f"{blocks}(Tensor x, Tensor(a!)[] tensors, float[] eps, bool paged) -> Tensor")
@@ -131,11 +131,13 @@ def few_rows(
     returned True.
     """
     parts = GATED * gated
-    (numbers, scale, zero), x = weight, x.contiguous()
+    (numbers, scale, zero, inputs), x = weight, x.contiguous()
     if scale is not None:
         scale, parts = scale.contiguous(), parts | SCALE
     if zero is not None:
         zero, parts = zero.contiguous(), parts | ZERO
+    if inputs is not None:
+        inputs, parts = inputs.contiguous(), parts | INPUTS
     if bias is not None:
         bias, parts = bias.contiguous(), parts | BIAS
     if norm is not None:
@@ -143,7 +145,7 @@ def few_rows(
     if residual is not None:
         residual, parts = residual.contiguous(), parts | RESIDUAL
     # A tensor stands for each that is not given: `parts` says so, and the kernel's interface knows no optional ones.
-    given = (x if part is None else part for part in (scale, zero, bias, norm, residual))
+    given = (x if part is None else part for part in (scale, zero, inputs, bias, norm, residual))
     return _OPS[x.dtype].few_rows(x, numbers.contiguous(), *given, eps, parts)
 
 
@@ -289,7 +291,7 @@ class Layer(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the layer's tensors, as the operation takes them."""
         named = [(x, "weight") for x in (*self.norms, *self.products)]
-        named += [(x, name) for name in ("weight_scale", "weight_zero_point", "bias") for x in self.products]
+        named += [(x, name) for name in (*PARTS[1:], "bias") for x in self.products]
         found = (None if module is None else module._parameters.get(name) for module, name in named)
         return *(_MISSING if x is None else x for x in found), *self.newest.with_cache(self.kv)
 

@@ -32,6 +32,7 @@ _GATED_TILES = {
 
 def few_rows(
     x: Tensor,
+    x_scale: Tensor | None,
     numbers: Tensor,
     scale: Tensor | None,
     zero: Tensor | None,
@@ -40,11 +41,11 @@ def few_rows(
     gated: bool,
 ) -> Tensor:
     """Compute residual + x @ weight.T + bias for x `[M, K]`, weight `[N, K]` -> `[M, N]`; gated: silu of the first half
-    times the second, `[M, N/2]`. numbers, scale, zero: see `weight.Weight`. Accumulates in float32, and rounds where
-    torch's own operations round."""
+    times the second, `[M, N/2]`. x_scale: float32 `[M]`, factors of the rows, or None. numbers, scale, zero: see
+    `weight.Weight`. Accumulates in float32, and rounds where torch's own operations round."""
     (m, k), n = x.shape, len(numbers) // (1 + gated)
     assert numbers.is_contiguous()
-    x = x.contiguous()
+    x, x_scale = x.contiguous(), None if x_scale is None else x_scale.contiguous()
     bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
     tokens = max(16, triton.next_power_of_2(m))
     device: Any = torch.cuda.get_device_properties(x.device)
@@ -65,7 +66,7 @@ def few_rows(
         "OVERLAP": overlap,
     }
     _kernel[(triton.cdiv(n, rows),)](
-        x, numbers, scale, zero, bias, residual, out, m, n, **sizes, num_warps=warps, launch_pdl=overlap
+        x, x_scale, numbers, scale, zero, bias, residual, out, m, n, **sizes, num_warps=warps, launch_pdl=overlap
     )
     return out
 
@@ -73,6 +74,7 @@ def few_rows(
 @triton.jit
 def _kernel(
     x,
+    x_scale,
     weight,
     scale,
     zero,
@@ -135,6 +137,11 @@ def _kernel(
             if GATED:
                 total_up = tl.dot(w_up.to(dtype), v, total_up)
     inside = is_row[:, None] & is_token[None, :]
+    if x_scale is not None:
+        each = tl.load(x_scale + token, mask=is_token, other=0.0)[None, :]
+        total *= each
+        if GATED:
+            total_up *= each
     y = _finished(total, None if PACKED else scale, bias, row, is_row, dtype)
     if GATED:
         y_up = _finished(total_up, None if PACKED else scale, bias, row + n, is_row, dtype)

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 def gemv(
     x: Tensor,
+    x_scale: Tensor | None,
     numbers: Tensor,
     scale: Tensor | None,
     zero: Tensor | None,
@@ -26,8 +27,8 @@ def gemv(
     gated: bool,
 ) -> Tensor:
     """Compute residual + weight @ norm(x) + bias for x `[K]`, weight `[N, K]` -> `[N]`; gated: silu of the first half
-    times the second, `[N/2]`. numbers, scale, zero: see `weight.Weight`. Accumulates in float32, and rounds where
-    torch's own operations round."""
+    times the second, `[N/2]`. x_scale: float32 `[1]`, a factor of the product, or None. numbers, scale, zero: see
+    `weight.Weight`. Accumulates in float32, and rounds where torch's own operations round."""
     n, k = len(numbers) // (1 + gated), len(x)
     assert numbers.is_contiguous()
     assert x.is_contiguous()
@@ -48,7 +49,20 @@ def gemv(
         "OVERLAP": overlap,
     }
     _kernel[(triton.cdiv(n, rows),)](
-        x, numbers, scale, zero, bias, norm_weight, residual, out, n, eps, **sizes, num_warps=warps, launch_pdl=overlap
+        x,
+        x_scale,
+        numbers,
+        scale,
+        zero,
+        bias,
+        norm_weight,
+        residual,
+        out,
+        n,
+        eps,
+        **sizes,
+        num_warps=warps,
+        launch_pdl=overlap,
     )
     return out
 
@@ -66,6 +80,7 @@ def _tile(bits: int, n: int, k: int) -> tuple[int, int, int]:
 @triton.jit
 def _kernel(
     x,
+    x_scale,
     weight,
     scale,
     zero,
@@ -136,21 +151,23 @@ def _kernel(
             if GATED:
                 total_up += _scaled(part_up, summed, scale, zero, row + n, group, inside, K // GROUP, FLOAT8)
     # The root mean square is one number for the whole row, so the division can come last.
-    rms = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    factor = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    if x_scale is not None:
+        factor *= tl.load(x_scale)
     dtype: tl.constexpr = out.dtype.element_ty
-    y = _finished(total, rms, None if PACKED else scale, bias, row, is_row, dtype)
+    y = _finished(total, factor, None if PACKED else scale, bias, row, is_row, dtype)
     if GATED:
         y = y * tl.sigmoid(y)
         y = y.to(dtype).to(tl.float32)
-        y *= _finished(total_up, rms, None if PACKED else scale, bias, row + n, is_row, dtype)
+        y *= _finished(total_up, factor, None if PACKED else scale, bias, row + n, is_row, dtype)
     if residual is not None:
         y += tl.load(residual + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out + row, y.to(dtype), mask=is_row)
 
 
 @triton.jit
-def _finished(total, rms, scale, bias, row, is_row, dtype: tl.constexpr):
-    y = tl.sum(total, 1) * rms
+def _finished(total, factor, scale, bias, row, is_row, dtype: tl.constexpr):
+    y = tl.sum(total, 1) * factor
     if scale is not None:
         y *= tl.load(scale + row, mask=is_row, other=0.0).to(tl.float32)
     if bias is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import cpu
+from . import activations, cpu
 from .weight import Weight
 
 FEW_ROWS = 32  # on CUDA; with more, cuBLAS is faster
@@ -26,14 +26,14 @@ def _few_rows(*args: Any) -> Tensor:
     return few_rows(*args)
 
 
-_WEIGHT = "Tensor numbers, Tensor? scale, Tensor? zero, Tensor? bias"
-ops.define(f"gemv(Tensor x, {_WEIGHT}, Tensor? norm_weight, float eps, Tensor? residual, bool gated) -> Tensor")
-ops.define(f"few_rows(Tensor x, {_WEIGHT}, Tensor? residual, bool gated) -> Tensor")
+_PRODUCT = "Tensor x, Tensor? x_scale, Tensor numbers, Tensor? scale, Tensor? zero, Tensor? bias"
+ops.define(f"gemv({_PRODUCT}, Tensor? norm_weight, float eps, Tensor? residual, bool gated) -> Tensor")
+ops.define(f"few_rows({_PRODUCT}, Tensor? residual, bool gated) -> Tensor")
 for _name, _function in (("gemv", _gemv), ("few_rows", _few_rows)):
     ops.impl(_name, _function, "CUDA")
     torch.library.register_fake(
         f"llama_flex::{_name}",
-        lambda x, numbers, *rest: x.new_empty(*x.shape[:-1], len(numbers) // (1 + rest[-1])),
+        lambda x, _, numbers, *rest: x.new_empty(*x.shape[:-1], len(numbers) // (1 + rest[-1])),
         lib=ops,
     )
 
@@ -88,13 +88,17 @@ def fused_linear(
     """Compute `layers.apply_linear` in one kernel, if it can be fused: `[B, T, in]` -> `[B, T, out]`."""
     if not x.is_cuda:
         return cpu.few_rows(x, weight, bias, norm, eps, residual, gated)
-    rows = x.shape[:-1].numel()
+    rows, x_scale = x.shape[:-1].numel(), None
+    if norm is not None and (rows > 1 or weight.input_scale is not None):
+        x, norm = rms_norm(x, norm, eps), None  # by each program anew it would take longer
+    if weight.input_scale is not None:
+        numbers, scale = activations.quantise(x, weight)
+        x, x_scale = numbers.to(x.dtype), scale.flatten()  # a dtype of 16 bits has all numbers of 8
     if rows == 1:
-        y = torch.ops.llama_flex.gemv(x.reshape(-1), *weight, bias, norm, eps, residual, gated)
+        y = torch.ops.llama_flex.gemv(x.reshape(-1), x_scale, *weight[:3], bias, norm, eps, residual, gated)
     else:
-        x = x if norm is None else rms_norm(x, norm, eps)  # by each program anew it would take longer
         residual = None if residual is None else residual.reshape(rows, -1).contiguous()
-        y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), *weight, bias, residual, gated)
+        y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), x_scale, *weight[:3], bias, residual, gated)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -102,6 +106,8 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
     if can_fuse(x, weight, bias):
         return fused_linear(x, weight, bias)
+    if weight.input_scale is not None:
+        return _matmul_of_numbers(x, weight, bias)
     numbers = weight.floats()
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
@@ -109,3 +115,24 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     # On the CPU, torch reads 16-bit weights 1.5 times as fast if they are the left operand.
     y = torch.mm(numbers, x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
+
+
+def _matmul_of_numbers(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """Compute `matmul` of x in 8 bits: the product of numbers, with the scales, in float32 or wider, rounded once."""
+    numbers, scale = activations.quantise(x, weight)
+    assert weight.scale is not None
+    (out, size), rows, dtype = weight.shape, x.shape[:-1].numel(), numbers.dtype
+    if x.is_cuda and dtype == torch.int8 and rows > 16 and size % 8 == 0 and out % 8 == 0:  # else cuBLAS has no product
+        y = torch._int_mm(numbers.flatten(0, -2), weight.numbers.t()).unflatten(0, x.shape[:-1])
+        y = y * scale * weight.scale.t()
+    elif x.is_cuda and x.dtype == torch.bfloat16 and dtype != torch.int8 and rows and size % 16 == 0 and out % 16 == 0:
+        # Fast accumulation would keep 14 bits of sums, so that a prompt's tokens differed from those of few rows.
+        scales = scale.reshape(-1, 1).contiguous(), weight.scale.float().t()
+        y = torch._scaled_mm(
+            numbers.flatten(0, -2), weight.numbers.t(), *scales, bias, out_dtype=x.dtype, use_fast_accum=False
+        )
+        return y.unflatten(0, x.shape[:-1])
+    else:
+        exact = Weight(weight.numbers, weight.scale.to(scale.dtype))
+        y = matmul(numbers.to(scale.dtype), exact, None) * scale
+    return (y if bias is None else y + bias).to(x.dtype)

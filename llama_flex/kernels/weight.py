@@ -16,6 +16,7 @@ from torch import Tensor
 RUN = 32  # columns whose numbers of 4 bits lie together
 GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
+PARTS = "weight", "weight_scale", "weight_zero_point", "input_scale"  # a linear layer's parameters that make a `Weight`
 _SHIFTS = tuple(range(0, 32, 4))
 
 
@@ -24,12 +25,14 @@ class Weight(NamedTuple):
 
     numbers: of a float dtype, `[N, K]`; or of int8 or float8_e4m3fn, `[N, K]`, or int32 `[N, K / 8]`, eight of 4 bits
     each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`. Only 4 bits have more
-    than one group in a row.
+    than one group in a row. input_scale: of a weight of int8 or float8_e4m3fn whose inputs are quantised to the same
+    dtype (see `activations`): `[N, 1]`, repeating their scale, or `[N, 0]`, if each row of them has its own.
     """
 
     numbers: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
+    input_scale: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,9 +46,9 @@ class Weight(NamedTuple):
         return self.numbers.dtype == torch.int32
 
     def fits(self, x: Tensor) -> bool:
-        """Return whether it can be multiplied by x: on its device, the numbers or their scale in its dtype."""
+        """Return whether it can be multiplied by x: on its device, the numbers or their scales in its dtype."""
         if self.scale is None:
-            return self.numbers.dtype == x.dtype and self.numbers.device == x.device
+            return self.input_scale is None and self.numbers.dtype == x.dtype and self.numbers.device == x.device
         if self.numbers.dtype not in QUANTISED or self.scale.dtype != x.dtype:
             return False
         rows, columns = self.shape
@@ -55,8 +58,10 @@ class Weight(NamedTuple):
             return False
         if self.zero is not None and (self.zero.dtype != torch.uint8 or self.zero.shape != self.scale.shape):
             return False
-        parts = (self.numbers, self.scale) if self.zero is None else self
-        return all(part.device == x.device for part in parts if part is not None)
+        inputs, shapes = self.input_scale, [(rows, 0), (rows, 1)]
+        if inputs is not None and (self.is_packed or inputs.dtype != x.dtype or inputs.shape not in shapes):
+            return False
+        return all(part.device == x.device for part in self if part is not None)
 
     def floats(self) -> Tensor:
         """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers."""

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from llama_flex.checkpoint import saving
 from llama_flex.checkpoint.compressed_tensors import as_written, compress, scheme
 from llama_flex.checkpoint.config_rules import ConfigError
-from llama_flex.checkpoint.quantization import SCALE, ZERO, Quantization, to_fp8, to_int4, to_int8
+from llama_flex.checkpoint.quantization import SCALE, Quantization, to_fp8, to_int4, to_int8
 from llama_flex.checkpoint.shards import CheckpointError
 from llama_flex.checkpoint.stored import in_sequence, interleaved, nibbles, words_of
-from llama_flex.kernels.weight import pack
+from llama_flex.kernels.weight import PARTS, pack
 
 KINDS = {
     "4 bits": Kind(),
@@ -265,7 +265,7 @@ def with_group(**changes) -> dict:
 @pytest.mark.parametrize(
     ("config", "needle"),
     [
-        (with_group(input_activations=ACTIVATIONS), f"{GROUP}: input_activations={{'num_bits': 8"),
+        (with_group(input_activations=ACTIVATIONS), f"{GROUP}.input_activations is not supported in format='pack-"),
         (with_group(output_activations=ACTIVATIONS), f"{GROUP}: output_activations={{'num_bits': 8"),
         (with_group(targets=["re:.*proj"]), f"{GROUP}: targets=['re:.*proj'] is not supported (only ['Linear'])"),
         (with_group(format="int-quantized"), f"{GROUP}: format='int-quantized' is not supported (only None or 'pack-"),
@@ -370,7 +370,7 @@ def test_what_is_written_is_read_back_bit_by_bit(form, rows, runs, parts, seed):
         weight, torch.bfloat16
     )
     part = [tensor if tensor is None else tensor.split(rows)[-1] for tensor in made]
-    given = {f"{name}.{kind}": t for kind, t in zip(("weight", SCALE, ZERO), part, strict=True) if t is not None}
+    given = {f"{name}.{kind}": t for kind, t in zip(PARTS, part, strict=True) if t is not None}
     tensors, config = compress(given)
     found = scheme("quantization_config", json.loads(json.dumps(config["quantization_config"])))
     expected = found.tensors(name, rows, 32 * runs)

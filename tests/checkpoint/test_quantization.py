@@ -43,7 +43,7 @@ def random_weight(stored, rows, columns, size, seed) -> torch.Tensor:
 @settings(max_examples=200, deadline=None)
 def test_a_weight_is_at_most_half_a_step_from_its_numbers(stored, dtype, rows, columns, size, seed):
     weight = random_weight(stored, rows, columns, size, seed)
-    numbers, scale, zero = to_int8(weight, dtype)
+    numbers, scale, zero, _ = to_int8(weight, dtype)
     assert numbers.dtype == torch.int8
     assert numbers.shape == weight.shape
     assert scale.dtype == dtype
@@ -67,7 +67,7 @@ def check_scale(scale: torch.Tensor, weight: torch.Tensor, largest: float) -> No
 @settings(max_examples=200, deadline=None)
 def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size, seed):
     weight = random_weight(stored, rows, columns, size, seed)
-    numbers, scale, zero = to_fp8(weight, dtype)
+    numbers, scale, zero, _ = to_fp8(weight, dtype)
     assert numbers.dtype == torch.float8_e4m3fn
     assert zero is None
     assert not numbers.isnan().any()
@@ -82,7 +82,7 @@ def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size
 @settings(max_examples=200, deadline=None)
 def test_a_weight_has_no_nearer_number_of_4_bits(stored, dtype, rows, groups, group_size, symmetric, size, seed):
     weight = random_weight(stored, rows, groups * group_size, size, seed)
-    words, scale, zero = to_int4(weight, group_size, symmetric, dtype)
+    words, scale, zero, _ = to_int4(weight, group_size, symmetric, dtype)
     assert (words.dtype, scale.dtype) == (torch.int32, dtype)
     assert words.shape == (rows, groups * group_size // 8)
     assert scale.shape == (rows, groups)

@@ -1,0 +1,51 @@
+"""Inputs of products in 8 bits: numbers of a weight's kind, with a scale for each row of x.
+
+The rule is that of the library compressed-tensors: with numbers from LEAST to MOST, a row's scale is its largest
+magnitude divided by (MOST - LEAST) / 2, or a number of the checkpoint. It is computed in float32 or wider. In 16 bits
+the library rounds scales and quotients, too, which is further from the exact result, and which compiled code leaves
+out. Each row is quantised alone, so that a token's logits do not depend on the others computed with it.
+
+`cpu.cpp` follows the same rule; on CUDA, Inductor makes it part of the kernel of the norm before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .weight import Weight
+
+LEAST = {torch.int8: -128.0, torch.float8_e4m3fn: -448.0}
+MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def quantise(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
+    """Return x `[..., K]` as numbers of the weight's dtype, and the scale of each row, `[..., 1]`, float32 or wider.
+
+    weight: with an `input_scale`. Raises ValueError if its numbers are not of 8 bits, or if x requires gradients, which
+    do not go through rounding.
+    """
+    kind, given = weight.numbers.dtype, weight.input_scale
+    assert given is not None
+    if kind not in MOST or weight.scale is None:
+        raise ValueError(
+            f"an input_scale belongs to a quantised weight of int8 or fp8, not of {kind}; if the dtype of a model in "
+            "fp8 was changed, load it in that dtype; else set the input_scale to None"
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "inputs in 8 bits have no gradients; set input_scale to None in the layers, or load a checkpoint that "
+            "quantises weights alone"
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if given.shape[1]:
+        scale = given[:1].to(wide).expand(*x.shape[:-1], 1)
+        numbers = x / scale
+    else:
+        most = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=wide)
+        most = most.clamp(min=256 * torch.finfo(wide).tiny)  # a row of zeros is divided by something
+        scale = most / ((MOST[kind] - LEAST[kind]) / 2)
+        # Of int8, -127.5 rounds to even, but the last bit of a quotient depends on how a device divides.
+        numbers = torch.where(x == -most, LEAST[kind], x / scale)
+    numbers = numbers.clamp(LEAST[kind], MOST[kind])
+    return (numbers if kind.is_floating_point else numbers.round()).to(kind), scale
