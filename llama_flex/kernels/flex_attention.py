@@ -103,7 +103,9 @@ torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
 
 
 def keep_apart(x: Tensor) -> Tensor:
-    """Copy attention's output on a CPU, so that Inductor does not fuse the operations after it with attention."""
+    """Copy attention's output in compiled steps on a CPU: Inductor must not fuse what follows with attention."""
+    if not torch.compiler.is_dynamo_compiling() or x.is_cuda or x.requires_grad:
+        return x
     return torch.ops.llama_flex.apart(x)
 
 

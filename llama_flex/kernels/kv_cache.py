@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..usercode.arguments import check_choice
 from ..usercode.modules import are_own
+from .flex_attention import keep_apart
 
 KVDtype: TypeAlias = Literal["fp8"] | None  # None: the model's dtype
 FP8 = torch.float8_e4m3fn
@@ -81,11 +82,12 @@ class KV(NamedTuple):
 
     def scale_output(self, z: Tensor) -> Tensor:
         """Multiply attention's output `[B, H, T, D]` by the scales of the values that it is made of."""
-        return z if self.scales is None else _scaled(z, self.scales.v)
+        return z if self.scales is None else _scaled(keep_apart(z), self.scales.v)
 
 
 def _scaled(heads: Tensor, scale: Tensor) -> Tensor:
-    return (heads.unflatten(1, (len(scale), -1)) * scale[:, None]).flatten(1, 2)
+    group = heads.shape[1] // len(scale)
+    return heads * scale.expand(-1, group, -1).reshape(-1, 1, 1)  # Inductor's attention fails on 5 dimensions
 
 
 def as_bytes(x: Tensor) -> Tensor:
