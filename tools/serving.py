@@ -31,9 +31,9 @@ import torch
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.checkpoint.files import FolderError
 from llama_flex.engine.explain import bytes_per_step, read_bandwidth
-from llama_flex.kernels.kv_cache import KVDtype
 from llama_flex.engine.output import Step
 from llama_flex.engine.request import Request
+from llama_flex.kernels.kv_cache import KVDtype
 from llama_flex.masks.layout import BLOCK
 from tools._measuring import (
     CONFIGS,
