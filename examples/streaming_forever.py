@@ -29,7 +29,7 @@ def generate(engine: Engine, cache: Cache, new_tokens: int) -> list[tuple[int, i
     for step in engine.stream([prompt], cache=cache, max_new_tokens=new_tokens, sampling=Sampling(), stop_token_ids=()):
         print(step.text, end="", flush=True)
         taken = int((cache.tokens.index >= 0).sum())
-        sizes.append((int(cache.length), taken, sum(k.nbytes + v.nbytes for k, v in cache.layers)))
+        sizes.append((int(cache.length), taken, sum(kv.k.nbytes + kv.v.nbytes for kv in cache.layers)))
     return sizes
 
 

@@ -82,6 +82,7 @@ def build_attention_metadata(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
     """Compute scaled dot-product attention: q `[B, H, T, D]`, k and v `[B, K, S, D]` -> `[B, H, T, D]`, in q's dtype.
+    k and v: in q's dtype or 8 bits.
 
     For packed tokens, q and the result are `[1, H, N, D]`. FlexAttention shares keys and values among groups of H/K
     query heads without repeating them in memory. A query that may attend to nothing gets 0. Raises ValueError for
@@ -107,6 +108,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
             wants_gradients |= scored.requires_grad()  # compiled code cannot search a function
         if wants_gradients:
             raise ValueError("FlexAttention has no backward on the CPU; use torch.no_grad() or backend='dense'")
+    if not (q.is_cuda and torch.compiler.is_dynamo_compiling()):  # compiled for CUDA, it takes 8 bits as they are
+        k, v = k.to(q.dtype), v.to(q.dtype)
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     block_mask = attention.mask.block_mask(metadata.q, metadata.kv, 1, visible, pages)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .config import Dimensions
+from .kernels.kv_cache import KVFormat
 from .masks.block_mask import first_true
-from .masks.layout import BLOCK, PageTable, new_layers
+from .masks.layout import BLOCK, PageTable
 from .masks.library import sink, sliding_window
 from .masks.mask import Mask
 from .masks.selection import selection
@@ -39,16 +40,15 @@ class Cache:
         dims: Dimensions,
         batch_size: int,
         max_length: int,
+        form: KVFormat,
         *,
-        dtype: torch.dtype,
-        device: torch.device | str,
         window: int | None = None,
         sinks: int = 0,
     ) -> None:
         """Allocate `batch_size` rows of up to `max_length` tokens (rounded up to whole blocks of 128).
 
-        window, sinks: make the cache rolling; see `Llama.new_rolling_cache`.
-        Memory: 2 * L * B * K * (S + 128) * D elements of `dtype`. Raises ValueError for sizes below 1.
+        form: of keys and values. window, sinks: make the cache rolling; see `Llama.new_rolling_cache`.
+        Memory: 2 * L * B * K * (S + 128) * D elements of its dtype. Raises ValueError for sizes below 1.
         """
         batch_size, max_length = whole_number("batch_size", batch_size), whole_number("max_length", max_length)
         if batch_size < 1 or max_length < 1:
@@ -56,7 +56,7 @@ class Cache:
         self.max_length = -(-max_length // BLOCK) * BLOCK
         slots = self.max_length + BLOCK
         shape = (batch_size, dims.num_kv_heads, slots, dims.head_dim)
-        self.layers = new_layers(dims.num_layers, shape, dtype, device)
+        self.layers, device = form.new_layers(shape, dims.num_layers), form.device
         self.tokens = Tokens(
             *(torch.full((batch_size, slots), free, dtype=torch.int32, device=device) for free in (-1, 0, 0))
         )
@@ -218,25 +218,9 @@ class Cache:
         rows, shared = self._rows, len(self._sharers) > 1
         if rows is None and not shared:
             return
-        self.layers, self._rows = (
-            [(k.clone(), v.clone()) if rows is None else (k[rows], v[rows]) for k, v in self.layers],
-            None,
-        )
+        self.layers, self._rows = [kv.copy(rows) for kv in self.layers], None
         self._sharers.discard(self)
         self._sharers = weakref.WeakSet([self])
 
     def _free(self, chosen: Tensor) -> None:
         self.tokens.index.masked_fill_(chosen, -1)
-
-
-def write_kv(kv: tuple[Tensor, Tensor], slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Write k and v `[B, K, T, D]` of new tokens into slots `[B, T]` of one layer's kv, in place; return kv.
-
-    Raises ValueError for keys or values that require gradients, which would be lost.
-    """
-    if k.requires_grad or v.requires_grad:
-        raise ValueError("a cache does not support gradients: use torch.no_grad(), or run without a cache")
-    row = torch.arange(slots.shape[0], device=slots.device)[:, None] % len(kv[0])  # all rows may share one pool
-    for held, new in zip(kv, (k, v), strict=True):
-        held[row, :, slots] = new.transpose(1, 2)  # the index dimensions come first: [B, T, K, D]
-    return kv

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionMetadata, attend
-from .cache import write_kv
 from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
-from .kernels.cpu import KV
+from .kernels.kv_cache import KV
 from .kernels.weight import PARTS, Weight
 from .rope import apply_rotary_emb
 from .usercode.modules import are_own
@@ -132,9 +131,9 @@ class Attention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         rotated = zip("qkv", (*(apply_rotary_emb(heads, *metadata.rotary) for heads in (q, k)), v), strict=True)
         q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in rotated)
-        if kv is not None and metadata.slots is not None:
-            k, v = write_kv(kv, metadata.slots, k, v)  # [B, K, S, D]
-        z = hook("z", attend(q, k, v, metadata).transpose(1, 2))  # [B, T, H, D]
+        kv = KV(k, v) if kv is None or metadata.slots is None else kv.write(metadata.slots, k, v)  # [B, K, S, D]
+        z = kv.scale_output(attend(kv.scale_queries(q), kv.k, kv.v, metadata))
+        z = hook("z", z.transpose(1, 2))  # [B, T, H, D]
         return apply_linear(self.o, z.flatten(2), residual=x)
 
 

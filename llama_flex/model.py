@@ -21,6 +21,7 @@ from .interp.capture import Capture
 from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
+from .kernels.kv_cache import KVDtype, KVFormat
 from .layers import Block, Linear, RMSNorm, TiedLinear, apply_linear, run_blocks
 from .masks import library
 from .masks.layout import PackedRows, SlotCache, last_tokens
@@ -166,23 +167,28 @@ class Llama(nn.Module):
         kind = self.config.rope_parameters.rope_type
         return f"beyond {self.rotary.limit} tokens rope_type {kind!r} re-rotates every key, cached ones included"
 
-    def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """Make a cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype on its device."""
-        return Cache(self.dims, batch_size, max_length, dtype=self.dtype, device=self.device)
+    def new_cache(self, batch_size: int, max_length: int, *, kv_dtype: KVDtype = None) -> Cache:
+        """Make a cache for `batch_size` sequences of up to `max_length` tokens, on the model's device.
 
-    def new_rolling_cache(self, batch_size: int, window: int, sinks: int = 0, *, largest_append: int = 512) -> Cache:
+        kv_dtype: of keys and values, default the model's; "fp8" for 8 bits, see `kernels.kv_cache`. Raises ValueError.
+        """
+        return Cache(self.dims, batch_size, max_length, KVFormat.of(self, kv_dtype))
+
+    def new_rolling_cache(
+        self, batch_size: int, window: int, sinks: int = 0, *, largest_append: int = 512, kv_dtype: KVDtype = None
+    ) -> Cache:
         """Make a cache for sequences of any length that see only their last `window` and first `sinks` tokens.
 
         Its mask, `sliding_window(window) | sink(sinks)`, is combined (`&`) with every other; its memory does not grow.
-        largest_append: the most tokens that one step may append. Raises ValueError for sizes that are too small, and
-        for rope types that rotate long sequences anew.
+        largest_append: the most tokens that one step may append. kv_dtype: see `new_cache`. Raises ValueError for sizes
+        that are too small, and for rope types that rotate long sequences anew.
         """
         window, sinks = whole_number("window", window, least=1), whole_number("sinks", sinks, least=0)
         largest_append = whole_number("largest_append", largest_append, least=1)
         if self.rotary.limit is not None:
             raise ValueError(f"a rolling cache is unbounded, but {self._rotates_cached_keys}; use new_cache")
         slots = sinks + window - 1 + largest_append
-        return Cache(self.dims, batch_size, slots, window=window, sinks=sinks, dtype=self.dtype, device=self.device)
+        return Cache(self.dims, batch_size, slots, KVFormat.of(self, kv_dtype), window=window, sinks=sinks)
 
     def forward(
         self,

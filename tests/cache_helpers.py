@@ -318,7 +318,7 @@ class Session:
 
 def storage(cache: Cache) -> list[int]:
     """Return the addresses of a cache's keys and values."""
-    return [x.data_ptr() for layer in cache.layers for x in layer]
+    return [x.data_ptr() for kv in cache.layers for x in (kv.k, kv.v)]
 
 
 def filled(batch=2, count=20, slots=128) -> Cache:

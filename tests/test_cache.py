@@ -23,6 +23,7 @@ from cache_helpers import (
 from llama_flex import Engine, Mask, ScoreMod
 from llama_flex.cache import Cache
 from llama_flex.engine.paged_cache import PagedCache
+from llama_flex.kernels.kv_cache import KVFormat
 from llama_flex.usercode.errors import FunctionError
 
 # --- Memory ---
@@ -81,7 +82,11 @@ def test_reading_operations_copy_no_keys():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: MODEL.new_cache(1, 128), lambda: PagedCache(MODEL.dims, 2, dtype=MODEL.dtype, device=MODEL.device)],
+    [
+        lambda: MODEL.new_cache(1, 128),
+        lambda: PagedCache(MODEL.dims, 2, KVFormat.of(MODEL, None)),
+        lambda: PagedCache(MODEL.dims, 2, KVFormat.of(MODEL, "fp8")),
+    ],
 )
 def test_slots_that_hold_nothing_are_zeros(make):
     """Memory that nobody wrote may hold NaN, and a weight of 0 times NaN is NaN. torch's deterministic mode fills
@@ -92,7 +97,7 @@ def test_slots_that_hold_nothing_are_zeros(make):
         layers = make().layers
     finally:
         torch.use_deterministic_algorithms(False)
-    assert not any(held.any() for layer in layers for held in layer)
+    assert not any(held.any() for kv in layers for held in (kv.k, kv.v))
 
 
 def test_room_is_what_the_fullest_row_leaves():

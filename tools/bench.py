@@ -114,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (decode, prefill):
         what = "as for llama_flex.generate; llama.cpp gets Q8_0, or Q4_0 for int4"
         command.add_argument("--quantize", metavar="FORMAT", help=what)
+        command.add_argument("--kv-dtype", choices=("fp8",), help="of ours, as for llama_flex.generate")
         what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention; "
         what += "llama.cpp, on a CPU (the extra `peers`); its llama-bench on the PATH, built natively"
         command.add_argument("--peers", choices=PEERS, nargs="*", default=["dynamic"], help=what)
@@ -221,9 +222,8 @@ def _cases(
         model, loaded = model_of(args, dtype), None
         for size in sizes:
             ids = random_ids(size, model.config)
-            ways = {
-                OURS: Way(functools.partial(ours, Engine(model, compile=COMPILE[args.compile]), ids), is_peer=False)
-            }
+            make = functools.partial(Engine, model, compile=COMPILE[args.compile], kv_dtype=args.kv_dtype)
+            ways = {OURS: Way(functools.partial(ours, make(), ids), is_peer=False)}
             _warm_up(ways[OURS], model, args.device)
             if {*args.peers} - {*LLAMA_CPP} and (loaded is None or isinstance(loaded, str)):
                 loaded = attempt(functools.partial(load, model, args.model))
@@ -298,7 +298,7 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         args,
         args.context,
         args.new,
-        lambda model, context: bytes_per_step(model, [context + args.new // 2]),
+        lambda model, context: bytes_per_step(model, [context + args.new // 2], args.kv_dtype),
         functools.partial(_stream, new=args.new, warm_up=args.warm_up),
         lambda peer, ids: peer.decode(ids, args.new, args.warm_up),
     )

@@ -1,4 +1,4 @@
-"""The perplexity of text under a model, as its dtype and quantisation change it:
+"""The perplexity of text under a model, as its dtype, its quantisation and that of its keys and values change it:
 
 python -m tools.perplexity --quantize int8 README.md docs/*.md
 """
@@ -14,6 +14,7 @@ import torch
 
 from llama_flex import Engine, Llama, Tokenizer
 from llama_flex.eval.scoring import score
+from llama_flex.kernels.kv_cache import KVDtype
 from llama_flex.layers import Linear
 
 from ._measuring import DEMO
@@ -21,9 +22,10 @@ from ._measuring import DEMO
 WIDTH = 1024  # tokens that are predicted from those before them in the same window
 
 
-def perplexity(model: Llama, ids: Sequence[int]) -> tuple[float, int]:
+def perplexity(model: Llama, ids: Sequence[int], kv_dtype: KVDtype = None) -> tuple[float, int]:
     """Return the perplexity of a text in windows of WIDTH tokens, and how many tokens were predicted."""
-    engine, windows = Engine(model, backend="dense"), range(0, len(ids) - 1, WIDTH)
+    engine = Engine(model, backend="dense", kv_dtype=kv_dtype)
+    windows = range(0, len(ids) - 1, WIDTH)
     scores = [score(engine, ids[n : n + 1], [ids[n + 1 : n + 1 + WIDTH]])[0] for n in windows]
     count = sum(len(each.logprobs) for each in scores)
     return math.exp(-sum(each.total for each in scores) / count), count
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--quantize", metavar="FORMAT", help="as for llama_flex.generate")
+    parser.add_argument("--kv-dtype", choices=("fp8",), help="as for llama_flex.generate")
     parser.add_argument(
         "--gguf", metavar="TYPE", help="of llama.cpp: the layers' matrices as Q4_0 or the like has them"
     )
@@ -56,8 +59,9 @@ def main() -> None:
     model = Llama.from_pretrained(args.model, device=args.device, dtype=dtype, quantize=args.quantize)
     if args.gguf is not None:
         round_as_gguf(model, args.gguf)
-    found, count = perplexity(model, ids)
-    print(f"{args.dtype}, {args.quantize or args.gguf or 'not quantised'}: perplexity {found:.4f} of {count:,} tokens")
+    found, count = perplexity(model, ids, args.kv_dtype)
+    what = f"{args.quantize or args.gguf or 'not quantised'}, keys and values in {args.kv_dtype or args.dtype}"
+    print(f"{args.dtype}, {what}: perplexity {found:.4f} of {count:,} tokens")
 
 
 if __name__ == "__main__":

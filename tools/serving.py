@@ -33,6 +33,7 @@ from llama_flex.checkpoint.files import FolderError
 from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.output import Step
 from llama_flex.engine.request import Request
+from llama_flex.kernels.kv_cache import KVDtype
 from llama_flex.masks.layout import BLOCK
 from tools._measuring import (
     CONFIGS,
@@ -83,20 +84,22 @@ class Machine(NamedTuple):
 
     bytes: float
     operations: float
+    kv_dtype: KVDtype  # of the caches
 
     @classmethod
     def measured(cls, args: argparse.Namespace) -> Machine:
         """Measure the device."""
         found = products(args.device, args.dtype)
         rate = found["operations"] / statistics.median(found["seconds"])
-        return cls(read_bandwidth(torch.device(args.device)), rate)
+        return cls(read_bandwidth(torch.device(args.device)), rate, args.kv_dtype)
 
     def step(self, model: Llama, contexts: Sequence[int]) -> float:
         """Return the least seconds that a decoding step of sequences of these lengths can take."""
         weights = bytes_per_step(model, [])
         numbers = matrices(model) + model.lm_head.weight.numel()
         multiplying = 2 * numbers * len(contexts) / self.operations
-        return max(weights / self.bytes, multiplying) + (bytes_per_step(model, contexts) - weights) / self.bytes
+        cached = bytes_per_step(model, contexts, self.kv_dtype) - weights
+        return max(weights / self.bytes, multiplying) + cached / self.bytes
 
     def all(self, model: Llama, asked: Sequence[Asked]) -> float:
         """Return the least seconds that requests can take if all of them run from the beginning."""
@@ -109,11 +112,13 @@ def throughput(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
     """Measure output tokens per second, ours and a peer's."""
     machine = Machine.measured(args)
     each = [requests(args, model.config.vocab_size, round) for round in range(args.rounds + 1)]
-    engine = Engine(model, compile=True, max_batch_size=args.batch_size, max_length=2 * args.high)
+    engine = Engine(
+        model, compile=True, kv_dtype=args.kv_dtype, max_batch_size=args.batch_size, max_length=2 * args.high
+    )
     found = [_of(machine, model, "llama_flex", each[0], [_together(engine, asked) for asked in each][1:])]
     failed: list[list[str]] = []
     if args.peer == "one by one":
-        alone = Engine(model, compile=True)
+        alone = Engine(model, compile=True, kv_dtype=args.kv_dtype)
         found.append(_of(machine, model, args.peer, each[0], [_one_by_one(alone, asked) for asked in each][1:]))
     elif args.peer is not None:
         from tools._peers import batches, load
@@ -167,7 +172,9 @@ def sweep(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
     """Measure the time of a decoding step at each batch size."""
     machine, rows, found = Machine.measured(args), [], []
     rng, new = np.random.default_rng(args.seed), _new_of_sweep(args)
-    engine = Engine(model, compile=True, max_batch_size=max(args.sizes), max_length=args.context + new)
+    engine = Engine(
+        model, compile=True, kv_dtype=args.kv_dtype, max_batch_size=max(args.sizes), max_length=args.context + new
+    )
     for size in args.sizes:
         submitted = [_submit(engine, _ids(rng, args.context, model.config.vocab_size), new) for _ in range(size)]
         while min(len(r.steps) for r in submitted) < 8:
@@ -208,7 +215,9 @@ def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
     vocabulary, rng = model.config.vocab_size, np.random.default_rng(args.seed)
     longest, blocks = args.prefix + args.own + 2, -(-(args.own + 2) // BLOCK) + 1
     slots = (-(-longest // BLOCK) + args.count * blocks) * BLOCK
-    engine = Engine(model, compile=True, max_batch_size=args.count, max_length=longest, max_slots=slots)
+    engine = Engine(
+        model, compile=True, kv_dtype=args.kv_dtype, max_batch_size=args.count, max_length=longest, max_slots=slots
+    )
     own = [_ids(rng, args.own, vocabulary) for _ in range(args.count)]
     found: dict[str, list[float]] = {"the first": [], "the rest": [], "the rest, without a prefix": [], OWN: []}
     computed: dict[str, int] = {}
@@ -253,6 +262,7 @@ def latency(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
         engine = Engine(
             model,
             compile=True,
+            kv_dtype=args.kv_dtype,
             max_batch_size=args.count + 4,
             max_length=max(args.long + 1, args.own + args.new),
             prefill_tokens=tokens,
@@ -312,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in NAMES:
             command.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
             command.add_argument("--quantize", metavar="FORMAT", help="as for llama_flex.generate")
+            command.add_argument("--kv-dtype", choices=("fp8",), help="as for llama_flex.generate")
             command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
             command.add_argument("--rounds", type=whole_number, default=3)
     for name in ("throughput", "requests"):

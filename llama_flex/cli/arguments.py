@@ -96,6 +96,9 @@ def parser() -> argparse.ArgumentParser:
         "the layers' matrices in fewer bits: int8, fp8, or int4, in groups of 32 with zero points; int4-64, int4-128"
     )
     run.add_argument("--quantize", metavar="FORMAT", help=f"{formats}; without zero points int4-128-symmetric")
+    run.add_argument(
+        "--kv-dtype", choices=("fp8",), help="keys and values in 8 bits: room for twice as many tokens in memory"
+    )
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     run.add_argument(

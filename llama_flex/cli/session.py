@@ -47,7 +47,7 @@ class Session:
         self.tokenizer = Tokenizer.from_pretrained(folder)
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model = Llama.from_pretrained(folder, device=args.device, dtype=dtype, quantize=args.quantize)
-        self.engine = Engine(model, self.tokenizer)
+        self.engine = Engine(model, self.tokenizer, kv_dtype=args.kv_dtype)
         self.statistics = Statistics(self.engine, time.perf_counter() - started)
         self.sampling = Sampling.recommended(model.generation_config, **asked)
         self.expected = args.max_new_tokens or self.engine.limits.default_new_tokens
@@ -148,6 +148,7 @@ class Session:
         self.engine = self.statistics.engine = Engine(
             model,
             self.tokenizer,
+            kv_dtype=args.kv_dtype,
             compile=False if few and self.compiles == "auto" else self.compiles,
             max_batch_size=rows,
             max_length=longest + self.expected,

@@ -45,7 +45,7 @@ class Statistics:
                 self.decoded_tokens += 1
                 if counts[step.row] == max(counts):  # the first row of a step: the weights were read once more
                     contexts = [n + c for ns, c in zip(lengths, counts, strict=True) for n in ns]
-                    self.bytes_read += bytes_per_step(self.engine.model, contexts)
+                    self.bytes_read += bytes_per_step(self.engine.model, contexts, self.engine.kv_dtype)
             counts[step.row] += 1
             yield step
             started, compiled = time.perf_counter(), self.engine.compile_seconds

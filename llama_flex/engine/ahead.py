@@ -32,7 +32,8 @@ class CompileAhead(Batch):
         """Begin. cache: of the size that the steps will have. penalised: whether there is a repetition penalty."""
         super().__init__(runner, cache.batch_size)
         self._plan, self._slots, self._kinds, self._penalised = plan, cache.max_length, kinds, penalised
-        self._bytes = sum(x.nbytes for layer in cache.layers for x in layer)
+        self._bytes = sum(kv.k.nbytes + kv.v.nbytes for kv in cache.layers)
+        self._kv_dtype = cache.layers[0].kv_dtype
         self._thread = threading.Thread(target=self._compile, name="llama_flex compiles ahead", daemon=True)
         atexit.register(self._abandon)
         self._thread.start()
@@ -64,7 +65,8 @@ class CompileAhead(Batch):
                 atexit.unregister(self._abandon)
 
     def _step(self) -> None:
-        rows, cache = self.batch_slots, self.model.new_cache(self.batch_slots, self._slots)
+        rows = self.batch_slots
+        cache = self.model.new_cache(rows, self._slots, kv_dtype=self._kv_dtype)
         if self._penalised:
             shape = rows + 1, self.model.dims.vocab_size
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)

@@ -14,6 +14,7 @@ from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..interp.probes import as_tuple
+from ..kernels.kv_cache import KVDtype, check_kv_dtype
 from ..masks.layout import BLOCK
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
@@ -50,6 +51,7 @@ class Engine:
         *,
         compile: bool | Literal["auto"] = False,
         backend: Backend = "flex",
+        kv_dtype: KVDtype = None,
         max_batch_size: int | None = None,
         max_slots: int | None = None,
         max_length: int | None = None,
@@ -62,6 +64,7 @@ class Engine:
         waits for a compiler. Steps are recorded and replayed: of what changes in the model during a stream, such as
         hooks and modules, they may see the values of parameters alone.
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
+        kv_dtype: of the keys and values of all caches that the engine makes, see `Llama.new_cache`.
 
         The rest configures `submit`, before which it takes no memory. max_batch_size: the most sequences that run at a
         time, default 8 on a CPU, 256 on a GPU. max_slots: KV cache slots for the tokens of all of them; default enough
@@ -71,6 +74,8 @@ class Engine:
         """
         self.model = model
         self.tokenizer = tokenizer
+        check_kv_dtype(kv_dtype, model.device)
+        self.kv_dtype = kv_dtype
         self.runner = ModelRunner(model, compile=compile, backend=backend)
         self.limits = RequestLimits(model)
         self._scheduler: Scheduler | None = None
@@ -80,6 +85,7 @@ class Engine:
             self.runner,
             tokenizer,
             self.limits,
+            kv_dtype=kv_dtype,
             max_batch_size=max_batch_size,
             max_slots=max_slots,
             max_length=max_length,
@@ -291,7 +297,7 @@ class Engine:
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Return a cache for this engine; if it compiles, rounded up to one of few sizes, so that graphs are shared."""
-        return self.model.new_cache(batch_size, self.slots(batch_size, max_length))
+        return self.model.new_cache(batch_size, self.slots(batch_size, max_length), kv_dtype=self.kv_dtype)
 
     def slots(self, batch_size: int, max_length: int) -> int:
         """Return the number of slots per row for rows of up to `max_length` tokens."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels import cpu, flex_attention
+from ..kernels.kv_cache import KVDtype, dtype_of
 from ..kernels.weight import QUANTISED
 from ..layers import Linear
 from ..masks.layout import BLOCK
@@ -33,6 +34,8 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
         sizes[kind] += math.prod(weight.shape)
     for kind in filter(None, sizes):
         lines.append(f"{sizes[kind] / sizes.total():.0%} of the weights in {kind}")
+    if last.kv_dtype is not None:
+        lines.append(f"keys and values in {last.kv_dtype}")
     graphs = runner.graphs
     if runner.uncompiled is not None and (steps := runner.uncompiled.steps.total()):
         lines.append(f"{steps} steps not compiled, recorded, as were their prompts; attention backend 'dense'")
@@ -64,7 +67,7 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
         )
 
     contexts = (kv.index >= 0).sum(1).tolist()
-    size = bytes_per_step(model, contexts)
+    size = bytes_per_step(model, contexts, last.kv_dtype)
     lines.append(f"a step of {rows} rows reads {size / 1e9:.3f} GB: weights, keys and values")
     if bytes_per_second:
         rates = f"{bytes_per_second / 1e9:.1f} GB/s reached of {(most := read_bandwidth(device)) / 1e9:.1f}"
@@ -72,7 +75,7 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def bytes_per_step(model: Llama, contexts: Sequence[int]) -> int:
+def bytes_per_step(model: Llama, contexts: Sequence[int], kv_dtype: KVDtype = None) -> int:
     """Return the bytes that a decode step must read: all weights once (of an untied embedding next to nothing), and
     the keys and values of every sequence. contexts: the sequences' lengths."""
     read = sum(p.nbytes for p in model.parameters())
@@ -80,7 +83,7 @@ def bytes_per_step(model: Llama, contexts: Sequence[int]) -> int:
     dims, seen = model.dims, 0
     for window, layers in Counter(model.windows).items():
         seen += layers * sum(n if window is None else min(n, window) for n in contexts)
-    return read + dims.kv_numbers_per_token // dims.num_layers * model.dtype.itemsize * seen
+    return read + dims.kv_numbers_per_token // dims.num_layers * dtype_of(kv_dtype, model.dtype).itemsize * seen
 
 
 def read_bandwidth(device: torch.device) -> float:

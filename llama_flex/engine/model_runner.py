@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..attention import Backend
 from ..interp.hook_points import Captured, Probe
 from ..kernels import cpu, flex_attention
+from ..kernels.kv_cache import KVDtype
 from ..masks.layout import SlotCache
 from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
@@ -33,10 +34,11 @@ UNCOMPILED_STEPS, UNCOMPILED_PROMPTS = 2048, 4096
 
 
 class LastRun(NamedTuple):
-    """The plan and the tokens of the last run, for `explain`."""
+    """The plan and the tokens of the last run, and what keys and values are kept in, for `explain`."""
 
     plan: AttentionPlan
     tokens: Callable[[], Tokens]  # returns the tokens held now, [B, S]
+    kv_dtype: KVDtype
 
     def newest(self) -> Tokens:
         """Return each row's newest token, `[B, 1]`."""
@@ -155,7 +157,8 @@ class ModelRunner:
         if self.compile:
             plan = plan if probes else self.compiled_plan(plan)
             shape = ids.shape if cache.token_indices is None else (1, len(cache.token_indices))
-            key = (*shape, cache.max_length, type(cache), cache.layers[0][0].shape, plan.structure)
+            kv = cache.layers[0]
+            key = (*shape, cache.max_length, type(cache), kv.k.shape, kv.kv_dtype, plan.structure)
             self.shapes.add(key)
         run = self.run_for(*key)
         return self.model.step(ids, lengths, positions, segments, cache, plan, self.backend, run, probes)

@@ -125,7 +125,7 @@ class PagedBatch(Batch):
         if not self.runner.compile:  # eager shapes may vary: drop columns that no row uses
             page_table = page_table[:, : max(len(sequence.pages) for _, sequence in rows.values())]
         cache = PagedCacheView(self.cache, page_table, start, end, given.get("token_indices"))
-        self.runner.last = LastRun(plan, lambda: cache.tokens)
+        self.runner.last = LastRun(plan, lambda: cache.tokens, cache.layers[0].kv_dtype)
         ids, positions, segments = self._newest_tokens(buffers) if width == 1 else given["tokens"].unbind(0)
 
         def step() -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..cache import Cache
 from ..config import Dimensions
-from ..masks.layout import BLOCK, PageTable, new_layers, slot_mapping
+from ..kernels.kv_cache import KVFormat, as_bytes
+from ..masks.layout import BLOCK, PageTable, slot_mapping
 from ..tokens import Tokens
 from .block_manager import BlockManager
 from .transfer import to_device_async
@@ -30,14 +31,14 @@ class PagedCache:
     included.
     """
 
-    def __init__(self, dims: Dimensions, pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the pool. Memory: `page_bytes` for each page and one more. Raises ValueError if a layer's keys are
-        more than 2**31 numbers, which FlexAttention cannot address."""
+    def __init__(self, dims: Dimensions, pages: int, form: KVFormat) -> None:
+        """Allocate the pool, keys and values in a form. Memory: `page_bytes` for each page and one more. Raises
+        ValueError if a layer's keys are more than 2**31 numbers, which FlexAttention cannot address."""
         slots = (pages + 1) * BLOCK
         shape = (1, dims.num_kv_heads, slots, dims.head_dim)
         if pages > (most := self.most_pages(dims)):
             raise ValueError(f"{pages * BLOCK} slots are more than attention can address; ask for {most * BLOCK}")
-        self.layers = new_layers(dims.num_layers, shape, dtype, device)
+        self.layers, device = form.new_layers(shape, dims.num_layers), form.device
         self.position = torch.zeros(slots, dtype=torch.int32, device=device)
         self.segment = torch.zeros(slots, dtype=torch.int32, device=device)
         self.block_manager = BlockManager(pages)
@@ -53,19 +54,19 @@ class PagedCache:
             blocks[target] = blocks[source]
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Zero pages, without synchronising; see `layout.new_layers`."""
+        """Zero pages, without synchronising; see `KVFormat.new_layers`."""
         at = to_device_async(torch.tensor(pages), self.position.device)
         for blocks in self._blocks():
             blocks.index_fill_(1, at, 0)
 
     def _blocks(self) -> Iterator[Tensor]:
         """Yield the keys and the values of each layer, split into pages: `[K, P, 128, D]`."""
-        for held in itertools.chain.from_iterable(self.layers):
-            yield held[0].unflatten(1, (-1, BLOCK))
+        for held in itertools.chain.from_iterable((kv.k, kv.v) for kv in self.layers):
+            yield as_bytes(held)[0].unflatten(1, (-1, BLOCK))
 
     @staticmethod
     def page_bytes(dims: Dimensions, dtype: torch.dtype) -> int:
-        """Return the size of a page in bytes, over all layers."""
+        """Return the size of a page in bytes, over all layers. dtype: of keys and values."""
         return BLOCK * (dims.kv_numbers_per_token * dtype.itemsize + 2 * torch.int32.itemsize)
 
     @staticmethod

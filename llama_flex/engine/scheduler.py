@@ -22,6 +22,7 @@ from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..interp.probes import as_tuple
+from ..kernels.kv_cache import KVDtype, KVFormat, dtype_of
 from ..masks.layout import BLOCK
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
@@ -59,6 +60,7 @@ class Scheduler:
         tokenizer: Tokenizer | None,
         limits: RequestLimits,
         *,
+        kv_dtype: KVDtype,
         max_batch_size: int | None,
         max_slots: int | None,
         max_length: int | None,
@@ -66,6 +68,7 @@ class Scheduler:
         prefill_tokens: int | None,
     ) -> None:
         self.runner, self.model, self.tokenizer, self.limits = runner, runner.model, tokenizer, limits
+        self.kv_dtype = kv_dtype
         self.model.check_device()
         device = self.model.device
         for name, value in (
@@ -80,7 +83,7 @@ class Scheduler:
         blocks = -(-(max_length or self.model.context) // BLOCK)
         if max_slots is None:
             pages = min(max_batch_size * blocks, PagedCache.most_pages(self.model.dims))
-            pages = min(pages, _pages_that_fit(self.model, memory_fraction))
+            pages = min(pages, _pages_that_fit(self.model, kv_dtype, memory_fraction))
         else:
             pages = -(-max_slots // BLOCK)
         self.blocks = blocks = min(blocks, pages)
@@ -110,9 +113,9 @@ class Scheduler:
         self._allocate_cache(pages)
 
     def _allocate_cache(self, pages: int) -> None:
-        """Allocate the cache and the batch, in the model's dtype on its device."""
+        """Allocate the cache and the batch on the model's device."""
         dtype, device = self.model.dtype, self.model.device
-        self.cache = PagedCache(self.model.dims, pages, dtype=dtype, device=device)
+        self.cache = PagedCache(self.model.dims, pages, KVFormat.of(self.model, self.kv_dtype))
         self.batch = PagedBatch(self.runner, self.cache, self.max_batch_size, self.prefill_tokens, self.blocks)
         self.masks = self.batch.masks
         self._ahead = device.type == "cuda"  # a step's tokens are read while the next one runs
@@ -600,7 +603,7 @@ class Scheduler:
         request.num_delivered += 1
 
 
-def _pages_that_fit(model: Llama, fraction: float) -> int:
+def _pages_that_fit(model: Llama, kv_dtype: KVDtype, fraction: float) -> int:
     if not 0 < fraction <= 1:
         raise ValueError(f"memory_fraction must be above 0 and at most 1, not {fraction}")
     if model.device.type == "cuda":
@@ -608,7 +611,7 @@ def _pages_that_fit(model: Llama, fraction: float) -> int:
         free = torch.cuda.mem_get_info(model.device)[0] + unused
     else:
         free = _free_memory()
-    pages = int(free * fraction) // PagedCache.page_bytes(model.dims, model.dtype) - 1
+    pages = int(free * fraction) // PagedCache.page_bytes(model.dims, dtype_of(kv_dtype, model.dtype)) - 1
     if pages < 1:
         raise ValueError(
             f"memory_fraction {fraction} of {free / 1e9:.1f} GB free is less than a page of {BLOCK} tokens"

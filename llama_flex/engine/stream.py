@@ -61,7 +61,7 @@ class Stream(Batch):
         Raises ValueError if the model's dtype or device has changed, since the cached keys and values have not.
         """
         made_for = self.model.device, self.model.dtype
-        self._decoding.last = LastRun(self.plan, _tokens_of(self.cache))
+        self._decoding.last = LastRun(self.plan, _tokens_of(self.cache), self.cache.layers[0].kv_dtype)
         for n, left in enumerate(pieces := self._pieces(), start=1):
             chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures)
             for x in newest_outputs(left, chunks):
@@ -78,7 +78,7 @@ class Stream(Batch):
     def _count_uncompiled(self) -> None:
         """Count an uncompiled step; compile ahead if a text may go beyond the last one, and after that take over."""
         first, cache = self.runner, self.cache
-        shape = len(self.rows), cache.max_length, self.plan.structure, self.kinds
+        shape = len(self.rows), cache.max_length, cache.layers[0].kv_dtype, self.plan.structure, self.kinds
         if left := first.steps_left(shape):
             new = max(request.output_processor.limit - request.num_scheduled for request in self.requests)
             if new > left and shape not in first.compiling and isinstance(cache, Cache) and cache.window is None:

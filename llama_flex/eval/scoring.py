@@ -98,7 +98,7 @@ def score(
     if not texts:
         return []
     slots = engine.slots(min(batch_size, len(texts)), len(start) + max(map(len, texts)))
-    cache = model.new_cache(1, slots)
+    cache = model.new_cache(1, slots, kv_dtype=engine.kv_dtype)
     plan = model.attention_plan(mask, score_mod, cache)
     probes = model.probes((), edit, 1, stepwise=True)
     *_, first = prefill(engine.runner, [tokens_of(Prompt.plain(start), [])], plan, cache, probes)

@@ -141,10 +141,11 @@ class Capture:
                 kept[site, layer] = some(x)
             if site == "q" and ATTENTION in self.sites:
                 attention = plan.variants[plan.of_layer[layer]]
-                k = found.at["k", layer].transpose(1, 2) if cache is None else cache.layers[layer][0]
-                k = k if cache is None or cache.pages is None else cache.pages.gather(k)
-                kv = found.tokens if cache is None else cache.tokens
-                kept[ATTENTION, layer] = self._attention_rows(some(x).transpose(1, 2), k, tokens, kv, attention)
+                q, k, kv = some(x).transpose(1, 2), found.at["k", layer].transpose(1, 2), found.tokens
+                if cache is not None:
+                    held, kv = cache.layers[layer], cache.tokens
+                    q, k = held.scale_queries(q), held.k if cache.pages is None else cache.pages.gather(held.k)
+                kept[ATTENTION, layer] = self._attention_rows(q, k, tokens, kv, attention)
         device = index.device if self.device is None else self.device
         self._parts.append(
             (tokens.map(lambda x: x.to(device)), {key: x.to(device) for key, x in kept.items()}),

@@ -84,7 +84,7 @@ def run_probed(
 
     def hook(name: str, x: Tensor) -> Tensor:
         changes = [change for point, change in probe.edits if point == name]
-        if changes and name == "z" and torch.compiler.is_dynamo_compiling() and not (x.is_cuda or x.requires_grad):
+        if changes and name == "z":
             x = keep_apart(x)
         for change in changes:
             x = apply_edit(x, change, tokens)

@@ -15,7 +15,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from . import build
+from .kv_cache import KV
 from .weight import PARTS, Weight
 
 ROWS = 16  # with more, products are bound by arithmetic, which torch does faster
@@ -193,9 +194,6 @@ def swiglu(x: Tensor) -> Tensor | None:
     return _OPS[x.dtype].swiglu(x, x, 0.0)
 
 
-KV: TypeAlias = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, K, S, D]
-
-
 class Packed(Protocol):
     """The packing of rows `[B, T, ...]` into one row of N tokens, `[1, N, ...]`."""
 
@@ -242,7 +240,7 @@ class Newest(NamedTuple):
     def with_cache(self, kv: KV) -> tuple[Tensor, ...]:
         """Return the arguments of _ATTENTION."""
         table = self.slots if self.page_table is None else self.page_table
-        return self.cos, self.sin, self.slots, *kv, self.visible, table
+        return self.cos, self.sin, self.slots, kv.k, kv.v, self.visible, table
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> bool:
@@ -256,7 +254,7 @@ def attend_newest(q: Tensor, k: Tensor, v: Tensor, newest: Newest | None, kv: KV
 
     If packed, q, k, v and the result have N tokens instead of B and T.
     """
-    if newest is None or kv is None or not can_attend(q, k, v, kv[0]):
+    if newest is None or kv is None or not can_attend(q, k, v, kv.k):
         return None
     if newest.packed is not None:
         q, k, v = map(newest.packed.unpack, (q, k, v))
@@ -281,6 +279,8 @@ class Layer(NamedTuple):
         """Return that of a `layers.Block` and its own attention and MLP, or None if there is no kernel for the step."""
         attention, mlp = map(block._modules.get, ("attention", "mlp"))  # ten times as fast as attributes
         if newest is None or newest.packed is not None or kv is None or attention is None or mlp is None:
+            return None
+        if kv.scales is not None:
             return None
         if not 0 < newest.slots.numel() <= ROWS:  # asked here, so that a prompt is turned down by its first layer
             return None

@@ -65,7 +65,7 @@ def flash_takes(dtype: torch.dtype, head_dim: int) -> bool:
 
 def kernel_options(q: Tensor, k: Tensor, paged: bool, plain: bool, flash: bool) -> Any:
     """Return FlexAttention's kernel options on CUDA: the sizes of tiles, and the choice of kernel. plain, flash: see
-    `masks.plan.LayerAttention`; flash-attn-4 takes 0.4 ms to launch, so it is for long chunks.
+    `masks.plan.LayerAttention`; flash-attn-4 takes 0.4 ms to launch, so it is for long chunks, and no keys of 8 bits.
 
     For 2 to 127 queries torch 2.11 would choose its decoding kernel, which does not compile or gives wrong results.
 
@@ -77,7 +77,7 @@ def kernel_options(q: Tensor, k: Tensor, paged: bool, plain: bool, flash: bool) 
     row = (1 << (q.shape[3] - 1).bit_length()) * q.itemsize  # bytes; the kernels pad the head dim
     device: Any = torch.cuda.get_device_properties(q.device)
     most = device.shared_memory_per_block_optin
-    long = not paged and q.itemsize == 2 and q.shape[2] >= _LONG
+    long = not paged and q.itemsize == 2 and k.dtype == q.dtype and q.shape[2] >= _LONG
     if long and flash and flash_takes(q.dtype, q.shape[3]) and not torch.is_grad_enabled():
         return {"BACKEND": "FLASH"}
     tiles = _TILES if q.itemsize == 2 else _TILES[1:]
@@ -103,7 +103,9 @@ torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
 
 
 def keep_apart(x: Tensor) -> Tensor:
-    """Copy attention's output on a CPU, so that Inductor does not fuse the operations after it with attention."""
+    """Copy attention's output in compiled steps on a CPU: Inductor must not fuse what follows with attention."""
+    if not torch.compiler.is_dynamo_compiling() or x.is_cuda or x.requires_grad:
+        return x
     return torch.ops.llama_flex.apart(x)
 
 

@@ -45,6 +45,11 @@ class Weight(NamedTuple):
         """Whether the numbers have 4 bits."""
         return self.numbers.dtype == torch.int32
 
+    def of_rows(self, rows: slice) -> Weight:
+        """Return that of some rows."""
+        scale, zero = (None if part is None else part[rows] for part in (self.scale, self.zero))
+        return Weight(self.numbers[rows], scale, zero)
+
     def fits(self, x: Tensor) -> bool:
         """Return whether it can be multiplied by x: on its device, the numbers or their scales in its dtype."""
         if self.scale is None:

@@ -6,12 +6,12 @@ dim, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels.kv_cache import KV, as_bytes
 from ..tokens import Tokens, take
 
 BLOCK = 128  # slots and query rows per block of a BlockMask, and slots per page
@@ -35,22 +35,9 @@ class PageTable(NamedTuple):
         """Copy the slots of every row, `[B, K, S, D]`, from a pool `[1, K, P * 128, D]`; zeros for missing pages."""
         b, blocks = self.page_table.shape
         slots = torch.arange(blocks * BLOCK, device=pool.device).expand(b, -1)
-        found = pool[0][:, slot_mapping(self.page_table, slots)].transpose(0, 1)
+        found = as_bytes(pool)[0][:, slot_mapping(self.page_table, slots)].transpose(0, 1)
         missing = (self.page_table == self.physical_to_logical.shape[1] - 1).repeat_interleave(BLOCK, dim=1)
-        return found.masked_fill_(missing[:, None, :, None], 0)  # padding may be NaN
-
-
-def new_layers(
-    count: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
-) -> list[tuple[Tensor, Tensor]]:
-    """Allocate the keys and values of each layer: zeros, as a masked slot still takes part in products, and 0 * NaN is
-    NaN."""
-    if torch.device(device).type == "cpu":  # whose zeros take no memory until they are written
-        held = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * count)]
-    else:
-        held = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2 * count)]
-        torch._foreach_zero_(held)  # a kernel for many layers: each would take the host longer than the GPU
-    return list(zip(held[::2], held[1::2], strict=True))
+        return found.masked_fill_(missing[:, None, :, None], 0).view(pool.dtype)  # padding may be NaN
 
 
 def slot_mapping(page_table: Tensor, slots: Tensor) -> Tensor:
@@ -99,7 +86,7 @@ class SlotCache(Protocol):
     table, None if slots are contiguous. token_indices: the packed tokens, see `PackedRows`; None if all are computed.
     """
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[KV]
     max_length: int
     token_indices: Tensor | None
 

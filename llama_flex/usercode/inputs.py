@@ -57,9 +57,9 @@ def check_cache(
         raise ValueError(f"cache must be made with model.new_cache, found {type(cache).__name__}")
     if cache.batch_size != batch_size:
         raise ValueError(f"the cache has {cache.batch_size} rows but the input has {batch_size}; they must match")
-    keys, _ = cache.layers[0]
+    keys = cache.layers[0].k
     mine = (dims.num_layers, dims.num_kv_heads, dims.head_dim, dtype, device)
-    other = (len(cache.layers), keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+    other = (len(cache.layers), keys.shape[1], keys.shape[3], cache.layers[0].model_dtype, keys.device)
     if mine != other:
         raise ValueError(f"the cache belongs to another model ({other}, not {mine}); make it with model.new_cache")
 

@@ -41,7 +41,7 @@ def test_numbers_that_are_none_stay_in_their_request(backend, compile):
     bad = engine.submit([*ids[:100], 159, *ids[101:250]], **NEW)
     engine.step()  # of `bad` 54 tokens, and with 159 those after them
     engine.step()
-    assert any(x.isnan().any() for x, _ in engine.scheduler.cache.layers)
+    assert any(kv.k.isnan().any() for kv in engine.scheduler.cache.layers)
     check(short, engine.submit(ids[:50], **NEW))  # with a copy of the page that also has 159
     assert (tokens_of(bad), bad.finish_reason) == ([], "error")
     check(engine.submit(ids[::-1], **NEW))  # in pages that it had

@@ -22,6 +22,7 @@ from llama_flex.config import LlamaConfig
 from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
 from llama_flex.kernels.cpu import Newest
+from llama_flex.kernels.kv_cache import KV
 from llama_flex.kernels.weight import MIDDLE, Weight, unpack
 from llama_flex.layers import Block, Linear, RMSNorm, apply_linear, run_blocks
 from llama_flex.masks.layout import PageTable
@@ -303,9 +304,9 @@ def check_attention(
     if paged:
         table = torch.randperm(b * blocks, generator=draws).view(b, blocks).int()
         held = table.gather(1, slots // 128).long() * 128 + slots % 128
-    kv = random(1, kv_heads, (b * blocks + 1) * 128, d), random(1, kv_heads, (b * blocks + 1) * 128, d)
+    kv = KV(*(random(1, kv_heads, (b * blocks + 1) * 128, d) for _ in range(2)))
     if table is None:
-        kv = random(b, kv_heads, s + 128, d), random(b, kv_heads, s + 128, d)
+        kv = KV(*(random(b, kv_heads, s + 128, d) for _ in range(2)))
     found = kernel.attend_newest(q, k, v, Newest(cos, sin, held, visible, table), kv)
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
@@ -316,7 +317,9 @@ def check_attention(
     places = torch.arange(blocks * 128).expand(b, -1)
     if table is not None:
         places = table.gather(1, places // 128).long() * 128 + places % 128
-    keys, values = (x.expand(b, -1, -1, -1)[torch.arange(b)[:, None], :, places[:, :s]].transpose(1, 2) for x in kv)
+    keys, values = (
+        x.expand(b, -1, -1, -1)[torch.arange(b)[:, None], :, places[:, :s]].transpose(1, 2) for x in (kv.k, kv.v)
+    )
     row = torch.arange(b)[:, None]
     unit = torch.finfo(torch.float32).eps
     assert torch.equal(values[row, :, slots], v)
@@ -368,7 +371,7 @@ def test_a_score_that_is_not_finite_is_seen(t, value):
     """Check that a query whose scores are NaN or infinite gets NaN, as by definition, alone."""
     q, k = torch.ones(1, t, 2, 32), torch.ones(1, t, 1, 32)
     q[0, 0, 1, 0] = value
-    kv = torch.ones(1, 1, 256, 32), torch.ones(1, 1, 256, 32)
+    kv = KV(torch.ones(1, 1, 256, 32), torch.ones(1, 1, 256, 32))
     rotary = torch.ones(1, 1, t, 16), torch.zeros(1, 1, t, 16)
     seen = torch.ones(1, 1, t, 200, dtype=torch.bool)
     y = kernel.attend_newest(q, k, k, Newest(*rotary, torch.arange(t)[None], seen), kv).unflatten(-1, (2, 32))
@@ -378,7 +381,7 @@ def test_a_score_that_is_not_finite_is_seen(t, value):
 @pytest.mark.parametrize("t", [1, 40])
 def test_scores_that_are_all_minus_infinity_are_not_taken_for_nothing_to_see(t):
     q, k = torch.full((1, t, 2, 32), -1e30), torch.full((1, t, 1, 32), 1e30)
-    kv = torch.full((1, 1, 256, 32), 1e30), torch.ones(1, 1, 256, 32)
+    kv = KV(torch.full((1, 1, 256, 32), 1e30), torch.ones(1, 1, 256, 32))
     rotary, seen = (torch.ones(1, 1, t, 16), torch.zeros(1, 1, t, 16)), torch.ones(1, 2, t, 200, dtype=torch.bool)
     seen[:, 1] = False
     y = kernel.attend_newest(q, k, k, Newest(*rotary, torch.arange(t)[None], seen), kv).unflatten(-1, (2, 32))
@@ -395,10 +398,8 @@ def test_tensors_in_any_layout_are_read_as_they_are(tiny_pair):
     torch.testing.assert_close(logits[0], logits[1])
     torch.testing.assert_close(logits[0], model(ids, positions=positions, backend="dense"))
     heads = torch.randn(1, 2, 4, 16)
-    rotary, kv = (
-        (torch.ones(1, 1, 2, 8), torch.zeros(1, 1, 2, 8)),
-        (torch.zeros(1, 4, 128, 16), torch.zeros(1, 4, 128, 16)),
-    )
+    rotary = torch.ones(1, 1, 2, 8), torch.zeros(1, 1, 2, 8)
+    kv = KV(torch.zeros(1, 4, 128, 16), torch.zeros(1, 4, 128, 16))
     seen = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     other = heads.transpose(1, 2).contiguous().transpose(1, 2)
     y = [kernel.attend_newest(x, x, x, Newest(*rotary, torch.arange(2)[None], seen), kv) for x in (heads, other)]
@@ -409,7 +410,7 @@ def test_tensors_in_any_layout_are_read_as_they_are(tiny_pair):
 def test_the_number_of_threads_changes_no_bit(t):
     q, k = torch.randn(2, t, 6, 64), torch.randn(2, t, 3, 64)
     rotary, slots = (torch.randn(2, 1, t, 32), torch.randn(2, 1, t, 32)), torch.arange(t).expand(2, -1).contiguous()
-    kv, seen = (torch.randn(2, 3, 512, 64), torch.randn(2, 3, 512, 64)), torch.rand(2, 1, t, 500) < 0.5
+    kv, seen = KV(torch.randn(2, 3, 512, 64), torch.randn(2, 3, 512, 64)), torch.rand(2, 1, t, 500) < 0.5
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -485,7 +486,7 @@ def check_block(
         args = LayerAttention(sliding_window(150)), q, kv, group * kv_heads, "dense", pages
         metadata = build_attention_metadata(*args, rotary=rotary, slots=slots)
         kind = torch.float64 if dtype == torch.float64 else x.dtype
-        kvs = [tuple(each.to(kind, copy=True) for each in pair) for pair in (cache, cache[::-1])]
+        kvs = [KV(*(each.to(kind, copy=True) for each in pair)) for pair in (cache, cache[::-1])]
         y = x.to(kind)
         if kernels:
             y = run_blocks(y, [(block, metadata, layer) for layer in kvs])
@@ -493,7 +494,7 @@ def check_block(
         else:
             for layer in kvs:
                 y = block(y, metadata._replace(newest=None), layer)
-        return y, *kvs[0], *kvs[1]
+        return y, *kvs[0][:2], *kvs[1][:2]
 
     found, plain = run(block, torch.float32, True), run(block, torch.float32, False)
     for module in linears(wide := copy.deepcopy(block)):
@@ -713,7 +714,7 @@ def test_a_weight_of_few_bits_in_another_shape_has_no_code():
     metadata = build_attention_metadata(*args, rotary=cos_sin(index, torch.ones(16)), slots=index.long())
 
     def runs() -> bool:
-        return run_blocks(x, [(block, metadata, (kv.clone(), kv.clone()))]) is not None
+        return run_blocks(x, [(block, metadata, KV(kv.clone(), kv.clone()))]) is not None
 
     assert linear.can_fuse(x, weight)
     assign(block.mlp.gate_up, weight)

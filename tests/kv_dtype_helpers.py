@@ -1,0 +1,100 @@
+"""What the tests of caches in 8 bits share: a model whose heads differ, and the reference, keys and values rounded by
+edits in forwards without such a cache."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from llama_flex import Edit, Llama
+from llama_flex.kernels.kv_cache import KV, Scales
+
+FP8 = torch.float8_e4m3fn
+
+
+def uneven(model: Llama, dtype: torch.dtype = torch.float64) -> Llama:
+    """Return a copy of a model in which keys and values have another size in every head, and so another scale."""
+    model = copy.deepcopy(model).to(dtype)
+    for n, block in enumerate(model.blocks()):
+        attention = block.attention
+        keys, values = attention.qkv.weight.unflatten(0, (-1, attention.head_dim))[attention.num_heads :].chunk(2)
+        sizes = 2.0 ** torch.arange(-1, len(keys) - 1)
+        keys *= (sizes * 2**n)[:, None, None]
+        values *= (sizes.flip(0) / 2 ** (5 + n))[:, None, None]
+        attention.o.weight *= 2 ** (5 + n)  # else what values change would be too little to see
+    return model
+
+
+def expected_scales(model: Llama) -> list[torch.Tensor]:
+    """Return the scales of each layer, `[2, K]`, by their definition, one number at a time. For a model without biases
+    and norms of keys."""
+    found = []
+    for block in model.blocks():
+        a = block.attention
+        weight = (a.qkv.weight * a.norm.weight).double()
+        bounds = (
+            (weight.square().sum(1) * weight.shape[1]).sqrt().unflatten(0, (-1, a.head_dim))[a.num_heads :].tolist()
+        )
+        half, most = a.head_dim // 2, 448
+        keys = [max(math.hypot(head[d], head[d + half]) for d in range(half)) for head in bounds[: a.num_kv_heads]]
+        values = [max(head) for head in bounds[a.num_kv_heads :]]
+        found.append(torch.tensor([[2.0 ** math.ceil(math.log2(x / most)) for x in each] for each in (keys, values)]))
+    return found
+
+
+def rounding(model: Llama, scales: list[torch.Tensor] | None = None) -> list[Edit]:
+    """Return the edits that round keys and values as a cache in 8 bits does."""
+    edits = []
+    for layer, each in enumerate(expected_scales(model) if scales is None else scales):
+        for site, scale in zip("kv", each[:, :, None], strict=True):
+
+            def rounded(x, tokens, scale=scale):
+                scale = scale.to(x.dtype)
+                return (x / scale).clamp(-448, 448).to(FP8).to(x.dtype) * scale
+
+            edits.append(Edit(site, rounded, layer))
+    return edits
+
+
+def in_8_bits(model: Llama) -> Llama:
+    """Return a copy of a model that makes caches in 8 bits by itself."""
+    made = copy.copy(model)
+    for name in ("new_cache", "new_rolling_cache"):
+        make = getattr(Llama, name)
+        made.__dict__[name] = lambda *args, make=make, **options: make(model, *args, kv_dtype="fp8", **options)
+    return made
+
+
+def _neighbours(scale: torch.Tensor) -> torch.Tensor:
+    return scale.roll(1, 0)
+
+
+_WRITE = KV.write
+FAULTS = {
+    "no scale of keys": ("scale_queries", lambda self, q: q),
+    "no scale of values": ("scale_output", lambda self, z: z),
+    "a neighbour's scale of keys": (
+        "write",
+        lambda self, *new: (
+            _WRITE(self._replace(scales=Scales(_neighbours(self.scales.k), self.scales.v)), *new) and self
+        ),
+    ),
+    "a neighbour's scale of values": (
+        "write",
+        lambda self, *new: (
+            _WRITE(self._replace(scales=Scales(self.scales.k, _neighbours(self.scales.v))), *new) and self
+        ),
+    ),
+}
+
+
+def each_fault(names=tuple(FAULTS)):
+    """Return the parameters of a test that a fault must make fail."""
+    return pytest.mark.parametrize("fault", names)
+
+
+def break_it(monkeypatch, fault: str) -> None:
+    """Make a mistake in the cache."""
+    name, function = FAULTS[fault]
+    monkeypatch.setattr(KV, name, function)
