@@ -11,6 +11,7 @@ from . import cpu
 from .weight import Weight
 
 FEW_ROWS = 32  # on CUDA; with more, cuBLAS is faster
+AT_ONCE = 2**27  # numbers of few bits that become floats at a time: more than a layer's matrices of 8B have
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 
 
@@ -102,6 +103,9 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
     if can_fuse(x, weight, bias):
         return fused_linear(x, weight, bias)
+    if weight.scale is not None and weight.shape[0] * weight.shape[1] > AT_ONCE:  # such as an output matrix
+        y = torch.cat([nn.functional.linear(x, part.floats()) for part in weight.split(AT_ONCE)], -1)
+        return y if bias is None else y + bias
     numbers = weight.floats()
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
