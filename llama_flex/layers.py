@@ -17,6 +17,7 @@ from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
 from .kernels.kv_cache import KV
+from .kernels.modules import MatrixModule, matrix_of
 from .kernels.weight import PARTS, Weight
 from .rope import apply_rotary_emb
 from .usercode.modules import are_own
@@ -35,27 +36,19 @@ class RMSNorm(nn.Module):
         return linear.rms_norm(x, self.weight, self.eps) if y is None else y
 
 
-class Linear(nn.Linear):
+class Linear(MatrixModule, nn.Linear):
     """A linear layer with weight `[out, in]`, the only place that multiplies by a weight matrix.
 
-    parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v. A quantised weight has
-    a `weight_scale`, and may have a `weight_zero_point` or an `input_scale`; see `kernels.weight.Weight`.
+    parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v.
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts), bias=bias)
-        for name in PARTS[1:]:
-            self.register_parameter(name, None)
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # where it has no effect, but takes half of the time to build a model
             super().reset_parameters()
-
-    @property
-    def matrix(self) -> Weight:
-        """The weight, with what a quantised one has besides its numbers."""
-        return Weight(self.weight, *(self._parameters[name] for name in PARTS[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`."""
@@ -67,7 +60,7 @@ class TiedLinear(Linear):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = embedding.weight.shape
+        self.out_features, self.in_features = matrix_of(embedding).shape
         self.parts = (self.out_features,)
         for name in ("bias", *PARTS[1:]):
             self.register_parameter(name, None)
@@ -77,6 +70,11 @@ class TiedLinear(Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The embedding's weight."""
         return self.embedding[0].weight
+
+    @property
+    def matrix(self) -> Weight:
+        """The embedding's weight, with scale and zero point if it is quantised."""
+        return matrix_of(self.embedding[0])
 
 
 def apply_linear(

@@ -22,6 +22,7 @@ from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
 from .kernels.kv_cache import KVDtype, KVFormat
+from .kernels.modules import Embedding, matrix_of
 from .layers import Block, Linear, RMSNorm, TiedLinear, apply_linear, run_blocks
 from .masks import library
 from .masks.layout import PackedRows, SlotCache, last_tokens
@@ -58,7 +59,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config = generation_config or GenerationConfig()
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
@@ -84,9 +85,9 @@ class Llama(nn.Module):
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
         device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8", "fp8", "int4" or
-        another `Quantization` of the layers' matrices, which are not trained then. The parameters do not require
-        gradients until `requires_grad_()` is called. Raises ValueError, naming the file and what to do, for anything
-        missing, malformed or unsupported; see `weights.load` and `LlamaConfig`.
+        another `Quantization` of the layers' matrices, or, as "int4+int8", of these and the vocabulary's, which are not
+        trained then. The parameters do not require gradients until `requires_grad_()` is called. Raises ValueError,
+        naming the file and what to do, for anything missing, malformed or unsupported; see `weights.load`.
         """
         if dtype is not None and dtype not in weights.DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, weights.DTYPES))}, found {dtype!r}")
@@ -101,8 +102,9 @@ class Llama(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and safetensors under Hugging Face's names, and quantised weights as compressed-tensors does.
 
-        Loading them back is bit-exact. Raises ValueError for a model on the meta device, and if replaced modules hold
-        other tensors than its config.
+        Loading them back is bit-exact; but a quantised embedding is written as the floats that it stands for, and if it
+        is the output matrix, too, then once more as such, in its few bits. Raises ValueError for a model on the meta
+        device, and if replaced modules hold other tensors than its config.
         """
         self.check_device()
         with torch.device("meta"):
@@ -120,7 +122,7 @@ class Llama(nn.Module):
     @property
     def dims(self) -> Dimensions:
         """The sizes of the modules."""
-        block, (vocab_size, hidden_size) = next(self.blocks()), self.embed.weight.shape
+        block, (vocab_size, hidden_size) = next(self.blocks()), matrix_of(self.embed).shape
         heads = block.attention.num_heads, block.attention.num_kv_heads, block.attention.head_dim
         return Dimensions(len(self.layers), *heads, hidden_size, block.mlp.size, vocab_size)
 
@@ -131,8 +133,8 @@ class Llama(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return self.embed.weight.dtype
+        """The parameters' dtype, but for the numbers of quantised ones."""
+        return matrix_of(self.embed).dtype
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

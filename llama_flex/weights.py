@@ -40,7 +40,7 @@ def load(
 
     Headers are checked against the model's shapes before any memory is allocated; each tensor goes from its file into
     its parameter, so peak memory is about one copy of the model. dtype: default config.json's, else the file's.
-    quantization: of the layers, unless the folder's are quantised. Raises CheckpointError listing missing, unexpected
+    quantization: of the matrices, unless the folder's are quantised. Raises CheckpointError listing missing, unexpected
     and misshapen tensors, and for damaged files; ConfigError for a quantised folder that does not fit; FolderError for
     links out of it. Warns of weights that are not finite.
     """
@@ -49,15 +49,15 @@ def load(
     plan = formats.plan(folder, config.other, modules, shapes, quantization)
     device_for(device, plan.quantization)
     checkpoint = shards.find(folder, plan.expected, tied=config.tie_word_embeddings)
-    model.to(dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype)
+    model.to(dtype := dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype)
     prepare(model, plan.quantization, plan.floats)
     model.to_empty(device=device)
-    cpu.prepare(next(model.parameters()))  # its compiler runs while weights are read
+    cpu.prepare(dtype, device)  # its compiler runs while weights are read
     places, sources = named_weights(model, config), checkpoint.sources
     for path in sorted({source.path for source in sources.values()}):
         with shards.opened(path) as file:
             for name, source in sources.items():
                 if source.path == path:
                     plan.fill(places, name, file.get_tensor(source.name))
-    checkpoint.check_tied_copy(next(iter(places.values())))
+    checkpoint.check_tied_copy(dtype)
     plan.check(places)

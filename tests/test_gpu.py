@@ -446,6 +446,22 @@ def test_compiled_steps_take_over_from_recorded_uncompiled_ones(tiny_pair, name,
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("compile", [True, "auto"])
+@pytest.mark.parametrize("way", ["int8+int8", "int8+fp8", "int4+int4", "int8+int4-32-symmetric"])
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+def test_compiled_steps_with_a_quantised_vocabulary_give_the_tokens_of_the_cpu(tiny_pair, tmp_path, name, way, compile):
+    tiny_pair(name)[1].save_pretrained(tmp_path)
+    model, on_cpu = (Llama.from_pretrained(tmp_path, device=d, quantize=way) for d in ("cuda", "cpu"))
+    prompts, options = [random_ids(5), random_ids(140)], {"max_new_tokens": 20, "stop_token_ids": ()}
+    for some in (prompts[:1], prompts):
+        expected = [done.tokens for done in Engine(on_cpu, backend="dense").generate(some, **options)]
+        assert [done.tokens for done in Engine(model, compile=compile).generate(some, **options)] == expected
+    half = model.bfloat16() if "fp8" not in way else None
+    if half is not None:
+        tokens = [done.tokens for done in Engine(half, compile=compile).generate(prompts, **options)]
+        assert all(len(each) == 20 for each in tokens)
+
+
 def test_scores_on_cuda_are_those_of_the_cpu(tiny_pair):
     _, model = tiny_pair("gqa")
     draws = torch.Generator().manual_seed(0)

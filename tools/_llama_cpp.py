@@ -22,8 +22,8 @@ from torch import Tensor
 
 from llama_flex import Llama
 from llama_flex.checkpoint.quantization import assign
+from llama_flex.kernels.modules import MatrixModule
 from llama_flex.kernels.weight import Weight
-from llama_flex.layers import Linear
 from llama_flex.weights import named_weights
 
 TYPES = {torch.float32: gguf.GGMLQuantizationType.F32, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
@@ -122,7 +122,7 @@ def serve(path: str, slots: str, threads: str) -> None:
 
 def write(model: Llama, path: Path) -> None:
     """Write a model as a GGUF file, with a vocabulary of numbers; a quantised one as Q8_0, or as Q4_0 if its
-    numbers have 4 bits.
+    numbers have 4 bits, embedding and output matrix, too, unless they are quantised in another way.
 
     Raises ValueError for dtypes, architectures and rope types that this does not write.
     """
@@ -151,18 +151,21 @@ def write(model: Llama, path: Path) -> None:
     writer.add_token_types([gguf.TokenType.NORMAL] * dims.vocab_size)
     writer.add_token_merges(["< 0"])
     writer.add_eos_token_id(dims.vocab_size - 1)
-    model, quantised = copy.deepcopy(model), None
-    for module in (x for x in model.modules() if isinstance(x, Linear) and x.weight_scale is not None):
-        kinds = gguf.GGMLQuantizationType
-        quantised = kinds.Q4_0 if module.matrix.is_packed else kinds.Q8_0
-        assign(module, Weight(module.matrix.floats()))
+    model, in_layers, vocabulary = copy.deepcopy(model), None, None
+    for path, module in model.named_modules():
+        if isinstance(module, MatrixModule) and module.weight_scale is not None:
+            kinds = gguf.GGMLQuantizationType
+            kind = kinds.Q4_0 if module.matrix.is_packed else kinds.Q8_0
+            in_layers, vocabulary = (kind, vocabulary) if path.startswith("layers.") else (in_layers, kind)
+            assign(module, Weight(module.matrix.floats()))
     for name, weight in named_weights(model, config).items():
         layer, _, inside = name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
         theirs = f"blk.{layer}.{NAMES[inside]}" if layer.isdigit() else NAMES[name.removesuffix(".weight")]
         if "attn_q" in theirs or "attn_k" in theirs:
             weight = _permuted(weight, dims.num_heads if "attn_q" in theirs else dims.num_kv_heads)
         weight = (weight.float() if weight.dim() == 1 else weight).contiguous()  # llama.cpp wants norms in float32
-        if quantised is not None and weight.dim() > 1:  # all matrices, as llama.cpp's own program does
+        quantised = in_layers if layer.isdigit() else vocabulary or in_layers
+        if quantised is not None and weight.dim() > 1:
             numbers = gguf.quantize(weight.float().numpy(), quantised)
             writer.add_tensor(f"{theirs}.weight", numbers, raw_dtype=quantised)
             continue

@@ -178,7 +178,7 @@ def operations(model: Llama, length: int) -> int:
     """Count the floating-point operations of a prompt: the layers' matrices, causal attention, one token's logits."""
     c = model.config
     attention = 2 * length**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-    return 2 * matrices(model) * length + attention + 2 * model.lm_head.weight.numel()
+    return 2 * matrices(model) * length + attention + 2 * math.prod(model.lm_head.matrix.shape)
 
 
 def products(device: str, dtype: str) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (decode, prefill, startup, child):
         command.add_argument("--compile", choices=COMPILE, default="auto", help="as for llama_flex.generate")
     for command in (decode, prefill):
-        what = "as for llama_flex.generate; llama.cpp gets Q8_0, or Q4_0 for int4"
+        what = "as for llama_flex.generate; llama.cpp gets Q8_0, or Q4_0 for int4, also for embedding and output matrix"
         command.add_argument("--quantize", metavar="FORMAT", help=what)
         command.add_argument("--kv-dtype", choices=("fp8",), help="of ours, as for llama_flex.generate")
         what = "transformers with a growing cache; with a static cache, compiled; with that and flex_attention; "

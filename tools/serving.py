@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -96,7 +97,7 @@ class Machine(NamedTuple):
     def step(self, model: Llama, contexts: Sequence[int]) -> float:
         """Return the least seconds that a decoding step of sequences of these lengths can take."""
         weights = bytes_per_step(model, [])
-        numbers = matrices(model) + model.lm_head.weight.numel()
+        numbers = matrices(model) + math.prod(model.lm_head.matrix.shape)
         multiplying = 2 * numbers * len(contexts) / self.operations
         cached = bytes_per_step(model, contexts, self.kv_dtype) - weights
         return max(weights / self.bytes, multiplying) + cached / self.bytes

@@ -6,23 +6,26 @@ Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is st
 `x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; and `x.weight_shape`, (N, K). One of 8 bits
 is stored as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale` `[N, 1]`; its inputs may be numbers of the
 same kind, with a scale of their own, or with `x.input_scale` `[1]`.
+
+The output matrix may be quantised like the layers, or in another way, as a group of its own. An embedding is not: with
+one of 4 bits, and one that is the output matrix too, transformers does not load (5.23).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.weight import Weight
+from ..kernels.weight import PARTS, Weight
 from .config_rules import ConfigError
 from .quantization import INPUT, SCALE, ZERO, Format, Inputs, Quantization
-from .shards import Stored
+from .shards import EMBEDDING, HEAD, Stored
 from .stored import (
     ANY,
     WAY,
@@ -37,14 +40,16 @@ from .stored import (
 )
 
 METHOD = "compressed-tensors"
-PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
+PACKED, INTEGERS, FLOATS = _LAYOUTS = "pack-quantized", "int-quantized", "float-quantized"
+_MIXED = "mixed-precision"  # each group names its own
+_LAYERS, _HEAD = ["Linear"], ["re:.*lm_head"]  # the targets of groups
 _NUMBERS, _SHAPE = "weight_packed", "weight_shape"  # tensors of a matrix, beside SCALE and ZERO
 # Of an ignore list: with more, a match could take minutes.
 _MOST_PATTERNS, _MOST_REPEATS, _MOST_CHOICES = 16, 3, 2
 
 _KEYS = {
     "quant_method": (METHOD,),
-    "format": (PACKED, INTEGERS, FLOATS),
+    "format": (*_LAYOUTS, _MIXED),
     "quantization_status": ("compressed", "frozen"),
     "config_groups": ANY,
     "ignore": ANY,
@@ -53,7 +58,12 @@ _KEYS = {
     "moe_sparsity_config": (None, {}),
     "transform_config": (None, {}),
 }
-_GROUP_KEYS = {"targets": (["Linear"],), "weights": ANY, "input_activations": ANY, "output_activations": (None,)}
+_GROUP_KEYS = {
+    "targets": (_LAYERS, _HEAD, ["lm_head"], ["re:.*lm_head$"], ["re:lm_head"], ["re:lm_head.*"], ["re:.*lm_head.*"]),
+    "weights": ANY,
+    "input_activations": ANY,
+    "output_activations": (None,),
+}
 _WEIGHT_KEYS = {
     "num_bits": ANY,
     "type": ANY,
@@ -97,25 +107,34 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     if layout is None:
         raise ConfigError(f"{where}: format is missing; {WAY}")
     groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1:
-        raise ConfigError(f"{where}: config_groups must be a single group, found {groups!r:.200}; {WAY}")
-    [(name, group)] = groups.items()
-    top, where = where, f"{where}.config_groups.{name}"
-    check_keys(where, group, _GROUP_KEYS | {"format": (None, layout)})
-    if "targets" not in group:
-        raise ConfigError(f"{where}: targets are missing (only ['Linear']); {WAY}")
+    if not isinstance(groups, Mapping) or len(groups) not in (1, 2):
+        only = "a single group, or one and another for lm_head"
+        raise ConfigError(f"{where}: config_groups must be {only}, found {groups!r:.200}; {WAY}")
+    ignores, schemes = _matcher(where, config.get("ignore")), dict[bool, Scheme]()  # by whether it is for lm_head
+    for name, group in groups.items():
+        found = _group(f"{where}.config_groups.{name}", layout, group, ignores)
+        if schemes.setdefault(group["targets"] != _LAYERS, found) is not found:
+            raise ConfigError(f"{where}.config_groups: two groups have targets={group['targets']}; {WAY}")
+    if False not in schemes:
+        raise ConfigError(f"{where}.config_groups: no group has targets={_LAYERS}; {WAY}")
+    return replace(schemes[False], head=schemes.get(True))
+
+
+def _group(where: str, layout: str, group: Any, ignores: Callable[[str], bool]) -> Scheme:
+    """Return how the weights of a group are stored. layout: that of all groups. Raises ConfigError."""
+    layouts = _LAYOUTS if layout == _MIXED else (None, layout)
+    check_keys(where, group, _GROUP_KEYS | {"format": layouts})
+    for key in ("targets", *(["format"] if layout == _MIXED else [])):
+        if key not in group:
+            raise ConfigError(f"{where}: {key} is missing; {WAY}")
+    layout = group.get("format") or layout
     weights = check_keys(f"{where}.weights", group.get("weights"), _WEIGHT_KEYS, inert=("observer", "observer_kwargs"))
     quantization, strategy = _quantization(f"{where}.weights", layout, weights)
     if group.get("input_activations") is not None:
         inputs = _inputs(f"{where}.input_activations", layout, group["input_activations"])
-        quantization = dataclasses.replace(quantization, inputs=inputs)
-    return Scheme(
-        METHOD,
-        quantization,
-        strategy == "channel" and quantization.format == "int4",
-        _matcher(top, config.get("ignore")),
-        partial(_tensors, layout, quantization, strategy),
-    )
+        quantization = replace(quantization, inputs=inputs)
+    per_row = strategy == "channel" and quantization.format == "int4"
+    return Scheme(METHOD, quantization, per_row, ignores, partial(_tensors, layout, quantization, strategy))
 
 
 def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[Quantization, str]:
@@ -234,19 +253,23 @@ def _check_shape(shape: tuple[int, int], found: Tensor) -> Tensor:
 def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a model under the format's names, and what config.json says of them, {} for floats alone.
 
-    Numbers of 4 bits stay as they are until `as_written`, so that no second copy of the model is in memory.
-    Raises ValueError for matrices that are quantised in different ways, or not in a layer.
+    A quantised embedding becomes the floats that it stands for; a tied output matrix keeps its few bits, as an untied
+    one. Numbers of 4 bits stay as they are until `as_written`, so that no second copy of the model is in memory.
+    Raises ValueError for matrices of layers that are quantised in different ways.
     """
+    tensors, changed = _with_floats_to_look_up(tensors)
     found: dict[str, Tensor] = {}
     kinds: dict[Quantization, str] = {}
-    ignored = ["lm_head"]
+    head: Quantization | None = None
+    ignored = []
     for name, tensor in tensors.items():
         matrix = name.removesuffix(".weight")
         if (scale := tensors.get(f"{matrix}.{SCALE}")) is not None and matrix != name:
             weight = Weight(tensor, scale, *(tensors.get(f"{matrix}.{part}") for part in (ZERO, INPUT)))
-            kinds.setdefault(_kind(weight), name)
-            if not name.startswith("model.layers."):
-                raise ValueError(f"cannot save {name} in few bits, only matrices of layers; keep floats in it")
+            if name == HEAD:
+                head = _kind(weight)
+            else:
+                kinds.setdefault(_kind(weight), name)
             if weight.is_packed:
                 found[f"{matrix}.{_SHAPE}"] = torch.tensor(weight.shape)
                 name = f"{matrix}.{_NUMBERS}"
@@ -257,14 +280,31 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
                 found[name] = _one_of(name, tensor)
             continue
         found[name] = words_of(_padded(tensor).T).T if name.endswith(ZERO) else tensor
-    if not kinds:
-        return found, {}
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
         raise ValueError(
             f"cannot save {first} as {one.name} beside {second} as {other.name}; quantise all in the same way"
         )
-    return found, {"quantization_config": _described(next(iter(kinds)), ignored)}
+    groups = [(kind, _LAYERS) for kind in kinds or filter(None, [head])]
+    if head is None:
+        ignored.insert(0, "lm_head")
+    elif head not in (kind for kind, _ in groups):
+        groups.append((head, _HEAD))
+    return found, changed | ({"quantization_config": _described(groups, ignored)} if groups else {})
+
+
+def _with_floats_to_look_up(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a model without a quantised embedding, and what changes in config.json."""
+    names, head_names = ([name.replace("weight", kind) for kind in PARTS] for name in (EMBEDDING, HEAD))
+    weight = Weight(tensors[EMBEDDING], *map(tensors.get, names[1:])) if EMBEDDING in tensors else None
+    if weight is None or weight.scale is None:
+        return tensors, {}
+    floats = torch.cat([part.floats() for part in weight.split(2**26)])
+    others = {name: tensor for name, tensor in tensors.items() if name not in names}
+    if HEAD in tensors:
+        return {EMBEDDING: floats} | others, {}
+    tied = {name: part for name, part in zip(head_names, weight, strict=True) if part is not None}
+    return {EMBEDDING: floats} | others | tied, {"tie_word_embeddings": False}
 
 
 def as_written(name: str, tensor: Tensor) -> Tensor:
@@ -296,8 +336,22 @@ def _padded(zero: Tensor) -> Tensor:
     return torch.nn.functional.pad(zero, (0, 0, 0, -len(zero) % 8))
 
 
-def _described(quantization: Quantization, ignored: list[str]) -> dict[str, Any]:
-    layout = {"int4": PACKED, "int8": INTEGERS, "fp8": FLOATS}[quantization.format]
+def _described(groups: list[tuple[Quantization, list[str]]], ignored: list[str]) -> dict[str, Any]:
+    """Return the object for config.json, with a group of each quantization and its targets."""
+    described = {f"group_{i}": _described_group(*group) for i, group in enumerate(groups)}
+    layouts = {group["format"] for group in described.values()}
+    return {
+        "quant_method": METHOD,
+        "format": layouts.pop() if len(layouts) == 1 else _MIXED,
+        "quantization_status": "compressed",
+        "config_groups": described,
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _described_group(quantization: Quantization, targets: list[str]) -> dict[str, Any]:
     is_4 = quantization.format == "int4"
     weights = {
         "num_bits": 4 if is_4 else 8,
@@ -312,13 +366,6 @@ def _described(quantization: Quantization, ignored: list[str]) -> dict[str, Any]
         dynamic = quantization.inputs == "dynamic"
         inputs = weights | {"strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
     # The format is named in the group, too: without it, the library takes 8 bits for packed.
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-    return {
-        "quant_method": METHOD,
-        "format": layout,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group | {"format": layout}},
-        "ignore": ignored,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
+    layout = {"int4": PACKED, "int8": INTEGERS, "fp8": FLOATS}[quantization.format]
+    group = {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
+    return group | {"format": layout}

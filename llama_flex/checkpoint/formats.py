@@ -45,7 +45,7 @@ def scheme_of(raw: Mapping[str, Any]) -> Scheme | None:
 class Plan(NamedTuple):
     """The tensors of a folder, and the parameters that they become.
 
-    expected: the tensors in its files, by name. quantization: of the model's layers, or None. floats: the paths of
+    expected: the tensors in its files, by name. quantization: of the model's matrices, or None. floats: the paths of
     modules that it does not apply to. sharing: the names of matrices that take the same inputs, with a scale for each.
     """
 
@@ -92,7 +92,7 @@ def plan(
     """Return how to load a model.
 
     raw: the object in config.json. modules: the paths of its modules, and the names of the matrices stacked in each.
-    shapes: of the model's tensors, by name. quantize: what to quantise the layers' matrices to. Raises ConfigError.
+    shapes: of the model's tensors, by name. quantize: what to quantise matrices of floats to. Raises ConfigError.
     """
     try:
         scheme = scheme_of(raw)
@@ -112,12 +112,10 @@ def _quantised(
     folder: Path, scheme: Scheme, modules: Iterable[tuple[str, list[str]]], shapes: Mapping[str, list[int]]
 ) -> Plan:
     """Return how to load a quantised checkpoint. Raises ConfigError if it does not fit the model."""
-    floats, found, sharing = set(), dict[str, list[int]](), list[list[str]]()
+    floats, in_layers, head, sharing = {"embed"}, dict[str, list[int]](), dict[str, list[int]](), list[list[str]]()
     for path, names in modules:
         matrices = {name: shape for name in names if len(shape := shapes[f"{name}.weight"]) == 2}
-        if path == "lm_head" and not scheme.ignores(path):
-            raise ConfigError(f"lm_head is quantised (ignore does not have it), which is not supported; {WAY}")
-        if not path.startswith("layers.") or not matrices:
+        if path == "embed" or not matrices:
             continue
         kept = [name for name in names if scheme.ignores(name)]
         if kept and len(kept) < len(names):
@@ -125,23 +123,33 @@ def _quantised(
             raise ConfigError(f"{kept[0]} keeps floats, but {other} does not, which is not supported; {WAY}")
         if kept:
             floats.add(path)
+        elif path == "lm_head":
+            head |= matrices
         else:
-            found |= matrices
+            in_layers |= matrices
             sharing += [names] if scheme.quantization.inputs == "static" else []
-    if scheme.per_row:
-        scheme = dataclasses.replace(scheme, quantization=_for_rows(scheme.quantization, found))
-    size = scheme.quantization.group_size
-    for name, (_, columns) in found.items() if scheme.quantization.format == "int4" else ():
-        if columns % size:
-            raise ConfigError(f"groups of {size} do not divide the {columns} columns of {name}; {WAY}")
+    quantization = dataclasses.replace(
+        _fitting(scheme, in_layers), vocabulary=_fitting(scheme.head or scheme, head) if head else None
+    )
     expected = dict[str, Stored]()
     for name, shape in shapes.items():
         matrix = name.removesuffix(".weight")
-        if matrix in found and matrix != name:
-            expected |= scheme.tensors(matrix, *shape)
+        if matrix != name and (matrix in in_layers or matrix in head):
+            expected |= (scheme.head or scheme if matrix in head else scheme).tensors(matrix, *shape)
         else:
             expected[name] = Stored(shape, name)
-    return Plan(folder, expected, scheme.quantization, frozenset(floats), tuple(sharing))
+    return Plan(folder, expected, quantization, frozenset(floats), tuple(sharing))
+
+
+def _fitting(scheme: Scheme, matrices: Mapping[str, list[int]]) -> Quantization:
+    """Return the quantization of matrices that are stored by a scheme. Raises ConfigError for columns that groups do
+    not divide."""
+    quantization = _for_rows(scheme.quantization, matrices) if scheme.per_row else scheme.quantization
+    size = quantization.group_size
+    for name, (_, columns) in matrices.items() if quantization.format == "int4" else ():
+        if columns % size:
+            raise ConfigError(f"groups of {size} do not divide the {columns} columns of {name}; {WAY}")
+    return quantization
 
 
 def _for_rows(quantization: Quantization, matrices: Mapping[str, list[int]]) -> Quantization:

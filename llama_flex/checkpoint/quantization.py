@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from ..kernels.modules import MatrixModule
 from ..kernels.weight import GROUP_SIZES, MIDDLE, PARTS, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
@@ -22,6 +23,7 @@ _, SCALE, ZERO, INPUT = PARTS
 _INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
 _FP8 = torch.float8_e4m3fn
 _AT_ONCE = 2**18  # numbers that a CPU's cache holds in some copies
+_LOADED_AT_ONCE = 2**26  # numbers of a tensor that are quantised at a time, in copies as float32
 _SHRUNK = 1.0, 0.95, 0.9, 0.85, 0.8  # ranges of 4 bits that are tried: a smaller one cuts off some, and is finer
 
 
@@ -32,13 +34,18 @@ class Quantization:
     format: "int8", whole numbers, or "fp8", float8_e4m3fn, with a scale for each row; "int4", whole numbers of 4 bits,
     with a scale and a zero point for every `group_size` numbers of a row. symmetric: no zero points. inputs: those of a
     product become numbers of the same format, "dynamic", with a scale for each token, or "static", with a checkpoint's
-    scale for all. Raises ValueError for an unknown format or group size, and for inputs of 4 bits.
+    scale for all.
+    These are for the layers' matrices. vocabulary: the same for the output matrix and the embedding, tied or not; None
+    leaves them floats, as logits suffer most from few bits, and in a large model these two are a small part.
+    Raises ValueError for an unknown format or group size, for inputs of 4 bits, and for a vocabulary that is no such
+    object.
     """
 
     format: Format
     group_size: int = RUN
     symmetric: bool = False
     inputs: Inputs | None = None
+    vocabulary: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.format, get_args(Format))
@@ -52,10 +59,14 @@ class Quantization:
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"group_size must be one of {sizes}, not {self.group_size!r:.60}")
+        own = self.vocabulary
+        if own is not None and (not isinstance(own, Quantization) or own.vocabulary is not None):
+            raise ValueError(f"vocabulary must be None or a Quantization without another inside, not {own!r:.60}")
 
     @classmethod
     def of(cls, value: Quantization | str | None) -> Quantization | None:
-        """Return a quantization of floats, given as such or by its name: "int8", "fp8-dynamic", "int4-64-symmetric".
+        """Return a quantization of floats, given as such or by its name: "int8", "fp8-dynamic", "int4-64-symmetric";
+        with a vocabulary "int4+int8".
 
         Raises ValueError for anything else.
         """
@@ -63,18 +74,27 @@ class Quantization:
             raise ValueError(f"quantize {value.name!r} needs scales of inputs, which floats do not have; use 'dynamic'")
         if value is None or isinstance(value, Quantization):
             return value
-        found = re.fullmatch(r"(int8|fp8|int4)|(int8|fp8)-dynamic|int4(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
-        if found is None:
-            raise ValueError(f"quantize {value!r:.60} is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like")
-        form = cast(Format, found[1] or found[2] or "int4")
-        return cls(form, int(found[3] or RUN), found[4] is not None, "dynamic" if found[2] else None)
+        made: Quantization | None = None
+        names = str(value).split("+")
+        for name in reversed(names):  # the vocabulary's first
+            found = re.fullmatch(r"(int8|fp8|int4)|(int8|fp8)-dynamic|int4(?:-([0-9]{1,3}))?(-symmetric)?", name)
+            if found is None or len(names) > 2:
+                known = "'int8', 'fp8', 'int4', 'int4-128' or the like, or two of them as in 'int4+int8'"
+                raise ValueError(f"quantize {value!r:.60} is not known; use {known}")
+            form, inputs = cast(Format, found[1] or found[2] or "int4"), "dynamic" if found[2] else None
+            made = cls(form, int(found[3] or RUN), found[4] is not None, cast(Inputs | None, inputs), made)
+        return made
 
     @property
     def name(self) -> str:
         """The name, which `of` takes."""
-        if self.format != "int4":
-            return self.format if self.inputs is None else f"{self.format}-{self.inputs}"
-        return f"int4-{self.group_size}" + ("-symmetric" if self.symmetric else "")
+        name = self.format if self.format != "int4" else f"int4-{self.group_size}" + "-symmetric" * self.symmetric
+        name += "" if self.inputs is None else f"-{self.inputs}"
+        return name if self.vocabulary is None else f"{name}+{self.vocabulary.name}"
+
+    def of_matrix(self, name: str) -> Quantization | None:
+        """Return what becomes of a matrix, by its path or its name in a checkpoint; None if it stays floats."""
+        return self if name.removeprefix("model.").startswith("layers.") else self.vocabulary
 
     def empty(self, weight: Tensor) -> Weight:
         """Return memory for a weight `[N, K]`, on its device. Raises ValueError if groups do not divide its rows."""
@@ -108,28 +128,34 @@ class Quantization:
 def device_for(device: torch.device | str | None, quantization: Quantization | None) -> torch.device:
     """Return the device for a model, as `model_device` does. Raises ValueError if it has no kernels for a format."""
     found = model_device(device)
-    is_fp8 = quantization is not None and quantization.format == "fp8"
+    given = () if quantization is None else (quantization, quantization.vocabulary)
+    is_fp8 = any(each is not None and each.format == "fp8" for each in given)
     if is_fp8 and found.type == "cuda" and torch.cuda.get_device_capability(found) < (8, 9):
         raise ValueError(f'{torch.cuda.get_device_name(found)} does not compute with "fp8"; use "int8" or "int4"')
     return found
 
 
 def prepare(model: nn.Module, quantization: Quantization | None, floats: Collection[str] = ()) -> None:
-    """Give the linear layers of a model on the meta device weights as a quantization says, unless it is None.
+    """Give the matrices of a model on the meta device weights as a quantization says, unless it is None.
 
     floats: the paths of those left as they are. Raises ValueError for groups that do not divide rows.
     """
     if quantization is None:
         return
     for path, module in model.named_modules():
-        if hasattr(module, "parts") and path.startswith("layers.") and path not in floats:
-            assign(module, quantization.empty(module.get_parameter("weight")))
+        if is_quantisable(module) and path not in floats and (each := quantization.of_matrix(path)) is not None:
+            assign(module, each.empty(module.get_parameter("weight")))
 
 
-def assign(linear: nn.Module, weight: Weight) -> None:
-    """Make a weight that of a linear layer."""
+def is_quantisable(module: nn.Module) -> bool:
+    """Return whether a module holds a matrix, which may be quantised: unlike an output matrix that is the embedding."""
+    return isinstance(module, MatrixModule) and "weight" in module._parameters
+
+
+def assign(module: nn.Module, weight: Weight) -> None:
+    """Make a weight that of a linear layer or an embedding."""
     for name, tensor in zip(PARTS, weight, strict=True):
-        linear.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
 def fill(places: Mapping[str, Tensor], name: str, tensor: Tensor, quantization: Quantization | None) -> None:
@@ -139,10 +165,15 @@ def fill(places: Mapping[str, Tensor], name: str, tensor: Tensor, quantization: 
         places[name].copy_(tensor)
         return
     assert quantization is not None
-    found = quantization.quantise(tensor.to(scale.device), scale.dtype)
-    for place, part in zip((places[name], scale, places.get(f"{name}_zero_point"), None), found, strict=True):
-        if place is not None and part is not None:
-            place.copy_(part)
+    each = quantization.of_matrix(name)
+    assert each is not None
+    whole = Weight(places[name], scale, places.get(f"{name}_zero_point"))
+    start = 0
+    for part in whole.split(_LOADED_AT_ONCE):
+        rows = tensor[start : (start := start + len(part.numbers))]
+        for place, made in zip(part, each.quantise(rows.to(scale.device), scale.dtype), strict=True):
+            if place is not None and made is not None:
+                place.copy_(made)
 
 
 def to_int8(weight: Tensor, dtype: torch.dtype) -> Weight:

@@ -31,7 +31,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     for path, module in model.named_modules():
         numbers, scale, *others = (state.get(f"{path}.{kind}") for kind in PARTS)
-        if hasattr(module, "parts") and numbers is not None and scale is not None:
+        if quantization.is_quantisable(module) and numbers is not None and scale is not None:
             weight = Weight(numbers, scale, *others)
             if weight.shape == module.get_parameter("weight").shape and weight.fits(scale):
                 quantization.assign(module, weight)
@@ -53,7 +53,7 @@ def save(tensors: Mapping[str, Tensor], config: Mapping[str, Any], generation: G
     """Write `config.json`, `generation_config.json` and safetensors of at most 5 GB each into `folder`.
 
     tensors: by Hugging Face's names. config: the object of config.json, without its dtype. Quantised weights are
-    written as compressed-tensors has them; raises ValueError if they are quantised in different ways.
+    written as compressed-tensors has them, see `compress`; raises ValueError if they are quantised in different ways.
 
     If no generation_config.json was loaded and nothing is set, none is written, and an existing one is removed.
     Everything is written to temporary files, which are renamed when all are complete; weight files of an earlier save

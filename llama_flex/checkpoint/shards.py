@@ -23,6 +23,7 @@ from .files import FolderError, check_not_in_place, names_in, regular, what_it_i
 
 MAX_SHARDS = 4096  # opening so many takes a fifth of a second
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OF_A_DRAFT = re.compile(r"(model\.)?(fc\.weight|midlayer\..*|d2t|t2d)")  # EAGLE's names
 
 
@@ -61,13 +62,15 @@ class Checkpoint(NamedTuple):
     dtype: torch.dtype
     tied_copy: Source | None
 
-    def check_tied_copy(self, embedding: Tensor) -> None:
-        """Raise CheckpointError if there is a copy of a tied embedding, and it differs."""
+    def check_tied_copy(self, dtype: torch.dtype) -> None:
+        """Raise CheckpointError if there is a copy of a tied embedding, and it differs in a dtype."""
         if self.tied_copy is None:
             return
-        with opened(self.tied_copy.path) as file:
-            copy = file.get_tensor(self.tied_copy.name)
-        if not torch.equal(copy.to(embedding.device, embedding.dtype), embedding):
+        both = []
+        for source in (self.sources[EMBEDDING], self.tied_copy):
+            with opened(source.path) as file:
+                both.append(file.get_tensor(source.name).to(dtype))
+        if not torch.equal(*both):
             raise CheckpointError(
                 f"{self.tied_copy.path.parent}: lm_head.weight differs from the embedding, but config.json sets "
                 "tie_word_embeddings; set it to false there, or remove lm_head.weight"
@@ -102,11 +105,10 @@ def find(folder: Path, expected: Mapping[str, Stored], *, tied: bool) -> Checkpo
                     problems.append(f"twice, {other}: {name} ({' and '.join(both)})")
                 shapes[name] = meta.get_shape()
                 found.setdefault(name, Source(path, key))
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    tied_copy = found.pop(head, None) if tied else None
-    if tied_copy is not None and embedding not in found:
-        found[embedding], tied_copy = tied_copy, None
-        stored[embedding], shapes[embedding] = stored.get(head, torch.float32), shapes[head]
+    tied_copy = found.pop(HEAD, None) if tied else None
+    if tied_copy is not None and EMBEDDING not in found:
+        found[EMBEDDING], tied_copy = tied_copy, None
+        stored[EMBEDDING], shapes[EMBEDDING] = stored.get(HEAD, torch.float32), shapes[HEAD]
     problems += [
         f"shape: {name} is {shapes[name]}, config.json says {expected[name].shape}"
         for name in sorted(expected.keys() & found.keys())
@@ -128,7 +130,7 @@ def _hint(missing: list[str], unexpected: list[str]) -> str | None:
         return DRAFT
     if any(name.startswith(("score.", "classifier.", "qa_outputs.")) for name in unexpected):
         return OTHER_HEAD
-    if missing == ["lm_head.weight"]:
+    if missing == [HEAD]:
         return (
             "a base model without an output matrix; give the one that predicts tokens, or say tie_word_embeddings in "
             "config.json if its embedding serves as one"

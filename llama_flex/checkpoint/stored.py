@@ -27,7 +27,8 @@ class Scheme:
 
     method: the name of the format. quantization: the numbers they become. per_row: a scale of 4 bits is for a whole
     row, and repeated for groups. ignores: tells by its name whether a module keeps floats. tensors: from the name and
-    the shape `(N, K)` of a matrix to the tensors that it is stored in, by name.
+    the shape `(N, K)` of a matrix to the tensors that it is stored in, by name. head: the storage of the output matrix,
+    if it is another.
     """
 
     method: str
@@ -35,6 +36,7 @@ class Scheme:
     per_row: bool
     ignores: Callable[[str], bool]
     tensors: Callable[[str, int, int], dict[str, Stored]]
+    head: Scheme | None = None
 
 
 def as_it_is(tensor: Tensor) -> Tensor:

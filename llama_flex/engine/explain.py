@@ -79,7 +79,7 @@ def bytes_per_step(model: Llama, contexts: Sequence[int], kv_dtype: KVDtype = No
     """Return the bytes that a decode step must read: all weights once (of an untied embedding next to nothing), and
     the keys and values of every sequence. contexts: the sequences' lengths."""
     read = sum(p.nbytes for p in model.parameters())
-    read -= 0 if model.config.tie_word_embeddings else model.embed.weight.nbytes
+    read -= 0 if model.config.tie_word_embeddings else sum(p.nbytes for p in model.embed.parameters())
     dims, seen = model.dims, 0
     for window, layers in Counter(model.windows).items():
         seen += layers * sum(n if window is None else min(n, window) for n in contexts)

@@ -81,10 +81,10 @@ _libraries: dict[torch.dtype, ctypes.CDLL] = {}
 _loading = threading.Lock()
 
 
-def prepare(weight: Tensor) -> None:
-    """Begin to build the kernels for a weight, if need be, while something else is done; `load` waits for them."""
-    if weight.device.type == "cpu" and weight.dtype not in loaded:
-        build.begin(_name(weight.dtype))
+def prepare(dtype: torch.dtype, device: torch.device) -> None:
+    """Begin to build the kernels for a model, if need be, while something else is done; `load` waits for them."""
+    if device.type == "cpu" and dtype not in loaded:
+        build.begin(_name(dtype))
 
 
 @functools.cache

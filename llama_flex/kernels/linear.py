@@ -11,13 +11,16 @@ from . import activations, cpu
 from .weight import Weight
 
 FEW_ROWS = 32  # on CUDA; with more, cuBLAS is faster
+AT_ONCE = 2**27  # numbers of few bits that become floats at a time: more than a layer's matrices of 8B have
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 
 
-def _gemv(x: Tensor, numbers: Tensor, *args: Any) -> Tensor:
+def _gemv(x: Tensor, x_scale: Tensor | None, numbers: Tensor, *args: Any) -> Tensor:
     from . import gemv, int4_gemv  # Triton and CUDA's own packages come with torch's CUDA builds only
 
-    return (int4_gemv if int4_gemv.takes(x, numbers) else gemv).gemv(x, numbers, *args)
+    if int4_gemv.takes(x, numbers):
+        return int4_gemv.gemv(x, numbers, *args)
+    return gemv.gemv(x, x_scale, numbers, *args)
 
 
 def _few_rows(*args: Any) -> Tensor:
@@ -108,6 +111,9 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return fused_linear(x, weight, bias)
     if weight.input_scale is not None:
         return _matmul_of_numbers(x, weight, bias)
+    if weight.scale is not None and weight.shape[0] * weight.shape[1] > AT_ONCE:  # such as an output matrix
+        y = torch.cat([nn.functional.linear(x, part.floats()) for part in weight.split(AT_ONCE)], -1)
+        return y if bias is None else y + bias
     numbers = weight.floats()
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:

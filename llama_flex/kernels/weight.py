@@ -8,10 +8,11 @@ word j are column 4 i + j. So a vector of words, shifted and masked, is a vector
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RUN = 32  # columns whose numbers of 4 bits lie together
 GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
@@ -41,14 +42,14 @@ class Weight(NamedTuple):
         return rows, columns * (8 if self.is_packed else 1)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its floats."""
+        return (self.numbers if self.scale is None else self.scale).dtype
+
+    @property
     def is_packed(self) -> bool:
         """Whether the numbers have 4 bits."""
         return self.numbers.dtype == torch.int32
-
-    def of_rows(self, rows: slice) -> Weight:
-        """Return that of some rows."""
-        scale, zero = (None if part is None else part[rows] for part in (self.scale, self.zero))
-        return Weight(self.numbers[rows], scale, zero)
 
     def fits(self, x: Tensor) -> bool:
         """Return whether it can be multiplied by x: on its device, the numbers or their scales in its dtype."""
@@ -68,6 +69,23 @@ class Weight(NamedTuple):
             return False
         return all(part.device == x.device for part in self if part is not None)
 
+    def rows(self, index: Tensor) -> Weight:
+        """Return the rows at an index `[...]`: numbers `[..., K]` or `[..., K / 8]`, with scales `[..., G]`."""
+        return self._map(lambda part: _looked_up(index, part))
+
+    def of_rows(self, rows: slice) -> Weight:
+        """Return that of some successive rows."""
+        return self._map(lambda part: part[rows])
+
+    def split(self, most: int) -> list[Weight]:
+        """Divide it into weights of successive rows, each of at most so many numbers, but for a longer row."""
+        rows = max(1, most // max(1, self.shape[1]))
+        return [self.of_rows(slice(start, start + rows)) for start in range(0, max(1, len(self.numbers)), rows)]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Weight:
+        others = (None if part is None else function(part) for part in self[1:])
+        return Weight(function(self.numbers), *others)
+
     def floats(self) -> Tensor:
         """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers."""
         if self.scale is None:
@@ -80,11 +98,17 @@ class Weight(NamedTuple):
         if not self.is_packed:
             return self.numbers.to(self.scale.dtype) * self.scale
         zero = MIDDLE if self.zero is None else self.zero[..., None]
-        numbers = unpack(self.numbers).unflatten(1, (self.scale.shape[1], -1)) - zero
-        return (numbers.to(self.scale.dtype) * self.scale[..., None]).flatten(1)
+        numbers = unpack(self.numbers).unflatten(-1, (self.scale.shape[-1], -1)) - zero
+        return (numbers.to(self.scale.dtype) * self.scale[..., None]).flatten(-2)
 
 
 QUANTISED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}  # the dtypes of numbers
+
+
+def _looked_up(index: Tensor, part: Tensor) -> Tensor:
+    if part.dtype != torch.float8_e4m3fn:
+        return nn.functional.embedding(index, part)
+    return nn.functional.embedding(index, part.view(torch.uint8)).view(part.dtype)  # torch has none of it on CUDA
 
 
 def pack(numbers: Tensor) -> Tensor:
@@ -95,6 +119,6 @@ def pack(numbers: Tensor) -> Tensor:
 
 
 def unpack(words: Tensor) -> Tensor:
-    """Return the numbers in words, int32 `[N, K / 8]`, as int32 `[N, K]`."""
+    """Return the numbers in words, int32 `[..., K / 8]`, as int32 `[..., K]`."""
     shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=words.device)[:, None]
-    return ((words.unflatten(1, (-1, 1, 4)) >> shifts) & 15).flatten(1)
+    return ((words.unflatten(-1, (-1, 1, 4)) >> shifts) & 15).flatten(-3)

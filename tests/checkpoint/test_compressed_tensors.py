@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from llama_flex.checkpoint import saving
 from llama_flex.checkpoint.compressed_tensors import as_written, compress, scheme
 from llama_flex.checkpoint.config_rules import ConfigError
-from llama_flex.checkpoint.quantization import SCALE, Quantization, to_fp8, to_int4, to_int8
+from llama_flex.checkpoint.quantization import Quantization, to_fp8, to_int4, to_int8
 from llama_flex.checkpoint.shards import CheckpointError
 from llama_flex.checkpoint.stored import in_sequence, interleaved, nibbles, words_of
 from llama_flex.kernels.weight import PARTS, pack
@@ -217,13 +217,105 @@ def test_parts_of_one_matrix_of_which_some_keep_floats_are_refused(folder):
     refusal(folder, "model.layers.0.mlp.up_proj keeps floats, but model.layers.0.mlp.gate_proj does not")
 
 
-def test_the_output_matrix_must_keep_floats_unless_it_is_the_embedding(folder, tmp_path):
+# ---- the output matrix
+
+
+def with_head(folder, kind: Kind, head: Kind, **changes) -> tuple[dict, torch.Tensor]:
+    """Quantise a folder, the output matrix as `head`, in a group of its own if that differs; return their floats."""
+    config = kind.config() | {"ignore": []}
+    if head is not kind:
+        config["config_groups"]["group_1"] = head_group(head)
+        if head.format != kind.format:
+            config["format"] = "mixed-precision"
+            config["config_groups"]["group_0"]["format"] = kind.format
+    expected, found = quantise(folder, config | changes, kind.store), []
+
+    def change(tensors):
+        stored, floats = head.store("lm_head", tuple(tensors.pop("lm_head.weight").shape), 7)
+        found.append(floats)
+        return tensors | {name: tensor.contiguous() for name, tensor in stored.items()}
+
+    rewrite(folder, change)
+    return expected, found[0]
+
+
+def head_group(head: Kind, *targets: str) -> dict:
+    return head.config()["config_groups"]["group_0"] | {
+        "targets": list(targets or ["re:.*lm_head"]),
+        "format": head.format,
+    }
+
+
+HEADS = [(kind, kind) for kind in KINDS.values()]
+HEADS += [(KINDS["4 bits, zero points"], kind) for kind in KINDS.values()]
+HEADS += [(KINDS["int8, rows"], KINDS["4 bits, rows, zero points"]), (KINDS["fp8, tensor"], KINDS["int8, tensor"])]
+
+
+@pytest.mark.parametrize(("kind", "head"), HEADS, ids=str)
+def test_each_number_of_an_output_matrix_is_the_one_that_was_stored(kind, head, folder, tmp_path):
+    expected, floats = with_head(folder, kind, head)
+    model = load_quietly(folder)
+    assert same(floats_of(model), expected)
+    assert torch.equal(model.lm_head.matrix.floats(), floats)
+    assert model.lm_head.weight.dtype == DTYPE_OF[head.num_bits, head.type]
+    assert (model.embed.weight.dtype, model.embed.weight_scale) == (torch.float32, None)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tensors_of(load_quietly(tmp_path / "again")), tensors_of(model))
+
+
+DTYPE_OF = {(4, "int"): torch.int32, (8, "int"): torch.int8, (8, "float"): torch.float8_e4m3fn}
+
+
+def test_a_tied_output_matrix_is_the_embedding_whatever_the_list_says(tmp_path):
     kind = Kind()
-    quantise(folder, kind.config() | {"ignore": []}, kind.store)
-    refusal(folder, "lm_head is quantised (ignore does not have it), which is not supported")
     tied = write_floats(tmp_path / "tied", tie_word_embeddings=True)
     expected = quantise(tied, kind.config() | {"ignore": []}, kind.store)
     assert same(floats_of(load_quietly(tied)), expected)
+
+
+def test_an_output_matrix_alone_is_quantised(folder, tmp_path):
+    kind = KINDS["int8, rows"]
+    expected, floats = with_head(folder, kind, kind, ignore=["re:model.layers.*"])
+    rewrite(folder, lambda t: {k: v for k, v in t.items() if ".layers." not in k or "norm" in k} | weights_of(expected))
+    model = load_quietly(folder)
+    assert same(floats_of(model), expected)
+    assert torch.equal(model.lm_head.matrix.floats(), floats)
+    model.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tensors_of(load_quietly(tmp_path / "again")), tensors_of(model))
+
+
+def weights_of(floats: dict) -> dict:
+    return {f"{name}.weight": tensor for name, tensor in floats.items()}
+
+
+@pytest.mark.parametrize(
+    ("groups", "needle"),
+    [
+        ({"group_0": head_group(Kind())}, "config_groups: no group has targets=['Linear']"),
+        (
+            {name: head_group(Kind(), "Linear") for name in ("group_0", "group_1")},
+            "config_groups: two groups have targets=['Linear']",
+        ),
+        (
+            {"a": head_group(Kind(), "Linear"), "b": head_group(Kind(), "Embedding")},
+            "config_groups.b: targets=['Embedding'] is not supported (only ['Linear'] or ['re:.*lm_head']",
+        ),
+        (
+            {"a": head_group(Kind(), "Linear"), "b": head_group(KINDS["int8, rows"])},
+            "config_groups.b: format='int-quantized' is not supported (only None or 'pack-quantized')",
+        ),
+        ({"a": {}, "b": {}, "c": {}}, "config_groups must be a single group, or one and another for lm_head"),
+    ],
+)
+def test_groups_of_other_modules_are_refused(groups, needle):
+    with pytest.raises(ConfigError) as caught:
+        scheme("quantization_config", Kind().config() | {"config_groups": groups})
+    assert needle in str(caught.value)
+
+
+def test_a_group_of_many_formats_must_name_its_own():
+    with pytest.raises(ConfigError, match=r"config_groups\.group_0: format is missing"):
+        scheme("quantization_config", Kind().config() | {"format": "mixed-precision"})
 
 
 @pytest.mark.parametrize(
@@ -267,7 +359,10 @@ def with_group(**changes) -> dict:
     [
         (with_group(input_activations=ACTIVATIONS), f"{GROUP}.input_activations is not supported in format='pack-"),
         (with_group(output_activations=ACTIVATIONS), f"{GROUP}: output_activations={{'num_bits': 8"),
-        (with_group(targets=["re:.*proj"]), f"{GROUP}: targets=['re:.*proj'] is not supported (only ['Linear'])"),
+        (
+            with_group(targets=["re:.*proj"]),
+            f"{GROUP}: targets=['re:.*proj'] is not supported (only ['Linear'] or ['re",
+        ),
         (with_group(format="int-quantized"), f"{GROUP}: format='int-quantized' is not supported (only None or 'pack-"),
         (with_group(weights=None), f"{WEIGHTS} must be an object, found None"),
         (with_group(x=1), f"{GROUP}: x=1 is not known"),
@@ -284,9 +379,12 @@ def with_group(**changes) -> dict:
             Kind().config() | {"quantization_status": "calibration"},
             "quantization_status='calibration' is not supported",
         ),
-        (Kind().config() | {"config_groups": {}}, "config_groups must be a single group, found {}"),
+        (
+            Kind().config() | {"config_groups": {}},
+            "config_groups must be a single group, or one and another for lm_head",
+        ),
         (Kind().config() | {"config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16 must be an object"),
-        (Kind().config() | {"config_groups": {"a": {}, "b": {}}}, "config_groups must be a single group"),
+        (Kind().config() | {"config_groups": {"a": {}, "b": {}}}, "config_groups.a: targets is missing"),
         (Kind().config() | {"surprise": 1}, "quantization_config: surprise=1 is not known"),
         (Kind().config(actorder="group"), f"{WEIGHTS}: actorder='group' is not supported"),
         (Kind().config(dynamic=True), f"{WEIGHTS}: dynamic=True is not supported (only False)"),
@@ -429,11 +527,6 @@ def test_a_model_quantised_in_several_ways_or_wrongly_is_not_saved(floats, tmp_p
     down.weight_scale = torch.nn.Parameter(down.weight_scale[:, :5], requires_grad=False)
     with pytest.raises(ValueError, match=r"unexpected: layers.0.mlp.down.weight_scale"):
         wrong.save_pretrained(tmp_path / "new")
-    head = copy.deepcopy(model)
-    for name, tensor in zip(("weight", SCALE), to_int8(head.lm_head.weight, torch.float32)[:2], strict=True):
-        setattr(head.lm_head, name, torch.nn.Parameter(tensor, requires_grad=False))
-    with pytest.raises(ValueError, match=r"cannot save lm_head.weight in few bits"):
-        head.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -460,6 +553,56 @@ def in_transformers(folder, dequantize: bool):
         )
     assert not any(info.values()), info
     return model.eval()
+
+
+VOCABULARIES = [("int8", "int8"), ("fp8", "fp8"), ("int4", "int4"), ("int4-64-symmetric", "int4-64-symmetric")]
+VOCABULARIES += [("int4-64-symmetric", "int8"), ("int8", "int4-32-symmetric"), ("int4-32", "fp8"), ("int4-128", "int4")]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("layers", "vocabulary"), VOCABULARIES)
+@pytest.mark.parametrize("dtype", few([torch.bfloat16], [torch.float32, torch.float16]))
+def test_a_quantised_vocabulary_is_saved_as_floats_to_look_up_and_few_bits_to_multiply(
+    dtype, layers, vocabulary, tied, tmp_path
+):
+    overrides = {"intermediate_size": 256, "tie_word_embeddings": tied}
+    floats = write_floats(tmp_path / "floats", **overrides)
+    model = load(floats, quantize=f"{layers}+{vocabulary}", dtype=dtype)
+    model.save_pretrained(tmp_path / "saved")
+    again = load_quietly(tmp_path / "saved")
+    assert torch.equal(again.embed.weight, model.embed.matrix.floats())
+    for part, other in zip(again.lm_head.matrix, model.lm_head.matrix, strict=True):
+        assert (part is None) == (other is None)
+        assert part is None or torch.equal(part, other)
+    assert same(floats_of(again), floats_of(model))
+    ids = torch.arange(40)[None]
+    for some in (ids, ids[:, :3]):  # widened, and by the kernels
+        with torch.no_grad():
+            assert torch.equal(again(some, backend="dense"), model(some, backend="dense"))
+    assert not again.config.tie_word_embeddings
+    again.save_pretrained(tmp_path / "twice")
+    for path in (tmp_path / "saved").iterdir():
+        assert (tmp_path / "twice" / path.name).read_bytes() == path.read_bytes()
+
+
+# transformers (5.23) does not load zero points unless it dequantises, and dequantises all groups as the first.
+IN_TRANSFORMERS = [(name, name, way) for name in ("int8", "fp8", "int4-64-symmetric") for way in (True, False)]
+IN_TRANSFORMERS += [("int4", "int4", True), ("int4-64-symmetric", "int8", False), ("int4-32-symmetric", "fp8", False)]
+IN_TRANSFORMERS += [("int8", "int4-32-symmetric", False), ("int4-128-symmetric", "int4-32-symmetric", False)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("layers", "vocabulary", "dequantize"), IN_TRANSFORMERS)
+def test_transformers_computes_the_same_with_a_quantised_vocabulary(
+    layers, vocabulary, dequantize, tied, library, tmp_path
+):
+    overrides = {"intermediate_size": 256, "tie_word_embeddings": tied}
+    model = load(write_floats(tmp_path / "floats", **overrides), quantize=f"{layers}+{vocabulary}")
+    model.save_pretrained(tmp_path / "saved")
+    theirs = in_transformers(tmp_path / "saved", dequantize)
+    torch.testing.assert_close(logits(theirs, 48), logits(model, 48), rtol=1e-4, atol=1e-4)
+    assert torch.equal(theirs.lm_head.weight, model.lm_head.matrix.floats())
+    assert torch.equal(theirs.model.embed_tokens.weight, model.embed.matrix.floats())
 
 
 @pytest.mark.parametrize("dequantize", [True, False])

@@ -1,10 +1,13 @@
 """Weights quantised while they are loaded: as near as few bits are, and computed as the dequantised ones would be."""
 
 import copy
+import dataclasses
+import pickle
 import warnings
 
 import pytest
 import torch
+from checkpoint_helpers import rewrite
 from helpers import TINY, few, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +15,11 @@ from hypothesis import strategies as st
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.checkpoint import quantization
 from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, to_fp8, to_int4, to_int8
-from llama_flex.kernels.weight import unpack
-from llama_flex.layers import Linear
+from llama_flex.engine.explain import bytes_per_step
+from llama_flex.kernels import linear
+from llama_flex.kernels.modules import MatrixModule
+from llama_flex.kernels.weight import Weight, unpack
+from llama_flex.layers import TiedLinear
 from llama_flex.weights import DTYPES
 
 WAYS = {
@@ -21,6 +27,10 @@ WAYS = {
     "fp8": Quantization("fp8"),
     "int4": Quantization("int4"),
     "int4, symmetric": Quantization("int4", symmetric=True),
+}
+WITH_VOCABULARY = {
+    f"{name} + {of}": dataclasses.replace(WAYS[name], vocabulary=way)
+    for name, (of, way) in zip(("int4", "int8", "int4, symmetric", "fp8"), WAYS.items(), strict=True)
 }
 DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int32}
 random_weights = {
@@ -102,9 +112,8 @@ def dequantised(model: Llama) -> Llama:
     """Return the model with the weights that its numbers, scales and zero points stand for."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, Linear) and module.weight_scale is not None:
-            module.weight = torch.nn.Parameter(module.matrix.floats(), False)
-            module.weight_scale = module.weight_zero_point = None
+        if isinstance(module, MatrixModule) and module.weight_scale is not None:
+            quantization.assign(module, Weight(module.matrix.floats()))
     return model
 
 
@@ -114,7 +123,7 @@ def quantised(tiny_pair, tmp_path, name, quantize="int8", **options) -> Llama:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *few([torch.bfloat16], [torch.float16])])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", (WAYS | WITH_VOCABULARY).values(), ids=WAYS | WITH_VOCABULARY)
 @pytest.mark.parametrize("name", few(["gqa", "biases", "tied"], sorted(TINY.keys() - {"gqa", "biases", "tied"})))
 @torch.no_grad()
 def test_a_quantised_model_computes_what_its_dequantised_weights_do(tiny_pair, tmp_path, name, way, dtype):
@@ -125,6 +134,7 @@ def test_a_quantised_model_computes_what_its_dequantised_weights_do(tiny_pair, t
     exact = copy.deepcopy(plain).double()(ids, backend="dense")
     theirs = (plain(ids, backend="dense").double() - exact).abs()
     cache, cached = model.new_cache(1, 200), []
+    assert torch.equal(model.embed(ids), plain.embed(ids))
     for count in (100, 30, *[1] * 20):
         start = sum(x.shape[1] for x in cached)
         cached.append(model(ids[:, start : start + count], cache=cache, backend="dense"))
@@ -132,6 +142,162 @@ def test_a_quantised_model_computes_what_its_dequantised_weights_do(tiny_pair, t
         error = (ours.double() - exact).abs()
         assert error.mean() <= 1.5 * theirs.mean()
         assert error.max() <= 3 * theirs.max()
+
+
+# ---- embedding and output matrix
+
+
+def logits_of(model: Llama, ids: torch.Tensor, compile: bool) -> list[torch.Tensor]:
+    """Return embeddings and logits: of many rows, and of a few."""
+    run = torch.compile(lambda x: (model.embed(x), model.head(model.embed(x)))) if compile else None
+    with torch.no_grad():
+        pairs = [(model.embed(x), model.head(model.embed(x))) if run is None else run(x) for x in (ids, ids[:, :3])]
+    return [tensor for pair in pairs for tensor in pair]
+
+
+def check_vocabulary(model: Llama, exact: Llama, compile: bool = False) -> None:
+    """Check that embeddings are exactly those of a model of floats, and logits near to those in float64."""
+    ids = torch.tensor([random_ids(40)])
+    found, theirs = logits_of(model, ids, compile), logits_of(exact, ids, False)
+    truth = logits_of(copy.deepcopy(exact).double(), ids, False)
+    assert torch.equal(found[0], theirs[0])
+    assert torch.equal(found[2], theirs[2])
+    for ours, other, z in zip(found[1::2], theirs[1::2], truth[1::2], strict=True):
+        unit = torch.finfo(ours.dtype).eps * z.abs().max()
+        assert (ours - z).abs().max() <= 1.5 * (other - z).abs().max() + unit
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *few([torch.bfloat16], [torch.float16])])
+@pytest.mark.parametrize("vocabulary", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("name", ["gqa", "tied", "odd_vocab"])
+def test_embeddings_and_logits_are_those_of_the_floats(tiny_pair, tmp_path, name, vocabulary, dtype, compile):
+    way = Quantization("int8", vocabulary=vocabulary)
+    model = quantised(tiny_pair, tmp_path, name, way, dtype=dtype)
+    assert model.embed.weight.dtype == model.lm_head.matrix.numbers.dtype == DTYPE_OF[vocabulary.format]
+    assert isinstance(model.lm_head, TiedLinear) == (name == "tied")
+    check_vocabulary(model, dequantised(model), compile)
+
+
+FAULTS = {
+    "a neighbour's scale": lambda w: w._replace(scale=w.scale.roll(1, 0)),
+    "a zero point off by one": lambda w: w._replace(zero=w.zero + 1),
+    "the words of a neighbour": lambda w: w._replace(numbers=w.numbers.roll(1, 1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("part", ["embed", "lm_head"])
+@torch.no_grad()
+def test_the_comparison_finds_faults_in_embedding_and_output_matrix(tiny_pair, tmp_path, part, fault):
+    model = quantised(tiny_pair, tmp_path, "gqa", "int8+int4", dtype=torch.float32)
+    exact, module = dequantised(model), model.get_submodule(part)
+    quantization.assign(module, fault(module.matrix))
+    with pytest.raises(AssertionError):
+        check_vocabulary(model, exact)
+
+
+LOOKUP_FAULTS = {
+    "a neighbour's scale": lambda rows, neighbours: rows._replace(scale=neighbours.scale),
+    "a zero point off by one": lambda rows, neighbours: rows._replace(zero=rows.zero + 1),
+    "a neighbour's numbers": lambda rows, neighbours: rows._replace(numbers=neighbours.numbers),
+}
+
+
+@pytest.mark.parametrize("fault", LOOKUP_FAULTS.values(), ids=LOOKUP_FAULTS)
+def test_the_comparison_finds_faults_in_a_lookup(tiny_pair, tmp_path, fault, monkeypatch):
+    model = quantised(tiny_pair, tmp_path, "gqa", "int8+int4", dtype=torch.float32)
+    exact, rows = dequantised(model), Weight.rows
+
+    def mutant(weight, index):
+        found = rows(weight, index)
+        return found if weight.scale is None else fault(found, rows(weight, (index + 1) % 512))
+
+    monkeypatch.setattr(Weight, "rows", mutant)
+    with pytest.raises(AssertionError):
+        check_vocabulary(model, exact)
+
+
+def test_the_logits_of_a_few_rows_never_widen_the_output_matrix(tiny_pair, tmp_path, monkeypatch):
+    model = quantised(tiny_pair, tmp_path, "tied", "int4+int4", dtype=torch.bfloat16)
+    rows, floats = [], Weight.floats
+    monkeypatch.setattr(Weight, "floats", lambda weight: rows.append(len(weight.numbers)) or floats(weight))
+    Engine(model).generate([random_ids(20)], max_new_tokens=4, stop_token_ids=())
+    assert max(rows) < model.dims.vocab_size
+
+
+@torch.no_grad()
+def test_a_large_matrix_becomes_floats_a_part_at_a_time(tiny_pair, tmp_path, monkeypatch):
+    model = quantised(tiny_pair, tmp_path, "odd_vocab", "int4+int4", dtype=torch.float32)
+    monkeypatch.setattr(linear, "AT_ONCE", 100 * 128)
+    shapes, floats = [], Weight.floats
+    monkeypatch.setattr(Weight, "floats", lambda weight: shapes.append(weight.shape) or floats(weight))
+    x = torch.randn(1, 40, 128)
+    found = model.lm_head(x)
+    assert [rows for rows, _ in shapes] == [100] * 5 + [9]
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, floats(model.lm_head.matrix)))
+
+
+@pytest.mark.parametrize("way", (WAYS | WITH_VOCABULARY).values(), ids=WAYS | WITH_VOCABULARY)
+def test_a_large_tensor_is_quantised_a_part_at_a_time(tiny_pair, tmp_path, way, monkeypatch):
+    model = quantised(tiny_pair, tmp_path, "tied", way)
+    monkeypatch.setattr(quantization, "_LOADED_AT_ONCE", 7 * 128)
+    again = Llama.from_pretrained(tmp_path, device="cpu", quantize=way)
+    for (name, tensor), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+def test_a_model_with_a_quantised_vocabulary_moves_and_is_copied(tiny_pair, tmp_path, name):
+    model, ids = quantised(tiny_pair, tmp_path, name, "int8+int4", dtype=torch.float32), torch.tensor([random_ids(9)])
+    assert (model.dtype, model.device.type) == (torch.float32, "cpu")
+    assert (model.dims.vocab_size, model.dims.hidden_size) == (512, model.config.hidden_size)
+    assert model.new_cache(1, 9).layers[0][0].dtype == torch.float32
+    with torch.no_grad():
+        expected = model(ids, backend="dense")
+        other = quantised(tiny_pair, tmp_path, name, "int8+int4", dtype=torch.float32)
+        for parameter in other.parameters():
+            parameter.zero_()
+        other.load_state_dict(model.state_dict())
+        for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other):
+            assert torch.equal(each(ids, backend="dense"), expected)
+    half = model.to(torch.bfloat16)
+    assert (half.dtype, half.embed.weight.dtype) == (torch.bfloat16, torch.int32)
+    assert half.embed(ids).dtype == half(ids, backend="dense").dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_an_embedding_of_floats_takes_the_place_of_a_quantised_one(tiny_pair, tmp_path):
+    model, ids = quantised(tiny_pair, tmp_path, "tied", "int8+int8", dtype=torch.float32), torch.tensor([random_ids(9)])
+    expected = dequantised(model)(ids, backend="dense")
+    model.embed = torch.nn.Embedding.from_pretrained(model.embed.matrix.floats())
+    torch.testing.assert_close(model(ids, backend="dense"), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert Llama.from_pretrained(tmp_path / "saved", device="cpu").config.tie_word_embeddings
+
+
+@torch.no_grad()
+def test_hooks_of_a_quantised_embedding_change_the_input_of_the_layers(tiny_pair, tmp_path):
+    model, ids = quantised(tiny_pair, tmp_path, "tied", "int8+int8", dtype=torch.float32), torch.tensor([random_ids(9)])
+    expected = model(ids.roll(1, 1), backend="dense")
+    with model.embed.register_forward_hook(lambda module, args, output: output.roll(1, 1)):
+        assert torch.equal(model(ids, backend="dense"), expected)
+
+
+def test_a_tied_copy_beside_the_embedding_is_compared_as_floats(tiny_pair, tmp_path):
+    tiny_pair("tied")[1].save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    Llama.from_pretrained(tmp_path, device="cpu", quantize="int8+int8")
+    rewrite(tmp_path, lambda t: t | {"lm_head.weight": t["lm_head.weight"] * (1 + 1e-6)})
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from the embedding"):
+        Llama.from_pretrained(tmp_path, device="cpu", quantize="int8+int8")
+
+
+@pytest.mark.parametrize("tied", ["gqa", "tied"])
+def test_a_step_reads_the_output_matrix_in_few_bits(tiny_pair, tmp_path, tied):
+    model = quantised(tiny_pair, tmp_path, tied, "int8+int8", dtype=torch.bfloat16)
+    plain = quantised(tiny_pair, tmp_path, tied, "int8", dtype=torch.bfloat16)
+    assert bytes_per_step(plain, [0]) - bytes_per_step(model, [0]) == 512 * (model.config.hidden_size - 2)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -199,6 +365,19 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
     quantised(tiny_pair, tmp_path, "gqa")
     with pytest.raises(ValueError, match="quantize 'int3' is not known; use 'int8', 'fp8', 'int4', 'int4-128'"):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int3")
+    for name in ("int4+", "+int8", "int4+int8+int8", "int4 + int8", "int8+none", "int8+int4-7"):
+        with pytest.raises(
+            ValueError, match=r"is not known; use 'int8', .* or two of them as in 'int4\+int8'|must be one of"
+        ):
+            Quantization.of(name)
+    with pytest.raises(
+        ValueError, match="vocabulary must be None or a Quantization without another inside, not 'int8'"
+    ):
+        Quantization("int4", vocabulary="int8")
+    with pytest.raises(ValueError, match="vocabulary must be None or a Quantization without another inside, not Quant"):
+        Quantization("int4", vocabulary=Quantization.of("int4+int8"))
+    with pytest.raises(ValueError, match="groups of 64 do not divide rows of 160 numbers; use 32"):
+        Llama.from_pretrained(tmp_path, device="cpu", quantize="int4-64+int8")
     with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 48"):
         Quantization("int4", 48)
     monkeypatch.setattr(quantization, "model_device", torch.device)
@@ -206,6 +385,8 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     with pytest.raises(ValueError, match='A100 does not compute with "fp8"; use "int8" or "int4"'):
         Llama.from_pretrained("no/such", device="cuda", quantize="fp8")  # refused before anything is fetched
+    with pytest.raises(ValueError, match='A100 does not compute with "fp8"; use "int8" or "int4"'):
+        Llama.from_pretrained("no/such", device="cuda", quantize="int8+fp8")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +411,9 @@ def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):
         Llama.from_pretrained(tmp_path / "whole", device="cpu", quantize="int8")
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4-32", "int4-128", "int4-64-symmetric", "int4-32-symmetric"])
+@pytest.mark.parametrize(
+    "name", ["int8", "fp8", "int4-32", "int4-128", "int4-64-symmetric", "int8+int4-64", "int4-32-symmetric+fp8"]
+)
 def test_a_name_is_read_back(name):
     assert Quantization.of(Quantization.of(name).name) == Quantization.of(name)
     assert Quantization.of(name).name == name
@@ -253,7 +436,7 @@ def test_a_model_in_fp8_whose_dtype_changed_says_what_to_do(tiny_pair, tmp_path)
 def test_parts_that_kernels_do_not_read_are_computed_by_definition(tiny_pair, tmp_path, fault):
     model = quantised(tiny_pair, tmp_path, "gqa", "int4")
     expected = model(torch.tensor([[1, 2]]), backend="dense")
-    for module in (x for x in model.modules() if isinstance(x, Linear) and x.weight_scale is not None):
+    for module in (x for x in model.modules() if isinstance(x, MatrixModule) and x.weight_scale is not None):
         weight = module.matrix
         if fault == "zero of another dtype":
             quantization.assign(module, weight._replace(zero=weight.zero.int()))

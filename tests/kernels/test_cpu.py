@@ -803,19 +803,19 @@ def test_a_folder_that_others_may_write_to_is_not_used(unloaded):
 
 
 def test_building_begins_with_loading_and_leaves_nothing_if_nobody_waits_for_it(unloaded):
-    weight = torch.ones(1, dtype=torch.bfloat16)
-    kernel.prepare(weight)
-    kernel.prepare(weight)
+    given = torch.bfloat16, torch.device("cpu")
+    kernel.prepare(*given)
+    kernel.prepare(*given)
     (begun,) = build._begun.values()
     assert [p.is_dir() for p in begun.path.parent.iterdir()] == [True]
     begun.stop()
     assert begun._process.poll() is not None
     assert not list(begun.path.parent.iterdir())
     build._begun.clear()
-    kernel.prepare(weight)
+    kernel.prepare(*given)
     assert kernel.load(torch.bfloat16)
     assert not build._begun
-    kernel.prepare(weight)
+    kernel.prepare(*given)
     assert not build._begun
 
 

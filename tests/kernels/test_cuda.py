@@ -8,8 +8,9 @@ from helpers import Products
 
 from llama_flex.checkpoint.quantization import Quantization, assign
 from llama_flex.engine.graphs import Graphs
+from llama_flex.kernels.modules import Embedding
 from llama_flex.kernels.weight import Weight, pack, unpack
-from llama_flex.layers import Linear
+from llama_flex.layers import Linear, RMSNorm, apply_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 INT4 = [Quantization("int4", size, symmetric) for size in (32, 128) for symmetric in (False, True)]
@@ -41,8 +42,8 @@ def quantised(products, quantization):
 def errors(products, plain, truth, x, residual):
     """Return, for each product, how much further from float64 it is than torch's, compiled and with plain weights, in
     terms of what is allowed."""
-    found = Graphs().of()("products", Products.forward, products, x, residual)
-    theirs, exact = plain(x, residual), truth(x.double(), residual.double())
+    found = Graphs().of()("products", type(products).forward, products, x, residual)
+    theirs, exact = plain(x, residual), truth(x.double(), None if residual is None else residual.double())
     for y, other, z in zip(found, theirs, exact, strict=True):
         unit = torch.finfo(x.dtype).eps * z.abs().max()
         yield ((y - z).abs().max() / (1.25 * (other - z).abs().max() + unit)).item()
@@ -51,6 +52,60 @@ def errors(products, plain, truth, x, residual):
 def inputs(n, k, rows, dtype):
     draws = torch.Generator("cuda").manual_seed(0)
     return (torch.randn(rows, 1, size, device="cuda", generator=draws).to(dtype) for size in (k, n))
+
+
+class Head(torch.nn.Module):
+    """The norm and the output matrix of a large vocabulary."""
+
+    def __init__(self, n, k):
+        super().__init__()
+        self.norm, self.product = RMSNorm(k, 1e-5), Linear(k, [n])
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator(parameter.device).manual_seed(0))
+        self.requires_grad_(False)
+
+    def forward(self, x, residual=None):
+        return (apply_linear(self.product, x, norm=self.norm),)
+
+
+def head_errors(name, rows, compile, mutate=lambda weight: weight):
+    """Return by how much more than allowed the logits of 128,256 tokens differ from float64, as `errors` does."""
+    with torch.device("cuda"):
+        head = Head(128_256, 1536).to(torch.bfloat16)
+    plain, truth = quantised(head, FORMATS[name])
+    assign(head.product, mutate(head.product.matrix))
+    x, _ = inputs(8, 1536, rows, torch.bfloat16)
+    if compile:
+        return max(errors(head, plain, truth, x, None))
+    (y,), (other,), (z,) = head(x), plain(x), truth(x.double())
+    unit = torch.finfo(x.dtype).eps * z.abs().max()
+    return ((y - z).abs().max() / (1.25 * (other - z).abs().max() + unit)).item()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("rows", [1, 20, 40])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "none"])
+@torch.no_grad()
+def test_logits_of_a_large_vocabulary_are_no_further_from_float64_than_torchs(name, rows, compile):
+    assert head_errors(name, rows, compile) <= 1
+
+
+@pytest.mark.parametrize("rows", [1, 20, 40])
+@torch.no_grad()
+def test_scales_of_neighbours_would_be_found_in_a_large_vocabulary(rows):
+    assert head_errors("int8", rows, True, lambda w: w._replace(scale=w.scale.roll(1, 0))) > 1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "none"])
+@torch.no_grad()
+def test_embeddings_on_cuda_are_the_floats_of_the_rows(name, compile):
+    with torch.device("cuda"):
+        embedding = Embedding(509, 256).to(torch.bfloat16)
+        assign(embedding, FORMATS[name].quantise(embedding.weight, torch.bfloat16))
+        ids = torch.tensor([[508, 0, 3], [3, 77, 1]])
+    run = torch.compile(embedding) if compile else embedding
+    assert torch.equal(run(ids), embedding.matrix.floats()[ids])
 
 
 @pytest.mark.parametrize(("name", "rows", "dtype"), CASES)
