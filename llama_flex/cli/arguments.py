@@ -95,7 +95,8 @@ def parser() -> argparse.ArgumentParser:
     formats = (
         "the layers' matrices in fewer bits: int8, fp8, or int4, in groups of 32 with zero points; int4-64, int4-128"
     )
-    run.add_argument("--quantize", metavar="FORMAT", help=f"{formats}; without zero points int4-128-symmetric")
+    others = "without zero points int4-128-symmetric; int8-dynamic, fp8-dynamic: the inputs of products, too"
+    run.add_argument("--quantize", metavar="FORMAT", help=f"{formats}; {others}")
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     run.add_argument(
