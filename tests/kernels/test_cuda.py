@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import Products
+from helpers import Products, compiled_forward, random_ids
 
+from llama_flex import Llama
 from llama_flex.checkpoint.quantization import Quantization, assign
 from llama_flex.engine.graphs import Graphs
+from llama_flex.kernels import activations, linear
 from llama_flex.kernels.modules import Embedding
 from llama_flex.kernels.weight import Weight, pack, unpack
 from llama_flex.layers import Linear, RMSNorm, apply_linear
@@ -145,3 +147,105 @@ def test_a_wrong_number_would_be_found(name, rows):
     for module in linears(products):
         assign(module, Weight(*(None if x is None else x.contiguous() for x in mutate(module.matrix))))
     assert min(errors(products, plain, truth, *inputs(96, 256, rows, torch.bfloat16))) > 1
+
+
+# ---- inputs in 8 bits
+
+INPUTS = [Quantization(form, inputs=inputs) for form in ("int8", "fp8") for inputs in ("dynamic", "static")]
+
+
+def with_inputs(products, way):
+    """Quantise the weights of a model, and its inputs; return a copy on the CPU, and one in float64."""
+    for module in linears(products):
+        weight = way.quantise(module.weight, module.weight.dtype)
+        if way.inputs == "static":
+            weight.input_scale.fill_(6 / (127 if way.format == "int8" else 448))
+        assign(module, weight)
+    return copy.deepcopy(products).cpu(), in_float64(products)
+
+
+def in_float64(model):
+    """Return a model in float64, with the same numbers of few bits."""
+    wide = copy.deepcopy(model).double()
+    for ours, exact in zip(linears(model), linears(wide), strict=True):
+        if ours.weight_scale is not None:
+            numbers, scale, _, inputs = ours.matrix
+            assign(exact, Weight(numbers, scale.double(), None, inputs.double()))
+    return wide
+
+
+def errors_of_inputs(found, other, truth, x, residual):
+    """Return, for each product, how much further from float64 it is than on the CPU, in terms of what is allowed."""
+    theirs, exact = other(x.cpu(), residual.cpu()), truth(x.double(), residual.double())
+    for y, near, z in zip(found, theirs, exact, strict=True):
+        unit = torch.finfo(x.dtype).eps * z.abs().max()
+        yield ((y - z).abs().max() / (1.25 * (near.to(z) - z).abs().max() + unit)).item()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 20, 32, 33, 64, 300])
+@pytest.mark.parametrize("way", INPUTS, ids=lambda way: way.name)
+@torch.no_grad()
+def test_a_product_of_inputs_in_8_bits_is_no_further_from_float64_than_on_a_cpu(way, rows, dtype, compiled):
+    for n, k in SHAPES:  # 509 rows are for no matrix unit
+        products = Products(n, k).to("cuda", dtype)
+        other, truth = with_inputs(products, way)
+        x, residual = inputs(n, k, rows, dtype)
+        run = Graphs().of() if compiled else lambda _, function, *args: function(*args)
+        found = run("products", Products.forward, products, x, residual)
+        assert max(errors_of_inputs(found, other, truth, x, residual)) <= 1, (n, k)
+
+
+def with_outliers(way, rows, dtype):
+    """Return x `[rows, 1, 256]` whose first numbers make steps large, a weight, a bias, and the product in float64."""
+    x, bias = inputs(96, 256, rows, dtype)
+    x[..., 0] = 30 + torch.arange(rows, device=x.device)[:, None]
+    weight = way.quantise(torch.randn(96, 256, device=x.device), dtype)
+    if way.inputs == "static":
+        weight.input_scale.fill_(0.3)
+    numbers, scale = activations.quantise(x, weight)
+    product = (numbers.double() * scale.double()) @ (weight.numbers.double() * weight.scale.double()).T
+    return x, weight, bias[0, 0], product + bias[0, 0].double()
+
+
+def error_of(y, exact):
+    """Return the greatest error of a row, in terms of what rounding once and summing in float32 allow."""
+    unit = 0.55 * torch.finfo(y.dtype).eps + 1e-5
+    return ((y - exact).abs().amax(-1) / (unit * exact.abs().amax(-1))).max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 33, 64, 300])
+@pytest.mark.parametrize("way", INPUTS, ids=lambda way: way.name)
+@torch.no_grad()
+def test_a_product_of_inputs_in_8_bits_is_rounded_once(way, rows, dtype, monkeypatch):
+    x, weight, bias, exact = with_outliers(way, rows, dtype)
+    assert error_of(linear.matmul(x, weight, bias), exact) <= 1
+    # And the comparison finds faults.
+    assert error_of(linear.matmul(x, weight._replace(input_scale=None), bias), exact) > 1
+    assert error_of(linear.matmul(x, weight._replace(scale=weight.scale.roll(1, 0)), bias), exact) > 1
+    if way.inputs == "static":
+        assert error_of(linear.matmul(x, weight._replace(input_scale=3 * weight.input_scale), bias), exact) > 1
+    elif rows > 1:
+        rule = activations.quantise
+        monkeypatch.setattr(activations, "quantise", lambda *given: (rule(*given)[0], rule(*given)[1].roll(1, 0)))
+        assert error_of(linear.matmul(x, weight, bias), exact) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@torch.no_grad()
+def test_a_model_of_inputs_in_8_bits_has_the_same_logits_compiled_in_chunks_and_steps(tiny_pair, form, dtype, tmp_path):
+    tiny_pair("gqa")[1].save_pretrained(tmp_path)
+    model = Llama.from_pretrained(tmp_path, device="cuda", dtype=dtype, quantize=f"{form}-dynamic")
+    ids = torch.tensor([random_ids(150), random_ids(150, 1)], device="cuda")
+    truth = in_float64(model)(ids, backend="dense")
+    plain = (model(ids, backend="dense").double() - truth).abs().median()
+    assert plain < (1e-4 if dtype == torch.float32 else 0.1) * truth.abs().max()
+    forward, cache, parts = compiled_forward(model), model.new_cache(2, 200), []
+    for count in (128, 4, *[1] * 18):
+        start = sum(x.shape[1] for x in parts)
+        parts.append(forward(ids[:, start : start + count], cache=cache))
+    for found in (torch.cat(parts, 1), compiled_forward(model)(ids)):
+        assert (found.double() - truth).abs().median() <= 1.5 * plain + 1e-5
