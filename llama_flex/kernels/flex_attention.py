@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..usercode.errors import FunctionError, diagnose
-from .linear import ops
 
 
 def padded_group(group: int) -> int:
@@ -97,6 +96,7 @@ def kernel_options(q: Tensor, k: Tensor, paged: bool, plain: bool, flash: bool) 
 
 # torch 2.13's compiled attention on a CPU fails if Inductor fuses what follows it into the same loop ("Unsupported for
 # `epilogue_nodes`"); a copy by an operator that Inductor does not know prevents that.
+ops = torch.library.Library("llama_flex", "FRAGMENT")
 ops.define("apart(Tensor x) -> Tensor")
 ops.impl("apart", torch.clone, "CPU")
 torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
