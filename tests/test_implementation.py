@@ -20,7 +20,7 @@ OTHERS = {
     ("torch", "mm"),
     ("torch", "vmap"),
 }
-FILE_ENDINGS = ("py", "cpp", "md", "json", "toml")
+FILE_ENDINGS = ("py", "cpp", "cu", "md", "json", "toml")
 
 
 def named(text: str) -> set[tuple[str, str]]:
@@ -36,7 +36,11 @@ def names_of_package() -> dict[str, set[str]]:
     for path in (ROOT / "llama_flex").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(parts).removesuffix(".__init__")
-        if path.stem in ("gemv", "few_rows"):  # import Triton, which comes with torch's CUDA builds only
+        if path.stem in (
+            "gemv",
+            "few_rows",
+            "int4_gemv",
+        ):  # import Triton or CUDA's bindings, which come with torch's CUDA builds only
             tree = ast.parse(path.read_text())
             names[path.stem] |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             continue
