@@ -86,7 +86,7 @@ def test_products_are_rounded_once(form, inputs, rows, k, size, seed, dtype):
 FAULTS = {
     "the rule dropped": lambda x, w: linear.matmul(x, w._replace(input_scale=None), None),
     "a neighbour's scale": lambda x, w: linear.matmul(x, w._replace(scale=w.scale.roll(1, 0)), None),
-    "the scale of a neighbour of x": lambda x, w: linear.matmul(x, w, None).roll(1, 1) * (x[:, :1] * 0 + 1).amax(),
+    "a neighbour of x": lambda x, w: linear.matmul(x, w, None).roll(1, 1),
     "the scale doubled": lambda x, w: linear.matmul(x, w._replace(input_scale=w.input_scale * 2), None),
 }
 
@@ -94,14 +94,12 @@ FAULTS = {
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("inputs", ["dynamic", "static"])
 @pytest.mark.parametrize("form", ["int8", "fp8"])
-@pytest.mark.parametrize("fault", FAULTS)
 @torch.no_grad()
-def test_the_comparison_finds_a_fault(fault, form, inputs, rows):
+def test_the_comparison_finds_faults(form, inputs, rows):
     x, weight = draw(form, inputs, rows, 64, 1.0, 0, torch.float32)
-    if inputs == "dynamic" and fault == "the scale doubled":
-        pytest.skip("there is none")
     assert error(linear.matmul(x, weight, None), exact(x, weight)) <= 1
-    assert error(FAULTS[fault](x, weight), exact(x, weight)) > 10
+    for fault in FAULTS if inputs == "static" else (*FAULTS,)[:-1]:  # the last needs a scale
+        assert error(FAULTS[fault](x, weight), exact(x, weight)) > 10, fault
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
