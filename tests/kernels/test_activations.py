@@ -1,4 +1,4 @@
-"""Inputs in 8 bits: numbers and scales are the library's, and products with them are exact but for rounding once."""
+"""Inputs in 8 bits: numbers and scales are the library's, and products with them are exact but for rounding."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @given(**random_inputs, dtype=st.sampled_from(DTYPES))
 @settings(max_examples=200, deadline=None)
 @torch.no_grad()
-def test_products_are_rounded_once(form, inputs, rows, k, size, seed, dtype):
+def test_products_are_those_of_float64(form, inputs, rows, k, size, seed, dtype):
     size = max(size, 1e-3) if inputs == "static" and dtype == torch.float16 else size  # which has no smaller scale
     x, weight = draw(form, inputs, rows, k, size, seed, dtype)
     size = torch.finfo(dtype).max
