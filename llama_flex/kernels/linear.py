@@ -124,21 +124,21 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def _matmul_of_numbers(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Compute `matmul` of x in 8 bits: the product of numbers, with the scales, in float32 or wider, rounded once."""
+    """Compute `matmul` of x in 8 bits: the product of numbers, which are exact in all dtypes, and then the scales."""
     numbers, scale = activations.quantise(x, weight)
     assert weight.scale is not None
     (out, size), rows, dtype = weight.shape, x.shape[:-1].numel(), numbers.dtype
     if x.is_cuda and dtype == torch.int8 and rows > 16 and size % 8 == 0 and out % 8 == 0:  # else cuBLAS has no product
         y = torch._int_mm(numbers.flatten(0, -2), weight.numbers.t()).unflatten(0, x.shape[:-1])
-        y = y * scale * weight.scale.t()
     elif x.is_cuda and x.dtype == torch.bfloat16 and dtype != torch.int8 and rows and size % 16 == 0 and out % 16 == 0:
-        # Fast accumulation would keep 14 bits of sums, so that a prompt's tokens differed from those of few rows.
+        # Fast accumulation would keep fewer bits of sums, so that a prompt's tokens differed from those of few rows.
         scales = scale.reshape(-1, 1).contiguous(), weight.scale.float().t()
         y = torch._scaled_mm(
             numbers.flatten(0, -2), weight.numbers.t(), *scales, bias, out_dtype=x.dtype, use_fast_accum=False
         )
         return y.unflatten(0, x.shape[:-1])
     else:
-        exact = Weight(weight.numbers, weight.scale.to(scale.dtype))
-        y = matmul(numbers.to(scale.dtype), exact, None) * scale
+        wide = x.dtype if x.dtype == torch.bfloat16 else scale.dtype  # float16 would overflow
+        y = matmul(numbers.to(wide), Weight(weight.numbers.to(wide)), None)
+    y = y * scale * weight.scale.t()
     return (y if bias is None else y + bias).to(x.dtype)

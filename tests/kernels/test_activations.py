@@ -1,4 +1,4 @@
-"""Inputs in 8 bits: numbers and scales are the library's, and products with them are exact but for rounding once."""
+"""Inputs in 8 bits: numbers and scales are the library's, and products with them are exact but for rounding."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @given(**random_inputs, dtype=st.sampled_from(DTYPES))
 @settings(max_examples=200, deadline=None)
 @torch.no_grad()
-def test_products_are_rounded_once(form, inputs, rows, k, size, seed, dtype):
+def test_products_are_those_of_float64(form, inputs, rows, k, size, seed, dtype):
     size = max(size, 1e-3) if inputs == "static" and dtype == torch.float16 else size  # which has no smaller scale
     x, weight = draw(form, inputs, rows, k, size, seed, dtype)
     size = torch.finfo(dtype).max
@@ -86,7 +86,7 @@ def test_products_are_rounded_once(form, inputs, rows, k, size, seed, dtype):
 FAULTS = {
     "the rule dropped": lambda x, w: linear.matmul(x, w._replace(input_scale=None), None),
     "a neighbour's scale": lambda x, w: linear.matmul(x, w._replace(scale=w.scale.roll(1, 0)), None),
-    "the scale of a neighbour of x": lambda x, w: linear.matmul(x, w, None).roll(1, 1) * (x[:, :1] * 0 + 1).amax(),
+    "a neighbour of x": lambda x, w: linear.matmul(x, w, None).roll(1, 1),
     "the scale doubled": lambda x, w: linear.matmul(x, w._replace(input_scale=w.input_scale * 2), None),
 }
 
@@ -94,14 +94,12 @@ FAULTS = {
 @pytest.mark.parametrize("rows", [3, 20])
 @pytest.mark.parametrize("inputs", ["dynamic", "static"])
 @pytest.mark.parametrize("form", ["int8", "fp8"])
-@pytest.mark.parametrize("fault", FAULTS)
 @torch.no_grad()
-def test_the_comparison_finds_a_fault(fault, form, inputs, rows):
+def test_the_comparison_finds_faults(form, inputs, rows):
     x, weight = draw(form, inputs, rows, 64, 1.0, 0, torch.float32)
-    if inputs == "dynamic" and fault == "the scale doubled":
-        pytest.skip("there is none")
     assert error(linear.matmul(x, weight, None), exact(x, weight)) <= 1
-    assert error(FAULTS[fault](x, weight), exact(x, weight)) > 10
+    for fault in FAULTS if inputs == "static" else (*FAULTS,)[:-1]:  # the last needs a scale
+        assert error(FAULTS[fault](x, weight), exact(x, weight)) > 10, fault
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
