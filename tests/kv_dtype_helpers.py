@@ -66,6 +66,13 @@ def in_8_bits(model: Llama) -> Llama:
     return made
 
 
+def is_near(found: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Return whether logits are as near to those of float64 as the reference's in the same dtype, up to a factor of 3:
+    a number near the middle between two of 8 bits may go to either, as often in both."""
+    error, other = ((x.cpu().double() - exact).abs() for x in (found, reference))
+    return bool(error.max() <= 3 * other.max() + 1e-4 and error.mean() <= 3 * other.mean() + 1e-5)
+
+
 def _neighbours(scale: torch.Tensor) -> torch.Tensor:
     return scale.roll(1, 0)
 
