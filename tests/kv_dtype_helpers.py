@@ -66,11 +66,16 @@ def in_8_bits(model: Llama) -> Llama:
     return made
 
 
-def is_near(found: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Return whether logits are as near to those of float64 as the reference's in the same dtype, up to a factor of 3:
-    a number near the middle between two of 8 bits may go to either, as often in both."""
-    error, other = ((x.cpu().double() - exact).abs() for x in (found, reference))
-    return bool(error.max() <= 3 * other.max() + 1e-4 and error.mean() <= 3 * other.mean() + 1e-5)
+def is_near(found: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor) -> bool:
+    """Return whether logits are as near to those of float64 (exact) as the reference's in the same dtype, up to a
+    factor of 3 and to a part of what rounding changes (plain: without it, in float64).
+
+    In float32 one number in 30,000, near the middle between two of 8 bits, may go to either: too few to compare the
+    largest errors of two ways to compute.
+    """
+    error, other, rounding = ((x.cpu().double() - exact).abs() for x in (found, reference, plain))
+    near = error.mean() <= 3 * other.mean() + rounding.mean() / 20
+    return bool(near and error.max() <= 3 * other.max() + rounding.max() / 4)
 
 
 def _neighbours(scale: torch.Tensor) -> torch.Tensor:

@@ -155,4 +155,4 @@ def test_compiled_steps(single, model, name, fault, monkeypatch):
     for b, found in enumerate(ragged(forward, single, text, lengths, (128, 128, 1, 1), **options)):
         given = text.row(b, lengths[b]) | ALONE[name](Parameters(7, (b,))) | {"backend": "dense"}
         exact, reference = (x(**given, edit=rounding(model)) for x in (model, single))
-        assert is_near(found, reference, exact) == (fault is None)
+        assert is_near(found, reference, exact, model(**given)) == (fault is None)

@@ -464,12 +464,12 @@ def test_scores_on_cuda_are_those_of_the_cpu(tiny_pair):
 
 @torch.no_grad()
 def rounded_on_cuda(model, dtype, ids, **options):
-    """Return a model whose caches are in 8 bits, on the device, and the logits of rounded keys and values there and in
-    float64."""
-    wide = uneven(model)
-    options |= {"backend": "dense", "edit": rounding(wide)}
-    exact, model = wide(ids, **options), uneven(model, dtype).cuda()
-    return in_8_bits(model), model(ids, **options), exact
+    """Return a model whose caches are in 8 bits, on the device, and three logits: of rounded keys and values there and
+    in float64, and of others in float64."""
+    wide, options = uneven(model), options | {"backend": "dense"}
+    model, edits = uneven(model, dtype).cuda(), rounding(wide)
+    expected = model(ids, **options, edit=edits), wide(ids, **options, edit=edits), wide(ids, **options)
+    return in_8_bits(model), expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -478,13 +478,13 @@ def rounded_on_cuda(model, dtype, ids, **options):
 @torch.no_grad()
 def test_compiled_steps_read_keys_and_values_in_8_bits(tiny_pair, name, dtype, fault, monkeypatch):
     ids = torch.randint(512, (2, 262), generator=torch.Generator().manual_seed(0))
-    model, reference, exact = rounded_on_cuda(tiny_pair(name)[1], dtype, ids)
+    model, expected = rounded_on_cuda(tiny_pair(name)[1], dtype, ids)
     if fault is not None:
         break_it(monkeypatch, fault)
     forward, cache = compiled_forward(model), model.new_cache(2, 262)
     assert cache.layers[0].k.dtype == FP8
     found = torch.cat([forward(part, cache=cache) for part in ids.split([128, 128, 1, 1, 1, 1, 1, 1], 1)], 1)
-    assert is_near(found, reference, exact) == (fault is None)
+    assert is_near(found, *expected) == (fault is None)
 
 
 @pytest.mark.parametrize("name", MASKS_AND_SCORES)
@@ -495,29 +495,29 @@ def test_masks_and_score_functions_over_8_bits(tiny_pair, name):
     segments = (torch.arange(260) // 90).expand(2, -1).clone()
     segments[:, 255:] = masks.GENERATED
     given = {"mask": mask, "score_mod": score_mod}
-    model, reference, exact = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids, segments=segments, **given)
+    model, expected = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids, segments=segments, **given)
     for forward in (compiled_forward(model), model):
         cache, found = model.new_cache(2, 260), []
         for a, b in ((0, 128), (128, 256), *((i, i + 1) for i in range(256, 260))):
             found.append(forward(ids[:, a:b], segments=segments[:, a:b], cache=cache, **given))
-        assert is_near(torch.cat(found, 1), reference, exact)
+        assert is_near(torch.cat(found, 1), *expected)
 
 
 @torch.no_grad()
 def test_a_rolling_cache_in_8_bits(tiny_pair):
     ids = torch.randint(512, (2, 400), generator=torch.Generator().manual_seed(0))
     mask = masks.sliding_window(100) | masks.sink(3)
-    model, reference, exact = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids, mask=mask)
+    model, expected = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids, mask=mask)
     for forward in (compiled_forward(model), model):
         cache = model.new_rolling_cache(2, 100, 3, largest_append=128)
         found = [forward(part, cache=cache) for part in ids.split([128, 128, 128, *[1] * 16], 1)]
-        assert is_near(torch.cat(found, 1), reference, exact)
+        assert is_near(torch.cat(found, 1), *expected)
 
 
 @torch.no_grad()
 def test_rows_of_a_cache_in_8_bits_are_copied_and_exchanged(tiny_pair):
     ids = torch.randint(512, (2, 90), generator=torch.Generator().manual_seed(0))
-    model, reference, exact = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids)
+    model, expected = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids)
     cache = model.new_cache(2, 128)
     model(ids[:, :60], cache=cache)
     fork, wide = cache.fork(), cache.expand(2)
@@ -525,8 +525,8 @@ def test_rows_of_a_cache_in_8_bits_are_copied_and_exchanged(tiny_pair):
     cache.reorder([1, 0])
     wide.truncate(50)
     found = model(ids[[1, 0], 60:], cache=cache), model(ids[[0, 0, 1, 1], 50:], cache=wide)
-    assert is_near(found[0], reference[[1, 0], 60:], exact[[1, 0], 60:])
-    assert is_near(found[1], reference[[0, 0, 1, 1], 50:], exact[[0, 0, 1, 1], 50:])
+    assert is_near(found[0], *(x[[1, 0], 60:] for x in expected))
+    assert is_near(found[1], *(x[[0, 0, 1, 1], 50:] for x in expected))
 
 
 @pytest.mark.parametrize("compile", [True, False, "auto"])
