@@ -6,10 +6,14 @@ import dataclasses
 import pytest
 import torch
 from helpers import TINY, compiled_forward, random_batch, random_ids
+from kv_dtype_helpers import FP8, break_it, in_8_bits, is_near, rounding, uneven
 from training_helpers import compare_in_bfloat16, gradients, loss_of, reference_gradients, relative
 
 from llama_flex import Capture, Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, edits, fuse, masks, score, scores
 from llama_flex.engine import model_runner
+from llama_flex.engine.output import NonFiniteLogitsError
+from llama_flex.engine.scheduler import _pages_that_fit
+from llama_flex.kernels.flex_attention import kernel_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -469,3 +473,118 @@ def test_scores_on_cuda_are_those_of_the_cpu(tiny_pair):
     engine = Engine(copy.deepcopy(model).cuda(), compile=True)
     for found, expected in zip(score(engine, prefix, texts), score(model, prefix, texts), strict=True):
         torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-3)
+
+
+# ---- keys and values in 8 bits
+
+
+@torch.no_grad()
+def rounded_on_cuda(model, dtype, ids, **options):
+    """Return a model whose caches are in 8 bits, on the device, and three logits: of rounded keys and values there and
+    in float64, and of others in float64."""
+    wide, options = uneven(model), options | {"backend": "dense"}
+    model, edits = uneven(model, dtype).cuda(), rounding(wide)
+    expected = model(ids, **options, edit=edits), wide(ids, **options, edit=edits), wide(ids, **options)
+    return in_8_bits(model), expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mha", "gqa", "group3", "head_dim"])
+@pytest.mark.parametrize("fault", [None, "no scale of keys", "no scale of values"])
+@torch.no_grad()
+def test_compiled_steps_read_keys_and_values_in_8_bits(tiny_pair, name, dtype, fault, monkeypatch):
+    ids = torch.randint(512, (2, 262), generator=torch.Generator().manual_seed(0))
+    model, expected = rounded_on_cuda(tiny_pair(name)[1], dtype, ids)
+    if fault is not None:
+        break_it(monkeypatch, fault)
+    forward, cache = compiled_forward(model), model.new_cache(2, 262)
+    assert cache.layers[0].k.dtype == FP8
+    found = torch.cat([forward(part, cache=cache) for part in ids.split([128, 128, 1, 1, 1, 1, 1, 1], 1)], 1)
+    assert is_near(found, *expected) == (fault is None)
+
+
+@pytest.mark.parametrize("name", MASKS_AND_SCORES)
+@torch.no_grad()
+def test_masks_and_score_functions_over_8_bits(tiny_pair, name):
+    mask, score_mod = MASKS_AND_SCORES[name]
+    ids = torch.randint(512, (2, 260), generator=torch.Generator().manual_seed(0))
+    segments = (torch.arange(260) // 90).expand(2, -1).clone()
+    segments[:, 255:] = masks.GENERATED
+    given = {"mask": mask, "score_mod": score_mod}
+    model, expected = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids, segments=segments, **given)
+    for forward in (compiled_forward(model), model):
+        cache, found = model.new_cache(2, 260), []
+        for a, b in ((0, 128), (128, 256), *((i, i + 1) for i in range(256, 260))):
+            found.append(forward(ids[:, a:b], segments=segments[:, a:b], cache=cache, **given))
+        assert is_near(torch.cat(found, 1), *expected)
+
+
+@torch.no_grad()
+def test_a_rolling_cache_in_8_bits(tiny_pair):
+    ids = torch.randint(512, (2, 400), generator=torch.Generator().manual_seed(0))
+    mask = masks.sliding_window(100) | masks.sink(3)
+    model, expected = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids, mask=mask)
+    for forward in (compiled_forward(model), model):
+        cache = model.new_rolling_cache(2, 100, 3, largest_append=128)
+        found = [forward(part, cache=cache) for part in ids.split([128, 128, 128, *[1] * 16], 1)]
+        assert is_near(torch.cat(found, 1), *expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_in_8_bits_are_copied_and_exchanged(tiny_pair):
+    ids = torch.randint(512, (2, 90), generator=torch.Generator().manual_seed(0))
+    model, expected = rounded_on_cuda(tiny_pair("gqa")[1], torch.float32, ids)
+    cache = model.new_cache(2, 128)
+    model(ids[:, :60], cache=cache)
+    fork, wide = cache.fork(), cache.expand(2)
+    model(ids[:, 70:90], cache=fork)
+    cache.reorder([1, 0])
+    wide.truncate(50)
+    found = model(ids[[1, 0], 60:], cache=cache), model(ids[[0, 0, 1, 1], 50:], cache=wide)
+    assert is_near(found[0], *(x[[1, 0], 60:] for x in expected))
+    assert is_near(found[1], *(x[[0, 0, 1, 1], 50:] for x in expected))
+
+
+@pytest.mark.parametrize("compile", [True, False, "auto"])
+def test_streams_and_requests_in_8_bits_give_the_tokens_of_the_cpu(tiny_pair, compile, monkeypatch):
+    """Requests share prefixes, and copies of pages within one; "auto" begins uncompiled and is compiled ahead."""
+    monkeypatch.setattr(model_runner, "UNCOMPILED_STEPS", 3)
+    model = uneven(tiny_pair("gqa")[1], torch.float32)
+    prompts = [random_ids(n) for n in (300, 20, 129)]
+    prompts += [prompts[0][:280] + random_ids(30, 1), prompts[0][:256] + random_ids(5, 2)]
+    options = {"max_new_tokens": 8, "stop_token_ids": ()}
+    cpu, edits = Engine(model, backend="dense"), rounding(model)
+    expected = [cpu.generate([ids], edit=edits, **options)[0].tokens for ids in prompts]
+    engine = Engine(copy.deepcopy(model).cuda(), compile=compile, kv_dtype="fp8", max_batch_size=4, max_slots=2048)
+    for _ in range(2):
+        assert [engine.generate([ids], **options)[0].tokens for ids in prompts] == expected
+        requests = [engine.submit(ids, **options) for ids in prompts]
+        engine.run()
+        assert [request.completion.tokens for request in requests] == expected
+
+
+def test_pages_in_8_bits_are_zeroed_after_nan(tiny_pair):
+    model = copy.deepcopy(tiny_pair("gqa")[1]).cuda()
+    model.embed.weight[5] = torch.nan
+    engine = Engine(model, kv_dtype="fp8", max_batch_size=1, max_slots=128)
+    poisoned = engine.submit([3, 5, 4], max_new_tokens=1)
+    engine.run()
+    assert isinstance(poisoned.error, NonFiniteLogitsError)
+    request = engine.submit([3], max_new_tokens=1)
+    engine.run()
+    assert request.error is None
+
+
+def test_long_chunks_over_8_bits_use_the_kernel_that_reads_them():
+    q = torch.empty(1, 8, 8192, 128, dtype=torch.bfloat16, device="cuda")
+    k = q[:, :2]
+    assert kernel_options(q, k, paged=False, plain=True, flash=False)["fwd_USE_TMA"]
+    assert kernel_options(q, k, paged=False, plain=True, flash=True)["BACKEND"] == "FLASH"
+    options = kernel_options(q, k.to(FP8), paged=False, plain=True, flash=True)
+    assert not {"fwd_USE_TMA", "BACKEND"} & set(options)
+
+
+def test_twice_as_many_pages_of_8_bits_fit(tiny_pair):
+    model = copy.deepcopy(tiny_pair("gqa")[1]).to("cuda", torch.bfloat16)
+    plain, found = (_pages_that_fit(model, kv_dtype, 0.1) for kv_dtype in (None, "fp8"))
+    assert 1.8 * plain < found < 2.1 * plain

@@ -40,6 +40,7 @@ from llama_flex import generate
         (["--prompt", "x", "--memory-fraction", "1.5"], ["--memory-fraction", "1.5"]),
         (["--prompt", "x", "--memory-fraction", "nan"], ["--memory-fraction", "nan"]),
         (["--prompt", "x", "--dtype", "int8"], ["--dtype", "int8"]),
+        (["--prompt", "x", "--kv-dtype", "int8"], ["--kv-dtype", "int8", "fp8"]),
         (["--prompt", "x", "--compile", "maybe"], ["--compile", "maybe"]),
         (["--prompt", "x", "--stop", ""], ["stop string"]),
         (["--prompt", "x", "--device", "toaster"], ["device", "toaster"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cli_helpers import assert_one_error, copy_with_bos, expected_text, parse_rows, prompt_arguments, write_jsonl
 
-from llama_flex import Llama, Sampling
+from llama_flex import Engine, Llama, Sampling
 
 # ---- texts and rows
 
@@ -23,6 +23,21 @@ def test_one_prompt_prints_its_text_and_a_newline(cli, engine):
         r"decode 5 tokens, [\d.]+ tok/s, [\d.]+ GB/s\n",
         err,
     )
+
+
+def test_keys_and_values_in_8_bits(cli, engine):
+    """Of one prompt, of several, and in a conversation."""
+    rounded = Engine(engine.model, engine.tokenizer, kv_dtype="fp8")
+    options = "--max-new-tokens", 6, "--kv-dtype", "fp8", "--explain"
+    code, out, err = cli("--prompt", "The quick", *options)
+    assert (code, out) == (0, expected_text(rounded, "The quick", 6) + "\n")
+    assert "keys and values in fp8" in err
+    code, out, err = cli("--prompt", "The quick", "--prompt", "señor", "--json", *options)
+    assert [row["text"] for row in parse_rows(out)] == [expected_text(rounded, x, 6) for x in ("The quick", "señor")]
+    assert "keys and values in fp8" in err
+    code, _, err = cli("--chat", *options, stdin="The quick\n")
+    assert code == 0
+    assert "keys and values in fp8" in err
 
 
 def test_json_rows_hold_what_was_generated(cli, engine):
