@@ -353,6 +353,19 @@ def test_gradients_go_through_weights_of_8_bits(tiny_pair, tmp_path):
     torch.testing.assert_close(*found)
 
 
+def test_gradients_go_through_a_quantised_vocabulary(tiny_pair, tmp_path):
+    model, ids = (
+        quantised(tiny_pair, tmp_path, "tied", "int8+int4", dtype=torch.float32),
+        torch.tensor([random_ids(20)]),
+    )
+    found = []
+    for each in (model, dequantised(model)):
+        each.layers[0].mlp.norm.weight.requires_grad_()
+        each(ids, backend="dense").square().sum().backward()
+        found.append(each.layers[0].mlp.norm.weight.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_the_layers_of_a_quantised_model_take_half_the_memory(demo_folder):
     model = Llama.from_pretrained(demo_folder, device="cpu", quantize="int8", dtype=torch.bfloat16)
     plain = Llama.from_pretrained(demo_folder, device="cpu", dtype=torch.bfloat16)
