@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Dimensions
-from ..kernels.flex_attention import keep_apart
+from ..kernels.apart import keep_apart
 from ..tokens import TokenFunction, Tokens
 from ..usercode.arguments import whole_numbers
 

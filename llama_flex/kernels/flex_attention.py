@@ -94,21 +94,6 @@ def kernel_options(q: Tensor, k: Tensor, paged: bool, plain: bool, flash: bool) 
     return options | {"SPLIT_KV": 1 << max(parts.bit_length() - 1, 0)}
 
 
-# torch 2.13's compiled attention on a CPU fails if Inductor fuses what follows it into the same loop ("Unsupported for
-# `epilogue_nodes`"); a copy by an operator that Inductor does not know prevents that.
-ops = torch.library.Library("llama_flex", "FRAGMENT")
-ops.define("apart(Tensor x) -> Tensor")
-ops.impl("apart", torch.clone, "CPU")
-torch.library.register_fake("llama_flex::apart", torch.empty_like, lib=ops)
-
-
-def keep_apart(x: Tensor) -> Tensor:
-    """Copy attention's output in compiled steps on a CPU: Inductor must not fuse what follows with attention."""
-    if not torch.compiler.is_dynamo_compiling() or x.is_cuda or x.requires_grad:
-        return x
-    return torch.ops.llama_flex.apart(x)
-
-
 @contextmanager
 def eager_errors(functions: str) -> Iterator[None]:
     """Run flex_attention eagerly without its warning that this is slow: the caller chose to.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..usercode.arguments import check_choice
 from ..usercode.modules import are_own
-from .flex_attention import keep_apart
+from .apart import keep_apart
 
 KVDtype: TypeAlias = Literal["fp8"] | None  # None: the model's dtype
 FP8 = torch.float8_e4m3fn
