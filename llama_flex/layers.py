@@ -18,7 +18,7 @@ from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
 from .kernels.cpu import KV
-from .kernels.weight import Weight
+from .kernels.weight import PARTS, Weight
 from .rope import apply_rotary_emb
 from .usercode.modules import are_own
 
@@ -40,13 +40,13 @@ class Linear(nn.Linear):
     """A linear layer with weight `[out, in]`, the only place that multiplies by a weight matrix.
 
     parts: the number of rows of each matrix stacked in the weight, such as those of q, k and v. A quantised weight has
-    a `weight_scale`, and may have a `weight_zero_point`; see `kernels.weight.Weight`.
+    a `weight_scale`, and may have a `weight_zero_point` and a `weight_order`; see `kernels.weight.Weight`.
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = False) -> None:
         super().__init__(in_features, sum(parts), bias=bias)
-        self.register_parameter("weight_scale", None)
-        self.register_parameter("weight_zero_point", None)
+        for name in PARTS:
+            self.register_parameter(name, None)
         self.parts = tuple(parts)
 
     def reset_parameters(self) -> None:
@@ -55,8 +55,8 @@ class Linear(nn.Linear):
 
     @property
     def matrix(self) -> Weight:
-        """The weight, with scale and zero point if it is quantised."""
-        return Weight(self.weight, self._parameters["weight_scale"], self._parameters["weight_zero_point"])
+        """The weight, with scale, zero point and order if it is quantised."""
+        return Weight(self.weight, *[self._parameters[name] for name in PARTS])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`."""
@@ -70,7 +70,7 @@ class TiedLinear(Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = embedding.weight.shape
         self.parts = (self.out_features,)
-        for name in ("bias", "weight_scale", "weight_zero_point"):
+        for name in ("bias", *PARTS):
             self.register_parameter(name, None)
         self.embedding = (embedding,)  # a tuple does not register it as a submodule
 

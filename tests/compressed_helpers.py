@@ -1,5 +1,6 @@
 """Quantised checkpoints written by code of its own: random numbers, packed with numpy as each format describes."""
 
+import copy
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from checkpoint_helpers import rewrite
 from helpers import TINY, tiny_reference
 
 from llama_flex import Llama
+from llama_flex.checkpoint.quantization import assign
+from llama_flex.kernels.weight import Weight
 from llama_flex.layers import Linear
 
 SMALL = {"vocab_size": 48, "hidden_size": 128, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
@@ -30,6 +33,7 @@ class Kind(NamedTuple):
     strategy: str = "group"
     group_size: int | None = 32
     symmetric: bool = True
+    actorder: str | None = None
 
     def config(self, **changes) -> dict:
         """Return the object for config.json; changes: of its weights."""
@@ -54,6 +58,10 @@ class Kind(NamedTuple):
         if self.strategy == "tensor":
             scale = scale[:1].expand(rows, 1)
         stored = {f"{name}.weight_scale": scale[:1, 0] if self.strategy == "tensor" else scale}
+        of_column = np.arange(columns) // (columns // groups)
+        if self.actorder == "group":
+            of_column = shuffled(of_column)
+            stored[f"{name}.weight_g_idx"] = torch.tensor(of_column, dtype=torch.int32)
         if self.type == "float":
             held = torch.tensor(draw.normal(size=shape) * 50).to(torch.float8_e4m3fn)
             return stored | {f"{name}.weight": held}, held.float() * scale
@@ -64,8 +72,13 @@ class Kind(NamedTuple):
             stored[f"{name}.weight_shape"] = torch.tensor(shape)
         if not self.symmetric:
             stored[f"{name}.weight_zero_point"] = pack((zero + high).T, self.num_bits).T
-        steps = torch.tensor(numbers - np.repeat(zero, columns // groups, 1), dtype=torch.float32)
-        return stored, steps * scale.repeat_interleave(columns // groups, 1)
+        steps = torch.tensor(numbers - zero[:, of_column], dtype=torch.float32)
+        return stored, steps * scale[:, of_column]
+
+
+def shuffled(of_column: np.ndarray) -> np.ndarray:
+    """Return the groups of columns in another order, the same for all matrices with as many columns."""
+    return np.random.default_rng(len(of_column)).permutation(of_column)
 
 
 def pack(numbers: np.ndarray, bits: int) -> torch.Tensor:
@@ -107,6 +120,15 @@ def floats_of(model: Llama) -> dict[str, torch.Tensor]:
         if isinstance(module := model.get_submodule(path), Linear) and path != "lm_head":
             found |= zip(names, module.matrix.floats().split(module.parts), strict=True)
     return found
+
+
+def dequantised(model: Llama) -> Llama:
+    """Return a copy of a model with the weights that its numbers, scales and zero points stand for."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, Linear) and module.weight_scale is not None:
+            assign(module, Weight(module.matrix.floats()))
+    return model
 
 
 def same(found: dict, expected: dict) -> bool:

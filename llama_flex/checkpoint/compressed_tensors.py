@@ -2,8 +2,9 @@
 
 Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is stored as `x.weight_packed`, int32
 `[N, K / 8]`, lowest bits first, each number from 0 to 15 with 8 for 0; `x.weight_scale` `[N, G]`; perhaps
-`x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; and `x.weight_shape`, (N, K). One of 8 bits
-is stored as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale` `[N, 1]`.
+`x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; `x.weight_shape`, (N, K);
+and, written by older versions of the library, `x.weight_g_idx` `[K]`, the group of each column. One of 8 bits is stored
+as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale` `[N, 1]`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.weight import Weight
 from .config_rules import ConfigError
-from .quantization import SCALE, ZERO, Format, Quantization
+from .quantization import ORDER, SCALE, ZERO, Format, Quantization
 from .shards import Stored
 from .stored import (
     ANY,
@@ -30,12 +31,13 @@ from .stored import (
     in_sequence,
     interleaved,
     nibbles,
+    order_of,
     words_of,
 )
 
 METHOD = "compressed-tensors"
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
-_NUMBERS, _SHAPE = "weight_packed", "weight_shape"  # tensors of a matrix, beside SCALE and ZERO
+_NUMBERS, _SHAPE, _GROUPS = "weight_packed", "weight_shape", "weight_g_idx"  # of a matrix, beside SCALE and ZERO
 # Of an ignore list: with more, a match could take minutes.
 _MOST_PATTERNS, _MOST_REPEATS, _MOST_CHOICES = 16, 3, 2
 
@@ -59,7 +61,7 @@ _WEIGHT_KEYS = {
     "group_size": ANY,
     "block_structure": (None,),
     "dynamic": (False,),
-    "actorder": (None, False, "weight", "static"),  # only the order of calibration; others reorder columns by a g_idx
+    "actorder": (None, True, False, "group", "weight", "static"),  # but for "group", only the order of calibration
     "scale_dtype": (None, "torch.float16", "torch.bfloat16", "torch.float32"),
     "zp_dtype": (None, "torch.int8"),
 }
@@ -96,7 +98,7 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
         quantization,
         strategy == "channel" and quantization.format == "int4",
         _matcher(top, config.get("ignore")),
-        partial(_tensors, layout, quantization, strategy),
+        partial(_tensors, layout, quantization, strategy, weights.get("actorder") in (True, "group")),
     )
 
 
@@ -110,6 +112,8 @@ def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[
         what = f"num_bits={bits!r:.50} of type={kind!r:.50} in format={layout!r}"
         raise ConfigError(f"{where}: {what} is not supported (only {known}); {WAY}")
     form, strategies, zeros = found
+    if weights.get("actorder") in (True, "group") and strategy != "group":
+        raise ConfigError(f"{where}: actorder='group' does not go with strategy={strategy!r}; {WAY}")
     if strategy not in strategies:
         only = f"with {bits} bits in {layout!r} only {' or '.join(map(repr, strategies))}"
         raise ConfigError(f"{where}: strategy={strategy!r} is not supported ({only}); {WAY}")
@@ -149,7 +153,7 @@ def _compiled(where: str, pattern: str) -> re.Pattern[str]:
 
 
 def _tensors(
-    layout: str, quantization: Quantization, strategy: str, name: str, rows: int, columns: int
+    layout: str, quantization: Quantization, strategy: str, reorders: bool, name: str, rows: int, columns: int
 ) -> dict[str, Stored]:
     """Return the tensors of a matrix `[N, K]`, by their names in the file."""
     groups = columns // quantization.group_size if strategy == "group" else 1
@@ -166,6 +170,9 @@ def _tensors(
         found[numbers] = Stored([rows, columns], numbers, _floats_of_8_bits, ("F8_E4M3",))
     if not quantization.symmetric and quantization.format == "int4":
         found[zero] = Stored([-(-rows // 8), groups], zero, partial(_zero_points, rows), ("I32",))
+    if reorders:
+        order = partial(order_of, quantization.group_size)
+        found[f"{name}.{_GROUPS}"] = Stored([columns], f"{name}.{ORDER}", order, ("I32", "I64"))
     return found
 
 

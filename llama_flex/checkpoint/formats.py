@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..kernels.weight import GROUP_SIZES
+from ..kernels.weight import GROUP_SIZES, reorder
 from . import quantization
 from .compressed_tensors import METHOD
 from .compressed_tensors import scheme as compressed_tensors_scheme
 from .config_rules import QUANTIZATION_KEYS, ConfigError
 from .gptq import awq_scheme, gptq_scheme
-from .quantization import Quantization
-from .shards import CheckpointError, Stored
+from .quantization import ORDER, Quantization
+from .shards import Checkpoint, CheckpointError, Stored
 from .stored import WAY, Scheme
 
 # By quant_method: what reads the object in config.json, given its key there.
@@ -60,12 +61,40 @@ class Plan(NamedTuple):
         if read is None:
             quantization.fill(places, name, tensor, self.quantization)
             return
+        found = self._read(name, tensor.to(places[place].device) if place in places else tensor)
+        if place.endswith(".weight") and (order := places.get(f"{place}_order")) is not None:
+            found = reorder(found, order)
+        if place in places:
+            places[place].copy_(found)
+
+    def order_columns(
+        self, model: nn.Module, modules: Iterable[tuple[str, list[str]]], checkpoint: Checkpoint, device: torch.device
+    ) -> None:
+        """Give layers an order of columns where the files have their groups in another (GPTQ's act-order).
+
+        modules: see `plan`. Raises CheckpointError naming groups that are invalid, or differ in stacked matrices.
+        """
+        names = [name for name, stored in self.expected.items() if stored.place.endswith(ORDER)]
+        orders = {self.expected[name].place: self._read(name, x) for name, x in checkpoint.tensors(names)}
+        for path, matrices in modules:
+            found = [orders[place] for matrix in matrices if (place := f"{matrix}.{ORDER}") in orders]
+            for matrix, order in zip(matrices, found, strict=False):
+                if not torch.equal(order, found[0]):
+                    raise CheckpointError(
+                        f"{self.folder}: {matrix} has its columns in another order than {matrices[0]} (g_idx); {WAY}"
+                    )
+            if found and not torch.equal(found[0], torch.arange(len(found[0]))):
+                order = nn.Parameter(found[0].to(device), requires_grad=False)
+                model.get_submodule(path).register_parameter(ORDER, order)
+
+    def _read(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what a tensor of the files becomes. Raises CheckpointError naming one with invalid values."""
+        read = self.expected[name].read
+        assert read is not None
         try:
-            found = read(tensor.to(places[place].device) if place else tensor)
+            return read(tensor)
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {name} {error}") from None
-        if place:
-            places[place].copy_(found)
 
 
 def plan(

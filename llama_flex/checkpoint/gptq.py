@@ -2,8 +2,8 @@
 
 Dimensions: N rows, K columns, G groups of columns. Both store a matrix "x" transposed, with `x.scales` `[G, N]` and
 `x.qzeros`, int32 `[G, N / 8]`. GPTQ: `x.qweight`, int32 `[K / 8, N]`, packed along the columns of the matrix, lowest
-bits first; `x.g_idx` `[K]`, the group of each column. AWQ: `x.qweight`, int32 `[K, N / 8]`, packed along its rows, and
-in each eight the even ones first.
+bits first; `x.g_idx` `[K]`, the group of each column, in any order (act-order, `desc_act`). AWQ: `x.qweight`, int32
+`[K, N / 8]`, packed along its rows, and in each eight the even ones first.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from ..kernels.weight import GROUP_SIZES, MIDDLE
 from .config_rules import ConfigError
-from .quantization import SCALE, ZERO, Quantization
+from .quantization import ORDER, SCALE, ZERO, Quantization
 from .shards import Stored
-from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, words_of
+from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, order_of, words_of
 
 _GPTQ_KEYS = {
     "quant_method": ("gptq",),
     "bits": (4,),
     "group_size": ANY,
     "sym": (True, False),
-    "desc_act": (True, False),  # g_idx tells whether columns were reordered
+    "desc_act": (True, False),  # g_idx tells the group of each column
     "checkpoint_format": ("gptq", "gptq_v2", None),
     "format": ("gptq", "gptq_v2", None),
     "modules_in_block_to_quantize": (None,),
@@ -109,7 +109,7 @@ def _gptq(
         f"{name}.qweight": Stored([columns // 8, rows], f"{name}.weight", _gptq_numbers, ("I32",)),
         f"{name}.qzeros": zeros._replace(read=read),
         f"{name}.scales": Stored([columns // size, rows], f"{name}.{SCALE}", torch.t),
-        f"{name}.g_idx": Stored([columns], "", partial(_check_order, size), ("I32", "I64")),
+        f"{name}.g_idx": Stored([columns], f"{name}.{ORDER}", partial(order_of, size), ("I32", "I64")),
     }
 
 
@@ -141,12 +141,6 @@ def _gptq_zeros(first: int, symmetric: bool, words: Tensor) -> Tensor:
     if (zeros > 15).any():  # 16 to some libraries, 0 to others
         raise ValueError('has a zero point of 15 in format "gptq", which libraries read differently; use "gptq_v2"')
     return zeros
-
-
-def _check_order(size: int, groups: Tensor) -> Tensor:
-    if not torch.equal(groups.long(), torch.arange(len(groups), device=groups.device) // size):
-        raise ValueError(f"reorders columns (desc_act), which is not supported; {WAY}")
-    return groups
 
 
 def _awq_numbers(words: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..kernels.weight import GROUP_SIZES, MIDDLE, RUN, Weight, pack
+from ..kernels.weight import GROUP_SIZES, MIDDLE, PARTS, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
 Format: TypeAlias = Literal["int8", "fp8", "int4"]
-SCALE, ZERO = "weight_scale", "weight_zero_point"  # the names of the parameters
+SCALE, ZERO, ORDER = PARTS
 _INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
 _FP8 = torch.float8_e4m3fn
 _AT_ONCE = 2**18  # numbers that a CPU's cache holds in some copies
@@ -110,7 +110,7 @@ def prepare(model: nn.Module, quantization: Quantization | None, floats: Collect
 
 def assign(linear: nn.Module, weight: Weight) -> None:
     """Make a weight that of a linear layer."""
-    for name, tensor in zip(("weight", SCALE, ZERO), weight, strict=True):
+    for name, tensor in zip(("weight", *PARTS), weight, strict=True):
         linear.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
 
 
@@ -122,7 +122,7 @@ def fill(places: Mapping[str, Tensor], name: str, tensor: Tensor, quantization: 
         return
     assert quantization is not None
     found = quantization.quantise(tensor.to(scale.device), scale.dtype)
-    for place, part in zip((places[name], scale, places.get(f"{name}_zero_point")), found, strict=True):
+    for place, part in zip((places[name], scale, places.get(f"{name}_zero_point")), found[:3], strict=True):
         if place is not None and part is not None:
             place.copy_(part)
 
@@ -146,7 +146,7 @@ def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype
     rows = max(1, _AT_ONCE * (64 if weight.is_cuda else 1) // weight.shape[1])
     if len(weight) > rows:
         each = [to_int4(part, group_size, symmetric, dtype) for part in weight.split(rows)]
-        numbers, scale, zero = (None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
+        numbers, scale, zero, _ = (None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
         assert numbers is not None
         return Weight(numbers, scale, zero)
     groups = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group_size))

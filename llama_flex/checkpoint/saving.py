@@ -13,13 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..kernels.weight import Weight
+from ..kernels.weight import PARTS, Weight
 from . import quantization
 from .compressed_tensors import as_written, compress
 from .config_rules import QUANTIZATION_KEYS
 from .files import make_folder
 from .generation_config import GenerationConfig
-from .quantization import SCALE, ZERO
 
 GENERATION_CONFIG = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -31,7 +30,12 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises ValueError listing those that do not fit.
     """
     for path, module in model.named_modules():
-        numbers, scale, zero = (state.get(f"{path}.{kind}") for kind in ("weight", SCALE, ZERO))
+        numbers, scale, zero, order = (state.get(f"{path}.{kind}") for kind in ("weight", *PARTS))
+        if order is not None:
+            raise ValueError(
+                f"cannot save {path}, whose columns are reordered (act-order), as compressed-tensors; copy the folder "
+                "that it was loaded from"
+            )
         if hasattr(module, "parts") and numbers is not None and scale is not None:
             weight = Weight(numbers, scale, zero)
             if weight.shape == module.get_parameter("weight").shape and weight.fits(scale):

@@ -61,6 +61,14 @@ class Checkpoint(NamedTuple):
     dtype: torch.dtype
     tied_copy: Source | None
 
+    def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors with their names, file by file: those named, or all."""
+        for path in sorted({source.path for source in self.sources.values()}):
+            with opened(path) as file:
+                for name, source in self.sources.items():
+                    if source.path == path and (names is None or name in names):
+                        yield name, file.get_tensor(source.name)
+
     def check_tied_copy(self, embedding: Tensor) -> None:
         """Raise CheckpointError if there is a copy of a tied embedding, and it differs."""
         if self.tied_copy is None:

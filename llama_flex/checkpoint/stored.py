@@ -37,6 +37,14 @@ class Scheme:
     tensors: Callable[[str, int, int], dict[str, Stored]]
 
 
+def order_of(size: int, groups: Tensor) -> Tensor:
+    """Return the columns sorted by group, int64 `[K]`, from the group of each. Raises ValueError for another size."""
+    found, order = groups.long().sort(stable=True)
+    if not torch.equal(found, torch.arange(len(groups), device=groups.device) // size):
+        raise ValueError(f"does not give each group {size} columns, which is not supported; {WAY}")
+    return order
+
+
 def as_it_is(tensor: Tensor) -> Tensor:
     """Return the tensor."""
     return tensor

@@ -86,15 +86,18 @@ def fused_linear(
     gated: bool = False,
 ) -> Tensor:
     """Compute `layers.apply_linear` in one kernel, if it can be fused: `[B, T, in]` -> `[B, T, out]`."""
+    if weight.order is not None:  # the root mean square does not depend on it
+        x, norm = x.index_select(-1, weight.order), None if norm is None else norm.index_select(-1, weight.order)
+    numbers, scale, zero, _ = weight
     if not x.is_cuda:
         return cpu.few_rows(x, weight, bias, norm, eps, residual, gated)
     rows = x.shape[:-1].numel()
     if rows == 1:
-        y = torch.ops.llama_flex.gemv(x.reshape(-1), *weight, bias, norm, eps, residual, gated)
+        y = torch.ops.llama_flex.gemv(x.reshape(-1), numbers, scale, zero, bias, norm, eps, residual, gated)
     else:
         x = x if norm is None else rms_norm(x, norm, eps)  # by each program anew it would take longer
         residual = None if residual is None else residual.reshape(rows, -1).contiguous()
-        y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), *weight, bias, residual, gated)
+        y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), numbers, scale, zero, bias, residual, gated)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -102,6 +105,8 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
     if can_fuse(x, weight, bias):
         return fused_linear(x, weight, bias)
+    if weight.order is not None:  # x is smaller than the weight
+        x, weight = x.index_select(-1, weight.order), weight._replace(order=None)
     numbers = weight.floats()
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:

@@ -16,6 +16,7 @@ from torch import Tensor
 RUN = 32  # columns whose numbers of 4 bits lie together
 GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
+PARTS = "weight_scale", "weight_zero_point", "weight_order"  # the parameters of a layer that belong to its weight
 _SHIFTS = tuple(range(0, 32, 4))
 
 
@@ -24,12 +25,13 @@ class Weight(NamedTuple):
 
     numbers: of a float dtype, `[N, K]`; or of int8 or float8_e4m3fn, `[N, K]`, or int32 `[N, K / 8]`, eight of 4 bits
     each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`. Only 4 bits have more
-    than one group in a row.
+    than one group in a row. order: int64 `[K]`, which column of the weight each of the numbers is, if they are sorted.
     """
 
     numbers: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,6 +46,8 @@ class Weight(NamedTuple):
 
     def fits(self, x: Tensor) -> bool:
         """Return whether it can be multiplied by x: on its device, the numbers or their scale in its dtype."""
+        if self.order is not None and self.order.shape != (self.shape[1],):
+            return False
         if self.scale is None:
             return self.numbers.dtype == x.dtype and self.numbers.device == x.device
         if self.numbers.dtype not in QUANTISED or self.scale.dtype != x.dtype:
@@ -55,11 +59,12 @@ class Weight(NamedTuple):
             return False
         if self.zero is not None and (self.zero.dtype != torch.uint8 or self.zero.shape != self.scale.shape):
             return False
-        parts = (self.numbers, self.scale) if self.zero is None else self
-        return all(part.device == x.device for part in parts if part is not None)
+        return all(part.device == x.device for part in self if part is not None)
 
     def floats(self) -> Tensor:
         """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers."""
+        if self.order is not None:
+            return self._replace(order=None).floats()[:, self.order.argsort()]
         if self.scale is None:
             return self.numbers
         if self.numbers.dtype not in QUANTISED:
@@ -88,3 +93,8 @@ def unpack(words: Tensor) -> Tensor:
     """Return the numbers in words, int32 `[N, K / 8]`, as int32 `[N, K]`."""
     shifts = torch.tensor(_SHIFTS, dtype=torch.int32, device=words.device)[:, None]
     return ((words.unflatten(1, (-1, 1, 4)) >> shifts) & 15).flatten(1)
+
+
+def reorder(numbers: Tensor, order: Tensor) -> Tensor:
+    """Return the columns of a weight's numbers in an order, int64 `[K]`."""
+    return pack(unpack(numbers)[:, order]) if numbers.dtype == torch.int32 else numbers[:, order]

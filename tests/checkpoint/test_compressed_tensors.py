@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from llama_flex.checkpoint import saving
 from llama_flex.checkpoint.compressed_tensors import as_written, compress, scheme
 from llama_flex.checkpoint.config_rules import ConfigError
-from llama_flex.checkpoint.quantization import SCALE, ZERO, Quantization, to_fp8, to_int4, to_int8
+from llama_flex.checkpoint.quantization import Quantization, to_fp8, to_int4, to_int8
 from llama_flex.checkpoint.shards import CheckpointError
 from llama_flex.checkpoint.stored import in_sequence, interleaved, nibbles, words_of
-from llama_flex.kernels.weight import pack
+from llama_flex.kernels.weight import PARTS, pack
 
 KINDS = {
     "4 bits": Kind(),
@@ -63,6 +63,18 @@ def test_each_number_is_the_one_that_was_stored(kind, folder, tmp_path):
     assert held == {torch.int32 if kind.num_bits == 4 else torch.float8_e4m3fn if kind.type == "float" else torch.int8}
     model.save_pretrained(tmp_path / "again")
     assert_same_tensors(tensors_of(load_quietly(tmp_path / "again")), tensors_of(model))
+
+
+@pytest.mark.parametrize("actorder", ["group", True])
+def test_columns_whose_groups_are_in_another_order_are_sorted(actorder, folder, tmp_path):
+    kind = Kind(symmetric=False, actorder="group")
+    expected = quantise(folder, kind.config(actorder=actorder), kind.store)
+    model = load_quietly(folder)
+    assert same(floats_of(model), expected)
+    with pytest.raises(ValueError, match="whose columns are reordered"):
+        model.save_pretrained(tmp_path / "again")
+    rewrite(folder, lambda t: {k: v.sort()[0] if k.endswith("_g_idx") else v for k, v in t.items()})
+    assert not any(torch.equal(floats_of(load(folder))[name], floats) for name, floats in expected.items())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.num_bits == 8], ids=str)
@@ -288,7 +300,10 @@ def with_group(**changes) -> dict:
         (Kind().config() | {"config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16 must be an object"),
         (Kind().config() | {"config_groups": {"a": {}, "b": {}}}, "config_groups must be a single group"),
         (Kind().config() | {"surprise": 1}, "quantization_config: surprise=1 is not known"),
-        (Kind().config(actorder="group"), f"{WEIGHTS}: actorder='group' is not supported"),
+        (
+            Kind(strategy="channel", group_size=None, actorder="group").config(),
+            f"{WEIGHTS}: actorder='group' does not go with strategy='channel'",
+        ),
         (Kind().config(dynamic=True), f"{WEIGHTS}: dynamic=True is not supported (only False)"),
         (Kind().config(block_structure=[128, 128]), f"{WEIGHTS}: block_structure=[128, 128] is not supported"),
         (Kind().config(num_bits=3), f"{WEIGHTS}: num_bits=3 of type='int' in format='pack-quantized' is not supported"),
@@ -370,7 +385,7 @@ def test_what_is_written_is_read_back_bit_by_bit(form, rows, runs, parts, seed):
         weight, torch.bfloat16
     )
     part = [tensor if tensor is None else tensor.split(rows)[-1] for tensor in made]
-    given = {f"{name}.{kind}": t for kind, t in zip(("weight", SCALE, ZERO), part, strict=True) if t is not None}
+    given = {f"{name}.{kind}": t for kind, t in zip(("weight", *PARTS), part, strict=True) if t is not None}
     tensors, config = compress(given)
     found = scheme("quantization_config", json.loads(json.dumps(config["quantization_config"])))
     expected = found.tensors(name, rows, 32 * runs)
@@ -430,7 +445,7 @@ def test_a_model_quantised_in_several_ways_or_wrongly_is_not_saved(floats, tmp_p
     with pytest.raises(ValueError, match=r"unexpected: layers.0.mlp.down.weight_scale"):
         wrong.save_pretrained(tmp_path / "new")
     head = copy.deepcopy(model)
-    for name, tensor in zip(("weight", SCALE), to_int8(head.lm_head.weight, torch.float32)[:2], strict=True):
+    for name, tensor in zip(("weight", "weight_scale"), to_int8(head.lm_head.weight, torch.float32)[:2], strict=True):
         setattr(head.lm_head, name, torch.nn.Parameter(tensor, requires_grad=False))
     with pytest.raises(ValueError, match=r"cannot save lm_head.weight in few bits"):
         head.save_pretrained(tmp_path / "new")

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from compressed_helpers import dequantised
 from helpers import TINY, few, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,7 +44,7 @@ def random_weight(stored, rows, columns, size, seed) -> torch.Tensor:
 @settings(max_examples=200, deadline=None)
 def test_a_weight_is_at_most_half_a_step_from_its_numbers(stored, dtype, rows, columns, size, seed):
     weight = random_weight(stored, rows, columns, size, seed)
-    numbers, scale, zero = to_int8(weight, dtype)
+    numbers, scale, zero, _ = to_int8(weight, dtype)
     assert numbers.dtype == torch.int8
     assert numbers.shape == weight.shape
     assert scale.dtype == dtype
@@ -67,7 +68,7 @@ def check_scale(scale: torch.Tensor, weight: torch.Tensor, largest: float) -> No
 @settings(max_examples=200, deadline=None)
 def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size, seed):
     weight = random_weight(stored, rows, columns, size, seed)
-    numbers, scale, zero = to_fp8(weight, dtype)
+    numbers, scale, zero, _ = to_fp8(weight, dtype)
     assert numbers.dtype == torch.float8_e4m3fn
     assert zero is None
     assert not numbers.isnan().any()
@@ -82,7 +83,7 @@ def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size
 @settings(max_examples=200, deadline=None)
 def test_a_weight_has_no_nearer_number_of_4_bits(stored, dtype, rows, groups, group_size, symmetric, size, seed):
     weight = random_weight(stored, rows, groups * group_size, size, seed)
-    words, scale, zero = to_int4(weight, group_size, symmetric, dtype)
+    words, scale, zero, _ = to_int4(weight, group_size, symmetric, dtype)
     assert (words.dtype, scale.dtype) == (torch.int32, dtype)
     assert words.shape == (rows, groups * group_size // 8)
     assert scale.shape == (rows, groups)
@@ -96,16 +97,6 @@ def test_a_weight_has_no_nearer_number_of_4_bits(stored, dtype, rows, groups, gr
     error = (steps * step - exact).abs()
     assert (error <= nearest + 1e-4 * step.abs() + 1e-6 * exact.abs()).all()
     assert (error[0] == 0).all()
-
-
-def dequantised(model: Llama) -> Llama:
-    """Return the model with the weights that its numbers, scales and zero points stand for."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, Linear) and module.weight_scale is not None:
-            module.weight = torch.nn.Parameter(module.matrix.floats(), False)
-            module.weight_scale = module.weight_zero_point = None
-    return model
 
 
 def quantised(tiny_pair, tmp_path, name, quantize="int8", **options) -> Llama:

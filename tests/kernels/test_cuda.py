@@ -26,12 +26,17 @@ def linears(model):
     return [module for module in model.modules() if isinstance(module, Linear)]
 
 
-def quantised(products, quantization):
-    """Quantise the weights of a model; return it with the weights that they stand for, and with those in float64."""
+def quantised(products, quantization, reordered=False):
+    """Quantise the weights of a model; return it with the weights that they stand for, and with those in float64.
+
+    reordered: with their columns in another order.
+    """
     plain, truth = copy.deepcopy(products), copy.deepcopy(products).double()
     for ours, floats, exact in zip(*map(linears, (products, plain, truth)), strict=True):
         if quantization is not None:
             weight = quantization.quantise(ours.weight, ours.weight.dtype)
+            if reordered:
+                weight = weight._replace(order=torch.randperm(weight.shape[1], device="cuda"))
             assign(ours, weight)
             floats.weight.copy_(weight.floats())
             exact.weight.copy_(weight._replace(scale=weight.scale.double()).floats())
@@ -89,4 +94,16 @@ def test_a_wrong_number_would_be_found(name, rows):
     plain, truth = quantised(products, FORMATS[quantization])
     for module in linears(products):
         assign(module, Weight(*(None if x is None else x.contiguous() for x in mutate(module.matrix))))
+    assert min(errors(products, plain, truth, *inputs(96, 256, rows, torch.bfloat16))) > 1
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("name", ["int4-32-zeros", "int8"])
+@torch.no_grad()
+def test_columns_may_be_in_another_order(name, rows):
+    products = Products(96, 256).to("cuda", torch.bfloat16)
+    plain, truth = quantised(products, FORMATS[name], reordered=True)
+    assert max(errors(products, plain, truth, *inputs(96, 256, rows, torch.bfloat16))) <= 1
+    for module in linears(products):
+        module.weight_order = None
     assert min(errors(products, plain, truth, *inputs(96, 256, rows, torch.bfloat16))) > 1
