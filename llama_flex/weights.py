@@ -54,9 +54,10 @@ def load(
     prepare(model, plan.quantization, plan.floats)
     model.to_empty(device=device)
     cpu.prepare(next(model.parameters()))  # its compiler runs while weights are read
-    plan.order_columns(model, modules, checkpoint, device)
+    beside = dict(checkpoint.tensors(plan.beside))
+    plan.order_columns(model, modules, beside, device)
     places = named_weights(model, config)
     for name, tensor in checkpoint.tensors():
-        plan.fill(places, name, tensor)
+        plan.fill(places, name, tensor, beside)
     checkpoint.check_tied_copy(next(iter(places.values())))
     shards.warn_if_not_finite({n.removesuffix("_scale"): x for n, x in places.items() if x.dtype in DTYPES})

@@ -127,7 +127,7 @@ def dequantised(model: Llama) -> Llama:
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, Linear) and module.weight_scale is not None:
-            assign(module, Weight(module.matrix.floats()))
+            assign(module, Weight(module.matrix.floats(model.dtype)))
     return model
 
 

@@ -32,6 +32,7 @@ from .stored import (
     interleaved,
     nibbles,
     order_of,
+    sorted_by_group,
     words_of,
 )
 
@@ -156,7 +157,8 @@ def _tensors(
     layout: str, quantization: Quantization, strategy: str, reorders: bool, name: str, rows: int, columns: int
 ) -> dict[str, Stored]:
     """Return the tensors of a matrix `[N, K]`, by their names in the file."""
-    groups = columns // quantization.group_size if strategy == "group" else 1
+    size = (quantization.group_size or columns) if strategy == "group" else columns
+    groups = columns // size
     numbers, scale, zero = (f"{name}.{part}" for part in ("weight", SCALE, ZERO))
     found = {scale: Stored([1] if strategy == "tensor" else [rows, groups], scale)}
     if layout == PACKED:
@@ -171,8 +173,9 @@ def _tensors(
     if not quantization.symmetric and quantization.format == "int4":
         found[zero] = Stored([-(-rows // 8), groups], zero, partial(_zero_points, rows), ("I32",))
     if reorders:
-        order = partial(order_of, quantization.group_size)
-        found[f"{name}.{_GROUPS}"] = Stored([columns], f"{name}.{ORDER}", order, ("I32", "I64"))
+        groups_of, packed = f"{name}.{_GROUPS}", f"{name}.{_NUMBERS}"
+        found[groups_of] = Stored([columns], f"{name}.{ORDER}", partial(order_of, size), ("I32", "I64"))
+        found[packed] = found[packed]._replace(read=partial(sorted_by_group, size), others=(groups_of,))
     return found
 
 

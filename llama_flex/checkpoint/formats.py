@@ -10,21 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.weight import GROUP_SIZES, reorder
-from . import quantization
+from ..kernels.weight import GROUP_SIZES
+from . import bitsandbytes, quantization
 from .compressed_tensors import METHOD
 from .compressed_tensors import scheme as compressed_tensors_scheme
 from .config_rules import QUANTIZATION_KEYS, ConfigError
 from .gptq import awq_scheme, gptq_scheme
 from .quantization import ORDER, Quantization
-from .shards import Checkpoint, CheckpointError, Stored
-from .stored import WAY, Scheme
+from .shards import CheckpointError, Stored
+from .stored import WAY, Scheme, is_in_sequence
 
 # By quant_method: what reads the object in config.json, given its key there.
 _FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
     METHOD: compressed_tensors_scheme,
     "gptq": gptq_scheme,
     "awq": awq_scheme,
+    bitsandbytes.METHOD: bitsandbytes.scheme,
 }
 
 
@@ -55,27 +56,38 @@ class Plan(NamedTuple):
     quantization: Quantization | None
     floats: frozenset[str] = frozenset()
 
-    def fill(self, places: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
-        """Copy a tensor of the files into the parameters. Raises CheckpointError naming one with invalid values."""
-        _, place, read, _ = self.expected[name]
-        if read is None:
+    def fill(self, places: Mapping[str, Tensor], name: str, tensor: Tensor, beside: Mapping[str, Tensor]) -> None:
+        """Copy a tensor of the files into the parameters. Raises CheckpointError naming one with invalid values.
+
+        beside: those of `beside`, by name.
+        """
+        place = self.expected[name].place
+        if self.expected[name].read is None:
             quantization.fill(places, name, tensor, self.quantization)
             return
-        found = self._read(name, tensor.to(places[place].device) if place in places else tensor)
-        if place.endswith(".weight") and (order := places.get(f"{place}_order")) is not None:
-            found = reorder(found, order)
+        device = places[place].device if place in places else tensor.device
+        found = self._read(name, tensor.to(device), *(beside[other].to(device) for other in self.expected[name].others))
         if place in places:
             places[place].copy_(found)
 
+    @property
+    def beside(self) -> set[str]:
+        """The names of small tensors that are needed to read others."""
+        return {name for stored in self.expected.values() for name in stored.others}
+
     def order_columns(
-        self, model: nn.Module, modules: Iterable[tuple[str, list[str]]], checkpoint: Checkpoint, device: torch.device
+        self,
+        model: nn.Module,
+        modules: Iterable[tuple[str, list[str]]],
+        beside: Mapping[str, Tensor],
+        device: torch.device,
     ) -> None:
         """Give layers an order of columns where the files have their groups in another (GPTQ's act-order).
 
-        modules: see `plan`. Raises CheckpointError naming groups that are invalid, or differ in stacked matrices.
+        modules: see `plan`. beside: see `fill`. Raises CheckpointError naming one with invalid values, and matrices
+        that are stacked, but have other orders.
         """
-        names = [name for name, stored in self.expected.items() if stored.place.endswith(ORDER)]
-        orders = {self.expected[name].place: self._read(name, x) for name, x in checkpoint.tensors(names)}
+        orders = {self.expected[name].place: self._read(name, tensor) for name, tensor in beside.items()}
         for path, matrices in modules:
             found = [orders[place] for matrix in matrices if (place := f"{matrix}.{ORDER}") in orders]
             for matrix, order in zip(matrices, found, strict=False):
@@ -83,16 +95,16 @@ class Plan(NamedTuple):
                     raise CheckpointError(
                         f"{self.folder}: {matrix} has its columns in another order than {matrices[0]} (g_idx); {WAY}"
                     )
-            if found and not torch.equal(found[0], torch.arange(len(found[0]))):
+            if found and not is_in_sequence(found[0]):
                 order = nn.Parameter(found[0].to(device), requires_grad=False)
                 model.get_submodule(path).register_parameter(ORDER, order)
 
-    def _read(self, name: str, tensor: Tensor) -> Tensor:
+    def _read(self, name: str, *tensors: Tensor) -> Tensor:
         """Return what a tensor of the files becomes. Raises CheckpointError naming one with invalid values."""
         read = self.expected[name].read
         assert read is not None
         try:
-            return read(tensor)
+            return read(*tensors)
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {name} {error}") from None
 
@@ -131,7 +143,7 @@ def _quantised(
     for path, names in modules:
         matrices = {name: shape for name in names if len(shape := shapes[f"{name}.weight"]) == 2}
         if path == "lm_head" and not scheme.ignores(path):
-            raise ConfigError(f"lm_head is quantised (ignore does not have it), which is not supported; {WAY}")
+            raise ConfigError(f"lm_head is quantised (config.json does not exempt it), which is not supported; {WAY}")
         if not path.startswith("layers.") or not matrices:
             continue
         kept = [name for name in names if scheme.ignores(name)]
@@ -144,8 +156,8 @@ def _quantised(
             found |= matrices
     if scheme.per_row:
         scheme = dataclasses.replace(scheme, quantization=_for_rows(scheme.quantization, found))
-    size = scheme.quantization.group_size
-    for name, (_, columns) in found.items() if scheme.quantization.format == "int4" else ():
+    size = scheme.quantization.group_size or 1
+    for name, (_, columns) in found.items():
         if columns % size:
             raise ConfigError(f"groups of {size} do not divide the {columns} columns of {name}; {WAY}")
     expected = dict[str, Stored]()

@@ -19,7 +19,20 @@ from ..kernels.weight import GROUP_SIZES, MIDDLE
 from .config_rules import ConfigError
 from .quantization import ORDER, SCALE, ZERO, Quantization
 from .shards import Stored
-from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, order_of, words_of
+from .stored import (
+    ANY,
+    WAY,
+    Scheme,
+    check_group_size,
+    check_keys,
+    check_names,
+    interleaved,
+    nibbles,
+    order_of,
+    require,
+    sorted_by_group,
+    words_of,
+)
 
 _GPTQ_KEYS = {
     "quant_method": ("gptq",),
@@ -59,7 +72,7 @@ _AWQ_COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]  # the place of each of eight columns am
 def gptq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     """Return how GPTQ stored the weights. where: the key of config.json. Raises ConfigError for what is unsupported."""
     check_keys(where, config, _GPTQ_KEYS, _GPTQ_INERT)
-    _require(where, config, "bits", "group_size", "sym")
+    require(where, config, "bits", "group_size", "sym")
     versions = {config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None} or {"gptq"}
     if len(versions) > 1:
         raise ConfigError(f"{where}: format and checkpoint_format differ; {WAY}")
@@ -74,11 +87,9 @@ def gptq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
 def awq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     """Return how AWQ stored the weights. where: the key of config.json. Raises ConfigError for what is unsupported."""
     check_keys(where, config, _AWQ_KEYS, _AWQ_INERT)
-    _require(where, config, "bits", "group_size", "zero_point", "version")
+    require(where, config, "bits", "group_size", "zero_point", "version")
     quantization = Quantization("int4", check_group_size(where, config["group_size"]))
-    kept = config.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept) or len(kept) > 1000:
-        raise ConfigError(f"{where}: modules_to_not_convert must be a list of names, found {kept!r:.200}; {WAY}")
+    kept = check_names(where, config, "modules_to_not_convert")
     return Scheme(
         "awq",
         quantization,
@@ -86,12 +97,6 @@ def awq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
         lambda name: _is_head(name) or any(part in name for part in kept),
         partial(_awq, quantization),
     )
-
-
-def _require(where: str, config: Mapping[str, Any], *keys: str) -> None:
-    for key in keys:
-        if key not in config:
-            raise ConfigError(f"{where}: {key} is missing; {WAY}")
 
 
 def _is_head(name: str) -> bool:
@@ -102,11 +107,11 @@ def _gptq(
     quantization: Quantization, per_row: bool, first: int, name: str, rows: int, columns: int
 ) -> dict[str, Stored]:
     """Return GPTQ's tensors of a matrix `[N, K]`, by their names in the file."""
-    size = columns if per_row else quantization.group_size
+    size = columns if per_row else quantization.group_size or columns
     zeros = _stored_zeros(quantization, name, rows, columns // size)
-    read = partial(_gptq_zeros, first, quantization.symmetric)
+    read, numbers = partial(_gptq_zeros, first, quantization.symmetric), partial(_gptq_numbers, size)
     return {
-        f"{name}.qweight": Stored([columns // 8, rows], f"{name}.weight", _gptq_numbers, ("I32",)),
+        f"{name}.qweight": Stored([columns // 8, rows], f"{name}.weight", numbers, ("I32",), (f"{name}.g_idx",)),
         f"{name}.qzeros": zeros._replace(read=read),
         f"{name}.scales": Stored([columns // size, rows], f"{name}.{SCALE}", torch.t),
         f"{name}.g_idx": Stored([columns], f"{name}.{ORDER}", partial(order_of, size), ("I32", "I64")),
@@ -115,7 +120,7 @@ def _gptq(
 
 def _awq(quantization: Quantization, name: str, rows: int, columns: int) -> dict[str, Stored]:
     """Return AWQ's tensors of a matrix `[N, K]`, by their names in the file."""
-    groups = columns // quantization.group_size
+    groups = columns // (quantization.group_size or columns)
     return {
         f"{name}.qweight": Stored([columns, rows // 8], f"{name}.weight", _awq_numbers, ("I32",)),
         f"{name}.qzeros": _stored_zeros(quantization, name, rows, groups)._replace(read=_awq_rows),
@@ -129,8 +134,8 @@ def _stored_zeros(quantization: Quantization, name: str, rows: int, groups: int)
     return Stored([groups, rows // 8], "" if quantization.symmetric else f"{name}.{ZERO}", dtypes=("I32",))
 
 
-def _gptq_numbers(words: Tensor) -> Tensor:
-    return interleaved(words.T)
+def _gptq_numbers(size: int, words: Tensor, groups: Tensor) -> Tensor:
+    return sorted_by_group(size, words.T, groups)
 
 
 def _gptq_zeros(first: int, symmetric: bool, words: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..kernels.weight import GROUP_SIZES, MIDDLE, PARTS, RUN, Weight, pack
+from ..kernels.weight import GROUP_SIZES, MIDDLE, NF4, PARTS, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
-Format: TypeAlias = Literal["int8", "fp8", "int4"]
+Format: TypeAlias = Literal["int8", "fp8", "int4", "nf4"]
 SCALE, ZERO, ORDER = PARTS
+_GROUP_SIZES = {"int4": RUN, "nf4": 2 * RUN}  # the usual ones
 _INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
 _FP8 = torch.float8_e4m3fn
 _AT_ONCE = 2**18  # numbers that a CPU's cache holds in some copies
@@ -29,60 +30,71 @@ class Quantization:
     """The numbers that weights are kept in.
 
     format: "int8", whole numbers, or "fp8", float8_e4m3fn, with a scale for each row; "int4", whole numbers of 4 bits,
-    with a scale and a zero point for every `group_size` numbers of a row. symmetric: no zero points.
+    with a scale and a zero point for every `group_size` numbers of a row, by default 32; "nf4", the 16 values of
+    bitsandbytes, with a scale in float32 for every `group_size`, by default 64. symmetric: no zero points.
     Raises ValueError for an unknown format or group size.
     """
 
     format: Format
-    group_size: int = RUN
+    group_size: int | None = None
     symmetric: bool = False
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.format, get_args(Format))
-        if self.format != "int4":  # which have no groups
-            object.__setattr__(self, "group_size", RUN)
+        if self.format != "int4":
             object.__setattr__(self, "symmetric", True)
+        if self.format not in _GROUP_SIZES:
+            if self.group_size is not None:
+                raise ValueError(f"{self.format!r} has a scale for each row, not for groups of {self.group_size!r:.60}")
+            return
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", _GROUP_SIZES[self.format])
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"group_size must be one of {sizes}, not {self.group_size!r:.60}")
 
     @classmethod
     def of(cls, value: Quantization | str | None) -> Quantization | None:
-        """Return a quantization, given as such or by its name: "int8", "fp8", "int4", "int4-128", "int4-64-symmetric".
+        """Return a quantization, given as such or by its name: "int8", "fp8", "nf4", "int4", "int4-64-symmetric".
 
         Raises ValueError for anything else.
         """
         if value is None or isinstance(value, Quantization):
             return value
-        found = re.fullmatch(r"(int8|fp8|int4)|int4(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
+        found = re.fullmatch(r"(int8|fp8)|(int4|nf4)(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
         if found is None:
             raise ValueError(f"quantize {value!r:.60} is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like")
-        return cls(cast(Format, found[1] or "int4"), int(found[2] or RUN), found[3] is not None)
+        size = None if found[3] is None else int(found[3])
+        return cls(cast(Format, found[1] or found[2]), size, found[4] is not None)
 
     @property
     def name(self) -> str:
         """The name that `of` takes."""
-        if self.format != "int4":
+        if self.group_size is None:
             return self.format
-        return f"int4-{self.group_size}" + ("-symmetric" if self.symmetric else "")
+        return f"{self.format}-{self.group_size}" + ("-symmetric" if self.format == "int4" and self.symmetric else "")
 
     def empty(self, weight: Tensor) -> Weight:
         """Return memory for a weight `[N, K]`, on its device. Raises ValueError if groups do not divide its rows."""
         rows, columns = weight.shape
-        one = weight.new_empty(rows, 1)
-        if self.format != "int4":
-            return Weight(torch.empty_like(weight, dtype=torch.int8 if self.format == "int8" else _FP8), one)
+        if self.group_size is None:
+            numbers = torch.empty_like(weight, dtype=torch.int8 if self.format == "int8" else _FP8)
+            return Weight(numbers, weight.new_empty(rows, 1))
         if columns % self.group_size:
             fitting = [str(size) for size in GROUP_SIZES if not columns % size]
             way = f"use {' or '.join(fitting)}" if fitting else 'use "int8" or "fp8"'
             raise ValueError(f"groups of {self.group_size} do not divide rows of {columns} numbers; {way}")
-        numbers = weight.new_empty(rows, columns // 8, dtype=torch.int32)
         scale = weight.new_empty(rows, columns // self.group_size)
+        if self.format == "nf4":
+            return Weight(weight.new_empty(rows, columns // 2, dtype=torch.uint8), scale.to(torch.float32))
+        numbers = weight.new_empty(rows, columns // 8, dtype=torch.int32)
         return Weight(numbers, scale, None if self.symmetric else torch.empty_like(scale, dtype=torch.uint8))
 
     def quantise(self, weight: Tensor, dtype: torch.dtype) -> Weight:
-        """Return the numbers nearest to a weight `[N, K]`, with scales of a dtype."""
-        if self.format == "int4":
+        """Return the numbers nearest to a weight `[N, K]`, with scales of a dtype, or float32 for "nf4"."""
+        if self.group_size is not None:
+            if self.format == "nf4":
+                return to_nf4(weight, self.group_size)
             return to_int4(weight, self.group_size, self.symmetric, dtype)
         return to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
 
@@ -167,6 +179,16 @@ def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype
     _, numbers, scale, zero = best
     held = None if symmetric else zero[..., 0].to(torch.uint8)
     return Weight(pack(numbers.flatten(1)), scale[..., 0].to(dtype), held)
+
+
+def to_nf4(weight: Tensor, group_size: int) -> Weight:
+    """Return the values of NF4 nearest to a weight `[N, K]`, with a scale in float32 for each group."""
+    groups = weight.float().unflatten(1, (-1, group_size))
+    scale = groups.abs().amax(2)
+    values = torch.tensor(NF4, device=weight.device)
+    shares = groups / torch.where(scale == 0, 1, scale)[..., None]
+    numbers = torch.bucketize(shares, (values[1:] + values[:-1]) / 2, out_int32=True)
+    return Weight(pack(numbers.flatten(1)).view(torch.uint8), scale)
 
 
 def _scale_of(weight: Tensor, most: float, dtype: torch.dtype) -> Tensor:

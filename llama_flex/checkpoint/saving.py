@@ -31,10 +31,10 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     for path, module in model.named_modules():
         numbers, scale, zero, order = (state.get(f"{path}.{kind}") for kind in ("weight", *PARTS))
-        if order is not None:
+        if order is not None or (numbers is not None and Weight(numbers).is_nf4):
+            what = "which is in NF4" if order is None else "whose columns are reordered (act-order)"
             raise ValueError(
-                f"cannot save {path}, whose columns are reordered (act-order), as compressed-tensors; copy the folder "
-                "that it was loaded from"
+                f"cannot save {path}, {what}, as compressed-tensors; copy the folder that it was loaded from"
             )
         if hasattr(module, "parts") and numbers is not None and scale is not None:
             weight = Weight(numbers, scale, zero)

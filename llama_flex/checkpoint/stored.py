@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import GROUP_SIZES
+from ..kernels.weight import GROUP_SIZES, reorder
 from .config_rules import ConfigError
 from .quantization import Quantization
 from .shards import Stored
@@ -35,6 +35,17 @@ class Scheme:
     per_row: bool
     ignores: Callable[[str], bool]
     tensors: Callable[[str, int, int], dict[str, Stored]]
+
+
+def sorted_by_group(size: int, words: Tensor, groups: Tensor) -> Tensor:
+    """Return what `interleaved` does, with the columns sorted by group. groups: `[K]`, that of each column."""
+    order = order_of(size, groups)
+    return interleaved(words) if is_in_sequence(order) else reorder(interleaved(words), order)
+
+
+def is_in_sequence(order: Tensor) -> bool:
+    """Return whether an order of columns leaves them where they are."""
+    return torch.equal(order, torch.arange(len(order), device=order.device))
 
 
 def order_of(size: int, groups: Tensor) -> Tensor:
@@ -99,6 +110,21 @@ def check_keys(where: str, found: Any, known: Mapping[str, Any], inert: Containe
             reason = f"is not supported (only {' or '.join(map(repr, choices))})" if choices else "is not known"
             raise ConfigError(f"{where}: {key}={value!r:.200} {reason}; {WAY}")
     return found
+
+
+def check_names(where: str, config: Mapping[str, Any], key: str) -> list[str]:
+    """Return the list of names at a key, [] if it is missing. Raises ConfigError unless it is one."""
+    names = config.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 1000:
+        raise ConfigError(f"{where}: {key} must be a list of names, found {names!r:.200}; {WAY}")
+    return names
+
+
+def require(where: str, config: Mapping[str, Any], *keys: str) -> None:
+    """Raise ConfigError naming a key that is missing."""
+    for key in keys:
+        if key not in config:
+            raise ConfigError(f"{where}: {key} is missing; {WAY}")
 
 
 def check_group_size(where: str, size: Any) -> int:

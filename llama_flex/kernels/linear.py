@@ -107,7 +107,7 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         return fused_linear(x, weight, bias)
     if weight.order is not None:  # x is smaller than the weight
         x, weight = x.index_select(-1, weight.order), weight._replace(order=None)
-    numbers = weight.floats()
+    numbers = weight.floats(x.dtype)
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
         return nn.functional.linear(x, numbers, bias)

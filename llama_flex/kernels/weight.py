@@ -8,6 +8,7 @@ word j are column 4 i + j. So a vector of words, shifted and masked, is a vector
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -17,15 +18,22 @@ RUN = 32  # columns whose numbers of 4 bits lie together
 GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
 PARTS = "weight_scale", "weight_zero_point", "weight_order"  # the parameters of a layer that belong to its weight
+# The values of NF4 (Dettmers et al., arXiv:2305.14314), of which a number of 4 bits tells which.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 _SHIFTS = tuple(range(0, 32, 4))
 
 
 class Weight(NamedTuple):
-    """A weight `[N, K]`: `numbers`, or, if they have scales, (numbers - zero) * scale.
+    """A weight `[N, K]`: `numbers`, or, if they have scales, (numbers - zero) * scale, or of NF4 value * scale.
 
     numbers: of a float dtype, `[N, K]`; or of int8 or float8_e4m3fn, `[N, K]`, or int32 `[N, K / 8]`, eight of 4 bits
-    each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`. Only 4 bits have more
-    than one group in a row. order: int64 `[K]`, which column of the weight each of the numbers is, if they are sorted.
+    each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`; or of NF4, uint8
+    `[N, K / 2]`, the bytes of such words, with scale float32 `[N, G]`. Only 4 bits have more than one group in a row.
+    order: int64 `[K]`, which column of the weight each of the numbers is, if they are sorted.
     """
 
     numbers: Tensor
@@ -37,34 +45,44 @@ class Weight(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """The shape `(N, K)`."""
         rows, columns = self.numbers.shape
-        return rows, columns * (8 if self.is_packed else 1)
+        return rows, columns * (2 if self.is_nf4 else 8 if self.is_packed else 1)
 
     @property
     def is_packed(self) -> bool:
         """Whether the numbers have 4 bits."""
-        return self.numbers.dtype == torch.int32
+        return self.numbers.dtype == torch.int32 or self.is_nf4
+
+    @property
+    def is_nf4(self) -> bool:
+        """Whether the numbers stand for the values of NF4."""
+        return self.numbers.dtype == torch.uint8
 
     def fits(self, x: Tensor) -> bool:
-        """Return whether it can be multiplied by x: on its device, the numbers or their scale in its dtype."""
+        """Return whether it can be multiplied by x: on its device, the numbers or, but for NF4, their scale in its
+        dtype."""
         if self.order is not None and self.order.shape != (self.shape[1],):
             return False
         if self.scale is None:
             return self.numbers.dtype == x.dtype and self.numbers.device == x.device
-        if self.numbers.dtype not in QUANTISED or self.scale.dtype != x.dtype:
+        if self.numbers.dtype not in QUANTISED or self.scale.dtype != (torch.float32 if self.is_nf4 else x.dtype):
             return False
         rows, columns = self.shape
         groups = self.scale.shape[-1]
         sizes = [size for size in GROUP_SIZES if not columns % size] if self.is_packed else [columns]
         if self.scale.shape != (rows, groups) or groups not in [columns // size for size in sizes]:
             return False
-        if self.zero is not None and (self.zero.dtype != torch.uint8 or self.zero.shape != self.scale.shape):
+        zero = self.zero
+        if zero is not None and (self.is_nf4 or zero.dtype != torch.uint8 or zero.shape != self.scale.shape):
             return False
         return all(part.device == x.device for part in self if part is not None)
 
-    def floats(self) -> Tensor:
-        """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers."""
+    def floats(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers.
+
+        dtype: that of NF4's floats, default the scale's; rounded once, as bitsandbytes does.
+        """
         if self.order is not None:
-            return self._replace(order=None).floats()[:, self.order.argsort()]
+            return self._replace(order=None).floats(dtype)[:, self.order.argsort()]
         if self.scale is None:
             return self.numbers
         if self.numbers.dtype not in QUANTISED:
@@ -74,12 +92,27 @@ class Weight(NamedTuple):
             )
         if not self.is_packed:
             return self.numbers.to(self.scale.dtype) * self.scale
+        if self.is_nf4:
+            if self.scale.dtype.itemsize < 4:
+                raise ValueError(
+                    "the scales of NF4 are float32; if the dtype of a model was changed, load it in that dtype"
+                )
+            values = torch.tensor(NF4, device=self.scale.device)[unpack(self.numbers.view(torch.int32))]
+            floats = values.unflatten(1, (self.scale.shape[1], -1)) * self.scale[..., None]
+            return floats.flatten(1).to(dtype or self.scale.dtype)
         zero = MIDDLE if self.zero is None else self.zero[..., None]
         numbers = unpack(self.numbers).unflatten(1, (self.scale.shape[1], -1)) - zero
         return (numbers.to(self.scale.dtype) * self.scale[..., None]).flatten(1)
 
 
-QUANTISED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}  # the dtypes of numbers
+# The dtypes of numbers.
+QUANTISED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.uint8: "nf4"}
+
+
+@functools.cache
+def nf4_on(device: torch.device) -> Tensor:
+    """Return NF4 on a device, as kernels take it: the same tensor each time."""
+    return torch.tensor(NF4, device=device)
 
 
 def pack(numbers: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ def test_parts_of_one_matrix_of_which_some_keep_floats_are_refused(folder):
 def test_the_output_matrix_must_keep_floats_unless_it_is_the_embedding(folder, tmp_path):
     kind = Kind()
     quantise(folder, kind.config() | {"ignore": []}, kind.store)
-    refusal(folder, "lm_head is quantised (ignore does not have it), which is not supported")
+    refusal(folder, "lm_head is quantised (config.json does not exempt it), which is not supported")
     tied = write_floats(tmp_path / "tied", tie_word_embeddings=True)
     expected = quantise(tied, kind.config() | {"ignore": []}, kind.store)
     assert same(floats_of(load_quietly(tied)), expected)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.checkpoint import quantization
 from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, to_fp8, to_int4, to_int8
-from llama_flex.kernels.weight import unpack
+from llama_flex.kernels.weight import NF4, unpack
 from llama_flex.layers import Linear
 from llama_flex.weights import DTYPES
 
@@ -22,8 +22,9 @@ WAYS = {
     "fp8": Quantization("fp8"),
     "int4": Quantization("int4"),
     "int4, symmetric": Quantization("int4", symmetric=True),
+    "nf4": Quantization("nf4", 32),
 }
-DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int32}
+DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int32, "nf4": torch.uint8}
 random_weights = {
     "stored": st.sampled_from(DTYPES),
     "dtype": st.sampled_from(DTYPES),
@@ -97,6 +98,20 @@ def test_a_weight_has_no_nearer_number_of_4_bits(stored, dtype, rows, groups, gr
     error = (steps * step - exact).abs()
     assert (error <= nearest + 1e-4 * step.abs() + 1e-6 * exact.abs()).all()
     assert (error[0] == 0).all()
+
+
+@given(**random_weights, groups=st.integers(1, 3), group_size=st.sampled_from(GROUP_SIZES))
+@settings(max_examples=100, deadline=None)
+def test_a_weight_has_no_nearer_value_of_nf4(stored, dtype, rows, groups, group_size, size, seed):
+    weight = random_weight(stored, rows, groups * group_size, size, seed)
+    made = Quantization("nf4", group_size).quantise(weight, dtype)
+    assert (made.numbers.dtype, made.scale.dtype, made.zero) == (torch.uint8, torch.float32, None)
+    exact, scale = weight.double().unflatten(1, (groups, -1)), made.scale.double()[..., None]
+    assert torch.equal(made.scale, weight.float().unflatten(1, (groups, -1)).abs().amax(2))
+    nearest = (torch.tensor(NF4).double() * scale[..., None] - exact[..., None]).abs().amin(-1)
+    found = made._replace(scale=made.scale.double()).floats().unflatten(1, (groups, -1))
+    assert ((found - exact).abs() <= nearest + 1e-6 * scale).all()
+    assert made.floats(torch.bfloat16).equal(found.float().flatten(1).bfloat16())
 
 
 def quantised(tiny_pair, tmp_path, name, quantize="int8", **options) -> Llama:
@@ -192,6 +207,8 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int3")
     with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 48"):
         Quantization("int4", 48)
+    with pytest.raises(ValueError, match="'fp8' has a scale for each row, not for groups of 32"):
+        Quantization("fp8", 32)
     monkeypatch.setattr(quantization, "model_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
@@ -221,7 +238,9 @@ def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):
         Llama.from_pretrained(tmp_path / "whole", device="cpu", quantize="int8")
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4-32", "int4-128", "int4-64-symmetric", "int4-32-symmetric"])
+@pytest.mark.parametrize(
+    "name", ["int8", "fp8", "int4-32", "int4-128", "int4-64-symmetric", "int4-32-symmetric", "nf4-64", "nf4-128"]
+)
 def test_a_name_is_read_back(name):
     assert Quantization.of(Quantization.of(name).name) == Quantization.of(name)
     assert Quantization.of(name).name == name
@@ -236,6 +255,14 @@ def test_other_names_are_refused_in_a_line(name):
 def test_a_model_in_fp8_whose_dtype_changed_says_what_to_do(tiny_pair, tmp_path):
     model = quantised(tiny_pair, tmp_path, "gqa", "fp8").half()
     with pytest.raises(ValueError, match="if the dtype of a model in fp8 was changed, load it in that dtype"):
+        model(torch.tensor([[1, 2]]), backend="dense")
+
+
+def test_a_model_in_nf4_whose_dtype_changed_says_what_to_do(tiny_pair, tmp_path):
+    model = quantised(tiny_pair, tmp_path, "gqa", Quantization("nf4", 32)).half()
+    with pytest.raises(
+        ValueError, match="scales of NF4 are float32; if the dtype of a model was changed, load it in that"
+    ):
         model(torch.tensor([[1, 2]]), backend="dense")
 
 

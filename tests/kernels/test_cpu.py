@@ -22,7 +22,7 @@ from llama_flex.config import LlamaConfig
 from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
 from llama_flex.kernels.cpu import Newest
-from llama_flex.kernels.weight import MIDDLE, Weight, unpack
+from llama_flex.kernels.weight import MIDDLE, NF4, Weight, unpack
 from llama_flex.layers import Block, Linear, RMSNorm, apply_linear, run_blocks
 from llama_flex.masks.layout import PageTable
 from llama_flex.masks.library import sliding_window
@@ -35,6 +35,7 @@ FORMATS = (
     Quantization("int8"),
     Quantization("fp8"),
     *(Quantization("int4", size, symmetric) for size in GROUP_SIZES for symmetric in (False, True)),
+    *(Quantization("nf4", size) for size in GROUP_SIZES),
 )
 CHECK = """
 import torch
@@ -74,7 +75,7 @@ def exactly(weight: Weight) -> torch.Tensor:
 
 def fitting(k: int, quantization: Quantization | None) -> int:
     """Return the least number of columns from k on that has whole groups."""
-    size = quantization.group_size if quantization is not None and quantization.format == "int4" else 1
+    size = 1 if quantization is None else quantization.group_size or 1
     return -(-k // size) * size
 
 
@@ -156,7 +157,7 @@ FAULTS = {
 def swapped(words: torch.Tensor) -> torch.Tensor:
     """Swap the two numbers in each byte."""
     both = words.view(torch.uint8)
-    return (both >> 4 | both << 4).view(torch.int32)
+    return (both >> 4 | both << 4).view(words.dtype)
 
 
 @pytest.mark.parametrize("dtype", kernel.DTYPES)
@@ -166,6 +167,7 @@ def swapped(words: torch.Tensor) -> torch.Tensor:
         ("the scale of a neighbour", Quantization("int8")),
         ("the scale of a neighbour", Quantization("fp8")),
         *((fault, Quantization("int4", size)) for fault in FAULTS for size in GROUP_SIZES),
+        *((fault, Quantization("nf4", size)) for fault in FAULTS if "zero" not in fault for size in GROUP_SIZES),
     ],
 )
 def test_the_check_finds_a_fault_in_a_weight(monkeypatch, dtype, fault, quantization):
@@ -191,6 +193,7 @@ def test_every_number_of_few_bits_is_read_as_it_is(dtype):
         (Weight(bytes_.view(torch.float8_e4m3fn), one), bytes_.view(torch.float8_e4m3fn)),
         (Weight(four_bits, ones), numbers - MIDDLE),
         (Weight(four_bits, ones, zero), numbers - zero.repeat_interleave(32, 1)),
+        (Weight(four_bits.view(torch.uint8), torch.ones(256, 5)), torch.tensor(NF4)[numbers]),
     ):
         found = torch.cat([kernel.few_rows(x, weight, None) for x in places])
         known = exact.to(dtype).isfinite().T  # float8's two NaN are none of the quantiser's
@@ -718,7 +721,12 @@ def test_a_weight_of_few_bits_in_another_shape_has_no_code():
     assert linear.can_fuse(x, weight)
     assign(block.mlp.gate_up, weight)
     assert runs()
-    for other in faults_of_shape(weight):
+    nf4 = Quantization("nf4").quantise(module.weight, torch.float32)
+    assign(block.mlp.gate_up, nf4)
+    assert runs()
+    order = weight._replace(order=torch.randperm(256))
+    faults = nf4._replace(scale=nf4.scale.bfloat16()), nf4._replace(zero=weight.zero), order
+    for other in (*faults_of_shape(weight), *faults):
         assign(block.mlp.gate_up, other)
         assert not runs()
     large = faults_of_shape(weight)[0]

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 INT4 = [Quantization("int4", size, symmetric) for size in (32, 128) for symmetric in (False, True)]
 FORMATS = {"none": None, "int8": Quantization("int8"), "fp8": Quantization("fp8")}
 FORMATS |= {f"int4-{x.group_size}-{'symmetric' if x.symmetric else 'zeros'}": x for x in INT4}
+FORMATS |= {f"nf4-{size}": Quantization("nf4", size) for size in (32, 64, 128)}
 SHAPES = [(509, 96), (1536, 576), (256, 14336)]
 CASES = [("none", rows, dtype) for rows in (1, 2, 32) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 CASES += [(name, rows, torch.bfloat16) for name in FORMATS for rows in (1, 20, 40) if name != "none"]
@@ -38,7 +39,7 @@ def quantised(products, quantization, reordered=False):
             if reordered:
                 weight = weight._replace(order=torch.randperm(weight.shape[1], device="cuda"))
             assign(ours, weight)
-            floats.weight.copy_(weight.floats())
+            floats.weight.copy_(weight.floats(ours.weight.dtype))
             exact.weight.copy_(weight._replace(scale=weight.scale.double()).floats())
     return plain, truth
 
@@ -63,7 +64,7 @@ def inputs(n, k, rows, dtype):
 def test_a_product_of_few_rows_is_no_further_from_float64_than_torchs(name, rows, dtype):
     quantization = FORMATS[name]
     for n, k in SHAPES:
-        size = 1 if quantization is None or quantization.format != "int4" else quantization.group_size
+        size = 1 if quantization is None else quantization.group_size or 1
         k = -(-k // size) * size
         products = Products(n, k).to("cuda", dtype)
         plain, truth = quantised(products, quantization)
@@ -71,8 +72,9 @@ def test_a_product_of_few_rows_is_no_further_from_float64_than_torchs(name, rows
 
 
 def _swapped(weight):
-    numbers = unpack(weight.numbers).unflatten(1, (-1, 8, 4))
-    return weight._replace(numbers=pack(numbers[:, :, [1, 0, 3, 2, 5, 4, 7, 6]].flatten(1)))
+    numbers = unpack(weight.numbers.view(torch.int32)).unflatten(1, (-1, 8, 4))
+    swapped = pack(numbers[:, :, [1, 0, 3, 2, 5, 4, 7, 6]].flatten(1))
+    return weight._replace(numbers=swapped.view(weight.numbers.dtype))
 
 
 MUTATIONS = {
@@ -80,6 +82,9 @@ MUTATIONS = {
     "groups shifted": ("int4-128-symmetric", lambda w: w._replace(scale=w.scale.roll(1, 1))),
     "numbers of a byte swapped": ("int4-32-symmetric", _swapped),
     "a neighbour's scales": ("int4-32-symmetric", lambda w: w._replace(scale=w.scale.roll(1, 0))),
+    "groups of NF4 shifted": ("nf4-64", lambda w: w._replace(scale=w.scale.roll(1, 1))),
+    "numbers of a byte of NF4 swapped": ("nf4-64", _swapped),
+    "NF4 taken for whole numbers": ("nf4-64", lambda w: Weight(w.numbers.view(torch.int32), w.scale.bfloat16())),
     "a neighbour's scale of int8": ("int8", lambda w: w._replace(scale=w.scale.roll(1, 0))),
     "a neighbour's scale of fp8": ("fp8", lambda w: w._replace(scale=w.scale.roll(1, 0))),
 }
