@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.weight import Weight
 from .config_rules import ConfigError
-from .quantization import ORDER, SCALE, ZERO, Format, Quantization
+from .quantization import ORDER, SCALE, ZERO, Format, Quantization, numbers_of
 from .shards import Stored
 from .stored import (
     ANY,
@@ -28,12 +28,12 @@ from .stored import (
     as_it_is,
     check_group_size,
     check_keys,
-    in_sequence,
-    interleaved,
-    nibbles,
+    kept,
     order_of,
     sorted_by_group,
+    unsigned,
     words_of,
+    written,
 )
 
 METHOD = "compressed-tensors"
@@ -69,8 +69,8 @@ _WEIGHT_KEYS = {
 # By format, type and bits: ours, the strategies, and whether there may be zero points.
 _SUPPORTED: dict[tuple[Any, ...], tuple[Format, tuple[str, ...], bool]] = {
     (PACKED, "int", 4): ("int4", ("group", "channel"), True),
-    (PACKED, "int", 8): ("int8", ("channel",), False),
-    (INTEGERS, "int", 8): ("int8", ("channel", "tensor"), False),
+    (PACKED, "int", 8): ("int8", ("group", "channel"), True),
+    (INTEGERS, "int", 8): ("int8", ("group", "channel", "tensor"), False),
     (FLOATS, "float", 8): ("fp8", ("channel", "tensor"), False),
 }
 
@@ -97,7 +97,7 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     return Scheme(
         METHOD,
         quantization,
-        strategy == "channel" and quantization.format == "int4",
+        strategy == "channel" and quantization.group_size is not None,
         _matcher(top, config.get("ignore")),
         partial(_tensors, layout, quantization, strategy, weights.get("actorder") in (True, "group")),
     )
@@ -113,8 +113,8 @@ def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[
         what = f"num_bits={bits!r:.50} of type={kind!r:.50} in format={layout!r}"
         raise ConfigError(f"{where}: {what} is not supported (only {known}); {WAY}")
     form, strategies, zeros = found
-    if weights.get("actorder") in (True, "group") and strategy != "group":
-        raise ConfigError(f"{where}: actorder='group' does not go with strategy={strategy!r}; {WAY}")
+    if weights.get("actorder") in (True, "group") and (strategy, layout) != ("group", PACKED):
+        raise ConfigError(f"{where}: actorder='group' does not go with strategy={strategy!r} in {layout!r}; {WAY}")
     if strategy not in strategies:
         only = f"with {bits} bits in {layout!r} only {' or '.join(map(repr, strategies))}"
         raise ConfigError(f"{where}: strategy={strategy!r} is not supported ({only}); {WAY}")
@@ -122,10 +122,10 @@ def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[
     if not symmetric and not zeros:
         raise ConfigError(f"{where}: symmetric=False is not supported with {bits} bits (only True); {WAY}")
     if strategy == "group":
-        return Quantization(form, check_group_size(where, size), symmetric), strategy
+        return numbers_of(bits, check_group_size(where, size), symmetric), strategy
     if size not in (None, -1) or isinstance(size, float):
         raise ConfigError(f"{where}: group_size={size!r:.200} does not go with strategy={strategy!r}; {WAY}")
-    return Quantization(form, symmetric=symmetric), strategy
+    return Quantization(form) if form == "fp8" else numbers_of(bits, None, symmetric), strategy
 
 
 def _matcher(where: str, ignore: Any) -> Callable[[str], bool]:
@@ -162,30 +162,30 @@ def _tensors(
     numbers, scale, zero = (f"{name}.{part}" for part in ("weight", SCALE, ZERO))
     found = {scale: Stored([1] if strategy == "tensor" else [rows, groups], scale)}
     if layout == PACKED:
-        is_4 = quantization.format == "int4"
-        words, read = -(-columns // (8 if is_4 else 4)), interleaved if is_4 else partial(_bytes, columns)
-        found[f"{name}.{_NUMBERS}"] = Stored([rows, words], numbers, read, ("I32",))
+        bits = 4 if quantization.format == "int4" else 8
+        read = partial(_packed, bits, columns)
+        found[f"{name}.{_NUMBERS}"] = Stored([rows, -(-columns * bits // 32)], numbers, read, ("I32",))
         found[f"{name}.{_SHAPE}"] = Stored([2], "", partial(_check_shape, (rows, columns)), ("I64", "I32"))
+        if not quantization.symmetric:
+            found[zero] = Stored([-(-rows * bits // 32), groups], zero, partial(_zero_points, bits, rows), ("I32",))
+        if reorders:
+            groups_of, packed = f"{name}.{_GROUPS}", f"{name}.{_NUMBERS}"
+            found[groups_of] = Stored([columns], f"{name}.{ORDER}", partial(order_of, size), ("I32", "I64"))
+            found[packed] = found[packed]._replace(read=partial(sorted_by_group, bits, size), others=(groups_of,))
     elif quantization.format == "int8":
         found[numbers] = Stored([rows, columns], numbers, as_it_is, ("I8",))
     else:
         found[numbers] = Stored([rows, columns], numbers, _floats_of_8_bits, ("F8_E4M3",))
-    if not quantization.symmetric and quantization.format == "int4":
-        found[zero] = Stored([-(-rows // 8), groups], zero, partial(_zero_points, rows), ("I32",))
-    if reorders:
-        groups_of, packed = f"{name}.{_GROUPS}", f"{name}.{_NUMBERS}"
-        found[groups_of] = Stored([columns], f"{name}.{ORDER}", partial(order_of, size), ("I32", "I64"))
-        found[packed] = found[packed]._replace(read=partial(sorted_by_group, size), others=(groups_of,))
     return found
 
 
-def _bytes(columns: int, words: Tensor) -> Tensor:
-    """Return bytes, each 128 above a number, as int8 `[N, K]`."""
-    return (words.contiguous().view(torch.uint8)[:, :columns] ^ 128).view(torch.int8)
+def _packed(bits: int, columns: int, words: Tensor) -> Tensor:
+    """Return the numbers in words, of 8 bits without those that fill the last word."""
+    return kept(bits, words) if bits == 4 else kept(bits, words)[:, :columns]
 
 
-def _zero_points(rows: int, words: Tensor) -> Tensor:
-    return nibbles(words.T)[:, :rows].T
+def _zero_points(bits: int, rows: int, words: Tensor) -> Tensor:
+    return unsigned(bits, words.T)[:, :rows].T
 
 
 def _floats_of_8_bits(numbers: Tensor) -> Tensor:
@@ -219,12 +219,15 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
             kinds.setdefault(_kind(weight), name)
             if not name.startswith("model.layers."):
                 raise ValueError(f"cannot save {name} in few bits, only matrices of layers; keep floats in it")
-            if weight.is_packed:
+            if _kind(weight).group_size is not None:
                 found[f"{matrix}.{_SHAPE}"] = torch.tensor(weight.shape)
                 name = f"{matrix}.{_NUMBERS}"
         elif matrix != name and tensor.ndim == 2 and name.startswith("model.layers."):
             ignored.append(matrix)
-        found[name] = words_of(_padded(tensor).T).T if name.endswith(ZERO) else tensor
+        if name.endswith(ZERO):
+            bits = 4 if tensors[name.removesuffix(ZERO) + "weight"].dtype == torch.int32 else 8
+            tensor = words_of(bits, _padded(tensor, 32 // bits).T).T
+        found[name] = tensor
     if not kinds:
         return found, {}
     if len(kinds) > 1:
@@ -239,31 +242,34 @@ def as_written(name: str, tensor: Tensor) -> Tensor:
     """Return a tensor of `compress` as it is written, a copy."""
     if not name.endswith(f".{_NUMBERS}"):
         return tensor.clone(memory_format=torch.contiguous_format)
-    return in_sequence(tensor)
+    return written(tensor)
 
 
 def _kind(weight: Weight) -> Quantization:
     """Return how a weight is quantised. Raises ValueError for groups that cannot be saved."""
     assert weight.scale is not None
-    if not weight.is_packed:
-        return Quantization("int8" if weight.numbers.dtype == torch.int8 else "fp8")
-    return Quantization("int4", weight.shape[1] // weight.scale.shape[1], weight.zero is None)
+    if weight.numbers.dtype == torch.float8_e4m3fn:
+        return Quantization("fp8")
+    groups, symmetric = weight.scale.shape[1], weight.zero is None
+    if not weight.is_packed and groups == 1 and symmetric:
+        return Quantization("int8")
+    return Quantization("int4" if weight.is_packed else "int8", weight.shape[1] // groups, symmetric)
 
 
-def _padded(zero: Tensor) -> Tensor:
-    """Return zero points `[N, G]` with rows of 0 up to a multiple of 8."""
-    return torch.nn.functional.pad(zero, (0, 0, 0, -len(zero) % 8))
+def _padded(zero: Tensor, each: int) -> Tensor:
+    """Return zero points `[N, G]` with rows of 0 up to a multiple of `each`."""
+    return torch.nn.functional.pad(zero, (0, 0, 0, -len(zero) % each))
 
 
 def _described(quantization: Quantization, ignored: list[str]) -> dict[str, Any]:
-    layout = {"int4": PACKED, "int8": INTEGERS, "fp8": FLOATS}[quantization.format]
-    is_4 = quantization.format == "int4"
+    size = quantization.group_size
+    layout = FLOATS if quantization.format == "fp8" else INTEGERS if size is None else PACKED
     weights = {
-        "num_bits": 4 if is_4 else 8,
+        "num_bits": 4 if quantization.format == "int4" else 8,
         "type": "float" if quantization.format == "fp8" else "int",
         "symmetric": quantization.symmetric,
-        "strategy": "group" if is_4 else "channel",
-        "group_size": quantization.group_size if is_4 else None,
+        "strategy": "channel" if size is None else "group",
+        "group_size": size,
         "dynamic": False,
     }
     # The format is named in the group, too: without it, the library takes 8 bits for packed.

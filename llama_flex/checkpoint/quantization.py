@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from ..kernels.weight import GROUP_SIZES, MIDDLE, NF4, PARTS, RUN, Weight, pack
+from ..kernels.weight import GROUP_SIZES, NF4, PARTS, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
 Format: TypeAlias = Literal["int8", "fp8", "int4", "nf4"]
@@ -29,10 +29,10 @@ _SHRUNK = 1.0, 0.95, 0.9, 0.85, 0.8  # ranges of 4 bits that are tried: a smalle
 class Quantization:
     """The numbers that weights are kept in.
 
-    format: "int8", whole numbers, or "fp8", float8_e4m3fn, with a scale for each row; "int4", whole numbers of 4 bits,
-    with a scale and a zero point for every `group_size` numbers of a row, by default 32; "nf4", the 16 values of
-    bitsandbytes, with a scale in float32 for every `group_size`, by default 64. symmetric: no zero points.
-    Raises ValueError for an unknown format or group size.
+    format: "fp8", float8_e4m3fn, with a scale for each row; "int8", whole numbers, with one for each row, or, given a
+    `group_size`, with a scale and a zero point for so many numbers of a row; "int4", whole numbers of 4 bits in
+    groups, by default of 32; "nf4", the 16 values of bitsandbytes, with a scale in float32 for each group, by default
+    of 64. symmetric: no zero points. Raises ValueError for an unknown format or group size.
     """
 
     format: Format
@@ -41,27 +41,25 @@ class Quantization:
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.format, get_args(Format))
-        if self.format != "int4":
-            object.__setattr__(self, "symmetric", True)
-        if self.format not in _GROUP_SIZES:
-            if self.group_size is not None:
-                raise ValueError(f"{self.format!r} has a scale for each row, not for groups of {self.group_size!r:.60}")
-            return
         if self.group_size is None:
-            object.__setattr__(self, "group_size", _GROUP_SIZES[self.format])
-        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            object.__setattr__(self, "group_size", _GROUP_SIZES.get(self.format))
+        elif self.format == "fp8":
+            raise ValueError(f"'fp8' has a scale for each row, not for groups of {self.group_size!r:.60}")
+        elif type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"group_size must be one of {sizes}, not {self.group_size!r:.60}")
+        if self.format == "nf4" or self.group_size is None:
+            object.__setattr__(self, "symmetric", True)
 
     @classmethod
     def of(cls, value: Quantization | str | None) -> Quantization | None:
-        """Return a quantization, given as such or by its name: "int8", "fp8", "nf4", "int4", "int4-64-symmetric".
+        """Return a quantization, given as such or by its name: "int8", "int8-128", "int4-64-symmetric", "nf4", "fp8".
 
         Raises ValueError for anything else.
         """
         if value is None or isinstance(value, Quantization):
             return value
-        found = re.fullmatch(r"(int8|fp8)|(int4|nf4)(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
+        found = re.fullmatch(r"(fp8)|(int8|int4|nf4)(?:-([0-9]{1,3}))?(-symmetric)?", str(value))
         if found is None:
             raise ValueError(f"quantize {value!r:.60} is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like")
         size = None if found[3] is None else int(found[3])
@@ -72,7 +70,7 @@ class Quantization:
         """The name that `of` takes."""
         if self.group_size is None:
             return self.format
-        return f"{self.format}-{self.group_size}" + ("-symmetric" if self.format == "int4" and self.symmetric else "")
+        return f"{self.format}-{self.group_size}" + ("-symmetric" if self.format != "nf4" and self.symmetric else "")
 
     def empty(self, weight: Tensor) -> Weight:
         """Return memory for a weight `[N, K]`, on its device. Raises ValueError if groups do not divide its rows."""
@@ -87,7 +85,10 @@ class Quantization:
         scale = weight.new_empty(rows, columns // self.group_size)
         if self.format == "nf4":
             return Weight(weight.new_empty(rows, columns // 2, dtype=torch.uint8), scale.to(torch.float32))
-        numbers = weight.new_empty(rows, columns // 8, dtype=torch.int32)
+        if self.format == "int8":
+            numbers = torch.empty_like(weight, dtype=torch.int8)
+        else:
+            numbers = weight.new_empty(rows, columns // 8, dtype=torch.int32)
         return Weight(numbers, scale, None if self.symmetric else torch.empty_like(scale, dtype=torch.uint8))
 
     def quantise(self, weight: Tensor, dtype: torch.dtype) -> Weight:
@@ -95,8 +96,15 @@ class Quantization:
         if self.group_size is not None:
             if self.format == "nf4":
                 return to_nf4(weight, self.group_size)
-            return to_int4(weight, self.group_size, self.symmetric, dtype)
+            return to_groups(weight, int(self.format[-1]), self.group_size, self.symmetric, dtype)
         return to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
+
+
+def numbers_of(bits: int, group_size: int | None, symmetric: bool) -> Quantization:
+    """Return the whole numbers that those of a checkpoint become. group_size: None for rows, which become groups if a
+    kernel takes them in groups only; it is the smallest one then."""
+    form: Format = "int4" if bits == 4 else "int8"
+    return Quantization(form, group_size or (RUN if bits == 4 or not symmetric else None), symmetric)
 
 
 def device_for(device: torch.device | str | None, quantization: Quantization | None) -> torch.device:
@@ -152,12 +160,13 @@ def to_fp8(weight: Tensor, dtype: torch.dtype) -> Weight:
     return Weight(_divided(weight, scale).clamp_(-most, most).to(_FP8), scale)
 
 
-def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype) -> Weight:
-    """Return whole numbers of 4 bits near to a weight `[N, K]`, with the scale, and unless symmetric the zero point, of
-    each group: of a few ranges, the one with the least squared error."""
+def to_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Weight:
+    """Return whole numbers of 4 or 8 bits near to a weight `[N, K]`, with the scale of each group, and unless symmetric
+    its zero point: of a few ranges, those of the one with the least squared error."""
+    middle, most = 1 << (bits - 1), (1 << bits) - 1
     rows = max(1, _AT_ONCE * (64 if weight.is_cuda else 1) // weight.shape[1])
     if len(weight) > rows:
-        each = [to_int4(part, group_size, symmetric, dtype) for part in weight.split(rows)]
+        each = [to_groups(part, bits, group_size, symmetric, dtype) for part in weight.split(rows)]
         numbers, scale, zero, _ = (None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
         assert numbers is not None
         return Weight(numbers, scale, zero)
@@ -166,19 +175,20 @@ def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype
     best: tuple[Tensor, ...] = ()
     for shrunk in _SHRUNK:
         if symmetric:  # -8 to 7: the sign of the scale lets the largest number be -8
-            scale = torch.where(-low > high, -low, -high) * (shrunk / MIDDLE)
-            zero = torch.full_like(scale, MIDDLE)
+            scale = torch.where(-low > high, -low, -high) * (shrunk / middle)
+            zero = torch.full_like(scale, middle)
         else:
-            scale = (high - low) * (shrunk / 15)
-            zero = (-low * shrunk / torch.where(scale == 0, 1, scale)).round_().clamp_(0, 15)
+            scale = (high - low) * (shrunk / most)
+            zero = (-low * shrunk / torch.where(scale == 0, 1, scale)).round_().clamp_(0, most)
         scale = scale.to(dtype).to(groups.dtype)
-        numbers = (groups / torch.where(scale == 0, 1, scale)).round_().add_(zero).clamp_(0, 15)
+        numbers = (groups / torch.where(scale == 0, 1, scale)).round_().add_(zero).clamp_(0, most)
         error = ((numbers - zero) * scale - groups).square_().sum(2, keepdim=True)
         found = error, numbers, scale, zero
         best = tuple(torch.where(error < best[0], x, y) for x, y in zip(found, best, strict=True)) if best else found
     _, numbers, scale, zero = best
     held = None if symmetric else zero[..., 0].to(torch.uint8)
-    return Weight(pack(numbers.flatten(1)), scale[..., 0].to(dtype), held)
+    numbers = numbers.flatten(1)
+    return Weight(pack(numbers) if bits == 4 else (numbers - middle).to(torch.int8), scale[..., 0].to(dtype), held)
 
 
 def to_nf4(weight: Tensor, group_size: int) -> Weight:

@@ -1,4 +1,4 @@
-"""What the formats of quantised checkpoints share: numbers of 4 bits in words, and strict reading of a config.
+"""What the formats of quantised checkpoints share: numbers of 4 or 8 bits in words, and strict reading of a config.
 
 Dimensions: N rows, K columns, G groups of columns.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import GROUP_SIZES, reorder
+from ..kernels.weight import GROUP_SIZES, MIDDLE_8, reorder
 from .config_rules import ConfigError
 from .quantization import Quantization
 from .shards import Stored
@@ -37,10 +37,29 @@ class Scheme:
     tensors: Callable[[str, int, int], dict[str, Stored]]
 
 
-def sorted_by_group(size: int, words: Tensor, groups: Tensor) -> Tensor:
-    """Return what `interleaved` does, with the columns sorted by group. groups: `[K]`, that of each column."""
-    order = order_of(size, groups)
-    return interleaved(words) if is_in_sequence(order) else reorder(interleaved(words), order)
+def kept(bits: int, words: Tensor) -> Tensor:
+    """Return numbers of 4 or 8 bits in int32 `[N, K bits / 32]`, lowest first, as `kernels.weight` has them."""
+    return interleaved(words) if bits == 4 else (_bytes_of(words) ^ MIDDLE_8).view(torch.int8)
+
+
+def sorted_by_group(bits: int, size: int, words: Tensor, groups: Tensor) -> Tensor:
+    """Return what `kept` does, with the columns sorted by group. groups: `[K]`, that of each column."""
+    order, numbers = order_of(size, groups), kept(bits, words)
+    return numbers if is_in_sequence(order) else reorder(numbers, order)
+
+
+def unsigned(bits: int, words: Tensor) -> Tensor:
+    """Return the numbers of 4 or 8 bits in int32 `[..., W]`, lowest first, as uint8 `[..., 32 W / bits]`."""
+    return nibbles(words) if bits == 4 else _bytes_of(words)
+
+
+def words_of(bits: int, numbers: Tensor) -> Tensor:
+    """Return numbers of 4 or 8 bits `[..., 32 W / bits]` as int32 `[..., W]`, the inverse of `unsigned`."""
+    numbers = numbers.to(torch.uint8)
+    if bits == 4:
+        pairs = numbers.unflatten(-1, (-1, 2))
+        numbers = pairs[..., 0] | pairs[..., 1] << 4
+    return numbers.contiguous().view(torch.int32)
 
 
 def is_in_sequence(order: Tensor) -> bool:
@@ -67,12 +86,6 @@ def nibbles(words: Tensor) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
-def words_of(numbers: Tensor) -> Tensor:
-    """Return numbers of 4 bits `[..., 8 W]` as int32 `[..., W]`, lowest first: the inverse of `nibbles`."""
-    pairs = numbers.to(torch.uint8).unflatten(-1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
-
-
 def interleaved(words: Tensor) -> Tensor:
     """Return numbers of 4 bits in int32 `[N, K / 8]`, lowest first, in the order of `kernels.weight`.
 
@@ -82,6 +95,13 @@ def interleaved(words: Tensor) -> Tensor:
     first, second = _bytes_of(words).unflatten(1, (-1, 4, 2, 2)).unbind(3)
     parts = (first & 15) | second << 4, first >> 4 | (second & 240)
     return torch.stack([part.transpose(2, 3) for part in parts], 3).flatten(1).view(torch.int32)
+
+
+def written(numbers: Tensor) -> Tensor:
+    """Return the numbers of a weight, int32 or int8, in words, lowest first: the inverse of `kept`."""
+    if numbers.dtype == torch.int32:
+        return in_sequence(numbers)
+    return (numbers.contiguous().view(torch.uint8) ^ MIDDLE_8).view(torch.int32)
 
 
 def in_sequence(words: Tensor) -> Tensor:

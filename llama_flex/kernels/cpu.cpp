@@ -205,7 +205,7 @@ struct Float16 : Widened<Float16> {
 #endif
 
 template <class Numbers>
-struct OfBytes : Widened<Numbers> {  // of weights only, which have a scale for each row
+struct OfBytes : Widened<Numbers> {  // of weights only, which have a scale for each row, or, as InGroups, for each group
   typedef int8_t Stored;
   static void widen(const int8_t* p, Vector& a, Vector& b) {
     a = Numbers::floats(extend(load<Bytes>(p)));
@@ -219,6 +219,10 @@ struct OfBytes : Widened<Numbers> {  // of weights only, which have a scale for 
 struct Int8 : OfBytes<Int8> {
   static Vector floats(Ints numbers) { return __builtin_convertvector(numbers, Vector); }
   static float widen_one(int8_t x) { return x; }
+};
+
+struct InGroups : Int8 {
+  static constexpr bool FOUR = true;
 };
 
 struct Float8 : OfBytes<Float8> {  // float8_e4m3fn
@@ -387,6 +391,40 @@ static void multiply_rows(Weights, const Product& p, int64_t row, int64_t m, flo
   const Stored* scale = (const Stored*)p.weight.scale;
   for (int r = 0; scale && r < R; r++)
     for (int i = 0; i < M; i++) y[r][i] *= Numbers::widen_one(scale[row + r]);
+}
+
+template <int R, int M>
+static void multiply_rows(InGroups, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
+  int64_t groups = p.weight.groups, size = p.k / groups, ahead = R * p.k > 6144 ? R * p.k : 6144;
+  const int8_t* numbers = (const int8_t*)p.weight.numbers + row * p.k;
+  const Stored* scale = (const Stored*)p.weight.scale + row * groups;
+  const uint8_t* zero = (const uint8_t*)p.weight.zero;
+  if (zero) zero += row * groups;
+  const float* x = p.x + m * p.x_size;
+  Vector sums[R][M] = {};
+  for (int64_t group = 0; group < groups; group++) {
+    float scales[R], zeros[R];
+    for (int r = 0; r < R; r++) {
+      scales[r] = Numbers::widen_one(scale[r * groups + group]);
+      zeros[r] = zero ? zero[r * groups + group] - 128.f : 0;
+    }
+    for (int64_t i = group * size; i < (group + 1) * size; i += 2 * LANES) {
+      Pair factors[M];
+      for (int n = 0; n < M; n++) factors[n] = {load<Vector>(x + n * p.x_size + i), load<Vector>(x + n * p.x_size + i + LANES)};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const int8_t* from = numbers + r * p.k + i;
+        prefetch((const char*)from + ahead, 2 * LANES);
+        Pair read = Int8::read(from), weight = {(read.a - zeros[r]) * scales[r], (read.b - zeros[r]) * scales[r]};
+#pragma GCC unroll 4
+        for (int n = 0; n < M; n++) Int8::add(sums[r][n], weight, factors[n]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int n = 0; n < M; n++) y[r][n] = total(sums[r][n]);
 }
 
 // The first of LANES numbers, or all of them, and zeros.
@@ -655,7 +693,7 @@ static void multiply_with(Product p, const void* x, const void* norm, double eps
 
 static void multiply(const Product& p, const void* x, const void* norm, double eps) {
   switch (p.weight.dtype) {
-    case INT8: return multiply_with<Int8>(p, x, norm, eps);
+    case INT8: return p.weight.groups > 1 || p.weight.zero ? multiply_with<InGroups>(p, x, norm, eps) : multiply_with<Int8>(p, x, norm, eps);
     case FLOAT8: return multiply_with<Float8>(p, x, norm, eps);
     case INT32: return multiply_with<Int4>(p, x, norm, eps);
     case UINT8: return multiply_with<FourBits<true>>(p, x, norm, eps);
@@ -1201,7 +1239,8 @@ static bool read_weight(const Arguments<TENSORS>& of, int i, int64_t rows, int64
   int32_t kind = weight.dtype;
   if (!has_scale) return !has_zero && of.fits(numbers, dtype, rows, columns);
   if (!of.fits(scale, kind == UINT8 ? FLOAT32 : dtype, rows, weight.groups) || (kind == UINT8 && has_zero)) return false;
-  if (kind != INT32 && kind != UINT8) return (kind == INT8 || kind == FLOAT8) && !has_zero && weight.groups == 1 && of.fits(numbers, kind, rows, columns);
+  if (kind == FLOAT8 || (kind == INT8 && weight.groups == 1 && !has_zero)) return !has_zero && weight.groups == 1 && of.fits(numbers, kind, rows, columns);
+  if (kind != INT32 && kind != UINT8 && kind != INT8) return false;
   if (weight.groups * Int4::RUN << weight.run_shift != columns || weight.run_shift > 2) return false;
   return of.fits(numbers, kind, rows, columns / per_element(kind)) && (!has_zero || of.fits(zero, UINT8, rows, weight.groups));
 }

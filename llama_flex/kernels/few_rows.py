@@ -64,6 +64,7 @@ def few_rows(
         "COLUMNS": columns,
         "GROUP": k if scale is None else k // scale.shape[1],
         "PACKED": bits == 4,
+        "GROUPED": scale is not None and (bits == 4 or zero is not None or scale.shape[1] > 1),
         "STAGES": stages,
         "GATED": gated,
         "OVERLAP": overlap,
@@ -92,6 +93,7 @@ def _kernel(
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -138,13 +140,17 @@ def _kernel(
                 total_up += part_up * each_up[:, None]
         else:
             v = tl.load(at_x + start, mask=seen, other=0.0, eviction_policy="evict_last")
+            if GROUPED:
+                w = _of_groups(w, scale, zero, row, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
+                if GATED:
+                    w_up = _of_groups(w_up, scale, zero, row + n, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
             total = tl.dot(w.to(dtype), v, total)
             if GATED:
                 total_up = tl.dot(w_up.to(dtype), v, total_up)
     inside = is_row[:, None] & is_token[None, :]
-    y = _finished(total, None if PACKED else scale, bias, row, is_row, dtype)
+    y = _finished(total, None if GROUPED else scale, bias, row, is_row, dtype)
     if GATED:
-        y_up = _finished(total_up, None if PACKED else scale, bias, row + n, is_row, dtype)
+        y_up = _finished(total_up, None if GROUPED else scale, bias, row + n, is_row, dtype)
         y = (y * tl.sigmoid(y)).to(dtype).to(tl.float32) * y_up
     to = token[None, :] * n + row[:, None]
     if residual is not None:
@@ -218,6 +224,32 @@ def _unpacked(
             _looked_up(table, words >> 28, s, dtype),
         )
     return w, each
+
+
+@triton.jit
+def _of_groups(
+    numbers,
+    scale,
+    zero,
+    row,
+    is_row,
+    start,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    # Returns the weights of a tile of int8, `[ROWS, COLUMNS]`. The differences are exact, also in bfloat16.
+    COUNT: tl.constexpr = COLUMNS // GROUP if GROUP < COLUMNS else 1
+    group = start // GROUP + tl.arange(0, COUNT)
+    at = row[:, None] * (K // GROUP) + group[None, :]
+    inside = is_row[:, None] & (group < K // GROUP)[None, :]
+    w = numbers.to(dtype)
+    if zero is not None:
+        z = tl.load(zero + at, mask=inside, other=0).to(dtype) - 128
+        w -= _of_words(z, ROWS, COUNT, COLUMNS)
+    return w * _of_words(tl.load(scale + at, mask=inside, other=0.0), ROWS, COUNT, COLUMNS)
 
 
 @triton.jit

@@ -47,6 +47,7 @@ def gemv(
         "COLUMNS": columns,
         "GROUP": k if scale is None else k // scale.shape[1],
         "PACKED": bits == 4,
+        "GROUPED": scale is not None and (bits == 4 or zero is not None or scale.shape[1] > 1),
         "GATED": gated,
         "FLOAT8": capability >= (8, 9) and table is None,  # whether the device converts it
         "OVERLAP": overlap,
@@ -98,6 +99,7 @@ def _kernel(
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
     GATED: tl.constexpr,
     FLOAT8: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -144,6 +146,11 @@ def _kernel(
                 part += _value(each[i], table) * v[None, :]
                 if GATED:
                     part_up += _value(each_up[i], table) * v[None, :]
+            elif GROUPED:
+                group = here // GROUP
+                total += _of_groups(w, scale, zero, row, group, inside, K // GROUP) * v[None, :]
+                if GATED:
+                    total_up += _of_groups(w_up, scale, zero, row + n, group, inside, K // GROUP) * v[None, :]
             else:
                 total += _widened(w) * v[None, :]
                 if GATED:
@@ -156,11 +163,11 @@ def _kernel(
     # The root mean square is one number for the whole row, so the division can come last.
     rms = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
     dtype: tl.constexpr = out.dtype.element_ty
-    y = _finished(total, rms, None if PACKED else scale, bias, row, is_row, dtype)
+    y = _finished(total, rms, None if GROUPED else scale, bias, row, is_row, dtype)
     if GATED:
         y = y * tl.sigmoid(y)
         y = y.to(dtype).to(tl.float32)
-        y *= _finished(total_up, rms, None if PACKED else scale, bias, row + n, is_row, dtype)
+        y *= _finished(total_up, rms, None if GROUPED else scale, bias, row + n, is_row, dtype)
     if residual is not None:
         y += tl.load(residual + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out + row, y.to(dtype), mask=is_row)
@@ -188,6 +195,15 @@ def _scaled(part, summed, scale, zero, table, row, group, inside, GROUPS: tl.con
         z = 8.0 if zero is None else tl.load(zero + at, mask=inside, other=0).to(tl.float32)
         part = (part * 512.0 if FLOAT8 else part) - z * summed[None, :]
     return part * tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_groups(w, scale, zero, row, group, inside, GROUPS: tl.constexpr):
+    at = row[:, None] * GROUPS + group[None, :]
+    w = _widened(w)
+    if zero is not None:
+        w -= tl.load(zero + at, mask=inside, other=0).to(tl.float32) - 128.0
+    return w * tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 RUN = 32  # columns whose numbers of 4 bits lie together
-GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
+GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns that share a scale, if not a whole row
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
+MIDDLE_8 = 128  # the zero point of 8 bits that means 0, which int8 are without zero points
 PARTS = "weight_scale", "weight_zero_point", "weight_order"  # the parameters of a layer that belong to its weight
 # The values of NF4 (Dettmers et al., arXiv:2305.14314), of which a number of 4 bits tells which.
 NF4 = (
@@ -31,8 +32,8 @@ class Weight(NamedTuple):
     """A weight `[N, K]`: `numbers`, or, if they have scales, (numbers - zero) * scale, or of NF4 value * scale.
 
     numbers: of a float dtype, `[N, K]`; or of int8 or float8_e4m3fn, `[N, K]`, or int32 `[N, K / 8]`, eight of 4 bits
-    each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`; or of NF4, uint8
-    `[N, K / 2]`, the bytes of such words, with scale float32 `[N, G]`. Only 4 bits have more than one group in a row.
+    each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`, for int8 plus 128; or
+    of NF4, uint8 `[N, K / 2]`, the bytes of such words, with scale float32 `[N, G]`. A row of float8 is one group.
     order: int64 `[K]`, which column of the weight each of the numbers is, if they are sorted.
     """
 
@@ -68,7 +69,9 @@ class Weight(NamedTuple):
             return False
         rows, columns = self.shape
         groups = self.scale.shape[-1]
-        sizes = [size for size in GROUP_SIZES if not columns % size] if self.is_packed else [columns]
+        sizes = [] if self.numbers.dtype == torch.float8_e4m3fn else [n for n in GROUP_SIZES if not columns % n]
+        if not self.is_packed and self.zero is None:
+            sizes.append(columns)
         if self.scale.shape != (rows, groups) or groups not in [columns // size for size in sizes]:
             return False
         zero = self.zero
@@ -90,7 +93,7 @@ class Weight(NamedTuple):
                 f"a weight_scale belongs to a weight of few bits, not of {self.numbers.dtype}; if the dtype of a model "
                 "in fp8 was changed, load it in that dtype; else set the scale to None"
             )
-        if not self.is_packed:
+        if not self.is_packed and self.zero is None and self.scale.shape[1] == 1:
             return self.numbers.to(self.scale.dtype) * self.scale
         if self.is_nf4:
             if self.scale.dtype.itemsize < 4:
@@ -100,8 +103,11 @@ class Weight(NamedTuple):
             values = torch.tensor(NF4, device=self.scale.device)[unpack(self.numbers.view(torch.int32))]
             floats = values.unflatten(1, (self.scale.shape[1], -1)) * self.scale[..., None]
             return floats.flatten(1).to(dtype or self.scale.dtype)
-        zero = MIDDLE if self.zero is None else self.zero[..., None]
-        numbers = unpack(self.numbers).unflatten(1, (self.scale.shape[1], -1)) - zero
+        numbers = unpack(self.numbers) if self.is_packed else self.numbers.to(torch.int16) + MIDDLE_8
+        middle = MIDDLE if self.is_packed else MIDDLE_8
+        numbers = numbers.unflatten(1, (self.scale.shape[1], -1)) - (
+            middle if self.zero is None else self.zero[..., None]
+        )
         return (numbers.to(self.scale.dtype) * self.scale[..., None]).flatten(1)
 
 

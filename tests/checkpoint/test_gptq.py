@@ -16,6 +16,7 @@ from llama_flex.layers import Linear
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+EIGHT = GPTQ | {"bits": 8}
 DOWN = "model.layers.1.mlp.down_proj"
 
 
@@ -34,18 +35,19 @@ class Case(NamedTuple):
         """Return the tensors of a random matrix, by their names in the file, and its floats."""
         (rows, columns), draw = shape, np.random.default_rng(seed)
         size = columns if self.config["group_size"] == -1 else self.config["group_size"]
-        numbers = draw.integers(0, 16, shape)
-        zero = draw.integers(self.least, 16, (rows, columns // size))
+        bits = self.config.get("bits", 4)
+        numbers = draw.integers(0, 1 << bits, shape)
+        zero = draw.integers(self.least, 1 << bits, (rows, columns // size))
         if self.config.get("sym"):
-            zero[:] = 8
+            zero[:] = 1 << (bits - 1)
         scale = torch.tensor(draw.normal(size=zero.shape) * 0.03, dtype=torch.float32)
         of_column = np.arange(columns) // size
         if self.reordered:
             of_column = shuffled(of_column)
         stored = {f"{name}.scales": scale.T}
         if self.config["quant_method"] == "gptq":
-            stored[f"{name}.qweight"] = pack(numbers, 4).T
-            stored[f"{name}.qzeros"] = pack((zero - self.minus).T, 4)
+            stored[f"{name}.qweight"] = pack(numbers, bits).T
+            stored[f"{name}.qzeros"] = pack((zero - self.minus).T, bits)
             stored[f"{name}.g_idx"] = torch.tensor(of_column, dtype=torch.int32)
         else:
             stored[f"{name}.qweight"] = pack(interleaved(numbers.T), 4)
@@ -66,6 +68,12 @@ CASES = {
     "gptq, act-order of whole groups": Case(GPTQ | {"desc_act": True, "static_groups": True}, minus=1, least=1),
     "gptq, act-order": Case(GPTQ | {"desc_act": True, "format": "gptq_v2"}, reordered=True),
     "gptq, act-order, symmetric": Case(GPTQ | {"desc_act": True, "sym": True, "group_size": 64}, 1, reordered=True),
+    "gptq, 8 bits": Case(EIGHT, minus=1, least=1),
+    "gptq, 8 bits, v2": Case(EIGHT | {"format": "gptq_v2", "group_size": 64}),
+    "gptq, 8 bits, symmetric": Case(EIGHT | {"sym": True}, minus=1),
+    "gptq, 8 bits, rows": Case(EIGHT | {"group_size": -1}, minus=1, least=1),
+    "gptq, 8 bits, rows, symmetric": Case(EIGHT | {"group_size": -1, "sym": True}, minus=1),
+    "gptq, 8 bits, act-order": Case(EIGHT | {"desc_act": True, "format": "gptq_v2"}, reordered=True),
     "gptq, v1 by name": Case(GPTQ | {"checkpoint_format": "gptq"}, minus=1, least=1),
     "gptq, v2": Case(GPTQ | {"checkpoint_format": "gptq_v2"}),
     "gptq, v2 symmetric": Case(GPTQ | {"format": "gptq_v2", "sym": True}),
@@ -86,6 +94,7 @@ def test_each_number_is_the_one_that_was_stored(case, folder, tmp_path):
     model = load_quietly(folder)
     assert same(floats_of(model), expected)
     assert (model.layers[0].mlp.down.weight_zero_point is None) == bool(case.config.get("sym"))
+    assert model.layers[0].mlp.down.weight.dtype == (torch.int8 if case.config["bits"] == 8 else torch.int32)
     if case.reordered:
         with pytest.raises(ValueError, match=r"cannot save layers.0.attention.qkv, whose columns are reordered"):
             model.save_pretrained(tmp_path / "again")
@@ -124,7 +133,7 @@ MUTATIONS = {
     ("name", "mutation"),
     [
         *itertools.product(("gptq, v2", "awq"), list(MUTATIONS)[:-2]),
-        *(("gptq, act-order", mutation) for mutation in MUTATIONS),
+        *itertools.product(("gptq, act-order", "gptq, 8 bits, act-order"), MUTATIONS),
     ],
 )
 def test_the_comparison_finds_numbers_that_are_not_in_their_places(name, mutation, folder):
@@ -216,6 +225,16 @@ def test_modules_that_awq_does_not_convert_keep_floats(folder):
         ("gptq", lambda t: t.update({DOWN + ".bias": torch.zeros(128)}), f"unexpected: {DOWN}.bias"),
         ("gptq", lambda t: t[DOWN + ".qzeros"].fill_(-1), f'{DOWN}.qzeros has a zero point of 15 in format "gptq"'),
         (
+            "gptq, 8 bits",
+            lambda t: t[DOWN + ".qzeros"].fill_(-1),
+            f'{DOWN}.qzeros has a zero point of 255 in format "gptq"',
+        ),
+        (
+            "gptq, 8 bits, symmetric",
+            lambda t: t[DOWN + ".qzeros"][0].fill_(0),
+            f"{DOWN}.qzeros has zero points other than 128, but config.json says sym",
+        ),
+        (
             "gptq, symmetric",
             lambda t: t[DOWN + ".qzeros"][0].fill_(0),
             f"{DOWN}.qzeros has zero points other than 8, but config.json says sym",
@@ -243,8 +262,7 @@ def test_tensors_that_do_not_fit_are_named(name, change, needle, folder):
 @pytest.mark.parametrize(
     ("config", "needle"),
     [
-        (GPTQ | {"bits": 8}, "bits=8 is not supported (only 4)"),
-        (GPTQ | {"bits": 3}, "bits=3 is not supported (only 4)"),
+        (GPTQ | {"bits": 3}, "bits=3 is not supported (only 4 or 8)"),
         (GPTQ | {"bits": True}, "bits=True is not supported"),
         (GPTQ | {"group_size": 16}, "group_size=16 is not supported (only 32, 64, 128)"),
         (

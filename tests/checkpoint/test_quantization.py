@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.checkpoint import quantization
-from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, to_fp8, to_int4, to_int8
+from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, to_fp8, to_groups, to_int8
 from llama_flex.kernels.weight import NF4, unpack
 from llama_flex.layers import Linear
 from llama_flex.weights import DTYPES
@@ -23,6 +23,8 @@ WAYS = {
     "int4": Quantization("int4"),
     "int4, symmetric": Quantization("int4", symmetric=True),
     "nf4": Quantization("nf4", 32),
+    "int8, groups": Quantization("int8", 32),
+    "int8, symmetric groups": Quantization("int8", 32, symmetric=True),
 }
 DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int32, "nf4": torch.uint8}
 random_weights = {
@@ -80,20 +82,27 @@ def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size
     check_scale(scale, weight, 448)
 
 
-@given(**random_weights, groups=st.integers(1, 3), group_size=st.sampled_from(GROUP_SIZES), symmetric=st.booleans())
-@settings(max_examples=200, deadline=None)
-def test_a_weight_has_no_nearer_number_of_4_bits(stored, dtype, rows, groups, group_size, symmetric, size, seed):
+@given(
+    **random_weights,
+    bits=st.sampled_from((4, 8)),
+    groups=st.integers(1, 3),
+    group_size=st.sampled_from(GROUP_SIZES),
+    symmetric=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_weight_has_no_nearer_number_in_groups(stored, dtype, rows, bits, groups, group_size, symmetric, size, seed):
     weight = random_weight(stored, rows, groups * group_size, size, seed)
-    words, scale, zero, _ = to_int4(weight, group_size, symmetric, dtype)
-    assert (words.dtype, scale.dtype) == (torch.int32, dtype)
-    assert words.shape == (rows, groups * group_size // 8)
+    held, scale, zero, _ = to_groups(weight, bits, group_size, symmetric, dtype)
+    assert (held.dtype, scale.dtype) == (torch.int32 if bits == 4 else torch.int8, dtype)
+    assert held.shape == (rows, groups * group_size // (8 if bits == 4 else 1))
+    numbers = unpack(held) if bits == 4 else held.int() + 128
     assert scale.shape == (rows, groups)
     assert (zero is None) == symmetric
-    middle = torch.full((rows, groups), 8) if zero is None else zero
-    assert middle.max() <= 15
-    steps = unpack(words).unflatten(1, (groups, -1)) - middle[..., None].int()
+    middle = torch.full((rows, groups), 1 << (bits - 1)) if zero is None else zero
+    assert middle.max().item() < 1 << bits
+    steps = numbers.unflatten(1, (groups, -1)) - middle[..., None].int()
     exact, step = weight.double().unflatten(1, (groups, -1)), scale.double()[..., None]
-    every = (torch.arange(16) - middle[..., None].int()).double() * step
+    every = (torch.arange(1 << bits) - middle[..., None].int()).double() * step
     nearest = (every[:, :, None] - exact[..., None]).abs().amin(-1)
     error = (steps * step - exact).abs()
     assert (error <= nearest + 1e-4 * step.abs() + 1e-6 * exact.abs()).all()
@@ -239,14 +248,25 @@ def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["int8", "fp8", "int4-32", "int4-128", "int4-64-symmetric", "int4-32-symmetric", "nf4-64", "nf4-128"]
+    "name",
+    [
+        "int8",
+        "fp8",
+        "int4-32",
+        "int4-128",
+        "int4-64-symmetric",
+        "int4-32-symmetric",
+        "nf4-64",
+        "int8-32",
+        "int8-128-symmetric",
+    ],
 )
 def test_a_name_is_read_back(name):
     assert Quantization.of(Quantization.of(name).name) == Quantization.of(name)
     assert Quantization.of(name).name == name
 
 
-@pytest.mark.parametrize("name", ["int8-32", "fp8-symmetric", "int4-9999", "int4-٣٢", "int4-", 4, True, "int4-128-x"])
+@pytest.mark.parametrize("name", ["fp8-32", "fp8-symmetric", "int4-9999", "int4-٣٢", "int4-", 4, True, "int4-128-x"])
 def test_other_names_are_refused_in_a_line(name):
     with pytest.raises(ValueError, match="is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like"):
         Quantization.of(name)

@@ -36,6 +36,7 @@ FORMATS = (
     Quantization("fp8"),
     *(Quantization("int4", size, symmetric) for size in GROUP_SIZES for symmetric in (False, True)),
     *(Quantization("nf4", size) for size in GROUP_SIZES),
+    *(Quantization("int8", size, symmetric) for size in GROUP_SIZES for symmetric in (False, True)),
 )
 CHECK = """
 import torch
@@ -167,6 +168,7 @@ def swapped(words: torch.Tensor) -> torch.Tensor:
         ("the scale of a neighbour", Quantization("int8")),
         ("the scale of a neighbour", Quantization("fp8")),
         *((fault, Quantization("int4", size)) for fault in FAULTS for size in GROUP_SIZES),
+        *((fault, Quantization("int8", size)) for fault in FAULTS if "swapped" not in fault for size in GROUP_SIZES),
         *((fault, Quantization("nf4", size)) for fault in FAULTS if "zero" not in fault for size in GROUP_SIZES),
     ],
 )
@@ -187,10 +189,13 @@ def test_every_number_of_few_bits_is_read_as_it_is(dtype):
     four_bits = torch.randint(-(2**31), 2**31, (256, 20), generator=draws).int()
     zero = torch.randint(0, 16, (256, 5), generator=draws, dtype=torch.uint8)
     ones = one.expand(-1, 5)
+    eight = torch.randint(0, 256, (256, 1), generator=draws, dtype=torch.uint8).expand(-1, 5)
     numbers = unpack(four_bits)
     for weight, exact in (
         (Weight(bytes_.view(torch.int8), one), bytes_.view(torch.int8)),
         (Weight(bytes_.view(torch.float8_e4m3fn), one), bytes_.view(torch.float8_e4m3fn)),
+        (Weight(bytes_.view(torch.int8), ones), bytes_.view(torch.int8)),
+        (Weight(bytes_.view(torch.int8), ones, eight), bytes_.int() + 256 * (bytes_ < 128) - 128 - eight[:, :1].int()),
         (Weight(four_bits, ones), numbers - MIDDLE),
         (Weight(four_bits, ones, zero), numbers - zero.repeat_interleave(32, 1)),
         (Weight(four_bits.view(torch.uint8), torch.ones(256, 5)), torch.tensor(NF4)[numbers]),
@@ -697,7 +702,8 @@ def faults_of_shape(weight: Weight) -> list[Weight]:
         weight._replace(numbers=weight.numbers.view(torch.int8), scale=one.contiguous()),
         weight._replace(numbers=weight.numbers.long()),
         weight._replace(scale=None, zero=None),
-        Weight(torch.zeros(64, 256, dtype=torch.int8), weight.scale),
+        Weight(torch.zeros(64, 256).to(torch.float8_e4m3fn), weight.scale),
+        Weight(torch.zeros(64, 256, dtype=torch.int8), weight.scale[:, :2].contiguous(), weight.zero),
         Weight(torch.zeros(64, 256, dtype=torch.uint8), one.contiguous()),
         Weight(torch.zeros(64, 256), None, zero),
     ]
@@ -725,7 +731,15 @@ def test_a_weight_of_few_bits_in_another_shape_has_no_code():
     assign(block.mlp.gate_up, nf4)
     assert runs()
     order = weight._replace(order=torch.randperm(256))
-    faults = nf4._replace(scale=nf4.scale.bfloat16()), nf4._replace(zero=weight.zero), order
+    int8 = Quantization("int8", 64).quantise(module.weight, torch.float32)
+    assign(block.mlp.gate_up, int8)
+    assert runs()
+    faults = (
+        nf4._replace(scale=nf4.scale.bfloat16()),
+        nf4._replace(zero=weight.zero),
+        order,
+        int8._replace(zero=weight.zero),
+    )
     for other in (*faults_of_shape(weight), *faults):
         assign(block.mlp.gate_up, other)
         assert not runs()

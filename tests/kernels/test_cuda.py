@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 INT4 = [Quantization("int4", size, symmetric) for size in (32, 128) for symmetric in (False, True)]
 FORMATS = {"none": None, "int8": Quantization("int8"), "fp8": Quantization("fp8")}
 FORMATS |= {f"int4-{x.group_size}-{'symmetric' if x.symmetric else 'zeros'}": x for x in INT4}
+FORMATS |= {x.name: x for x in (Quantization("int8", 32), Quantization("int8", 128), Quantization("int8", 64, True))}
 FORMATS |= {f"nf4-{size}": Quantization("nf4", size) for size in (32, 64, 128)}
 SHAPES = [(509, 96), (1536, 576), (256, 14336)]
 CASES = [("none", rows, dtype) for rows in (1, 2, 32) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -85,6 +86,8 @@ MUTATIONS = {
     "groups of NF4 shifted": ("nf4-64", lambda w: w._replace(scale=w.scale.roll(1, 1))),
     "numbers of a byte of NF4 swapped": ("nf4-64", _swapped),
     "NF4 taken for whole numbers": ("nf4-64", lambda w: Weight(w.numbers.view(torch.int32), w.scale.bfloat16())),
+    "a zero point of int8 off by one": ("int8-128", lambda w: w._replace(zero=w.zero ^ 1)),
+    "groups of int8 shifted": ("int8-64-symmetric", lambda w: w._replace(scale=w.scale.roll(1, 1))),
     "a neighbour's scale of int8": ("int8", lambda w: w._replace(scale=w.scale.roll(1, 0))),
     "a neighbour's scale of fp8": ("fp8", lambda w: w._replace(scale=w.scale.roll(1, 0))),
 }

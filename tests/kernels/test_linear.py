@@ -43,11 +43,11 @@ def reordered(products: Products, quantization: Quantization) -> Products:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
-@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("form", ["int4", "int8", "int8-32"])
 @torch.no_grad()
 def test_products_with_columns_in_another_order_are_those_of_float64(form, rows):
     products = Products(48, 96)
-    truth = reordered(products, Quantization(form))
+    truth = reordered(products, Quantization.of(form))
     x, residual = (torch.randn(rows, 1, size) for size in (96, 48))
 
     def errors():
@@ -68,8 +68,8 @@ def test_products_with_columns_in_another_order_are_those_of_float64(form, rows)
 @torch.no_grad()
 def test_a_weight_with_its_columns_in_another_order_stands_for_floats_in_theirs():
     weight, order = torch.randn(8, 64), torch.randperm(64)
-    for form in ("int4", "int8"):
-        plain = Quantization(form).quantise(weight, torch.float32)
+    for form in ("int4", "int8", "int8-32"):
+        plain = Quantization.of(form).quantise(weight, torch.float32)
         assert torch.equal(Weight(*plain[:3], order).floats()[:, order], plain.floats())
         back = plain._replace(numbers=reorder(reorder(plain.numbers, order), order.argsort()))
         assert torch.equal(back.floats(), plain.floats())
