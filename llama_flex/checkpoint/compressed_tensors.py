@@ -1,10 +1,10 @@
 """Checkpoints of the library compressed-tensors (llm-compressor, vLLM): weights in 8 or 4 bits, read and written.
 
-Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is stored as `x.weight_packed`, int32
-`[N, K / 8]`, lowest bits first, each number from 0 to 15 with 8 for 0; `x.weight_scale` `[N, G]`; perhaps
-`x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; `x.weight_shape`, (N, K);
-and, written by older versions of the library, `x.weight_g_idx` `[K]`, the group of each column. One of 8 bits is stored
-as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale` `[N, 1]`.
+Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is stored as `x.weight_packed`, int32 `[N,
+K / 8]`, lowest bits first, each number from 0 to 15 with 8 for 0; `x.weight_scale` `[N, G]`; perhaps
+`x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; `x.weight_shape`, (N, K); and, written by
+older versions of the library, `x.weight_g_idx` `[K]`, the group of each column. One of 8 bits is stored in the same
+way, four numbers in a word, with 128 for 0, or as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Dimensions: N rows, K columns, G groups of columns. Both store a matrix "x" transposed, with `x.scales` `[G, N]` and
 `x.qzeros`, int32 `[G, N / 8]`. GPTQ: `x.qweight`, int32 `[K / 8, N]`, packed along the columns of the matrix, lowest
-bits first; `x.g_idx` `[K]`, the group of each column, in any order (act-order, `desc_act`). AWQ: `x.qweight`, int32
-`[K, N / 8]`, packed along its rows, and in each eight the even ones first.
+bits first; `x.g_idx` `[K]`, the group of each column, in any order (act-order, `desc_act`); of 8 bits, a word has
+four numbers. AWQ: `x.qweight`, int32 `[K, N / 8]`, packed along its rows, and in each eight the even ones first.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def few_rows(
     (m, k), n = x.shape, len(numbers) // (1 + gated)
     assert numbers.is_contiguous()
     x = x.contiguous()
-    table = nf4_on(x.device) if numbers.dtype == torch.uint8 else None
+    table = nf4_on(x.device).view(torch.int16) if numbers.dtype == torch.uint8 else None
     numbers = numbers if table is None else numbers.view(torch.int32)
     bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
     tokens = max(16, triton.next_power_of_2(m))
@@ -254,7 +254,10 @@ def _of_groups(
 
 @triton.jit
 def _looked_up(table, words, scale, dtype: tl.constexpr):
-    return (tl.load(table + (words & 15)) * scale).to(dtype)
+    # A value comes in halves: loads of 32 bits would be copied to shared memory ahead, as the weight is, one by one.
+    at = table + 2 * (words & 15)
+    low, high = tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32)
+    return ((high << 16 | low & 0xFFFF).to(tl.float32, bitcast=True) * scale).to(dtype)
 
 
 @triton.jit

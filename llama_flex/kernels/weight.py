@@ -93,7 +93,8 @@ class Weight(NamedTuple):
                 f"a weight_scale belongs to a weight of few bits, not of {self.numbers.dtype}; if the dtype of a model "
                 "in fp8 was changed, load it in that dtype; else set the scale to None"
             )
-        if not self.is_packed and self.zero is None and self.scale.shape[1] == 1:
+        of_rows = self.numbers.dtype == torch.int8 and self.zero is None and self.scale.shape[1] == 1
+        if of_rows or self.numbers.dtype == torch.float8_e4m3fn:
             return self.numbers.to(self.scale.dtype) * self.scale
         if self.is_nf4:
             if self.scale.dtype.itemsize < 4:
@@ -103,10 +104,12 @@ class Weight(NamedTuple):
             values = torch.tensor(NF4, device=self.scale.device)[unpack(self.numbers.view(torch.int32))]
             floats = values.unflatten(1, (self.scale.shape[1], -1)) * self.scale[..., None]
             return floats.flatten(1).to(dtype or self.scale.dtype)
-        numbers = unpack(self.numbers) if self.is_packed else self.numbers.to(torch.int16) + MIDDLE_8
-        middle = MIDDLE if self.is_packed else MIDDLE_8
+        if self.is_packed:
+            numbers, zero = unpack(self.numbers), MIDDLE
+        else:
+            numbers, zero = self.numbers.to(torch.int16) + MIDDLE_8, MIDDLE_8
         numbers = numbers.unflatten(1, (self.scale.shape[1], -1)) - (
-            middle if self.zero is None else self.zero[..., None]
+            zero if self.zero is None else self.zero[..., None]
         )
         return (numbers.to(self.scale.dtype) * self.scale[..., None]).flatten(1)
 

@@ -743,6 +743,8 @@ def test_a_weight_of_few_bits_in_another_shape_has_no_code():
     for other in (*faults_of_shape(weight), *faults):
         assign(block.mlp.gate_up, other)
         assert not runs()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        Weight(torch.zeros(64, 256).to(torch.float8_e4m3fn), weight.scale).floats()
     large = faults_of_shape(weight)[0]
     assert not linear.can_fuse(x, large)
     torch.testing.assert_close(linear.matmul(x, large, None), x @ large.floats().T)

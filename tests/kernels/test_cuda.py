@@ -86,7 +86,7 @@ MUTATIONS = {
     "groups of NF4 shifted": ("nf4-64", lambda w: w._replace(scale=w.scale.roll(1, 1))),
     "numbers of a byte of NF4 swapped": ("nf4-64", _swapped),
     "NF4 taken for whole numbers": ("nf4-64", lambda w: Weight(w.numbers.view(torch.int32), w.scale.bfloat16())),
-    "a zero point of int8 off by one": ("int8-128", lambda w: w._replace(zero=w.zero ^ 1)),
+    "another zero point of int8": ("int8-128", lambda w: w._replace(zero=w.zero ^ 16)),
     "groups of int8 shifted": ("int8-64-symmetric", lambda w: w._replace(scale=w.scale.roll(1, 1))),
     "a neighbour's scale of int8": ("int8", lambda w: w._replace(scale=w.scale.roll(1, 0))),
     "a neighbour's scale of fp8": ("fp8", lambda w: w._replace(scale=w.scale.roll(1, 0))),
