@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import formats, shards
-from .checkpoint.quantization import Quantization, device_for, prepare
+from .checkpoint.quantization import ORDER, Quantization, device_for, prepare
 from .config import LlamaConfig
 from .kernels import cpu
 
@@ -21,8 +21,9 @@ def named_weights(model: nn.Module, config: LlamaConfig) -> dict[str, Tensor]:
     for path, names in config.architecture.modules(config.num_hidden_layers, config.tie_word_embeddings):
         module = model.get_submodule(path)
         for kind, parameter in module.named_parameters(recurse=False):  # weight, and bias if there is one
-            parts = getattr(module, "parts", (len(parameter),))
-            for name, view in zip(names, parameter.detach().split(parts), strict=True):
+            tensor, parts = parameter.detach(), getattr(module, "parts", (len(parameter),))
+            views_of = [tensor] * len(names) if kind == ORDER else tensor.split(parts)
+            for name, view in zip(names, views_of, strict=True):
                 views[f"{name}.{kind}"] = view
     return views
 
@@ -53,11 +54,10 @@ def load(
     prepare(model, plan.quantization, plan.floats)
     model.to_empty(device=device)
     cpu.prepare(dtype, device)  # its compiler runs while weights are read
-    places, sources = named_weights(model, config), checkpoint.sources
-    for path in sorted({source.path for source in sources.values()}):
-        with shards.opened(path) as file:
-            for name, source in sources.items():
-                if source.path == path:
-                    plan.fill(places, name, file.get_tensor(source.name))
+    beside = dict(checkpoint.tensors(plan.beside))
+    plan.order_columns(model, modules, beside, device)
+    places = named_weights(model, config)
+    for name, tensor in checkpoint.tensors():
+        plan.fill(places, name, tensor, beside)
     checkpoint.check_tied_copy(dtype)
     plan.check(places)

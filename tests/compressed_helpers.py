@@ -1,5 +1,6 @@
 """Quantised checkpoints written by code of its own: random numbers, packed with numpy as each format describes."""
 
+import copy
 import json
 import re
 import zlib
@@ -12,6 +13,9 @@ from checkpoint_helpers import rewrite
 from helpers import TINY, tiny_reference
 
 from llama_flex import Llama
+from llama_flex.checkpoint.quantization import assign
+from llama_flex.kernels.modules import MatrixModule
+from llama_flex.kernels.weight import Weight
 from llama_flex.layers import Linear
 
 SMALL = {"vocab_size": 48, "hidden_size": 128, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
@@ -33,6 +37,7 @@ class Kind(NamedTuple):
     group_size: int | None = 32
     symmetric: bool = True
     inputs: str | None = None
+    actorder: str | None = None
 
     def config(self, **changes) -> dict:
         """Return the object for config.json; changes: of its weights."""
@@ -68,6 +73,10 @@ class Kind(NamedTuple):
         stored = {f"{name}.weight_scale": scale[:1, 0] if self.strategy == "tensor" else scale}
         if self.inputs == "static":
             stored[f"{name}.input_scale"] = self.input_scale(name)
+        of_column = np.arange(columns) // (columns // groups)
+        if self.actorder == "group":
+            of_column = shuffled(of_column)
+            stored[f"{name}.weight_g_idx"] = torch.tensor(of_column, dtype=torch.int32)
         if self.type == "float":
             held = torch.tensor(draw.normal(size=shape) * 50).to(torch.float8_e4m3fn)
             return stored | {f"{name}.weight": held}, held.float() * scale
@@ -78,13 +87,18 @@ class Kind(NamedTuple):
             stored[f"{name}.weight_shape"] = torch.tensor(shape)
         if not self.symmetric:
             stored[f"{name}.weight_zero_point"] = pack((zero + high).T, self.num_bits).T
-        steps = torch.tensor(numbers - np.repeat(zero, columns // groups, 1), dtype=torch.float32)
-        return stored, steps * scale.repeat_interleave(columns // groups, 1)
+        steps = torch.tensor(numbers - zero[:, of_column], dtype=torch.float32)
+        return stored, steps * scale[:, of_column]
 
     def input_scale(self, name: str) -> torch.Tensor:
         """Return the scale of a matrix's inputs, `[1]`, another for each layer and kind of inputs."""
         shared = re.sub("[qkv]_proj|gate_proj|up_proj", "", name)
         return torch.tensor([(4 + zlib.crc32(shared.encode()) % 100 / 100) / (448 if self.type == "float" else 127)])
+
+
+def shuffled(of_column: np.ndarray) -> np.ndarray:
+    """Return the groups of columns in another order, the same for all matrices with as many columns."""
+    return np.random.default_rng(len(of_column)).permutation(of_column)
 
 
 def pack(numbers: np.ndarray, bits: int) -> torch.Tensor:
@@ -126,6 +140,15 @@ def floats_of(model: Llama) -> dict[str, torch.Tensor]:
         if isinstance(module := model.get_submodule(path), Linear) and path != "lm_head":
             found |= zip(names, module.matrix.floats().split(module.parts), strict=True)
     return found
+
+
+def dequantised(model: Llama) -> Llama:
+    """Return a copy of a model with the weights that its numbers, scales and zero points stand for."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, MatrixModule) and module.weight_scale is not None:
+            assign(module, Weight(module.matrix.floats(model.dtype)))
+    return model
 
 
 def same(found: dict, expected: dict) -> bool:

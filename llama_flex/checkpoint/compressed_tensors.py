@@ -3,9 +3,11 @@ inputs in 8.
 
 Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is stored as `x.weight_packed`, int32
 `[N, K / 8]`, lowest bits first, each number from 0 to 15 with 8 for 0; `x.weight_scale` `[N, G]`; perhaps
-`x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; and `x.weight_shape`, (N, K). One of 8 bits
-is stored as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale` `[N, 1]`; its inputs may be numbers of the
-same kind, with a scale of their own, or with `x.input_scale` `[1]`.
+`x.weight_zero_point`, int32 `[N / 8, G]`, its rows packed in the same way; `x.weight_shape`, (N, K); and, written by
+older versions of the library, `x.weight_g_idx` `[K]`, the group of each column. One of 8 bits is stored in the same
+way, four numbers in a word, with 128 for 0, or as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale`
+`[N, 1]`; the inputs of the latter may be numbers of the same kind, with a scale of their own, or with `x.input_scale`
+`[1]`.
 
 The output matrix may be quantised like the layers, or in another way, as a group of its own. An embedding is not: with
 one of 4 bits, and one that is the output matrix too, transformers does not load (5.23).
@@ -17,14 +19,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..kernels.weight import PARTS, Weight
+from ..kernels.weight import PARTS, QUANTISED, Weight
 from .config_rules import ConfigError
-from .quantization import INPUT, SCALE, ZERO, Format, Inputs, Quantization
+from .quantization import INPUT, ORDER, SCALE, ZERO, Format, Inputs, Quantization, numbers_of
 from .shards import EMBEDDING, HEAD, Stored
 from .stored import (
     ANY,
@@ -33,17 +35,19 @@ from .stored import (
     as_it_is,
     check_group_size,
     check_keys,
-    in_sequence,
-    interleaved,
-    nibbles,
+    kept,
+    order_of,
+    sorted_by_group,
+    unsigned,
     words_of,
+    written,
 )
 
 METHOD = "compressed-tensors"
 PACKED, INTEGERS, FLOATS = _LAYOUTS = "pack-quantized", "int-quantized", "float-quantized"
 _MIXED = "mixed-precision"  # each group names its own
 _LAYERS, _HEAD = ["Linear"], ["re:.*lm_head"]  # the targets of groups
-_NUMBERS, _SHAPE = "weight_packed", "weight_shape"  # tensors of a matrix, beside SCALE and ZERO
+_NUMBERS, _SHAPE, _GROUPS = "weight_packed", "weight_shape", "weight_g_idx"  # of a matrix, beside SCALE and ZERO
 # Of an ignore list: with more, a match could take minutes.
 _MOST_PATTERNS, _MOST_REPEATS, _MOST_CHOICES = 16, 3, 2
 
@@ -72,7 +76,7 @@ _WEIGHT_KEYS = {
     "group_size": ANY,
     "block_structure": (None,),
     "dynamic": (False,),
-    "actorder": (None, False, "weight", "static"),  # only the order of calibration; others reorder columns by a g_idx
+    "actorder": (None, True, False, "group", "weight", "static"),  # but for "group", only the order of calibration
     "scale_dtype": (None, "torch.float16", "torch.bfloat16", "torch.float32"),
     "zp_dtype": (None, "torch.int8"),
 }
@@ -91,8 +95,8 @@ _INPUT_KEYS = {
 # By format, type and bits: ours, the strategies, and whether there may be zero points.
 _SUPPORTED: dict[tuple[Any, ...], tuple[Format, tuple[str, ...], bool]] = {
     (PACKED, "int", 4): ("int4", ("group", "channel"), True),
-    (PACKED, "int", 8): ("int8", ("channel",), False),
-    (INTEGERS, "int", 8): ("int8", ("channel", "tensor"), False),
+    (PACKED, "int", 8): ("int8", ("group", "channel"), True),
+    (INTEGERS, "int", 8): ("int8", ("group", "channel", "tensor"), False),
     (FLOATS, "float", 8): ("fp8", ("channel", "tensor"), False),
 }
 
@@ -132,9 +136,13 @@ def _group(where: str, layout: str, group: Any, ignores: Callable[[str], bool]) 
     quantization, strategy = _quantization(f"{where}.weights", layout, weights)
     if group.get("input_activations") is not None:
         inputs = _inputs(f"{where}.input_activations", layout, group["input_activations"])
+        if quantization.group_size is not None:
+            only = "only with a scale for each row of a weight"
+            raise ConfigError(f"{where}.input_activations is not supported with strategy={strategy!r} ({only}); {WAY}")
         quantization = replace(quantization, inputs=inputs)
-    per_row = strategy == "channel" and quantization.format == "int4"
-    return Scheme(METHOD, quantization, per_row, ignores, partial(_tensors, layout, quantization, strategy))
+    per_row, reorders = strategy == "channel" and quantization.group_size is not None, weights.get("actorder")
+    tensors = partial(_tensors, layout, quantization, strategy, reorders in (True, "group"))
+    return Scheme(METHOD, quantization, per_row, ignores, tensors)
 
 
 def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[Quantization, str]:
@@ -147,6 +155,8 @@ def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[
         what = f"num_bits={bits!r:.50} of type={kind!r:.50} in format={layout!r}"
         raise ConfigError(f"{where}: {what} is not supported (only {known}); {WAY}")
     form, strategies, zeros = found
+    if weights.get("actorder") in (True, "group") and (strategy, layout) != ("group", PACKED):
+        raise ConfigError(f"{where}: actorder='group' does not go with strategy={strategy!r} in {layout!r}; {WAY}")
     if strategy not in strategies:
         only = f"with {bits} bits in {layout!r} only {' or '.join(map(repr, strategies))}"
         raise ConfigError(f"{where}: strategy={strategy!r} is not supported ({only}); {WAY}")
@@ -154,10 +164,10 @@ def _quantization(where: str, layout: str, weights: Mapping[str, Any]) -> tuple[
     if not symmetric and not zeros:
         raise ConfigError(f"{where}: symmetric=False is not supported with {bits} bits (only True); {WAY}")
     if strategy == "group":
-        return Quantization(form, check_group_size(where, size), symmetric), strategy
+        return numbers_of(bits, check_group_size(where, size), symmetric), strategy
     if size not in (None, -1) or isinstance(size, float):
         raise ConfigError(f"{where}: group_size={size!r:.200} does not go with strategy={strategy!r}; {WAY}")
-    return Quantization(form, symmetric=symmetric), strategy
+    return Quantization(form) if form == "fp8" else numbers_of(bits, None, symmetric), strategy
 
 
 def _inputs(where: str, layout: str, inputs: Any) -> Inputs:
@@ -204,35 +214,40 @@ def _compiled(where: str, pattern: str) -> re.Pattern[str]:
 
 
 def _tensors(
-    layout: str, quantization: Quantization, strategy: str, name: str, rows: int, columns: int
+    layout: str, quantization: Quantization, strategy: str, reorders: bool, name: str, rows: int, columns: int
 ) -> dict[str, Stored]:
     """Return the tensors of a matrix `[N, K]`, by their names in the file."""
-    groups = columns // quantization.group_size if strategy == "group" else 1
+    size = (quantization.group_size or columns) if strategy == "group" else columns
+    groups = columns // size
     numbers, scale, zero = (f"{name}.{part}" for part in ("weight", SCALE, ZERO))
     found = {scale: Stored([1] if strategy == "tensor" else [rows, groups], scale)}
     if layout == PACKED:
-        is_4 = quantization.format == "int4"
-        words, read = -(-columns // (8 if is_4 else 4)), interleaved if is_4 else partial(_bytes, columns)
-        found[f"{name}.{_NUMBERS}"] = Stored([rows, words], numbers, read, ("I32",))
+        bits = 4 if quantization.format == "int4" else 8
+        read = partial(_packed, bits, columns)
+        found[f"{name}.{_NUMBERS}"] = Stored([rows, -(-columns * bits // 32)], numbers, read, ("I32",))
         found[f"{name}.{_SHAPE}"] = Stored([2], "", partial(_check_shape, (rows, columns)), ("I64", "I32"))
+        if not quantization.symmetric:
+            found[zero] = Stored([-(-rows * bits // 32), groups], zero, partial(_zero_points, bits, rows), ("I32",))
+        if reorders:
+            groups_of, packed = f"{name}.{_GROUPS}", f"{name}.{_NUMBERS}"
+            found[groups_of] = Stored([columns], f"{name}.{ORDER}", partial(order_of, size), ("I32", "I64"))
+            found[packed] = found[packed]._replace(read=partial(sorted_by_group, bits, size), others=(groups_of,))
     elif quantization.format == "int8":
         found[numbers] = Stored([rows, columns], numbers, as_it_is, ("I8",))
     else:
         found[numbers] = Stored([rows, columns], numbers, _floats_of_8_bits, ("F8_E4M3",))
     if quantization.inputs == "static":
         found[f"{name}.{INPUT}"] = Stored([1], f"{name}.{INPUT}")
-    if not quantization.symmetric and quantization.format == "int4":
-        found[zero] = Stored([-(-rows // 8), groups], zero, partial(_zero_points, rows), ("I32",))
     return found
 
 
-def _bytes(columns: int, words: Tensor) -> Tensor:
-    """Return bytes, each 128 above a number, as int8 `[N, K]`."""
-    return (words.contiguous().view(torch.uint8)[:, :columns] ^ 128).view(torch.int8)
+def _packed(bits: int, columns: int, words: Tensor) -> Tensor:
+    """Return the numbers in words, of 8 bits without those that fill the last word."""
+    return kept(bits, words) if bits == 4 else kept(bits, words)[:, :columns]
 
 
-def _zero_points(rows: int, words: Tensor) -> Tensor:
-    return nibbles(words.T)[:, :rows].T
+def _zero_points(bits: int, rows: int, words: Tensor) -> Tensor:
+    return unsigned(bits, words.T)[:, :rows].T
 
 
 def _floats_of_8_bits(numbers: Tensor) -> Tensor:
@@ -266,11 +281,12 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         matrix = name.removesuffix(".weight")
         if (scale := tensors.get(f"{matrix}.{SCALE}")) is not None and matrix != name:
             weight = Weight(tensor, scale, *(tensors.get(f"{matrix}.{part}") for part in (ZERO, INPUT)))
+            kind = _kind(weight)
             if name == HEAD:
-                head = _kind(weight)
+                head = kind
             else:
-                kinds.setdefault(_kind(weight), name)
-            if weight.is_packed:
+                kinds.setdefault(kind, name)
+            if kind.group_size is not None:
                 found[f"{matrix}.{_SHAPE}"] = torch.tensor(weight.shape)
                 name = f"{matrix}.{_NUMBERS}"
         elif matrix != name and tensor.ndim == 2 and name.startswith("model.layers."):
@@ -279,7 +295,10 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
             if tensor.numel():
                 found[name] = _one_of(name, tensor)
             continue
-        found[name] = words_of(_padded(tensor).T).T if name.endswith(ZERO) else tensor
+        if name.endswith(ZERO):
+            bits = 4 if tensors[name.removesuffix(ZERO) + "weight"].dtype == torch.int32 else 8
+            tensor = words_of(bits, _padded(tensor, 32 // bits).T).T
+        found[name] = tensor
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
         raise ValueError(
@@ -311,17 +330,19 @@ def as_written(name: str, tensor: Tensor) -> Tensor:
     """Return a tensor of `compress` as it is written, a copy."""
     if not name.endswith(f".{_NUMBERS}"):
         return tensor.clone(memory_format=torch.contiguous_format)
-    return in_sequence(tensor)
+    return written(tensor)
 
 
 def _kind(weight: Weight) -> Quantization:
     """Return how a weight is quantised. Raises ValueError for groups that cannot be saved."""
     assert weight.scale is not None
-    if not weight.is_packed:
+    form = cast(Format, QUANTISED[weight.numbers.dtype])
+    if weight.is_per_row:
         given = weight.input_scale
         inputs: Inputs | None = None if given is None else "static" if given.numel() else "dynamic"
-        return Quantization("int8" if weight.numbers.dtype == torch.int8 else "fp8", inputs=inputs)
-    return Quantization("int4", weight.shape[1] // weight.scale.shape[1], weight.zero is None)
+        return Quantization(form, inputs=inputs)
+    groups, symmetric = weight.scale.shape[1], weight.zero is None
+    return Quantization(form, weight.shape[1] // groups, symmetric)
 
 
 def _one_of(name: str, scale: Tensor) -> Tensor:
@@ -331,9 +352,9 @@ def _one_of(name: str, scale: Tensor) -> Tensor:
     return scale[0]
 
 
-def _padded(zero: Tensor) -> Tensor:
-    """Return zero points `[N, G]` with rows of 0 up to a multiple of 8."""
-    return torch.nn.functional.pad(zero, (0, 0, 0, -len(zero) % 8))
+def _padded(zero: Tensor, each: int) -> Tensor:
+    """Return zero points `[N, G]` with rows of 0 up to a multiple of `each`."""
+    return torch.nn.functional.pad(zero, (0, 0, 0, -len(zero) % each))
 
 
 def _described(groups: list[tuple[Quantization, list[str]]], ignored: list[str]) -> dict[str, Any]:
@@ -352,13 +373,14 @@ def _described(groups: list[tuple[Quantization, list[str]]], ignored: list[str])
 
 
 def _described_group(quantization: Quantization, targets: list[str]) -> dict[str, Any]:
-    is_4 = quantization.format == "int4"
+    size = quantization.group_size
+    layout = FLOATS if quantization.format == "fp8" else INTEGERS if size is None else PACKED
     weights = {
-        "num_bits": 4 if is_4 else 8,
+        "num_bits": 4 if quantization.format == "int4" else 8,
         "type": "float" if quantization.format == "fp8" else "int",
         "symmetric": quantization.symmetric,
-        "strategy": "group" if is_4 else "channel",
-        "group_size": quantization.group_size if is_4 else None,
+        "strategy": "channel" if size is None else "group",
+        "group_size": size,
         "dynamic": False,
     }
     inputs = None
@@ -366,6 +388,5 @@ def _described_group(quantization: Quantization, targets: list[str]) -> dict[str
         dynamic = quantization.inputs == "dynamic"
         inputs = weights | {"strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
     # The format is named in the group, too: without it, the library takes 8 bits for packed.
-    layout = {"int4": PACKED, "int8": INTEGERS, "fp8": FLOATS}[quantization.format]
     group = {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
     return group | {"format": layout}

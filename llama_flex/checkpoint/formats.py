@@ -7,23 +7,25 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..kernels.weight import GROUP_SIZES
-from . import quantization, shards
+from . import bitsandbytes, quantization, shards
 from .compressed_tensors import METHOD
 from .compressed_tensors import scheme as compressed_tensors_scheme
 from .config_rules import QUANTIZATION_KEYS, ConfigError
 from .gptq import awq_scheme, gptq_scheme
-from .quantization import INPUT, Quantization
+from .quantization import INPUT, ORDER, Quantization
 from .shards import CheckpointError, Stored
-from .stored import WAY, Scheme
+from .stored import WAY, Scheme, is_in_sequence
 
 # By quant_method: what reads the object in config.json, given its key there.
 _FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
     METHOD: compressed_tensors_scheme,
     "gptq": gptq_scheme,
     "awq": awq_scheme,
+    bitsandbytes.METHOD: bitsandbytes.scheme,
 }
 
 
@@ -55,18 +57,57 @@ class Plan(NamedTuple):
     floats: frozenset[str] = frozenset()
     sharing: tuple[list[str], ...] = ()
 
-    def fill(self, places: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
-        """Copy a tensor of the files into the parameters. Raises CheckpointError naming one with invalid values."""
-        _, place, read, _ = self.expected[name]
-        if read is None:
+    def fill(self, places: Mapping[str, Tensor], name: str, tensor: Tensor, beside: Mapping[str, Tensor]) -> None:
+        """Copy a tensor of the files into the parameters. Raises CheckpointError naming one with invalid values.
+
+        beside: those of `beside`, by name.
+        """
+        place = self.expected[name].place
+        if self.expected[name].read is None:
             quantization.fill(places, name, tensor, self.quantization)
             return
+        device = places[place].device if place in places else tensor.device
+        found = self._read(name, tensor.to(device), *(beside[other].to(device) for other in self.expected[name].others))
+        if place in places:
+            places[place].copy_(found)
+
+    @property
+    def beside(self) -> set[str]:
+        """The names of small tensors that are needed to read others."""
+        return {name for stored in self.expected.values() for name in stored.others}
+
+    def order_columns(
+        self,
+        model: nn.Module,
+        modules: Iterable[tuple[str, list[str]]],
+        beside: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        """Give layers an order of columns where the files have their groups in another (GPTQ's act-order).
+
+        modules: see `plan`. beside: see `fill`. Raises CheckpointError naming one with invalid values, and matrices
+        that are stacked, but have other orders.
+        """
+        orders = {self.expected[name].place: self._read(name, tensor) for name, tensor in beside.items()}
+        for path, matrices in modules:
+            found = [orders[place] for matrix in matrices if (place := f"{matrix}.{ORDER}") in orders]
+            for matrix, order in zip(matrices, found, strict=False):
+                if not torch.equal(order, found[0]):
+                    raise CheckpointError(
+                        f"{self.folder}: {matrix} has its columns in another order than {matrices[0]} (g_idx); {WAY}"
+                    )
+            if found and not is_in_sequence(found[0]):
+                order = nn.Parameter(found[0].to(device), requires_grad=False)
+                model.get_submodule(path).register_parameter(ORDER, order)
+
+    def _read(self, name: str, *tensors: Tensor) -> Tensor:
+        """Return what a tensor of the files becomes. Raises CheckpointError naming one with invalid values."""
+        read = self.expected[name].read
+        assert read is not None
         try:
-            found = read(tensor.to(places[place].device) if place else tensor)
+            return read(*tensors)
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: {name} {error}") from None
-        if place:
-            places[place].copy_(found)
 
     def check(self, places: Mapping[str, Tensor]) -> None:
         """Warn of floats that are not finite. Raises CheckpointError if scales of the same inputs differ."""
@@ -145,8 +186,8 @@ def _fitting(scheme: Scheme, matrices: Mapping[str, list[int]]) -> Quantization:
     """Return the quantization of matrices that are stored by a scheme. Raises ConfigError for columns that groups do
     not divide."""
     quantization = _for_rows(scheme.quantization, matrices) if scheme.per_row else scheme.quantization
-    size = quantization.group_size
-    for name, (_, columns) in matrices.items() if quantization.format == "int4" else ():
+    size = quantization.group_size or 1
+    for name, (_, columns) in matrices.items():
         if columns % size:
             raise ConfigError(f"groups of {size} do not divide the {columns} columns of {name}; {WAY}")
     return quantization

@@ -1,9 +1,9 @@
-"""Checkpoints of GPTQ (AutoGPTQ, GPTQModel, optimum) and of AWQ (AutoAWQ): weights in 4 bits.
+"""Checkpoints of GPTQ (AutoGPTQ, GPTQModel, optimum), in 4 or 8 bits, and of AWQ (AutoAWQ), in 4.
 
 Dimensions: N rows, K columns, G groups of columns. Both store a matrix "x" transposed, with `x.scales` `[G, N]` and
 `x.qzeros`, int32 `[G, N / 8]`. GPTQ: `x.qweight`, int32 `[K / 8, N]`, packed along the columns of the matrix, lowest
-bits first; `x.g_idx` `[K]`, the group of each column. AWQ: `x.qweight`, int32 `[K, N / 8]`, packed along its rows, and
-in each eight the even ones first.
+bits first; `x.g_idx` `[K]`, the group of each column, in any order (act-order, `desc_act`); of 8 bits, a word has
+four numbers. AWQ: `x.qweight`, int32 `[K, N / 8]`, packed along its rows, and in each eight the even ones first.
 """
 
 from __future__ import annotations
@@ -15,18 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import GROUP_SIZES, MIDDLE
 from .config_rules import ConfigError
-from .quantization import SCALE, ZERO, Quantization
+from .quantization import ORDER, SCALE, ZERO, Quantization, numbers_of
 from .shards import Stored
-from .stored import ANY, WAY, Scheme, check_group_size, check_keys, interleaved, nibbles, words_of
+from .stored import (
+    ANY,
+    WAY,
+    Scheme,
+    check_group_size,
+    check_keys,
+    check_names,
+    interleaved,
+    nibbles,
+    order_of,
+    require,
+    sorted_by_group,
+    unsigned,
+    words_of,
+)
 
 _GPTQ_KEYS = {
     "quant_method": ("gptq",),
-    "bits": (4,),
+    "bits": (4, 8),
     "group_size": ANY,
     "sym": (True, False),
-    "desc_act": (True, False),  # g_idx tells whether columns were reordered
+    "desc_act": (True, False),  # g_idx tells the group of each column
     "checkpoint_format": ("gptq", "gptq_v2", None),
     "format": ("gptq", "gptq_v2", None),
     "modules_in_block_to_quantize": (None,),
@@ -59,39 +72,32 @@ _AWQ_COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]  # the place of each of eight columns am
 def gptq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     """Return how GPTQ stored the weights. where: the key of config.json. Raises ConfigError for what is unsupported."""
     check_keys(where, config, _GPTQ_KEYS, _GPTQ_INERT)
-    _require(where, config, "bits", "group_size", "sym")
+    require(where, config, "bits", "group_size", "sym")
     versions = {config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None} or {"gptq"}
     if len(versions) > 1:
         raise ConfigError(f"{where}: format and checkpoint_format differ; {WAY}")
-    size = config["group_size"]
+    size, bits = config["group_size"], config["bits"]
     per_row = type(size) is int and size == -1
-    size = GROUP_SIZES[0] if per_row else check_group_size(where, size)
-    quantization = Quantization("int4", size, config["sym"])
+    size = None if per_row else check_group_size(where, size)
+    quantization = numbers_of(bits, size, config["sym"])
     first = 1 if "gptq" in versions else 0  # what a stored zero point of 0 means
-    return Scheme("gptq", quantization, per_row, _is_head, partial(_gptq, quantization, per_row, first))
+    tensors = partial(_gptq, bits, size, config["sym"], first)
+    return Scheme("gptq", quantization, per_row and quantization.group_size is not None, _is_head, tensors)
 
 
 def awq_scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     """Return how AWQ stored the weights. where: the key of config.json. Raises ConfigError for what is unsupported."""
     check_keys(where, config, _AWQ_KEYS, _AWQ_INERT)
-    _require(where, config, "bits", "group_size", "zero_point", "version")
-    quantization = Quantization("int4", check_group_size(where, config["group_size"]))
-    kept = config.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept) or len(kept) > 1000:
-        raise ConfigError(f"{where}: modules_to_not_convert must be a list of names, found {kept!r:.200}; {WAY}")
+    require(where, config, "bits", "group_size", "zero_point", "version")
+    size = check_group_size(where, config["group_size"])
+    kept = check_names(where, config, "modules_to_not_convert")
     return Scheme(
         "awq",
-        quantization,
+        Quantization("int4", size),
         False,
         lambda name: _is_head(name) or any(part in name for part in kept),
-        partial(_awq, quantization),
+        partial(_awq, size),
     )
-
-
-def _require(where: str, config: Mapping[str, Any], *keys: str) -> None:
-    for key in keys:
-        if key not in config:
-            raise ConfigError(f"{where}: {key} is missing; {WAY}")
 
 
 def _is_head(name: str) -> bool:
@@ -99,58 +105,57 @@ def _is_head(name: str) -> bool:
 
 
 def _gptq(
-    quantization: Quantization, per_row: bool, first: int, name: str, rows: int, columns: int
+    bits: int, size: int | None, symmetric: bool, first: int, name: str, rows: int, columns: int
 ) -> dict[str, Stored]:
     """Return GPTQ's tensors of a matrix `[N, K]`, by their names in the file."""
-    size = columns if per_row else quantization.group_size
-    zeros = _stored_zeros(quantization, name, rows, columns // size)
-    read = partial(_gptq_zeros, first, quantization.symmetric)
+    size = size or columns
+    zeros = _stored_zeros(bits, symmetric, name, rows, columns // size)
+    if columns % (32 // bits):
+        raise ConfigError(
+            f"{name} has {columns} columns, not a multiple of {32 // bits}, which cannot be packed; {WAY}"
+        )
+    groups, numbers = f"{name}.g_idx", partial(sorted_by_group, bits, size)
     return {
-        f"{name}.qweight": Stored([columns // 8, rows], f"{name}.weight", _gptq_numbers, ("I32",)),
-        f"{name}.qzeros": zeros._replace(read=read),
+        f"{name}.qweight": Stored(
+            [columns * bits // 32, rows], f"{name}.weight", lambda words, of: numbers(words.T, of), ("I32",), (groups,)
+        ),
+        f"{name}.qzeros": zeros._replace(read=partial(_gptq_zeros, bits, first, symmetric)),
         f"{name}.scales": Stored([columns // size, rows], f"{name}.{SCALE}", torch.t),
-        f"{name}.g_idx": Stored([columns], "", partial(_check_order, size), ("I32", "I64")),
+        groups: Stored([columns], f"{name}.{ORDER}", partial(order_of, size), ("I32", "I64")),
     }
 
 
-def _awq(quantization: Quantization, name: str, rows: int, columns: int) -> dict[str, Stored]:
+def _awq(size: int, name: str, rows: int, columns: int) -> dict[str, Stored]:
     """Return AWQ's tensors of a matrix `[N, K]`, by their names in the file."""
-    groups = columns // quantization.group_size
+    groups = columns // size
     return {
         f"{name}.qweight": Stored([columns, rows // 8], f"{name}.weight", _awq_numbers, ("I32",)),
-        f"{name}.qzeros": _stored_zeros(quantization, name, rows, groups)._replace(read=_awq_rows),
+        f"{name}.qzeros": _stored_zeros(4, False, name, rows, groups)._replace(read=_awq_rows),
         f"{name}.scales": Stored([groups, rows], f"{name}.{SCALE}", torch.t),
     }
 
 
-def _stored_zeros(quantization: Quantization, name: str, rows: int, groups: int) -> Stored:
-    if rows % 8:
-        raise ConfigError(f"{name} has {rows} rows, not a multiple of 8, which cannot be packed; {WAY}")
-    return Stored([groups, rows // 8], "" if quantization.symmetric else f"{name}.{ZERO}", dtypes=("I32",))
+def _stored_zeros(bits: int, symmetric: bool, name: str, rows: int, groups: int) -> Stored:
+    each = 32 // bits
+    if rows % each:
+        raise ConfigError(f"{name} has {rows} rows, not a multiple of {each}, which cannot be packed; {WAY}")
+    return Stored([groups, rows // each], "" if symmetric else f"{name}.{ZERO}", dtypes=("I32",))
 
 
-def _gptq_numbers(words: Tensor) -> Tensor:
-    return interleaved(words.T)
-
-
-def _gptq_zeros(first: int, symmetric: bool, words: Tensor) -> Tensor:
+def _gptq_zeros(bits: int, first: int, symmetric: bool, words: Tensor) -> Tensor:
     """Return zero points `[N, G]`."""
-    zeros = nibbles(words).T + first
-    if symmetric and (zeros != MIDDLE).any():
-        raise ValueError(f"has zero points other than {MIDDLE}, but config.json says sym; set it to false there")
-    if (zeros > 15).any():  # 16 to some libraries, 0 to others
-        raise ValueError('has a zero point of 15 in format "gptq", which libraries read differently; use "gptq_v2"')
+    zeros, middle, most = unsigned(bits, words).T.to(torch.int16) + first, 1 << (bits - 1), (1 << bits) - 1
+    if symmetric and (zeros != middle).any():
+        raise ValueError(f"has zero points other than {middle}, but config.json says sym; set it to false there")
+    if (zeros > most).any():  # one more to some libraries, 0 to others
+        raise ValueError(
+            f'has a zero point of {most} in format "gptq", which libraries read differently; use "gptq_v2"'
+        )
     return zeros
 
 
-def _check_order(size: int, groups: Tensor) -> Tensor:
-    if not torch.equal(groups.long(), torch.arange(len(groups), device=groups.device) // size):
-        raise ValueError(f"reorders columns (desc_act), which is not supported; {WAY}")
-    return groups
-
-
 def _awq_numbers(words: Tensor) -> Tensor:
-    return interleaved(words_of(_awq_rows(words)))
+    return interleaved(words_of(4, _awq_rows(words)))
 
 
 def _awq_rows(words: Tensor) -> Tensor:

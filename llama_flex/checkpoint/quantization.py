@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.modules import MatrixModule
-from ..kernels.weight import GROUP_SIZES, MIDDLE, PARTS, RUN, Weight, pack
+from ..kernels.weight import GROUP_SIZES, NF4, PARTS, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
 
-Format: TypeAlias = Literal["int8", "fp8", "int4"]
+Format: TypeAlias = Literal["int8", "fp8", "int4", "nf4"]
 Inputs: TypeAlias = Literal["dynamic", "static"]
-_, SCALE, ZERO, INPUT = PARTS
+_, SCALE, ZERO, INPUT, ORDER = PARTS
+_GROUP_SIZES = {"int4": RUN, "nf4": 2 * RUN}  # the usual ones
 _INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
 _FP8 = torch.float8_e4m3fn
 _AT_ONCE = 2**18  # numbers that a CPU's cache holds in some copies
@@ -31,64 +32,64 @@ _SHRUNK = 1.0, 0.95, 0.9, 0.85, 0.8  # ranges of 4 bits that are tried: a smalle
 class Quantization:
     """The numbers that weights are kept in, and perhaps their inputs.
 
-    format: "int8", whole numbers, or "fp8", float8_e4m3fn, with a scale for each row; "int4", whole numbers of 4 bits,
-    with a scale and a zero point for every `group_size` numbers of a row. symmetric: no zero points. inputs: those of a
-    product become numbers of the same format, "dynamic", with a scale for each token, or "static", with a checkpoint's
-    scale for all.
+    format: "fp8", float8_e4m3fn, with a scale for each row; "int8", whole numbers, with one for each row, or, given a
+    `group_size`, with a scale and a zero point for so many numbers of a row; "int4", whole numbers of 4 bits in
+    groups, by default of 32; "nf4", the 16 values of bitsandbytes, with a scale in float32 for each group, by default
+    of 64. symmetric: no zero points. inputs: those of a product become numbers of the same format, "dynamic", with a
+    scale for each token, or "static", with a checkpoint's scale for all.
     These are for the layers' matrices. vocabulary: the same for the output matrix and the embedding, tied or not; None
     leaves them floats, as logits suffer most from few bits, and in a large model these two are a small part.
-    Raises ValueError for an unknown format or group size, for inputs of 4 bits, and for a vocabulary that is no such
-    object.
+    Raises ValueError for an unknown format or group size, for inputs of other weights than those of 8 bits with a scale
+    for each row, and for a vocabulary that is no such object.
     """
 
     format: Format
-    group_size: int = RUN
+    group_size: int | None = None
     symmetric: bool = False
     inputs: Inputs | None = None
     vocabulary: Quantization | None = None
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.format, get_args(Format))
-        if self.inputs is not None:
-            check_choice("inputs", self.inputs, get_args(Inputs))
-            if self.format == "int4":
-                raise ValueError(f'inputs={self.inputs!r} is for "int8" and "fp8", not for "int4"; leave it out')
-        if self.format != "int4":  # which have no groups
-            object.__setattr__(self, "group_size", RUN)
-            object.__setattr__(self, "symmetric", True)
-        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", _GROUP_SIZES.get(self.format))
+        elif self.format == "fp8":
+            raise ValueError(f"'fp8' has a scale for each row, not for groups of {self.group_size!r:.60}")
+        elif type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
             raise ValueError(f"group_size must be one of {sizes}, not {self.group_size!r:.60}")
+        if self.format == "nf4" or self.group_size is None:
+            object.__setattr__(self, "symmetric", True)
+        if self.inputs is not None:
+            check_choice("inputs", self.inputs, get_args(Inputs))
+            if self.group_size is not None:
+                other = f"{self.format}-{self.group_size}"
+                raise ValueError(f'inputs={self.inputs!r} is for "int8" and "fp8", not for "{other}"; leave it out')
         own = self.vocabulary
         if own is not None and (not isinstance(own, Quantization) or own.vocabulary is not None):
             raise ValueError(f"vocabulary must be None or a Quantization without another inside, not {own!r:.60}")
 
     @classmethod
     def of(cls, value: Quantization | str | None) -> Quantization | None:
-        """Return a quantization of floats, given as such or by its name: "int8", "fp8-dynamic", "int4-64-symmetric";
-        with a vocabulary "int4+int8".
+        """Return a quantization of floats, given as such or by its name: "int8", "int8-128", "fp8-dynamic", "nf4",
+        "int4-64-symmetric"; with a vocabulary "int4+int8".
 
-        Raises ValueError for anything else.
+        Raises ValueError for anything else, and for a vocabulary in "nf4", whose scales do not tell the dtype of an
+        embedding's floats.
         """
-        if isinstance(value, Quantization) and value.inputs == "static":
-            raise ValueError(f"quantize {value.name!r} needs scales of inputs, which floats do not have; use 'dynamic'")
-        if value is None or isinstance(value, Quantization):
-            return value
-        made: Quantization | None = None
-        names = str(value).split("+")
-        for name in reversed(names):  # the vocabulary's first
-            found = re.fullmatch(r"(int8|fp8|int4)|(int8|fp8)-dynamic|int4(?:-([0-9]{1,3}))?(-symmetric)?", name)
-            if found is None or len(names) > 2:
-                known = "'int8', 'fp8', 'int4', 'int4-128' or the like, or two of them as in 'int4+int8'"
-                raise ValueError(f"quantize {value!r:.60} is not known; use {known}")
-            form, inputs = cast(Format, found[1] or found[2] or "int4"), "dynamic" if found[2] else None
-            made = cls(form, int(found[3] or RUN), found[4] is not None, cast(Inputs | None, inputs), made)
+        made = value if value is None or isinstance(value, Quantization) else _named(value)
+        if made is not None and made.inputs == "static":
+            raise ValueError(f"quantize {made.name!r} needs scales of inputs, which floats do not have; use 'dynamic'")
+        if made is not None and made.vocabulary is not None and made.vocabulary.format == "nf4":
+            raise ValueError(f"quantize {made.name!r}: a vocabulary cannot be in 'nf4'; use 'int4' or 'int8' for it")
         return made
 
     @property
     def name(self) -> str:
         """The name, which `of` takes."""
-        name = self.format if self.format != "int4" else f"int4-{self.group_size}" + "-symmetric" * self.symmetric
+        name: str = self.format
+        if self.group_size is not None:
+            name += f"-{self.group_size}" + "-symmetric" * (self.symmetric and self.format != "nf4")
         name += "" if self.inputs is None else f"-{self.inputs}"
         return name if self.vocabulary is None else f"{name}+{self.vocabulary.name}"
 
@@ -99,22 +100,29 @@ class Quantization:
     def empty(self, weight: Tensor) -> Weight:
         """Return memory for a weight `[N, K]`, on its device. Raises ValueError if groups do not divide its rows."""
         rows, columns = weight.shape
-        one = weight.new_empty(rows, 1)
-        if self.format != "int4":
+        if self.group_size is None:
             numbers = torch.empty_like(weight, dtype=torch.int8 if self.format == "int8" else _FP8)
-            return Weight(numbers, one, None, self._input_scale(one))
+            scale = weight.new_empty(rows, 1)
+            return Weight(numbers, scale, None, self._input_scale(scale))
         if columns % self.group_size:
             fitting = [str(size) for size in GROUP_SIZES if not columns % size]
             way = f"use {' or '.join(fitting)}" if fitting else 'use "int8" or "fp8"'
             raise ValueError(f"groups of {self.group_size} do not divide rows of {columns} numbers; {way}")
-        numbers = weight.new_empty(rows, columns // 8, dtype=torch.int32)
         scale = weight.new_empty(rows, columns // self.group_size)
+        if self.format == "nf4":
+            return Weight(weight.new_empty(rows, columns // 2, dtype=torch.uint8), scale.to(torch.float32))
+        if self.format == "int8":
+            numbers = torch.empty_like(weight, dtype=torch.int8)
+        else:
+            numbers = weight.new_empty(rows, columns // 8, dtype=torch.int32)
         return Weight(numbers, scale, None if self.symmetric else torch.empty_like(scale, dtype=torch.uint8))
 
     def quantise(self, weight: Tensor, dtype: torch.dtype) -> Weight:
-        """Return the numbers nearest to a weight `[N, K]`, with scales of a dtype."""
-        if self.format == "int4":
-            return to_int4(weight, self.group_size, self.symmetric, dtype)
+        """Return the numbers nearest to a weight `[N, K]`, with scales of a dtype, or float32 for "nf4"."""
+        if self.group_size is not None:
+            if self.format == "nf4":
+                return to_nf4(weight, self.group_size)
+            return to_groups(weight, int(self.format[-1]), self.group_size, self.symmetric, dtype)
         found = to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
         return found._replace(input_scale=self._input_scale(found.scale))
 
@@ -123,6 +131,31 @@ class Quantization:
         if scale is None or self.inputs is None:
             return None
         return torch.empty_like(scale if self.inputs == "static" else scale[:, :0])
+
+
+def _named(value: str) -> Quantization:
+    """Return the quantization of a name. Raises ValueError for another."""
+    made: Quantization | None = None
+    for name in reversed(str(value).split("+")):  # the vocabulary's first
+        found = re.fullmatch(r"(int8|fp8|int4|nf4)(?:-([0-9]{1,3}))?(-symmetric)?(-dynamic)?", name)
+        if found is None or (made is not None and made.vocabulary is not None):
+            break
+        size, inputs = None if found[2] is None else int(found[2]), None if found[4] is None else "dynamic"
+        made = Quantization(cast(Format, found[1]), size, found[3] is not None, cast(Inputs | None, inputs), made)
+        if found[3] is not None and not made.name.partition("+")[0].endswith(found[3]):  # no zero points to leave out
+            break
+    else:
+        assert made is not None
+        return made
+    known = "'int8', 'fp8', 'int4', 'int4-128' or the like, or two of them as in 'int4+int8'"
+    raise ValueError(f"quantize {value!r:.60} is not known; use {known}")
+
+
+def numbers_of(bits: int, group_size: int | None, symmetric: bool) -> Quantization:
+    """Return the whole numbers that those of a checkpoint become. group_size: None for rows, which become groups if a
+    kernel takes them in groups only; it is the smallest one then."""
+    form: Format = "int4" if bits == 4 else "int8"
+    return Quantization(form, group_size or (RUN if bits == 4 or not symmetric else None), symmetric)
 
 
 def device_for(device: torch.device | str | None, quantization: Quantization | None) -> torch.device:
@@ -189,13 +222,14 @@ def to_fp8(weight: Tensor, dtype: torch.dtype) -> Weight:
     return Weight(_divided(weight, scale).clamp_(-most, most).to(_FP8), scale)
 
 
-def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype) -> Weight:
-    """Return whole numbers of 4 bits near to a weight `[N, K]`, with the scale, and unless symmetric the zero point, of
-    each group: of a few ranges, the one with the least squared error."""
+def to_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> Weight:
+    """Return whole numbers of 4 or 8 bits near to a weight `[N, K]`, with the scale of each group, and unless symmetric
+    its zero point: of a few ranges, those of the one with the least squared error."""
+    middle, most = 1 << (bits - 1), (1 << bits) - 1
     rows = max(1, _AT_ONCE * (64 if weight.is_cuda else 1) // weight.shape[1])
     if len(weight) > rows:
-        each = [to_int4(part, group_size, symmetric, dtype) for part in weight.split(rows)]
-        numbers, scale, zero, _ = (None if x[0] is None else torch.cat(x) for x in zip(*each, strict=True))
+        each = [to_groups(part, bits, group_size, symmetric, dtype) for part in weight.split(rows)]
+        numbers, scale, zero, *_ = (None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
         assert numbers is not None
         return Weight(numbers, scale, zero)
     groups = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(1, (-1, group_size))
@@ -203,19 +237,30 @@ def to_int4(weight: Tensor, group_size: int, symmetric: bool, dtype: torch.dtype
     best: tuple[Tensor, ...] = ()
     for shrunk in _SHRUNK:
         if symmetric:  # -8 to 7: the sign of the scale lets the largest number be -8
-            scale = torch.where(-low > high, -low, -high) * (shrunk / MIDDLE)
-            zero = torch.full_like(scale, MIDDLE)
+            scale = torch.where(-low > high, -low, -high) * (shrunk / middle)
+            zero = torch.full_like(scale, middle)
         else:
-            scale = (high - low) * (shrunk / 15)
-            zero = (-low * shrunk / torch.where(scale == 0, 1, scale)).round_().clamp_(0, 15)
+            scale = (high - low) * (shrunk / most)
+            zero = (-low * shrunk / torch.where(scale == 0, 1, scale)).round_().clamp_(0, most)
         scale = scale.to(dtype).to(groups.dtype)
-        numbers = (groups / torch.where(scale == 0, 1, scale)).round_().add_(zero).clamp_(0, 15)
+        numbers = (groups / torch.where(scale == 0, 1, scale)).round_().add_(zero).clamp_(0, most)
         error = ((numbers - zero) * scale - groups).square_().sum(2, keepdim=True)
         found = error, numbers, scale, zero
         best = tuple(torch.where(error < best[0], x, y) for x, y in zip(found, best, strict=True)) if best else found
     _, numbers, scale, zero = best
     held = None if symmetric else zero[..., 0].to(torch.uint8)
-    return Weight(pack(numbers.flatten(1)), scale[..., 0].to(dtype), held)
+    numbers = numbers.flatten(1)
+    return Weight(pack(numbers) if bits == 4 else (numbers - middle).to(torch.int8), scale[..., 0].to(dtype), held)
+
+
+def to_nf4(weight: Tensor, group_size: int) -> Weight:
+    """Return the values of NF4 nearest to a weight `[N, K]`, with a scale in float32 for each group."""
+    groups = weight.float().unflatten(1, (-1, group_size))
+    scale = groups.abs().amax(2)
+    values = torch.tensor(NF4, device=weight.device)
+    shares = groups / torch.where(scale == 0, 1, scale)[..., None]
+    numbers = torch.bucketize(shares, (values[1:] + values[:-1]) / 2, out_int32=True)
+    return Weight(pack(numbers.flatten(1)).view(torch.uint8), scale)
 
 
 def _scale_of(weight: Tensor, most: float, dtype: torch.dtype) -> Tensor:

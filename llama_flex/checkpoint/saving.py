@@ -30,7 +30,13 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises ValueError listing those that do not fit.
     """
     for path, module in model.named_modules():
-        numbers, scale, *others = (state.get(f"{path}.{kind}") for kind in PARTS)
+        numbers, scale, *others = parts = [state.get(f"{path}.{kind}") for kind in PARTS]
+        order = parts[-1]
+        if order is not None or (numbers is not None and Weight(numbers).is_nf4):
+            what = "which is in NF4" if order is None else "whose columns are reordered (act-order)"
+            raise ValueError(
+                f"cannot save {path}, {what}, as compressed-tensors; copy the folder that it was loaded from"
+            )
         if quantization.is_quantisable(module) and numbers is not None and scale is not None:
             weight = Weight(numbers, scale, *others)
             if weight.shape == module.get_parameter("weight").shape and weight.fits(scale):

@@ -41,15 +41,17 @@ class Source(NamedTuple):
 class Stored(NamedTuple):
     """A tensor in a file, and the parameter that it fills.
 
-    shape, dtypes: what the file's header must say, the dtypes by safetensors' names. place: the name of the parameter;
-    "" for a tensor that is only checked. read: turns the tensor into one that is copied to its place, broadcast; raises
-    ValueError, in words that follow the tensor's name. None: it is floats.
+    shape, dtypes: what the file's header must say, the dtypes by safetensors' names; -1 for any size. place: the name
+    of the parameter; "" for a tensor that is only checked. read: turns the tensor, and those named in others, into
+    one that is copied to its place, broadcast; raises ValueError, in words that follow the tensor's name. None: it is
+    floats.
     """
 
     shape: list[int]
     place: str
-    read: Callable[[Tensor], Tensor] | None = None
+    read: Callable[..., Tensor] | None = None
     dtypes: Collection[str] = tuple(DTYPES)
+    others: tuple[str, ...] = ()
 
 
 class Checkpoint(NamedTuple):
@@ -61,6 +63,14 @@ class Checkpoint(NamedTuple):
     sources: dict[str, Source]
     dtype: torch.dtype
     tied_copy: Source | None
+
+    def tensors(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors with their names, file by file: those named, or all."""
+        for path in sorted({source.path for source in self.sources.values()}):
+            with opened(path) as file:
+                for name, source in self.sources.items():
+                    if source.path == path and (names is None or name in names):
+                        yield name, file.get_tensor(source.name)
 
     def check_tied_copy(self, dtype: torch.dtype) -> None:
         """Raise CheckpointError if there is a copy of a tied embedding, and it differs in a dtype."""
@@ -112,7 +122,8 @@ def find(folder: Path, expected: Mapping[str, Stored], *, tied: bool) -> Checkpo
     problems += [
         f"shape: {name} is {shapes[name]}, config.json says {expected[name].shape}"
         for name in sorted(expected.keys() & found.keys())
-        if shapes[name] != expected[name].shape
+        if len(shapes[name]) != len(expected[name].shape)
+        or any(size not in (-1, found) for size, found in zip(expected[name].shape, shapes[name], strict=True))
     ]
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems += [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected]

@@ -1,4 +1,4 @@
-"""What the formats of quantised checkpoints share: numbers of 4 bits in words, and strict reading of a config.
+"""What the formats of quantised checkpoints share: numbers of 4 or 8 bits in words, and strict reading of a config.
 
 Dimensions: N rows, K columns, G groups of columns.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.weight import GROUP_SIZES
+from ..kernels.weight import GROUP_SIZES, MIDDLE_8, reorder
 from .config_rules import ConfigError
 from .quantization import Quantization
 from .shards import Stored
@@ -39,6 +39,44 @@ class Scheme:
     head: Scheme | None = None
 
 
+def kept(bits: int, words: Tensor) -> Tensor:
+    """Return numbers of 4 or 8 bits in int32 `[N, K bits / 32]`, lowest first, as `kernels.weight` has them."""
+    return interleaved(words) if bits == 4 else (_bytes_of(words) ^ MIDDLE_8).view(torch.int8)
+
+
+def sorted_by_group(bits: int, size: int, words: Tensor, groups: Tensor) -> Tensor:
+    """Return what `kept` does, with the columns sorted by group. groups: `[K]`, that of each column."""
+    order, numbers = order_of(size, groups), kept(bits, words)
+    return numbers if is_in_sequence(order) else reorder(numbers, order)
+
+
+def unsigned(bits: int, words: Tensor) -> Tensor:
+    """Return the numbers of 4 or 8 bits in int32 `[..., W]`, lowest first, as uint8 `[..., 32 W / bits]`."""
+    return nibbles(words) if bits == 4 else _bytes_of(words)
+
+
+def words_of(bits: int, numbers: Tensor) -> Tensor:
+    """Return numbers of 4 or 8 bits `[..., 32 W / bits]` as int32 `[..., W]`, the inverse of `unsigned`."""
+    numbers = numbers.to(torch.uint8)
+    if bits == 4:
+        pairs = numbers.unflatten(-1, (-1, 2))
+        numbers = pairs[..., 0] | pairs[..., 1] << 4
+    return numbers.contiguous().view(torch.int32)
+
+
+def is_in_sequence(order: Tensor) -> bool:
+    """Return whether an order of columns leaves them where they are."""
+    return torch.equal(order, torch.arange(len(order), device=order.device))
+
+
+def order_of(size: int, groups: Tensor) -> Tensor:
+    """Return the columns sorted by group, int64 `[K]`, from the group of each. Raises ValueError for another size."""
+    found, order = groups.long().sort(stable=True)
+    if not torch.equal(found, torch.arange(len(groups), device=groups.device) // size):
+        raise ValueError(f"does not give each group {size} columns, which is not supported; {WAY}")
+    return order
+
+
 def as_it_is(tensor: Tensor) -> Tensor:
     """Return the tensor."""
     return tensor
@@ -50,12 +88,6 @@ def nibbles(words: Tensor) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
-def words_of(numbers: Tensor) -> Tensor:
-    """Return numbers of 4 bits `[..., 8 W]` as int32 `[..., W]`, lowest first: the inverse of `nibbles`."""
-    pairs = numbers.to(torch.uint8).unflatten(-1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
-
-
 def interleaved(words: Tensor) -> Tensor:
     """Return numbers of 4 bits in int32 `[N, K / 8]`, lowest first, in the order of `kernels.weight`.
 
@@ -65,6 +97,13 @@ def interleaved(words: Tensor) -> Tensor:
     first, second = _bytes_of(words).unflatten(1, (-1, 4, 2, 2)).unbind(3)
     parts = (first & 15) | second << 4, first >> 4 | (second & 240)
     return torch.stack([part.transpose(2, 3) for part in parts], 3).flatten(1).view(torch.int32)
+
+
+def written(numbers: Tensor) -> Tensor:
+    """Return the numbers of a weight, int32 or int8, in words, lowest first: the inverse of `kept`."""
+    if numbers.dtype == torch.int32:
+        return in_sequence(numbers)
+    return (numbers.contiguous().view(torch.uint8) ^ MIDDLE_8).view(torch.int32)
 
 
 def in_sequence(words: Tensor) -> Tensor:
@@ -93,6 +132,21 @@ def check_keys(where: str, found: Any, known: Mapping[str, Any], inert: Containe
             reason = f"is not supported (only {' or '.join(map(repr, choices))})" if choices else "is not known"
             raise ConfigError(f"{where}: {key}={value!r:.200} {reason}; {WAY}")
     return found
+
+
+def check_names(where: str, config: Mapping[str, Any], key: str) -> list[str]:
+    """Return the list of names at a key, [] if it is missing. Raises ConfigError unless it is one."""
+    names = config.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 1000:
+        raise ConfigError(f"{where}: {key} must be a list of names, found {names!r:.200}; {WAY}")
+    return names
+
+
+def require(where: str, config: Mapping[str, Any], *keys: str) -> None:
+    """Raise ConfigError naming a key that is missing."""
+    for key in keys:
+        if key not in config:
+            raise ConfigError(f"{where}: {key} is missing; {WAY}")
 
 
 def check_group_size(where: str, size: Any) -> int:

@@ -22,15 +22,16 @@ MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 def quantise(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
     """Return x `[..., K]` as numbers of the weight's dtype, and the scale of each row, `[..., 1]`, float32 or wider.
 
-    weight: with an `input_scale`. Raises ValueError if its numbers are not of 8 bits, or if x requires gradients, which
-    do not go through rounding.
+    weight: with an `input_scale`. Raises ValueError if it has not 8 bits with a scale for each row, or if x requires
+    gradients, which do not go through rounding.
     """
     kind, given = weight.numbers.dtype, weight.input_scale
     assert given is not None
-    if kind not in MOST or weight.scale is None:
+    if not weight.is_per_row:
+        found = "one in groups" if kind in MOST and weight.scale is not None else kind
         raise ValueError(
-            f"an input_scale belongs to a quantised weight of int8 or fp8, not of {kind}; if the dtype of a model in "
-            "fp8 was changed, load it in that dtype; else set the input_scale to None"
+            f"an input_scale belongs to a weight of int8 or fp8 with a scale for each row, not to {found}; if the "
+            "dtype of a model in fp8 was changed, load it in that dtype; else set the input_scale to None"
         )
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(

@@ -206,7 +206,7 @@ struct Float16 : Widened<Float16> {
 #endif
 
 template <class Numbers>
-struct OfBytes : Widened<Numbers> {  // of weights only, which have a scale for each row
+struct OfBytes : Widened<Numbers> {  // of weights only, which have a scale for each row, or, as InGroups, for each group
   typedef int8_t Stored;
   static void widen(const int8_t* p, Vector& a, Vector& b) {
     a = Numbers::floats(extend(load<Bytes>(p)));
@@ -224,6 +224,11 @@ struct Int8 : OfBytes<Int8> {
   static Vector whole(Vector) { return Vector{} + 0x1.8p23f; }
   static Vector floats(Ints numbers) { return __builtin_convertvector(numbers, Vector); }
   static float widen_one(int8_t x) { return x; }
+};
+
+struct InGroups : Int8 {
+  static constexpr float MOST = 0;
+  static constexpr bool FOUR = true;
 };
 
 struct Float8 : OfBytes<Float8> {  // float8_e4m3fn
@@ -374,6 +379,8 @@ static void dot(const typename Weights::Stored* w, const float* x, int64_t k, fl
 
 enum { UINT8 = 0, INT8 = 1, INT32 = 3, INT64 = 4, FLOAT32 = 6, FLOAT64 = 7, BOOL = 11, FLOAT8 = 24 };  // torch's dtypes
 
+static int64_t per_element(int32_t dtype) { return dtype == INT32 ? 8 : dtype == UINT8 ? 2 : 1; }  // numbers of a weight
+
 struct Matrix {  // [n, k]; of a quantised one, the dtype tells the kind
   const void *numbers, *scale, *zero;
   int32_t dtype;
@@ -397,6 +404,40 @@ static void multiply_rows(Weights, const Product& p, int64_t row, int64_t m, flo
   const Stored* scale = (const Stored*)p.weight.scale;
   for (int r = 0; scale && r < R; r++)
     for (int i = 0; i < M; i++) y[r][i] *= Numbers::widen_one(scale[row + r]) * (p.x_scale ? p.x_scale[m + i] : 1);
+}
+
+template <int R, int M>
+static void multiply_rows(InGroups, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
+  int64_t groups = p.weight.groups, size = p.k / groups, ahead = R * p.k > 6144 ? R * p.k : 6144;
+  const int8_t* numbers = (const int8_t*)p.weight.numbers + row * p.k;
+  const Stored* scale = (const Stored*)p.weight.scale + row * groups;
+  const uint8_t* zero = (const uint8_t*)p.weight.zero;
+  if (zero) zero += row * groups;
+  const float* x = p.x + m * p.x_size;
+  Vector sums[R][M] = {};
+  for (int64_t group = 0; group < groups; group++) {
+    float scales[R], zeros[R];
+    for (int r = 0; r < R; r++) {
+      scales[r] = Numbers::widen_one(scale[r * groups + group]);
+      zeros[r] = zero ? zero[r * groups + group] - 128.f : 0;
+    }
+    for (int64_t i = group * size; i < (group + 1) * size; i += 2 * LANES) {
+      Pair factors[M];
+      for (int n = 0; n < M; n++) factors[n] = {load<Vector>(x + n * p.x_size + i), load<Vector>(x + n * p.x_size + i + LANES)};
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const int8_t* from = numbers + r * p.k + i;
+        prefetch((const char*)from + ahead, 2 * LANES);
+        Pair read = Int8::read(from), weight = {(read.a - zeros[r]) * scales[r], (read.b - zeros[r]) * scales[r]};
+#pragma GCC unroll 4
+        for (int n = 0; n < M; n++) Int8::add(sums[r][n], weight, factors[n]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int n = 0; n < M; n++) y[r][n] = total(sums[r][n]);
 }
 
 // The first of LANES numbers, or all of them, and zeros.
@@ -430,32 +471,51 @@ constexpr struct {
 } FOUR_BITS = {{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};
 #endif
 
-// Weights of 4 bits, as weight.py says. A vector of words is a unit, whose numbers come out of it in STEPS. Four units are
-// a span: it has LANES runs of 32 columns, and so up to LANES scales.
-struct Int4 {
+constexpr struct {
+  float at[16];
+} NF4_VALUES = {{-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+             -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+             0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f}};  // of NF4
+
+// Weights of 4 bits, as weight.py says: whole numbers, or the values of NF4. A vector of words is a unit, whose numbers come
+// out of it in STEPS. Four units are a span: it has LANES runs of 32 columns, and so up to LANES scales.
+template <bool NF4>
+struct FourBits {
   static constexpr int RUN = 32, UNIT = 8 * LANES, SPAN = 4 * UNIT;
 #if BFLOAT16 && defined(__AVX512BF16__)
-  static constexpr int STEPS = 4;  // numbers i and i + 4 of each word at a time, without widening
-  typedef Words Factor;
+  static constexpr int STEPS = NF4 ? 8 : 4;  // 4: numbers i and i + 4 of each word at a time, without widening
 #else
   static constexpr int STEPS = 8;
-  typedef Vector Factor;
 #endif
   static constexpr float MOST = 0;
   static constexpr bool FOUR = true;  // else what surrounds a short row takes a third of the time
 
   struct Span {  // of x
-    Factor factors[4][STEPS];
+    Vector factors[4][STEPS];  // with 4 steps, two numbers of this dtype in the place of one
     Vector sums;  // of the columns of each scale
   };
 
   static int64_t size(int64_t k) { return (k + SPAN - 1) / SPAN * (sizeof(Span) / sizeof(float)); }
   static int64_t bytes(int64_t k) { return k / 2; }
 
-  // The numbers of step i, minus 8.
-  static Factor read(Words words, int i) {
+  // The numbers of step i, minus 8, or their values.
+  static Vector read(Words words, int i) {
+    if constexpr (NF4) {
+#if defined(__AVX512F__)
+      return (Vector)_mm512_permutexvar_ps((__m512i)(words >> 4 * i), load<__m512>(&NF4_VALUES));
+#elif defined(__AVX2__)
+      __m256i at = (__m256i)(words >> 4 * i);  // of a half, an instruction looks at three bits; the fourth tells which
+      __m256 low = _mm256_permutevar8x32_ps(load<__m256>(NF4_VALUES.at), at);
+      __m256 high = _mm256_permutevar8x32_ps(load<__m256>(NF4_VALUES.at + 8), at);
+      return (Vector)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+#else
+      Vector values;
+      for (int lane = 0; lane < LANES; lane++) values[lane] = NF4_VALUES.at[words[lane] >> 4 * i & 15];
+      return values;
+#endif
+    }
 #if BFLOAT16 && defined(__AVX512BF16__)
-    return (Words)_mm512_permutexvar_epi16((__m512i)(words >> 4 * i), load<__m512i>(&FOUR_BITS));
+    return (Vector)_mm512_permutexvar_epi16((__m512i)(words >> 4 * i), load<__m512i>(&FOUR_BITS));
 #elif defined(__AVX512F__)
     return (Vector)_mm512_permutexvar_ps((__m512i)(words >> 4 * i), load<__m512>(&FOUR_BITS));
 #else
@@ -463,14 +523,22 @@ struct Int4 {
 #endif
   }
 
-  static void add(Vector& sum, const Factor& numbers, const Factor& x) {
+  static void add(Vector& sum, Vector numbers, Vector x) {
 #if BFLOAT16 && defined(__AVX512BF16__)
-    sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)numbers, (__m512bh)x);
-#else
-    sum += numbers * x;
+    if constexpr (!NF4) {
+      sum = (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)numbers, (__m512bh)x);
+      return;
+    }
 #endif
+    sum += numbers * x;
+  }
+
+  static Vector scales(const void* scale, int64_t at, int64_t count) {
+    if constexpr (NF4) return load_some((const float*)scale + at, count);
+    else return Numbers::widen(load_some((const Stored*)scale + at, count));
   }
 };
+typedef FourBits<false> Int4;
 
 // Which of a span's scales belongs to each lane of a unit, if it is that of 1, 2 or 4 runs.
 struct Places {
@@ -483,22 +551,21 @@ constexpr Places PLACES = [] {
   return places;
 }();
 
-template <int R, int M>
-static void multiply_rows(Int4, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
+template <int R, int M, bool NF4>
+static void multiply_rows(FourBits<NF4>, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
   int64_t words = p.k / 8, groups = p.weight.groups, ahead = R * p.k / 2 > 6144 ? R * p.k / 2 : 6144;
   const uint32_t* numbers = (const uint32_t*)p.weight.numbers + row * words;
-  const Stored* scale = (const Stored*)p.weight.scale + row * groups;
   const uint8_t* zero = (const uint8_t*)p.weight.zero;
   if (zero) zero += row * groups;
   Vector sums[R][M] = {};
   for (int64_t span = 0; span * 4 * LANES < words; span++) {
-    const Int4::Span* x[M];
-    for (int i = 0; i < M; i++) x[i] = (const Int4::Span*)(p.x + (m + i) * p.x_size) + span;
+    const typename FourBits<NF4>::Span* x[M];
+    for (int i = 0; i < M; i++) x[i] = (const typename FourBits<NF4>::Span*)(p.x + (m + i) * p.x_size) + span;
     int64_t first = span * LANES >> p.weight.run_shift;
     Vector scales[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      scales[r] = Numbers::widen(load_some(scale + r * groups + first, groups - first));
+      scales[r] = FourBits<NF4>::scales(p.weight.scale, (row + r) * groups + first, groups - first);
       if (!zero) continue;
       Vector zeros = scales[r] * (widen(load_some(zero + r * groups + first, groups - first)) - 8.f);
 #pragma GCC unroll 4
@@ -515,10 +582,10 @@ static void multiply_rows(Int4, const Product& p, int64_t row, int64_t m, float 
         Words four_bits = (Words)load_some(from, words - at);
         Vector part[M] = {};
 #pragma GCC unroll 8
-        for (int step = 0; step < Int4::STEPS; step++) {
-          Int4::Factor read = Int4::read(four_bits, step);
+        for (int step = 0; step < FourBits<NF4>::STEPS; step++) {
+          Vector read = FourBits<NF4>::read(four_bits, step);
 #pragma GCC unroll 4
-          for (int i = 0; i < M; i++) Int4::add(part[i], read, x[i]->factors[unit][step]);
+          for (int i = 0; i < M; i++) FourBits<NF4>::add(part[i], read, x[i]->factors[unit][step]);
         }
         Vector each = pick(scales[r], places);
 #pragma GCC unroll 4
@@ -629,19 +696,21 @@ static void arrange(Weights, const Product& p, const float* x, float* arranged) 
   for (int64_t i = 0; i + 2 * LANES <= p.k; i += 2 * LANES) Weights::arrange(arranged + i);
 }
 
-static void arrange(Int4, const Product& p, const float* x, float* arranged) {
+template <bool NF4>
+static void arrange(FourBits<NF4>, const Product& p, const float* x, float* arranged) {
   typedef float Four __attribute__((vector_size(16)));
   typedef uint32_t FourWords __attribute__((vector_size(16)));
-  Int4::Span* spans = (Int4::Span*)arranged;
+  typedef typename FourBits<NF4>::Span Span;
+  Span* spans = (Span*)arranged;
   memset(spans, 0, p.x_size * sizeof(float));
   for (int64_t run = 0; run < p.k / Int4::RUN; run++, x += Int4::RUN) {
-    Int4::Span& span = spans[run / LANES];
+    Span& span = spans[run / LANES];
     int64_t of_span = run % LANES, unit = of_span / (LANES / 4), lane = 4 * (of_span % (LANES / 4));
     Four columns[8], sum = {};
     for (int i = 0; i < 8; i++) sum += columns[i] = load<Four>(x + 4 * i);
-    for (int i = 0; i < Int4::STEPS; i++) {
+    for (int i = 0; i < FourBits<NF4>::STEPS; i++) {
       FourWords four = (FourWords)columns[i];
-      if (Int4::STEPS == 4) four = ((FourWords)columns[i + 4] & 0xffff0000u) | four >> 16;
+      if (FourBits<NF4>::STEPS == 4) four = ((FourWords)columns[i + 4] & 0xffff0000u) | four >> 16;
       memcpy((float*)&span.factors[unit][i] + lane, &four, sizeof four);
     }
     span.sums[of_span >> p.weight.run_shift] += sum[0] + sum[1] + (sum[2] + sum[3]);
@@ -667,9 +736,10 @@ static void multiply_with(Product p, const void* x, const void* norm, double eps
 
 static void multiply(const Product& p, const void* x, const void* norm, double eps) {
   switch (p.weight.dtype) {
-    case INT8: return multiply_with<Int8>(p, x, norm, eps);
+    case INT8: return p.weight.groups > 1 || p.weight.zero ? multiply_with<InGroups>(p, x, norm, eps) : multiply_with<Int8>(p, x, norm, eps);
     case FLOAT8: return multiply_with<Float8>(p, x, norm, eps);
     case INT32: return multiply_with<Int4>(p, x, norm, eps);
+    case UINT8: return multiply_with<FourBits<true>>(p, x, norm, eps);
     default: return multiply_with<Numbers>(p, x, norm, eps);
   }
 }
@@ -1046,7 +1116,7 @@ struct Arguments {  // the tensors that begin a stack
     aoti_torch_get_size(tensors[i], dimension, &size);
     return size;
   }
-  int64_t columns(int i) const { return size(i, 1) * (dtype(i) == INT32 ? 8 : 1); }  // of a weight
+  int64_t columns(int i) const { return size(i, 1) * per_element(dtype(i)); }  // of a weight
   int64_t stride(int i, int64_t dimension) const {
     int64_t stride = 0;
     aoti_torch_get_stride(tensors[i], dimension, &stride);
@@ -1157,7 +1227,7 @@ static Matrix matrix_of(const Arguments<N>& given, int numbers, int scale, int z
 
 // few_rows(Tensor x, Tensor weight, Tensor scale, Tensor zero, Tensor input_scale, Tensor bias, Tensor norm,
 //   Tensor residual, float eps, int parts) -> Tensor
-// x [..., K], of up to 8 dimensions, weight [N, K], or of 4 bits [N, K / 8] -> [..., N]; all of them contiguous.
+// x [..., K], of up to 8 dimensions, weight [N, K], or of 4 bits [N, K / 8] or [N, K / 2] -> [..., N]; all of them contiguous.
 static void few_rows(uint64_t* stack, uint64_t, uint64_t) {
   Arguments<8> given(stack);
   void** data = given.data;
@@ -1212,12 +1282,14 @@ static bool read_weight(const Arguments<TENSORS>& of, int i, int64_t rows, int64
   bool has_scale = !of.is_missing(scale), has_zero = !of.is_missing(zero), has_inputs = !of.is_missing(inputs);
   weight = matrix_of(of, numbers, has_scale ? scale : 0, has_zero ? zero : 0, has_inputs ? inputs : 0, columns);
   int32_t kind = weight.dtype;
-  if (has_inputs && (kind == INT32 || !of.fits(inputs, dtype, rows, weight.input_scale != nullptr))) return false;
-  if (!has_scale) return !has_zero && !has_inputs && of.fits(numbers, dtype, rows, columns);
-  if (!of.fits(scale, dtype, rows, weight.groups)) return false;
-  if (kind != INT32) return (kind == INT8 || kind == FLOAT8) && !has_zero && weight.groups == 1 && of.fits(numbers, kind, rows, columns);
+  bool per_row = (kind == INT8 || kind == FLOAT8) && weight.groups == 1 && !has_zero;
+  if (has_inputs && !(has_scale && per_row && of.fits(inputs, dtype, rows, weight.input_scale != nullptr))) return false;
+  if (!has_scale) return !has_zero && of.fits(numbers, dtype, rows, columns);
+  if (!of.fits(scale, kind == UINT8 ? FLOAT32 : dtype, rows, weight.groups) || (kind == UINT8 && has_zero)) return false;
+  if (per_row) return of.fits(numbers, kind, rows, columns);
+  if (kind != INT32 && kind != UINT8 && kind != INT8) return false;
   if (weight.groups * Int4::RUN << weight.run_shift != columns || weight.run_shift > 2) return false;
-  return of.fits(numbers, kind, rows, columns / 8) && (!has_zero || of.fits(zero, UINT8, rows, weight.groups));
+  return of.fits(numbers, kind, rows, columns / per_element(kind)) && (!has_zero || of.fits(zero, UINT8, rows, weight.groups));
 }
 
 // Read a layer's tensors, and return whether there is code for them. x: [rows, tokens, size].

@@ -125,14 +125,14 @@ def few_rows(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """Return residual + weight @ norm(x) + bias, or SwiGLU of it: x `[..., in]`, of up to 8 dimensions, weight
-    `[out, in]` -> `[..., out]`.
+    """Return residual + weight @ norm(x) + bias, or SwiGLU of it: x `[..., in]`, of up to 8 dimensions, its columns in
+    the order of the numbers, weight `[out, in]` -> `[..., out]`.
 
     All in one dtype of DTYPES, except the numbers of a quantised weight; sums in float32. `load` must have
     returned True.
     """
     parts = GATED * gated
-    (numbers, scale, zero, inputs), x = weight, x.contiguous()
+    (numbers, scale, zero, inputs, _), x = weight, x.contiguous()
     if scale is not None:
         scale, parts = scale.contiguous(), parts | SCALE
     if zero is not None:
@@ -291,7 +291,7 @@ class Layer(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the layer's tensors, as the operation takes them."""
         named = [(x, "weight") for x in (*self.norms, *self.products)]
-        named += [(x, name) for name in (*PARTS[1:], "bias") for x in self.products]
+        named += [(x, name) for name in (*PARTS[1:4], "bias") for x in self.products]  # `run_blocks` declines an order
         found = (None if module is None else module._parameters.get(name) for module, name in named)
         return *(_MISSING if x is None else x for x in found), *self.newest.with_cache(self.kv)
 
@@ -304,8 +304,9 @@ def run_blocks(x: Tensor, layers: Sequence[Layer]) -> Tensor | None:
     if x.dtype not in DTYPES or not load(x.dtype):
         return None
     modules = [module for layer in layers for module in (*layer.norms, *layer.products)]
-    if any(module is not None and module._parameters.get("weight") is None for module in modules):
-        return None  # it is no parameter: it may be computed
+    for parameters in (module._parameters for module in modules if module is not None):
+        if parameters.get("weight") is None or parameters.get("weight_order") is not None:
+            return None  # it is no parameter, and may be computed, or its columns are in another order than those of x
     tensors = [tensor for layer in layers for tensor in layer.tensors()]
     eps = [0.0 if norm is None else norm.eps for layer in layers for norm in layer.norms]
     y = _OPS[x.dtype].run_blocks(x, tensors, eps, layers[0].newest.page_table is not None)

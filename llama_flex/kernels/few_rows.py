@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .weight import nf4_on
+
 # Rows and columns of the weight that a program multiplies at a time, its warps, and how many such pieces it loads
 # ahead: the best on the matrices of the 8B shape, on an H200, and then for less shared memory. By bits of the weight.
 _TILES = {
@@ -46,6 +48,8 @@ def few_rows(
     (m, k), n = x.shape, len(numbers) // (1 + gated)
     assert numbers.is_contiguous()
     x, x_scale = x.contiguous(), None if x_scale is None else x_scale.contiguous()
+    table = nf4_on(x.device).view(torch.int16) if numbers.dtype == torch.uint8 else None
+    numbers = numbers if table is None else numbers.view(torch.int32)
     bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
     tokens = max(16, triton.next_power_of_2(m))
     device: Any = torch.cuda.get_device_properties(x.device)
@@ -61,12 +65,13 @@ def few_rows(
         "COLUMNS": columns,
         "GROUP": k if scale is None else k // scale.shape[1],
         "PACKED": bits == 4,
+        "GROUPED": scale is not None and (bits == 4 or zero is not None or scale.shape[1] > 1),
         "STAGES": stages,
         "GATED": gated,
         "OVERLAP": overlap,
     }
     _kernel[(triton.cdiv(n, rows),)](
-        x, x_scale, numbers, scale, zero, bias, residual, out, m, n, **sizes, num_warps=warps, launch_pdl=overlap
+        x, x_scale, numbers, scale, zero, table, bias, residual, out, m, n, **sizes, num_warps=warps, launch_pdl=overlap
     )
     return out
 
@@ -78,6 +83,7 @@ def _kernel(
     weight,
     scale,
     zero,
+    table,
     bias,
     residual,
     out,
@@ -89,6 +95,7 @@ def _kernel(
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -118,11 +125,13 @@ def _kernel(
         w = tl.load(at + begin, mask=inside, other=0.0, eviction_policy="evict_first")
         w_up = tl.load(at_up + begin, mask=inside, other=0.0, eviction_policy="evict_first") if GATED else w
         if PACKED:
-            w, each = _unpacked(w, scale, zero, row, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
+            w, each = _unpacked(w, scale, zero, table, row, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
             part = tl.zeros((ROWS, TOKENS), tl.float32)
             part_up = tl.zeros((ROWS, TOKENS), tl.float32)
             if GATED:
-                w_up, each_up = _unpacked(w_up, scale, zero, row + n, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
+                w_up, each_up = _unpacked(
+                    w_up, scale, zero, table, row + n, is_row, start, K, ROWS, COLUMNS, GROUP, dtype
+                )
             for i in tl.static_range(8):
                 v = tl.load(at_x + start + 4 * i, mask=seen, other=0.0, eviction_policy="evict_last")
                 part = tl.dot(w[i], v, part)
@@ -133,18 +142,22 @@ def _kernel(
                 total_up += part_up * each_up[:, None]
         else:
             v = tl.load(at_x + start, mask=seen, other=0.0, eviction_policy="evict_last")
+            if GROUPED:
+                w = _of_groups(w, scale, zero, row, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
+                if GATED:
+                    w_up = _of_groups(w_up, scale, zero, row + n, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
             total = tl.dot(w.to(dtype), v, total)
             if GATED:
                 total_up = tl.dot(w_up.to(dtype), v, total_up)
     inside = is_row[:, None] & is_token[None, :]
     if x_scale is not None:
-        each = tl.load(x_scale + token, mask=is_token, other=0.0)[None, :]
-        total *= each
+        factor = tl.load(x_scale + token, mask=is_token, other=0.0)[None, :]
+        total *= factor
         if GATED:
-            total_up *= each
-    y = _finished(total, None if PACKED else scale, bias, row, is_row, dtype)
+            total_up *= factor
+    y = _finished(total, None if GROUPED else scale, bias, row, is_row, dtype)
     if GATED:
-        y_up = _finished(total_up, None if PACKED else scale, bias, row + n, is_row, dtype)
+        y_up = _finished(total_up, None if GROUPED else scale, bias, row + n, is_row, dtype)
         y = (y * tl.sigmoid(y)).to(dtype).to(tl.float32) * y_up
     to = token[None, :] * n + row[:, None]
     if residual is not None:
@@ -166,6 +179,7 @@ def _unpacked(
     words,
     scale,
     zero,
+    table,
     row,
     is_row,
     start,
@@ -182,28 +196,75 @@ def _unpacked(
     at = row[:, None] * (K // GROUP) + group[None, :]
     inside = is_row[:, None] & (group < K // GROUP)[None, :]
     s = tl.load(scale + at, mask=inside, other=0.0)
-    if zero is None:
-        z = tl.full((ROWS, COUNT), BASE + 8, dtype)
-    else:
-        z = tl.load(zero + at, mask=inside, other=0).to(dtype) + BASE
     each = tl.full((ROWS,), 1.0, tl.float32)
-    w = _nibbles(words, dtype)
-    if COUNT == 1:  # a product is multiplied once by the scale, instead of each number
-        w = (w[0] - z, w[1] - z, w[2] - z, w[3] - z, w[4] - z, w[5] - z, w[6] - z, w[7] - z)
-        each = tl.sum(s.to(tl.float32), 1)
+    if table is None:
+        if zero is None:
+            z = tl.full((ROWS, COUNT), BASE + 8, dtype)
+        else:
+            z = tl.load(zero + at, mask=inside, other=0).to(dtype) + BASE
+        w = _nibbles(words, dtype)
+        if COUNT == 1:  # a product is multiplied once by the scale, instead of each number
+            w = (w[0] - z, w[1] - z, w[2] - z, w[3] - z, w[4] - z, w[5] - z, w[6] - z, w[7] - z)
+            each = tl.sum(s.to(tl.float32), 1)
+        else:
+            z, s = _of_words(z, ROWS, COUNT, COLUMNS // 8), _of_words(s, ROWS, COUNT, COLUMNS // 8)
+            w = (
+                (w[0] - z) * s,
+                (w[1] - z) * s,
+                (w[2] - z) * s,
+                (w[3] - z) * s,
+                (w[4] - z) * s,
+                (w[5] - z) * s,
+                (w[6] - z) * s,
+                (w[7] - z) * s,
+            )
     else:
-        z, s = _of_words(z, ROWS, COUNT, COLUMNS // 8), _of_words(s, ROWS, COUNT, COLUMNS // 8)
+        s = _of_words(s, ROWS, COUNT, COLUMNS // 8)
         w = (
-            (w[0] - z) * s,
-            (w[1] - z) * s,
-            (w[2] - z) * s,
-            (w[3] - z) * s,
-            (w[4] - z) * s,
-            (w[5] - z) * s,
-            (w[6] - z) * s,
-            (w[7] - z) * s,
+            _looked_up(table, words, s, dtype),
+            _looked_up(table, words >> 4, s, dtype),
+            _looked_up(table, words >> 8, s, dtype),
+            _looked_up(table, words >> 12, s, dtype),
+            _looked_up(table, words >> 16, s, dtype),
+            _looked_up(table, words >> 20, s, dtype),
+            _looked_up(table, words >> 24, s, dtype),
+            _looked_up(table, words >> 28, s, dtype),
         )
     return w, each
+
+
+@triton.jit
+def _of_groups(
+    numbers,
+    scale,
+    zero,
+    row,
+    is_row,
+    start,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    # Returns the weights of a tile of int8, `[ROWS, COLUMNS]`. The differences are exact, also in bfloat16.
+    COUNT: tl.constexpr = COLUMNS // GROUP if GROUP < COLUMNS else 1
+    group = start // GROUP + tl.arange(0, COUNT)
+    at = row[:, None] * (K // GROUP) + group[None, :]
+    inside = is_row[:, None] & (group < K // GROUP)[None, :]
+    w = numbers.to(dtype)
+    if zero is not None:
+        z = tl.load(zero + at, mask=inside, other=0).to(dtype) - 128
+        w -= _of_words(z, ROWS, COUNT, COLUMNS)
+    return w * _of_words(tl.load(scale + at, mask=inside, other=0.0), ROWS, COUNT, COLUMNS)
+
+
+@triton.jit
+def _looked_up(table, words, scale, dtype: tl.constexpr):
+    # A value comes in halves: loads of 32 bits would be copied to shared memory ahead, as the weight is, one by one.
+    at = table + 2 * (words & 15)
+    low, high = tl.load(at).to(tl.int32), tl.load(at + 1).to(tl.int32)
+    return ((high << 16 | low & 0xFFFF).to(tl.float32, bitcast=True) * scale).to(dtype)
 
 
 @triton.jit

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .weight import nf4_on
+
 
 def gemv(
     x: Tensor,
@@ -32,6 +34,8 @@ def gemv(
     n, k = len(numbers) // (1 + gated), len(x)
     assert numbers.is_contiguous()
     assert x.is_contiguous()
+    table = nf4_on(x.device) if numbers.dtype == torch.uint8 else None
+    numbers = numbers if table is None else numbers.view(torch.int32)
     bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
     rows, columns, warps = _tile(bits, len(numbers), k)
     rows = rows // 2 if gated else rows
@@ -44,8 +48,9 @@ def gemv(
         "COLUMNS": columns,
         "GROUP": k if scale is None else k // scale.shape[1],
         "PACKED": bits == 4,
+        "GROUPED": scale is not None and (bits == 4 or zero is not None or scale.shape[1] > 1),
         "GATED": gated,
-        "FLOAT8": capability >= (8, 9),  # whether the device converts it
+        "FLOAT8": capability >= (8, 9) and table is None,  # whether the device converts it
         "OVERLAP": overlap,
     }
     _kernel[(triton.cdiv(n, rows),)](
@@ -54,6 +59,7 @@ def gemv(
         numbers,
         scale,
         zero,
+        table,
         bias,
         norm_weight,
         residual,
@@ -84,6 +90,7 @@ def _kernel(
     weight,
     scale,
     zero,
+    table,
     bias,
     norm_weight,
     residual,
@@ -95,6 +102,7 @@ def _kernel(
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
+    GROUPED: tl.constexpr,
     GATED: tl.constexpr,
     FLOAT8: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -138,28 +146,33 @@ def _kernel(
                 v *= tl.load(norm_weight + here, mask=is_place, other=0.0, eviction_policy="evict_last").to(tl.float32)
             if PACKED:
                 summed += v
-                part += each[i].to(tl.float32) * v[None, :]
+                part += _value(each[i], table) * v[None, :]
                 if GATED:
-                    part_up += each_up[i].to(tl.float32) * v[None, :]
+                    part_up += _value(each_up[i], table) * v[None, :]
+            elif GROUPED:
+                group = here // GROUP
+                total += _of_groups(w, scale, zero, row, group, inside, K // GROUP) * v[None, :]
+                if GATED:
+                    total_up += _of_groups(w_up, scale, zero, row + n, group, inside, K // GROUP) * v[None, :]
             else:
                 total += _widened(w) * v[None, :]
                 if GATED:
                     total_up += _widened(w_up) * v[None, :]
         if PACKED:
             group = (begin * EACH + column) // GROUP
-            total += _scaled(part, summed, scale, zero, row, group, inside, K // GROUP, FLOAT8)
+            total += _scaled(part, summed, scale, zero, table, row, group, inside, K // GROUP, FLOAT8)
             if GATED:
-                total_up += _scaled(part_up, summed, scale, zero, row + n, group, inside, K // GROUP, FLOAT8)
+                total_up += _scaled(part_up, summed, scale, zero, table, row + n, group, inside, K // GROUP, FLOAT8)
     # The root mean square is one number for the whole row, so the division can come last.
     factor = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
     if x_scale is not None:
         factor *= tl.load(x_scale)
     dtype: tl.constexpr = out.dtype.element_ty
-    y = _finished(total, factor, None if PACKED else scale, bias, row, is_row, dtype)
+    y = _finished(total, factor, None if GROUPED else scale, bias, row, is_row, dtype)
     if GATED:
         y = y * tl.sigmoid(y)
         y = y.to(dtype).to(tl.float32)
-        y *= _finished(total_up, factor, None if PACKED else scale, bias, row + n, is_row, dtype)
+        y *= _finished(total_up, factor, None if GROUPED else scale, bias, row + n, is_row, dtype)
     if residual is not None:
         y += tl.load(residual + row, mask=is_row, other=0.0).to(tl.float32)
     tl.store(out + row, y.to(dtype), mask=is_row)
@@ -176,12 +189,26 @@ def _finished(total, factor, scale, bias, row, is_row, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scaled(part, summed, scale, zero, row, group, inside, GROUPS: tl.constexpr, FLOAT8: tl.constexpr):
-    # The sum of (numbers - zero) * x is that of numbers * x without zero times the sum of x.
+def _value(number, table):
+    return number.to(tl.float32) if table is None else tl.load(table + number)
+
+
+@triton.jit
+def _scaled(part, summed, scale, zero, table, row, group, inside, GROUPS: tl.constexpr, FLOAT8: tl.constexpr):
     at = row[:, None] * GROUPS + group[None, :]
-    z = 8.0 if zero is None else tl.load(zero + at, mask=inside, other=0).to(tl.float32)
-    part = part * 512.0 if FLOAT8 else part
-    return (part - z * summed[None, :]) * tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+    if table is None:  # the sum of (numbers - zero) * x is that of numbers * x without zero times the sum of x
+        z = 8.0 if zero is None else tl.load(zero + at, mask=inside, other=0).to(tl.float32)
+        part = (part * 512.0 if FLOAT8 else part) - z * summed[None, :]
+    return part * tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_groups(w, scale, zero, row, group, inside, GROUPS: tl.constexpr):
+    at = row[:, None] * GROUPS + group[None, :]
+    w = _widened(w)
+    if zero is not None:
+        w -= tl.load(zero + at, mask=inside, other=0).to(tl.float32) - 128.0
+    return w * tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -89,6 +89,8 @@ def fused_linear(
     gated: bool = False,
 ) -> Tensor:
     """Compute `layers.apply_linear` in one kernel, if it can be fused: `[B, T, in]` -> `[B, T, out]`."""
+    if weight.order is not None:  # the root mean square does not depend on it
+        x, norm = x.index_select(-1, weight.order), None if norm is None else norm.index_select(-1, weight.order)
     if not x.is_cuda:
         return cpu.few_rows(x, weight, bias, norm, eps, residual, gated)
     rows, x_scale = x.shape[:-1].numel(), None
@@ -109,12 +111,14 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Compute weight @ x + bias: x `[B, T, in]`, weight `[out, in]` -> `[B, T, out]`."""
     if can_fuse(x, weight, bias):
         return fused_linear(x, weight, bias)
+    if weight.order is not None:  # x is smaller than the weight
+        x, weight = x.index_select(-1, weight.order), weight._replace(order=None)
     if weight.input_scale is not None:
         return _matmul_of_numbers(x, weight, bias)
     if weight.scale is not None and weight.shape[0] * weight.shape[1] > AT_ONCE:  # such as an output matrix
-        y = torch.cat([nn.functional.linear(x, part.floats()) for part in weight.split(AT_ONCE)], -1)
+        y = torch.cat([nn.functional.linear(x, part.floats(x.dtype)) for part in weight.split(AT_ONCE)], -1)
         return y if bias is None else y + bias
-    numbers = weight.floats()
+    numbers = weight.floats(x.dtype)
     rows, compiling = x.shape[:-1].numel(), torch.compiler.is_dynamo_compiling()
     if x.is_cuda or x.dtype.itemsize != 2 or rows > 64 or torch.is_grad_enabled() or not compiling:
         return nn.functional.linear(x, numbers, bias)

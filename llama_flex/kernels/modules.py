@@ -11,8 +11,8 @@ from .weight import PARTS, Weight
 
 class MatrixModule(nn.Module):
     """A module whose weight is a matrix `[N, K]`; if it is quantised, there is a `weight_scale`, and perhaps a
-    `weight_zero_point` or an `input_scale`; see `weight.Weight`. It comes before the class of torch that it extends,
-    whose constructor makes the weight."""
+    `weight_zero_point`, an `input_scale` or a `weight_order`; see `weight.Weight`. It comes before the class of torch
+    that it extends, whose constructor makes the weight."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -8,6 +8,7 @@ word j are column 4 i + j. So a vector of words, shifted and masked, is a vector
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,30 +16,41 @@ import torch
 from torch import Tensor, nn
 
 RUN = 32  # columns whose numbers of 4 bits lie together
-GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns of 4 bits that share a scale
+GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns that share a scale, if not a whole row
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
-PARTS = "weight", "weight_scale", "weight_zero_point", "input_scale"  # a linear layer's parameters that make a `Weight`
+MIDDLE_8 = 128  # the zero point of 8 bits that means 0, which int8 are without zero points
+# A module's parameters that make a `Weight`.
+PARTS = "weight", "weight_scale", "weight_zero_point", "input_scale", "weight_order"
+# The values of NF4 (Dettmers et al., arXiv:2305.14314), of which a number of 4 bits tells which.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 class Weight(NamedTuple):
-    """A weight `[N, K]`: `numbers`, or, if they have scales, (numbers - zero) * scale.
+    """A weight `[N, K]`: `numbers`, or, if they have scales, (numbers - zero) * scale, or of NF4 value * scale.
 
     numbers: of a float dtype, `[N, K]`; or of int8 or float8_e4m3fn, `[N, K]`, or int32 `[N, K / 8]`, eight of 4 bits
-    each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`. Only 4 bits have more
-    than one group in a row. input_scale: of a weight of int8 or float8_e4m3fn whose inputs are quantised to the same
-    dtype (see `activations`): `[N, 1]`, repeating their scale, or `[N, 0]`, if each row of them has its own.
+    each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`, for int8 plus 128; or
+    of NF4, uint8 `[N, K / 2]`, the bytes of such words, with scale float32 `[N, G]`. A row of float8 is one group.
+    input_scale: of a weight with one scale a row whose inputs are quantised to its dtype (see `activations`): `[N, 1]`,
+    repeating their scale, or `[N, 0]`, if each row of them has its own. order: int64 `[K]`, which column of the weight
+    each of the numbers is, if they are sorted.
     """
 
     numbers: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
     input_scale: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape `(N, K)`."""
         rows, columns = self.numbers.shape
-        return rows, columns * (8 if self.is_packed else 1)
+        return rows, columns * (2 if self.is_nf4 else 8 if self.is_packed else 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,28 +60,48 @@ class Weight(NamedTuple):
     @property
     def is_packed(self) -> bool:
         """Whether the numbers have 4 bits."""
-        return self.numbers.dtype == torch.int32
+        return self.numbers.dtype == torch.int32 or self.is_nf4
+
+    @property
+    def is_nf4(self) -> bool:
+        """Whether the numbers stand for the values of NF4."""
+        return self.numbers.dtype == torch.uint8
+
+    @property
+    def is_per_row(self) -> bool:
+        """Whether the numbers have 8 bits, a scale for each row and no zero points, so that a product of them may be
+        multiplied by the scales."""
+        if self.scale is None or self.zero is not None or self.numbers.dtype not in BYTES:
+            return False
+        return self.scale.shape[-1] == 1
 
     def fits(self, x: Tensor) -> bool:
-        """Return whether it can be multiplied by x: on its device, the numbers or their scales in its dtype."""
+        """Return whether it can be multiplied by x: on its device, the numbers or, but for NF4, their scales in its
+        dtype."""
+        if self.order is not None and self.order.shape != (self.shape[1],):
+            return False
+        if any(part.device != x.device for part in self if part is not None):
+            return False
         if self.scale is None:
-            return self.input_scale is None and self.numbers.dtype == x.dtype and self.numbers.device == x.device
-        if self.numbers.dtype not in QUANTISED or self.scale.dtype != x.dtype:
+            return self.input_scale is None and self.numbers.dtype == x.dtype
+        if self.numbers.dtype not in QUANTISED or self.scale.dtype != (torch.float32 if self.is_nf4 else x.dtype):
             return False
         rows, columns = self.shape
         groups = self.scale.shape[-1]
-        sizes = [size for size in GROUP_SIZES if not columns % size] if self.is_packed else [columns]
+        sizes = [] if self.numbers.dtype == torch.float8_e4m3fn else [n for n in GROUP_SIZES if not columns % n]
+        if not self.is_packed and self.zero is None:
+            sizes.append(columns)
         if self.scale.shape != (rows, groups) or groups not in [columns // size for size in sizes]:
             return False
-        if self.zero is not None and (self.zero.dtype != torch.uint8 or self.zero.shape != self.scale.shape):
+        zero, inputs = self.zero, self.input_scale
+        if zero is not None and (self.is_nf4 or zero.dtype != torch.uint8 or zero.shape != self.scale.shape):
             return False
-        inputs, shapes = self.input_scale, [(rows, 0), (rows, 1)]
-        if inputs is not None and (self.is_packed or inputs.dtype != x.dtype or inputs.shape not in shapes):
-            return False
-        return all(part.device == x.device for part in self if part is not None)
+        shapes = [(rows, 0), (rows, 1)]
+        return inputs is None or (self.is_per_row and inputs.dtype == x.dtype and inputs.shape in shapes)
 
     def rows(self, index: Tensor) -> Weight:
-        """Return the rows at an index `[...]`: numbers `[..., K]` or `[..., K / 8]`, with scales `[..., G]`."""
+        """Return the rows at an index `[...]`: numbers `[..., K]`, `[..., K / 8]` or `[..., K / 2]`, with scales
+        `[..., G]`."""
         return self._map(lambda part: _looked_up(index, part))
 
     def of_rows(self, rows: slice) -> Weight:
@@ -82,11 +114,17 @@ class Weight(NamedTuple):
         return [self.of_rows(slice(start, start + rows)) for start in range(0, max(1, len(self.numbers)), rows)]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Weight:
-        others = (None if part is None else function(part) for part in self[1:])
-        return Weight(function(self.numbers), *others)
+        """Return it with a function of each part that has a row for each of its own."""
+        scale, zero, inputs = (None if part is None else function(part) for part in self[1:4])
+        return Weight(function(self.numbers), scale, zero, inputs, self.order)
 
-    def floats(self) -> Tensor:
-        """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers."""
+    def floats(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers.
+
+        dtype: that of NF4's floats, default the scale's; rounded once, as bitsandbytes does.
+        """
+        if self.order is not None:
+            return self._replace(order=None).floats(dtype)[..., self.order.argsort()]
         if self.scale is None:
             return self.numbers
         if self.numbers.dtype not in QUANTISED:
@@ -94,14 +132,35 @@ class Weight(NamedTuple):
                 f"a weight_scale belongs to a weight of few bits, not of {self.numbers.dtype}; if the dtype of a model "
                 "in fp8 was changed, load it in that dtype; else set the scale to None"
             )
-        if not self.is_packed:
+        if self.is_per_row or self.numbers.dtype == torch.float8_e4m3fn:
             return self.numbers.to(self.scale.dtype) * self.scale
-        zero = MIDDLE if self.zero is None else self.zero[..., None]
-        numbers = unpack(self.numbers).unflatten(-1, (self.scale.shape[-1], -1)) - zero
+        if self.is_nf4:
+            if self.scale.dtype.itemsize < 4:
+                raise ValueError(
+                    "the scales of NF4 are float32; if the dtype of a model was changed, load it in that dtype"
+                )
+            values = nf4_on(self.scale.device)[unpack(self.numbers.view(torch.int32))]
+            floats = values.unflatten(-1, (self.scale.shape[-1], -1)) * self.scale[..., None]
+            return floats.flatten(-2).to(dtype or self.scale.dtype)
+        if self.is_packed:
+            numbers, zero = unpack(self.numbers), MIDDLE
+        else:
+            numbers, zero = self.numbers.to(torch.int16) + MIDDLE_8, MIDDLE_8
+        numbers = numbers.unflatten(-1, (self.scale.shape[-1], -1)) - (
+            zero if self.zero is None else self.zero[..., None]
+        )
         return (numbers.to(self.scale.dtype) * self.scale[..., None]).flatten(-2)
 
 
-QUANTISED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4"}  # the dtypes of numbers
+BYTES = torch.int8, torch.float8_e4m3fn  # the dtypes of numbers of 8 bits
+# The dtypes of numbers.
+QUANTISED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8", torch.int32: "int4", torch.uint8: "nf4"}
+
+
+@functools.cache
+def nf4_on(device: torch.device) -> Tensor:
+    """Return NF4 on a device, as kernels take it: the same tensor each time."""
+    return torch.tensor(NF4, device=device)
 
 
 def _looked_up(index: Tensor, part: Tensor) -> Tensor:
@@ -119,6 +178,11 @@ def pack(numbers: Tensor) -> Tensor:
 def unpack(words: Tensor) -> Tensor:
     """Return the numbers in words, int32 `[..., K / 8]`, as int32 `[..., K]`."""
     return ((words.unflatten(-1, (-1, 1, 4)) >> _shifts(words.device)) & 15).flatten(-3)
+
+
+def reorder(numbers: Tensor, order: Tensor) -> Tensor:
+    """Return the columns of a weight's numbers in an order, int64 `[K]`."""
+    return pack(unpack(numbers)[:, order]) if numbers.dtype == torch.int32 else numbers[:, order]
 
 
 def _shifts(device: torch.device) -> Tensor:

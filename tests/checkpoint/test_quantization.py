@@ -8,17 +8,18 @@ import warnings
 import pytest
 import torch
 from checkpoint_helpers import rewrite
+from compressed_helpers import dequantised
 from helpers import TINY, few, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_flex import Engine, Llama, Sampling
 from llama_flex.checkpoint import quantization
-from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, to_fp8, to_int4, to_int8
+from llama_flex.checkpoint.quantization import GROUP_SIZES, Quantization, to_fp8, to_groups, to_int8
 from llama_flex.engine.explain import bytes_per_step
 from llama_flex.kernels import linear
 from llama_flex.kernels.modules import MatrixModule
-from llama_flex.kernels.weight import Weight, unpack
+from llama_flex.kernels.weight import NF4, Weight, unpack
 from llama_flex.layers import TiedLinear
 from llama_flex.weights import DTYPES
 
@@ -27,12 +28,18 @@ WAYS = {
     "fp8": Quantization("fp8"),
     "int4": Quantization("int4"),
     "int4, symmetric": Quantization("int4", symmetric=True),
+    "nf4": Quantization("nf4", 32),
+    "int8, groups": Quantization("int8", 32),
+    "int8, symmetric groups": Quantization("int8", 32, symmetric=True),
 }
 WITH_VOCABULARY = {
-    f"{name} + {of}": dataclasses.replace(WAYS[name], vocabulary=way)
-    for name, (of, way) in zip(("int4", "int8", "int4, symmetric", "fp8"), WAYS.items(), strict=True)
+    f"{name} + {of}": dataclasses.replace(WAYS[name], vocabulary=WAYS[of])
+    for name, of in (
+        *(("int4", "int8"), ("int8", "fp8"), ("int4, symmetric", "int4"), ("fp8", "int4, symmetric")),
+        *(("nf4", "int8, groups"), ("int8, groups", "int8, symmetric groups")),
+    )
 }
-DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int32}
+DTYPE_OF = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.int32, "nf4": torch.uint8}
 random_weights = {
     "stored": st.sampled_from(DTYPES),
     "dtype": st.sampled_from(DTYPES),
@@ -88,33 +95,45 @@ def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size
     check_scale(scale, weight, 448)
 
 
-@given(**random_weights, groups=st.integers(1, 3), group_size=st.sampled_from(GROUP_SIZES), symmetric=st.booleans())
-@settings(max_examples=200, deadline=None)
-def test_a_weight_has_no_nearer_number_of_4_bits(stored, dtype, rows, groups, group_size, symmetric, size, seed):
+@given(
+    **random_weights,
+    bits=st.sampled_from((4, 8)),
+    groups=st.integers(1, 3),
+    group_size=st.sampled_from(GROUP_SIZES),
+    symmetric=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_weight_has_no_nearer_number_in_groups(stored, dtype, rows, bits, groups, group_size, symmetric, size, seed):
     weight = random_weight(stored, rows, groups * group_size, size, seed)
-    words, scale, zero, _ = to_int4(weight, group_size, symmetric, dtype)
-    assert (words.dtype, scale.dtype) == (torch.int32, dtype)
-    assert words.shape == (rows, groups * group_size // 8)
+    held, scale, zero, *_ = to_groups(weight, bits, group_size, symmetric, dtype)
+    assert (held.dtype, scale.dtype) == (torch.int32 if bits == 4 else torch.int8, dtype)
+    assert held.shape == (rows, groups * group_size // (8 if bits == 4 else 1))
+    numbers = unpack(held) if bits == 4 else held.int() + 128
     assert scale.shape == (rows, groups)
     assert (zero is None) == symmetric
-    middle = torch.full((rows, groups), 8) if zero is None else zero
-    assert middle.max() <= 15
-    steps = unpack(words).unflatten(1, (groups, -1)) - middle[..., None].int()
+    middle = torch.full((rows, groups), 1 << (bits - 1)) if zero is None else zero
+    assert middle.max().item() < 1 << bits
+    steps = numbers.unflatten(1, (groups, -1)) - middle[..., None].int()
     exact, step = weight.double().unflatten(1, (groups, -1)), scale.double()[..., None]
-    every = (torch.arange(16) - middle[..., None].int()).double() * step
+    every = (torch.arange(1 << bits) - middle[..., None].int()).double() * step
     nearest = (every[:, :, None] - exact[..., None]).abs().amin(-1)
     error = (steps * step - exact).abs()
     assert (error <= nearest + 1e-4 * step.abs() + 1e-6 * exact.abs()).all()
     assert (error[0] == 0).all()
 
 
-def dequantised(model: Llama) -> Llama:
-    """Return the model with the weights that its numbers, scales and zero points stand for."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, MatrixModule) and module.weight_scale is not None:
-            quantization.assign(module, Weight(module.matrix.floats()))
-    return model
+@given(**random_weights, groups=st.integers(1, 3), group_size=st.sampled_from(GROUP_SIZES))
+@settings(max_examples=100, deadline=None)
+def test_a_weight_has_no_nearer_value_of_nf4(stored, dtype, rows, groups, group_size, size, seed):
+    weight = random_weight(stored, rows, groups * group_size, size, seed)
+    made = Quantization("nf4", group_size).quantise(weight, dtype)
+    assert (made.numbers.dtype, made.scale.dtype, made.zero) == (torch.uint8, torch.float32, None)
+    exact, scale = weight.double().unflatten(1, (groups, -1)), made.scale.double()[..., None]
+    assert torch.equal(made.scale, weight.float().unflatten(1, (groups, -1)).abs().amax(2))
+    nearest = (torch.tensor(NF4).double() * scale[..., None] - exact[..., None]).abs().amin(-1)
+    found = made._replace(scale=made.scale.double()).floats().unflatten(1, (groups, -1))
+    assert ((found - exact).abs() <= nearest + 1e-6 * scale).all()
+    assert made.floats(torch.bfloat16).equal(found.float().flatten(1).bfloat16())
 
 
 def quantised(tiny_pair, tmp_path, name, quantize="int8", **options) -> Llama:
@@ -169,7 +188,7 @@ def check_vocabulary(model: Llama, exact: Llama, compile: bool = False) -> None:
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, *few([torch.bfloat16], [torch.float16])])
-@pytest.mark.parametrize("vocabulary", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("vocabulary", [way for way in WAYS.values() if way.format != "nf4"], ids=lambda way: way.name)
 @pytest.mark.parametrize("name", ["gqa", "tied", "odd_vocab"])
 def test_embeddings_and_logits_are_those_of_the_floats(tiny_pair, tmp_path, name, vocabulary, dtype, compile):
     way = Quantization("int8", vocabulary=vocabulary)
@@ -221,7 +240,7 @@ def test_the_comparison_finds_faults_in_a_lookup(tiny_pair, tmp_path, fault, mon
 def test_the_logits_of_a_few_rows_never_widen_the_output_matrix(tiny_pair, tmp_path, monkeypatch):
     model = quantised(tiny_pair, tmp_path, "tied", "int4+int4", dtype=torch.bfloat16)
     rows, floats = [], Weight.floats
-    monkeypatch.setattr(Weight, "floats", lambda weight: rows.append(len(weight.numbers)) or floats(weight))
+    monkeypatch.setattr(Weight, "floats", lambda weight, *to: rows.append(len(weight.numbers)) or floats(weight, *to))
     Engine(model).generate([random_ids(20)], max_new_tokens=4, stop_token_ids=())
     assert max(rows) < model.dims.vocab_size
 
@@ -231,7 +250,7 @@ def test_a_large_matrix_becomes_floats_a_part_at_a_time(tiny_pair, tmp_path, mon
     model = quantised(tiny_pair, tmp_path, "odd_vocab", "int4+int4", dtype=torch.float32)
     monkeypatch.setattr(linear, "AT_ONCE", 100 * 128)
     shapes, floats = [], Weight.floats
-    monkeypatch.setattr(Weight, "floats", lambda weight: shapes.append(weight.shape) or floats(weight))
+    monkeypatch.setattr(Weight, "floats", lambda weight, *to: shapes.append(weight.shape) or floats(weight, *to))
     x = torch.randn(1, 40, 128)
     found = model.lm_head(x)
     assert [rows for rows, _ in shapes] == [100] * 5 + [9]
@@ -378,7 +397,8 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
     quantised(tiny_pair, tmp_path, "gqa")
     with pytest.raises(ValueError, match="quantize 'int3' is not known; use 'int8', 'fp8', 'int4', 'int4-128'"):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int3")
-    for name in ("int4+", "+int8", "int4+int8+int8", "int4 + int8", "int8+none", "int8+int4-7"):
+    nonsense = "int8-symmetric", "fp8-symmetric", "nf4-symmetric", "nf4-64-symmetric", "int8-dynamic-symmetric"
+    for name in (*nonsense, "int4+", "+int8", "int4+int8+int8", "int4 + int8", "int8+none", "int8+int4-7"):
         with pytest.raises(
             ValueError, match=r"is not known; use 'int8', .* or two of them as in 'int4\+int8'|must be one of"
         ):
@@ -393,6 +413,17 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int4-64+int8")
     with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 48"):
         Quantization("int4", 48)
+    for name in ("fp8-32", "int8+fp8-32"):
+        with pytest.raises(ValueError, match="'fp8' has a scale for each row, not for groups of 32"):
+            Quantization.of(name)
+    for name in ("int8-32-dynamic", "int4-32-dynamic", "nf4-32-dynamic"):
+        with pytest.raises(ValueError, match=f'inputs=\'dynamic\' is for "int8" and "fp8", not for "{name[:-8]}"'):
+            Quantization.of(name)
+    for name in ("int4-32+nf4-64", Quantization("int4", vocabulary=Quantization("nf4"))):
+        with pytest.raises(
+            ValueError, match=r"quantize 'int4-32\+nf4-64': a vocabulary cannot be in 'nf4'; use 'int4'"
+        ):
+            Quantization.of(name)
     monkeypatch.setattr(quantization, "model_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
@@ -425,14 +456,28 @@ def test_weights_that_are_not_finite_are_named(tiny_pair, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["int8", "fp8", "int4-32", "int4-128", "int4-64-symmetric", "int8+int4-64", "int4-32-symmetric+fp8"]
+    "name",
+    [
+        *(
+            "int8",
+            "fp8",
+            "int4-32",
+            "int4-128",
+            "int4-64-symmetric",
+            "int4-32-symmetric",
+            "int8-32",
+            "int8-128-symmetric",
+        ),
+        *("nf4-64", "int8-dynamic", "fp8-dynamic", "int8+int4-64", "int4-32-symmetric+fp8", "nf4-32+int8-64-symmetric"),
+        "int8-dynamic+int8-128",
+    ],
 )
 def test_a_name_is_read_back(name):
     assert Quantization.of(Quantization.of(name).name) == Quantization.of(name)
     assert Quantization.of(name).name == name
 
 
-@pytest.mark.parametrize("name", ["int8-32", "fp8-symmetric", "int4-9999", "int4-٣٢", "int4-", 4, True, "int4-128-x"])
+@pytest.mark.parametrize("name", ["fp8-32", "fp8-symmetric", "int4-9999", "int4-٣٢", "int4-", 4, True, "int4-128-x"])
 def test_other_names_are_refused_in_a_line(name):
     with pytest.raises(ValueError, match="is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like"):
         Quantization.of(name)
@@ -441,6 +486,14 @@ def test_other_names_are_refused_in_a_line(name):
 def test_a_model_in_fp8_whose_dtype_changed_says_what_to_do(tiny_pair, tmp_path):
     model = quantised(tiny_pair, tmp_path, "gqa", "fp8").half()
     with pytest.raises(ValueError, match="if the dtype of a model in fp8 was changed, load it in that dtype"):
+        model(torch.tensor([[1, 2]]), backend="dense")
+
+
+def test_a_model_in_nf4_whose_dtype_changed_says_what_to_do(tiny_pair, tmp_path):
+    model = quantised(tiny_pair, tmp_path, "gqa", Quantization("nf4", 32)).half()
+    with pytest.raises(
+        ValueError, match="scales of NF4 are float32; if the dtype of a model was changed, load it in that"
+    ):
         model(torch.tensor([[1, 2]]), backend="dense")
 
 

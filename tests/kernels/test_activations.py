@@ -161,6 +161,6 @@ def test_gradients_that_rounding_does_not_let_through_are_refused():
 @torch.no_grad()
 def test_a_scale_of_inputs_of_floats_is_refused(weight):
     with pytest.raises(
-        ValueError, match=r"an input_scale belongs to a quantised weight of int8 or fp8, not of torch.f"
+        ValueError, match=r"an input_scale belongs to a weight of int8 or fp8 with a scale for each row, not to torch.f"
     ):
         linear.matmul(torch.zeros(1, 2, 64), weight._replace(input_scale=torch.zeros(9, 0)), None)

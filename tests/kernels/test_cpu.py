@@ -23,7 +23,7 @@ from llama_flex.kernels import build, linear
 from llama_flex.kernels import cpu as kernel
 from llama_flex.kernels.cpu import Newest
 from llama_flex.kernels.kv_cache import KV
-from llama_flex.kernels.weight import MIDDLE, Weight, unpack
+from llama_flex.kernels.weight import MIDDLE, NF4, Weight, unpack
 from llama_flex.layers import Block, Linear, RMSNorm, apply_linear, run_blocks
 from llama_flex.masks.layout import PageTable
 from llama_flex.masks.library import sliding_window
@@ -36,6 +36,8 @@ FORMATS = (
     Quantization("int8"),
     Quantization("fp8"),
     *(Quantization("int4", size, symmetric) for size in GROUP_SIZES for symmetric in (False, True)),
+    *(Quantization("nf4", size) for size in GROUP_SIZES),
+    *(Quantization("int8", size, symmetric) for size in GROUP_SIZES for symmetric in (False, True)),
 )
 CHECK = """
 import torch
@@ -75,7 +77,7 @@ def exactly(weight: Weight) -> torch.Tensor:
 
 def fitting(k: int, quantization: Quantization | None) -> int:
     """Return the least number of columns from k on that has whole groups."""
-    size = quantization.group_size if quantization is not None and quantization.format == "int4" else 1
+    size = 1 if quantization is None else quantization.group_size or 1
     return -(-k // size) * size
 
 
@@ -157,7 +159,7 @@ FAULTS = {
 def swapped(words: torch.Tensor) -> torch.Tensor:
     """Swap the two numbers in each byte."""
     both = words.view(torch.uint8)
-    return (both >> 4 | both << 4).view(torch.int32)
+    return (both >> 4 | both << 4).view(words.dtype)
 
 
 @pytest.mark.parametrize("dtype", kernel.DTYPES)
@@ -167,6 +169,8 @@ def swapped(words: torch.Tensor) -> torch.Tensor:
         ("the scale of a neighbour", Quantization("int8")),
         ("the scale of a neighbour", Quantization("fp8")),
         *((fault, Quantization("int4", size)) for fault in FAULTS for size in GROUP_SIZES),
+        *((fault, Quantization("int8", size)) for fault in FAULTS if "swapped" not in fault for size in GROUP_SIZES),
+        *((fault, Quantization("nf4", size)) for fault in FAULTS if "zero" not in fault for size in GROUP_SIZES),
     ],
 )
 def test_the_check_finds_a_fault_in_a_weight(monkeypatch, dtype, fault, quantization):
@@ -186,12 +190,16 @@ def test_every_number_of_few_bits_is_read_as_it_is(dtype):
     four_bits = torch.randint(-(2**31), 2**31, (256, 20), generator=draws).int()
     zero = torch.randint(0, 16, (256, 5), generator=draws, dtype=torch.uint8)
     ones = one.expand(-1, 5)
+    eight = torch.randint(0, 256, (256, 1), generator=draws, dtype=torch.uint8).expand(-1, 5)
     numbers = unpack(four_bits)
     for weight, exact in (
         (Weight(bytes_.view(torch.int8), one), bytes_.view(torch.int8)),
         (Weight(bytes_.view(torch.float8_e4m3fn), one), bytes_.view(torch.float8_e4m3fn)),
+        (Weight(bytes_.view(torch.int8), ones), bytes_.view(torch.int8)),
+        (Weight(bytes_.view(torch.int8), ones, eight), bytes_.int() + 256 * (bytes_ < 128) - 128 - eight[:, :1].int()),
         (Weight(four_bits, ones), numbers - MIDDLE),
         (Weight(four_bits, ones, zero), numbers - zero.repeat_interleave(32, 1)),
+        (Weight(four_bits.view(torch.uint8), torch.ones(256, 5)), torch.tensor(NF4)[numbers]),
     ):
         found = torch.cat([kernel.few_rows(x, weight, None) for x in places])
         known = exact.to(dtype).isfinite().T  # float8's two NaN are none of the quantiser's
@@ -695,7 +703,8 @@ def faults_of_shape(weight: Weight) -> list[Weight]:
         weight._replace(numbers=weight.numbers.view(torch.int8), scale=one.contiguous()),
         weight._replace(numbers=weight.numbers.long()),
         weight._replace(scale=None, zero=None),
-        Weight(torch.zeros(64, 256, dtype=torch.int8), weight.scale),
+        Weight(torch.zeros(64, 256).to(torch.float8_e4m3fn), weight.scale),
+        Weight(torch.zeros(64, 256, dtype=torch.int8), weight.scale[:, :2].contiguous(), weight.zero),
         Weight(torch.zeros(64, 256, dtype=torch.uint8), one.contiguous()),
         Weight(torch.zeros(64, 256), None, zero),
     ]
@@ -719,9 +728,24 @@ def test_a_weight_of_few_bits_in_another_shape_has_no_code():
     assert linear.can_fuse(x, weight)
     assign(block.mlp.gate_up, weight)
     assert runs()
-    for other in faults_of_shape(weight):
+    nf4 = Quantization("nf4").quantise(module.weight, torch.float32)
+    assign(block.mlp.gate_up, nf4)
+    assert runs()
+    order = weight._replace(order=torch.randperm(256))
+    int8 = Quantization("int8", 64).quantise(module.weight, torch.float32)
+    assign(block.mlp.gate_up, int8)
+    assert runs()
+    faults = (
+        nf4._replace(scale=nf4.scale.bfloat16()),
+        nf4._replace(zero=weight.zero),
+        order,
+        int8._replace(zero=weight.zero),
+    )
+    for other in (*faults_of_shape(weight), *faults):
         assign(block.mlp.gate_up, other)
         assert not runs()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        Weight(torch.zeros(64, 256).to(torch.float8_e4m3fn), weight.scale).floats()
     large = faults_of_shape(weight)[0]
     assert not linear.can_fuse(x, large)
     torch.testing.assert_close(linear.matmul(x, large, None), x @ large.floats().T)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from helpers import Products, few
 
+from llama_flex.checkpoint.quantization import Quantization, assign
 from llama_flex.engine.graphs import Graphs
+from llama_flex.kernels.weight import Weight, reorder
+from llama_flex.layers import Linear
 
 
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], [torch.float64, torch.float16]), ids=str)
@@ -25,3 +28,50 @@ def test_products_of_one_row_are_no_further_from_float64_than_torchs(sizes, dtyp
         summed = torch.promote_types(dtype, torch.float32)
         allowed = 2 * torch.finfo(dtype).eps + k * torch.finfo(summed).eps
         assert error.max() <= 1.25 * their_error.max() + allowed * exact.abs().max()
+
+
+def reordered(products: Products, quantization: Quantization) -> Products:
+    """Quantise the weights of a model, with their columns in another order; return it with its weights in float64."""
+    truth = copy.deepcopy(products).double()
+    for ours, exact in zip(products.modules(), truth.modules(), strict=True):
+        if isinstance(ours, Linear):
+            made = quantization.quantise(ours.weight, ours.weight.dtype)
+            order = torch.randperm(ours.in_features)
+            assign(ours, Weight(made.numbers, made.scale, made.zero, order))
+            exact.weight[:, order] = made._replace(scale=made.scale.double()).floats()
+    return truth
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("form", ["int4", "int8", "int8-32"])
+@torch.no_grad()
+def test_products_with_columns_in_another_order_are_those_of_float64(form, rows):
+    products = Products(48, 96)
+    truth = reordered(products, Quantization.of(form))
+    x, residual = (torch.randn(rows, 1, size) for size in (96, 48))
+
+    def errors():
+        exact = truth(x.double(), residual.double())
+        compiled = Graphs().of()("products", Products.forward, products, x, residual)
+        for found in (products(x, residual), compiled):
+            for y, z in zip(found, exact, strict=True):
+                yield ((y - z).abs().max() / z.abs().max()).item()
+
+    bound = (96 + 2) * torch.finfo(torch.float32).eps  # of summing in another order, and rounding
+    assert max(errors()) < bound
+    for module in products.modules():
+        if isinstance(module, Linear):
+            module.weight_order = None
+    assert min(errors()) > 8 * bound
+
+
+@torch.no_grad()
+def test_a_weight_with_its_columns_in_another_order_stands_for_floats_in_theirs():
+    weight, order = torch.randn(8, 64), torch.randperm(64)
+    for form in ("int4", "int8", "int8-32"):
+        plain = Quantization.of(form).quantise(weight, torch.float32)
+        assert torch.equal(Weight(*plain[:3], order).floats()[:, order], plain.floats())
+        back = plain._replace(numbers=reorder(reorder(plain.numbers, order), order.argsort()))
+        assert torch.equal(back.floats(), plain.floats())
+    assert plain._replace(order=order).fits(weight)
+    assert not plain._replace(order=order[:-1]).fits(weight)
