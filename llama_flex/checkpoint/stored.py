@@ -61,7 +61,8 @@ def words_of(bits: int, numbers: Tensor) -> Tensor:
     if bits == 4:
         pairs = numbers.unflatten(-1, (-1, 2))
         numbers = pairs[..., 0] | pairs[..., 1] << 4
-    return numbers.contiguous().view(torch.int32)
+    # `contiguous` would keep the strides of a single row, which no view of another dtype takes.
+    return numbers.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def is_in_sequence(order: Tensor) -> bool:

@@ -93,9 +93,9 @@ def parser() -> argparse.ArgumentParser:
     run = p.add_argument_group("running")
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     formats = (
-        "the layers' matrices in fewer bits: int8, fp8, or int4, in groups of 32 with zero points; int4-64, int4-128; "
-        "without zero points int4-128-symmetric; int8-dynamic, fp8-dynamic: the inputs of products, too; with "
-        "embedding and output matrix int4+int8, or any other two"
+        "the layers' matrices in fewer bits: int8, fp8, nf4, or int4, in groups of 32 with zero points; int4-64, "
+        "int4-128, int8-128; without zero points int4-128-symmetric; int8-dynamic, fp8-dynamic: the inputs of "
+        "products, too; with embedding and output matrix int4+int8, or another two"
     )
     run.add_argument("--quantize", metavar="FORMAT", help=formats)
     run.add_argument(

@@ -306,9 +306,17 @@ def changed(kind: Kind, **changes) -> dict:
     return config
 
 
+def in_groups(kind: Kind) -> dict:
+    """Return a config whose weights are in groups."""
+    config = copy.deepcopy(kind.config())
+    config["config_groups"]["group_0"]["weights"] |= {"strategy": "group", "group_size": 32}
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "needle"),
     [
+        (in_groups(DYNAMIC), f"{INPUTS} is not supported with strategy='group' (only with a scale for each row of a"),
         (
             changed(FLOATS, strategy="tensor"),
             f"{INPUTS}: strategy='tensor' with dynamic=True is not supported: a token's result would depend on those",

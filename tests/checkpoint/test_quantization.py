@@ -60,7 +60,7 @@ def random_weight(stored, rows, columns, size, seed) -> torch.Tensor:
 @settings(max_examples=200, deadline=None)
 def test_a_weight_is_at_most_half_a_step_from_its_numbers(stored, dtype, rows, columns, size, seed):
     weight = random_weight(stored, rows, columns, size, seed)
-    numbers, scale, zero, _ = to_int8(weight, dtype)
+    numbers, scale, zero, *_ = to_int8(weight, dtype)
     assert numbers.dtype == torch.int8
     assert numbers.shape == weight.shape
     assert scale.dtype == dtype
@@ -84,7 +84,7 @@ def check_scale(scale: torch.Tensor, weight: torch.Tensor, largest: float) -> No
 @settings(max_examples=200, deadline=None)
 def test_a_weight_has_no_nearer_number_in_fp8(stored, dtype, rows, columns, size, seed):
     weight = random_weight(stored, rows, columns, size, seed)
-    numbers, scale, zero, _ = to_fp8(weight, dtype)
+    numbers, scale, zero, *_ = to_fp8(weight, dtype)
     assert numbers.dtype == torch.float8_e4m3fn
     assert zero is None
     assert not numbers.isnan().any()
@@ -477,7 +477,7 @@ def test_a_name_is_read_back(name):
     assert Quantization.of(name).name == name
 
 
-@pytest.mark.parametrize("name", ["fp8-32", "fp8-symmetric", "int4-9999", "int4-٣٢", "int4-", 4, True, "int4-128-x"])
+@pytest.mark.parametrize("name", ["fp8-symmetric", "int4-9999", "int4-٣٢", "int4-", 4, True, "int4-128-x"])
 def test_other_names_are_refused_in_a_line(name):
     with pytest.raises(ValueError, match="is not known; use 'int8', 'fp8', 'int4', 'int4-128' or the like"):
         Quantization.of(name)

@@ -157,6 +157,42 @@ def test_gradients_that_rounding_does_not_let_through_are_refused():
         torch.testing.assert_close(linear.matmul(x, weight, None), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("inputs", ["dynamic", "static"])
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@torch.no_grad()
+def test_columns_may_be_in_another_order(form, inputs, rows, dtype):
+    x, weight = draw(form, inputs, rows, 64, 1.0, 0, dtype)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    other = weight._replace(order=order)
+    expected = linear.matmul(x[..., order], weight, None)
+    assert torch.equal(linear.matmul(x, other, None), expected)
+    norm = torch.rand(64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    if linear.can_fuse(x, other, None, norm):
+        fused = linear.fused_linear(x, other, None, norm, 1e-5)
+        assert torch.equal(fused, linear.fused_linear(x[..., order], weight, None, norm[order], 1e-5))
+    else:
+        assert rows > cpu.ROWS
+    # And the comparison finds another order.
+    assert rows == 1 or not torch.equal(linear.matmul(x, weight._replace(order=order.argsort()), None), expected)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("name", ["int8-32", "int8-64-symmetric", "int4", "nf4"])
+@torch.no_grad()
+def test_a_scale_of_inputs_beside_scales_of_groups_is_refused(name, rows):
+    weight, x = Quantization.of(name).quantise(torch.randn(9, 128), torch.float32), torch.randn(1, rows, 128)
+    assert weight.fits(x)
+    for columns in (0, 1):
+        other = weight._replace(input_scale=torch.ones(9, columns))
+        assert not other.fits(x)
+        with pytest.raises(
+            ValueError, match=r"an input_scale belongs to .* with a scale for each row, not to (one|torch)"
+        ):
+            linear.matmul(x, other, None)
+
+
 @pytest.mark.parametrize("weight", [Weight(torch.zeros(9, 64), None), Weight(torch.zeros(9, 64), torch.ones(9, 1))])
 @torch.no_grad()
 def test_a_scale_of_inputs_of_floats_is_refused(weight):

@@ -8,7 +8,7 @@ from helpers import Products, few
 
 from llama_flex.checkpoint.quantization import Quantization, assign
 from llama_flex.engine.graphs import Graphs
-from llama_flex.kernels.weight import Weight, reorder
+from llama_flex.kernels.weight import reorder
 from llama_flex.layers import Linear
 
 
@@ -37,7 +37,7 @@ def reordered(products: Products, quantization: Quantization) -> Products:
         if isinstance(ours, Linear):
             made = quantization.quantise(ours.weight, ours.weight.dtype)
             order = torch.randperm(ours.in_features)
-            assign(ours, Weight(made.numbers, made.scale, made.zero, order))
+            assign(ours, made._replace(order=order))
             exact.weight[:, order] = made._replace(scale=made.scale.double()).floats()
     return truth
 
@@ -70,8 +70,21 @@ def test_a_weight_with_its_columns_in_another_order_stands_for_floats_in_theirs(
     weight, order = torch.randn(8, 64), torch.randperm(64)
     for form in ("int4", "int8", "int8-32"):
         plain = Quantization.of(form).quantise(weight, torch.float32)
-        assert torch.equal(Weight(*plain[:3], order).floats()[:, order], plain.floats())
+        assert torch.equal(plain._replace(order=order).floats()[:, order], plain.floats())
         back = plain._replace(numbers=reorder(reorder(plain.numbers, order), order.argsort()))
         assert torch.equal(back.floats(), plain.floats())
     assert plain._replace(order=order).fits(weight)
     assert not plain._replace(order=order[:-1]).fits(weight)
+
+
+@pytest.mark.parametrize("reordered", [False, True])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int8-32", "int8-64-symmetric", "int4", "int4-64-symmetric", "nf4"])
+def test_rows_of_a_weight_are_those_of_its_floats(name, reordered):
+    weight = Quantization.of(name).quantise(torch.randn(9, 128), torch.float32)
+    weight = weight._replace(order=torch.randperm(128)) if reordered else weight
+    floats, index = weight.floats(), torch.tensor([[8, 0, 3], [3, 7, 1]])
+    assert torch.equal(weight.rows(index).floats(), floats[index])
+    assert torch.equal(weight.of_rows(slice(2, 7)).floats(), floats[2:7])
+    assert [part.shape for part in weight.split(4 * 128)] == [(4, 128), (4, 128), (1, 128)]
+    assert torch.equal(torch.cat([part.floats() for part in weight.split(4 * 128)]), floats)
+    assert not torch.equal(weight.rows(index.roll(1)).floats(), floats[index])
