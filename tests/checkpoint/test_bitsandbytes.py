@@ -165,7 +165,8 @@ def test_the_comparison_finds_values_that_are_not_in_their_places(mutation, fold
 def test_the_comparison_finds_values_of_the_table_swapped(folder, monkeypatch):
     expected = quantise(folder, Case().config, Case().store)
     model = load(folder)
-    monkeypatch.setattr("llama_flex.kernels.weight.NF4", (*NF4[:3], NF4[4], NF4[3], *NF4[5:]))
+    swapped = torch.tensor((*NF4[:3], NF4[4], NF4[3], *NF4[5:]))
+    monkeypatch.setattr("llama_flex.kernels.weight.nf4_on", lambda device: swapped)
     found = floats_of(model)
     assert not any(torch.equal(found[name], floats) for name, floats in expected.items())
 

@@ -175,7 +175,7 @@ def logits_of(model: Llama, ids: torch.Tensor, compile: bool) -> list[torch.Tens
 
 
 def check_vocabulary(model: Llama, exact: Llama, compile: bool = False) -> None:
-    """Check that embeddings are exactly those of a model of floats, and logits near to those in float64."""
+    """Check that embeddings are exactly those of a model of floats, and logits, on average, as near to float64."""
     ids = torch.tensor([random_ids(40)])
     found, theirs = logits_of(model, ids, compile), logits_of(exact, ids, False)
     truth = logits_of(copy.deepcopy(exact).double(), ids, False)
@@ -183,7 +183,7 @@ def check_vocabulary(model: Llama, exact: Llama, compile: bool = False) -> None:
     assert torch.equal(found[2], theirs[2])
     for ours, other, z in zip(found[1::2], theirs[1::2], truth[1::2], strict=True):
         unit = torch.finfo(ours.dtype).eps * z.abs().max()
-        assert (ours - z).abs().max() <= 1.5 * (other - z).abs().max() + unit
+        assert (ours - z).abs().mean() <= 1.5 * (other - z).abs().mean() + unit / 4
 
 
 @pytest.mark.parametrize("compile", [False, True])
