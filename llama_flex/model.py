@@ -84,10 +84,10 @@ class Llama(nn.Module):
     ) -> Self:
         """Load a model from a Hugging Face folder or hub repository of safetensors.
 
-        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8", "fp8", "int4" or
-        another `Quantization` of the layers' matrices, or, as "int4+int8", of these and the vocabulary's, which are not
-        trained then. The parameters do not require gradients until `requires_grad_()` is called. Raises ValueError,
-        naming the file and what to do, for anything missing, malformed or unsupported; see `weights.load`.
+        device: default the GPU if there is one. dtype: default the checkpoint's own. quantize: "int8", "fp8", "int4",
+        "nf4" or another `Quantization` of the layers' matrices, or, as "int4+int8", of these and the vocabulary's,
+        which are not trained then. The parameters do not require gradients until `requires_grad_()` is called. Raises
+        ValueError, naming the file and what to do, for anything missing, malformed or unsupported; see `weights.load`.
         """
         if dtype is not None and dtype not in weights.DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(map(str, weights.DTYPES))}, found {dtype!r}")
@@ -104,7 +104,7 @@ class Llama(nn.Module):
 
         Loading them back is bit-exact; but a quantised embedding is written as the floats that it stands for, and if it
         is the output matrix, too, then once more as such, in its few bits. Raises ValueError for a model on the meta
-        device, and if replaced modules hold other tensors than its config.
+        device, for NF4 and act-order, and if replaced modules hold other tensors than its config.
         """
         self.check_device()
         with torch.device("meta"):

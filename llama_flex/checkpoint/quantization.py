@@ -54,17 +54,20 @@ class Quantization:
         if self.group_size is None:
             object.__setattr__(self, "group_size", _GROUP_SIZES.get(self.format))
         elif self.format == "fp8":
-            raise ValueError(f"'fp8' has a scale for each row, not for groups of {self.group_size!r:.60}")
+            raise ValueError(f"'fp8' has a scale for each row, not for groups of {self.group_size!r:.60}; leave it out")
         elif type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
-            raise ValueError(f"group_size must be one of {sizes}, not {self.group_size!r:.60}")
+            raise ValueError(f"{self.format}: group_size must be one of {sizes}, not {self.group_size!r:.60}")
+        if type(self.symmetric) is not bool:
+            raise ValueError(f"symmetric must be True or False, not {self.symmetric!r:.60}")
         if self.format == "nf4" or self.group_size is None:
             object.__setattr__(self, "symmetric", True)
         if self.inputs is not None:
             check_choice("inputs", self.inputs, get_args(Inputs))
             if self.group_size is not None:
                 other = f"{self.format}-{self.group_size}"
-                raise ValueError(f'inputs={self.inputs!r} is for "int8" and "fp8", not for "{other}"; leave it out')
+                only = 'for "int8" and "fp8" without groups'
+                raise ValueError(f'{self.inputs!r} inputs are {only}, not for "{other}"; use "int8-dynamic"')
         own = self.vocabulary
         if own is not None and (not isinstance(own, Quantization) or own.vocabulary is not None):
             raise ValueError(f"vocabulary must be None or a Quantization without another inside, not {own!r:.60}")
@@ -78,7 +81,7 @@ class Quantization:
         embedding's floats.
         """
         made = value if value is None or isinstance(value, Quantization) else _named(value)
-        if made is not None and made.inputs == "static":
+        if made is not None and "static" in (made.inputs, made.vocabulary and made.vocabulary.inputs):
             raise ValueError(f"quantize {made.name!r} needs scales of inputs, which floats do not have; use 'dynamic'")
         if made is not None and made.vocabulary is not None and made.vocabulary.format == "nf4":
             raise ValueError(f"quantize {made.name!r}: a vocabulary cannot be in 'nf4'; use 'int4' or 'int8' for it")

@@ -35,7 +35,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if order is not None or (numbers is not None and Weight(numbers).is_nf4):
             what = "which is in NF4" if order is None else "whose columns are reordered (act-order)"
             raise ValueError(
-                f"cannot save {path}, {what}, as compressed-tensors; copy the folder that it was loaded from"
+                f"cannot save {path}, {what}, as compressed-tensors; keep the folder that it was loaded from"
             )
         if quantization.is_quantisable(module) and numbers is not None and scale is not None:
             weight = Weight(numbers, scale, *others)

@@ -25,7 +25,7 @@ ANY: Any = object()  # stands for all values of a key, where another check follo
 class Scheme:
     """The storage of a checkpoint's quantised matrices.
 
-    method: the name of the format. quantization: the numbers they become. per_row: a scale of 4 bits is for a whole
+    method: the name of the format. quantization: the numbers they become. per_row: a scale of groups is for a whole
     row, and repeated for groups. ignores: tells by its name whether a module keeps floats. tensors: from the name and
     the shape `(N, K)` of a matrix to the tensors that it is stored in, by name. head: the storage of the output matrix,
     if it is another.

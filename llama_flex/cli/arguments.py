@@ -94,12 +94,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     formats = (
         "the layers' matrices in fewer bits: int8, fp8, nf4, or int4, in groups of 32 with zero points; int4-64, "
-        "int4-128, int8-128; without zero points int4-128-symmetric; int8-dynamic, fp8-dynamic: the inputs of "
-        "products, too; with embedding and output matrix int4+int8, or another two"
+        "int4-128, int8-64, int8-128; without zero points int4-128-symmetric; int8-dynamic, fp8-dynamic: the inputs of "
+        "products, too; with embedding and output matrix int4+int8, or another two, but for nf4"
     )
     run.add_argument("--quantize", metavar="FORMAT", help=formats)
     run.add_argument(
-        "--kv-dtype", choices=("fp8",), help="keys and values in 8 bits: room for twice as many tokens in memory"
+        "--kv-dtype", choices=("fp8",), help="keys and values in 8 bits: room for twice as many tokens as in 16"
     )
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")

@@ -81,7 +81,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) int4_gemv(
 {
     extern __shared__ __align__(128) u8 memory[];
     __shared__ float shared_sums[2][WARPS][ROWS];
-    asm volatile("griddepcontrol.launch_dependents;");
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");  // the next kernel may start while the last blocks of this run
+#endif
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     u8 *ring = memory + warp * STAGES * ROWS * BYTES;
     u32 *pairs = (u32 *)(memory + WARPS * STAGES * ROWS * BYTES);  // x, as words of two numbers
@@ -134,7 +136,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) int4_gemv(
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) fetch_next();
     load_scales();
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");  // weights do not depend on the previous kernel; all else does
+#endif
 
     float rms = 1;
     if (norm) {

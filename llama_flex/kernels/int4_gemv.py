@@ -30,10 +30,8 @@ def gemv(
 ) -> Tensor:
     """Compute `gemv.gemv` of a weight of 4 bits for x `[K]` in 16 bits -> `[N]`; gated: `[N/2]`."""
     n, k = len(numbers) // (1 + gated), len(x)
-    assert numbers.is_contiguous()
-    assert x.is_contiguous()
     out = x.new_empty(n)
-    tensors = (x, numbers, scale, zero, bias, norm_weight, residual, out)
+    tensors = [None if t is None else _aligned(t) for t in (x, numbers, scale, zero, bias, norm_weight, residual, out)]
     values = (*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), eps)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     config = driver.CUlaunchConfig()
@@ -51,12 +49,15 @@ def gemv(
     return out
 
 
-def takes(x: Tensor, numbers: Tensor) -> bool:
-    """Return whether it multiplies x `[K]` by numbers."""
-    if numbers.dtype != torch.int32 or x.dtype.itemsize != 2:
-        return False
+def takes(x: Tensor) -> bool:
+    """Return whether it multiplies x `[K]`."""
     device: Any = torch.cuda.get_device_properties(x.device)
-    return device.major >= 8 and _memory(len(x)) < device.shared_memory_per_block_optin - 4096
+    return x.dtype.itemsize == 2 and device.major >= 8 and _memory(len(x)) < device.shared_memory_per_block_optin - 4096
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return a tensor, or a copy of it, that can be read 16 bytes at a time."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _memory(k: int) -> int:
@@ -68,25 +69,30 @@ def _memory(k: int) -> int:
 @functools.cache
 def _kernel(n: int, k: int, group: int, half: bool, gated: bool, device: int) -> Any:
     """Return the kernel for n results of rows of k numbers, compiled, which takes half a second."""
-    major, minor = torch.cuda.get_device_capability(device)
-    defined = {
-        "N": n,
-        "K": k,
-        "GROUP": group,
-        "HALF": int(half),
-        "GATED": int(gated),
-        "WARPS": _WARPS,
-        "STAGES": _STAGES,
-    }
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in defined.items())]
-    program = _checked(nvrtc.nvrtcCreateProgram(_SOURCE.read_bytes(), _SOURCE.name.encode(), 0, [], []))
-    _checked(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
-    binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    binary = compiled(torch.cuda.get_device_capability(device), n, k, group, half, gated)
     kernel = _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(binary)), b"int4_gemv"))
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(kernel, most, _memory(k)))
     return kernel
+
+
+def compiled(capability: tuple[int, int], n: int, k: int, group: int, half: bool, gated: bool) -> bytes:
+    """Compile the kernel for a compute capability. Raises RuntimeError with the compiler's message."""
+    defined = {"N": n, "K": k, "GROUP": group, "HALF": int(half), "GATED": int(gated)}
+    defined |= {"WARPS": _WARPS, "STAGES": _STAGES}
+    options = ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in defined.items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(_SOURCE.read_bytes(), _SOURCE.name.encode(), 0, [], []))
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{_SOURCE.name} does not compile: {log.decode(errors='replace')[:500]}")
+        binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+        return binary
+    finally:
+        _checked(nvrtc.nvrtcDestroyProgram(program))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

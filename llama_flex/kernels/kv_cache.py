@@ -15,6 +15,7 @@ Dimension letters: see `layers`.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -110,7 +111,10 @@ class KVFormat(NamedTuple):
         check_kv_dtype(kv_dtype, model.device)
         if kv_dtype is None:
             return KVFormat(model.dtype, model.device)
-        return KVFormat(FP8, model.device, [_scales_of(block.attention, model) for block in model.blocks()])
+        state = [_state_of(block.attention) for block in model.blocks()]
+        if (known := _known.get(model)) is None or known[0] != state:
+            known = _known[model] = state, [_scales_of(block.attention, model) for block in model.blocks()]
+        return KVFormat(FP8, model.device, known[1])
 
     def new_layers(self, shape: Sequence[int], count: int) -> list[KV]:
         """Allocate the keys and values of `count` layers, each of a shape: zeros, as a masked slot still takes part in
@@ -139,9 +143,25 @@ def check_kv_dtype(kv_dtype: KVDtype, device: torch.device) -> None:
         raise ValueError(f'{name} does not compute with "fp8"; leave out kv_dtype (--kv-dtype)')
 
 
+# The scales of models, and the state of their attention from which they follow; it takes much longer to find them.
+_known: weakref.WeakKeyDictionary[Any, tuple[list[Any], list[Scales]]] = weakref.WeakKeyDictionary()
+
+
+def _is_own(attention: Any) -> bool:
+    return are_own(attention) and are_own(attention.norm, attention.qkv, attention.k_norm)
+
+
+def _state_of(attention: Any) -> Any:
+    """Return what changes whenever scales may: other modules, parameters, or numbers in them (but through `.data`)."""
+    tensors = list(attention.parameters())
+    if any(tensor.is_inference() for tensor in tensors):  # which count no changes
+        return object()
+    return _is_own(attention), [(tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors]
+
+
 def _scales_of(attention: Any, model: Any) -> Scales:
     """Return the scales of a `layers.Attention` of a model."""
-    if are_own(attention) and are_own(attention.norm, attention.qkv, attention.k_norm):
+    if _is_own(attention):
         # Of zeros, and of damaged weights, no scale follows; it must not become 0 or NaN.
         bounds = _bounds(attention, model.rotary.rope.attention_scale)
         exponents = (bounds / _MOST).log2().ceil().nan_to_num(nan=0).clamp(*_EXPONENTS)

@@ -16,11 +16,14 @@ ops = torch.library.Library("llama_flex", "FRAGMENT")
 
 
 def _gemv(x: Tensor, x_scale: Tensor | None, numbers: Tensor, *args: Any) -> Tensor:
-    from . import gemv, int4_gemv  # Triton and CUDA's own packages come with torch's CUDA builds only
+    if numbers.dtype == torch.int32:
+        from . import int4_gemv  # CUDA's bindings, and Triton, come with torch's CUDA builds only
 
-    if int4_gemv.takes(x, numbers):
-        return int4_gemv.gemv(x, numbers, *args)
-    return gemv.gemv(x, x_scale, numbers, *args)
+        if int4_gemv.takes(x):
+            return int4_gemv.gemv(x, numbers, *args)
+    from .gemv import gemv
+
+    return gemv(x, x_scale, numbers, *args)
 
 
 def _few_rows(*args: Any) -> Tensor:
@@ -99,10 +102,10 @@ def fused_linear(
     if weight.input_scale is not None:
         numbers, scale = activations.quantise(x, weight)
         x, x_scale = numbers.to(x.dtype), scale.flatten()  # a dtype of 16 bits has all numbers of 8
+    residual = None if residual is None else residual.reshape(rows, -1).contiguous()
     if rows == 1:
         y = torch.ops.llama_flex.gemv(x.reshape(-1), x_scale, *weight[:3], bias, norm, eps, residual, gated)
     else:
-        residual = None if residual is None else residual.reshape(rows, -1).contiguous()
         y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), x_scale, *weight[:3], bias, residual, gated)
     return y.view(*x.shape[:-1], -1)
 

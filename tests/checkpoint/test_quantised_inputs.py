@@ -99,6 +99,8 @@ def test_floats_are_quantised_with_their_inputs_on_request(name, biased, tmp_pat
     assert Quantization(name, inputs="dynamic").name == f"{name}-dynamic"
     with pytest.raises(ValueError, match=f"quantize '{name}-static' needs scales of inputs, which floats do not have"):
         load(biased, quantize=Quantization(name, inputs="static"))
+    with pytest.raises(ValueError, match=rf"quantize 'int4-32\+{name}-static' needs scales of inputs"):
+        load(biased, quantize=Quantization("int4", vocabulary=Quantization(name, inputs="static")))
     assert f"of the weights in {name}, with inputs in {name}" in explained(model)
 
 

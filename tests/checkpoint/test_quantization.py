@@ -411,13 +411,15 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path, monkeypatch):
         Quantization("int4", vocabulary=Quantization.of("int4+int8"))
     with pytest.raises(ValueError, match="groups of 64 do not divide rows of 160 numbers; use 32"):
         Llama.from_pretrained(tmp_path, device="cpu", quantize="int4-64+int8")
+    with pytest.raises(ValueError, match="symmetric must be True or False, not 'yes'"):
+        Quantization("int4", symmetric="yes")
     with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 48"):
         Quantization("int4", 48)
     for name in ("fp8-32", "int8+fp8-32"):
         with pytest.raises(ValueError, match="'fp8' has a scale for each row, not for groups of 32"):
             Quantization.of(name)
     for name in ("int8-32-dynamic", "int4-32-dynamic", "nf4-32-dynamic"):
-        with pytest.raises(ValueError, match=f'inputs=\'dynamic\' is for "int8" and "fp8", not for "{name[:-8]}"'):
+        with pytest.raises(ValueError, match=f'\'dynamic\' inputs are .* not for "{name[:-8]}"; use "int8-dyn'):
             Quantization.of(name)
     for name in ("int4-32+nf4-64", Quantization("int4", vocabulary=Quantization("nf4"))):
         with pytest.raises(

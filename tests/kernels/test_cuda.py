@@ -20,7 +20,7 @@ FORMATS = {"none": None, "int8": Quantization("int8"), "fp8": Quantization("fp8"
 FORMATS |= {f"int4-{x.group_size}-{'symmetric' if x.symmetric else 'zeros'}": x for x in INT4}
 FORMATS |= {x.name: x for x in (Quantization("int8", 32), Quantization("int8", 128), Quantization("int8", 64, True))}
 FORMATS |= {f"nf4-{size}": Quantization("nf4", size) for size in (32, 64, 128)}
-SHAPES = [(509, 96), (1536, 576), (256, 14336)]
+SHAPES = [(509, 96), (1536, 576), (256, 14336), (17, 160)]
 CASES = [("none", rows, dtype) for rows in (1, 2, 32) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 CASES += [(name, rows, torch.bfloat16) for name in FORMATS for rows in (1, 20, 40) if name != "none"]
 CASES += [(name, 1, dtype) for name in FORMATS for dtype in (torch.float32, torch.float16) if name != "none"]
@@ -281,3 +281,24 @@ def test_columns_may_be_in_another_order(name, rows):
     for module in linears(products):
         module.weight_order = None
     assert min(errors(products, plain, truth, *inputs(96, 256, rows, torch.bfloat16))) > 1
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_the_kernel_of_4_bits_compiles_for_other_devices(capability):
+    from llama_flex.kernels import int4_gemv
+
+    assert int4_gemv.compiled(capability, 24, 160, 32, half=True, gated=True).startswith(b"\x7fELF")
+    with pytest.raises(RuntimeError, match=r"int4_gemv\.cu does not compile: .*nothing"):
+        int4_gemv.compiled(capability, "nothing", 160, 32, half=False, gated=False)
+
+
+@torch.no_grad()
+def test_tensors_at_odd_addresses_are_multiplied_by_4_bits():
+    weight = Quantization("int4").quantise(torch.randn(64, 96, device="cuda"), torch.bfloat16)
+    wide, norm = (torch.randn(98, device="cuda").bfloat16() for _ in range(2))
+    given = wide[1:97], norm[1:97], torch.randn(64, 2, device="cuda").bfloat16()[:, 0]
+    found, plain = (
+        linear.fused_linear(x[None, None], weight, None, norm, 1e-5, residual[None, None])
+        for x, norm, residual in (given, [part.clone(memory_format=torch.contiguous_format) for part in given])
+    )
+    assert torch.equal(found, plain)

@@ -10,6 +10,7 @@ from torch import nn
 
 from llama_flex import Capture, Edit, Llama, Tokenizer
 from llama_flex.checkpoint import quantization
+from llama_flex.kernels import kv_cache
 from llama_flex.kernels.kv_cache import KV, KVFormat, Scales, check_kv_dtype
 
 
@@ -35,6 +36,21 @@ def test_scales_are_the_least_powers_of_two_that_hold_every_number(model):
     assert all(map(torch.equal, found, expected_scales(model)))
     assert len({tuple(each.flatten().tolist()) for each in found}) == 2
     assert all((each.log2() % 1 == 0).all() for each in found)
+
+
+def test_scales_are_found_once_until_weights_or_modules_change(model, monkeypatch):
+    model, counted = copy.deepcopy(model), []
+    found = kv_cache._scales_of
+    monkeypatch.setattr(kv_cache, "_scales_of", lambda *args: counted.append(args) or found(*args))
+    first, again = scales_of(model), scales_of(model)
+    assert all(map(torch.equal, first, again))
+    assert len(counted) == len(model.layers)
+    model.layers[0].attention.qkv.weight.mul_(4)
+    assert torch.equal(scales_of(model)[0], 4 * first[0])
+    model.layers[0].attention.norm = nn.Identity()
+    assert torch.equal(scales_of(model)[0], torch.ones_like(first[0]))
+    model.layers[1].attention.qkv.register_forward_hook(lambda *args: None)
+    assert torch.equal(scales_of(model)[1], torch.ones_like(first[1]))
 
 
 @pytest.mark.parametrize("name", ["gqa", "biases", "Qwen2 0.5B", "Qwen3 0.6B", "YaRN Llama 2 7B 64k"])
