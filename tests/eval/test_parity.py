@@ -169,7 +169,7 @@ def test_checks_would_notice(folder, monkeypatch):
     def another(self, prompts, **options):
         return generate(self, [[*prompts[0][:-1], 1]], **options)
 
-    monkeypatch.setattr(Llama, "new_cache", lambda self, b, n: self.new_rolling_cache(b, 4, largest_append=n))
+    monkeypatch.setattr(Llama, "new_cache", lambda self, b, n, **_: self.new_rolling_cache(b, 4, largest_append=n))
     monkeypatch.setattr(Llama, "forward", anywhere)
     monkeypatch.setattr(Engine, "generate", another)
     checks = list(parity.logits_checks(model, reference, ids, 1e-4, False))
