@@ -23,6 +23,7 @@ _SWITCH_INTERVAL = 0.0005
 _compiling = threading.Lock()
 # Modules with functions that return holding a lock, and how often to wait for a thread to leave them.
 _ACQUIRING, _TRIES = ("logging", "threading", "importlib._bootstrap"), 1000
+_UNDISTURBED = 0.05  # seconds of Python that it takes, with much to spare, to see where a thread stands and to end it
 
 
 class CompileAhead(Batch):
@@ -85,13 +86,18 @@ def end_thread(thread: threading.Thread) -> None:
     releases it, an exception would keep the lock, and what torch logs at exit would wait for it for ever.
     """
     ident, exception, left = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit), _TRIES
-    while thread.is_alive():
-        if left and _module_of(thread) in _ACQUIRING:  # a thread that waits there is ended after all
-            left -= 1
-            time.sleep(_SWITCH_INTERVAL)
-        else:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, exception)
-            thread.join(1)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_UNDISTURBED)
+    try:
+        while thread.is_alive():
+            time.sleep(_SWITCH_INTERVAL)  # from here on the thread waits for Python for the new interval
+            if left and _module_of(thread) in _ACQUIRING:  # a thread that waits there is ended after all
+                left -= 1
+            else:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, exception)
+                thread.join(1)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def _module_of(thread: threading.Thread) -> str | None:

@@ -142,7 +142,7 @@ def test_a_thread_that_is_ended_holds_no_lock():
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        for _ in range(100):  # without care, every third one would keep the lock
+        for _ in range(30):  # without care, every third one would keep the lock
             thread = threading.Thread(target=use_locks, daemon=True)
             thread.start()
             time.sleep(0.002)
