@@ -88,6 +88,16 @@ def logits(model, vocab_size: int) -> torch.Tensor:
 # ---- changes to a folder
 
 
+def edited(change):
+    """Return a change of tensors, for `rewrite`, from one in place."""
+
+    def run(tensors):
+        change(tensors)
+        return tensors
+
+    return run
+
+
 def rewrite(folder: Path, change=None, **configured) -> dict[str, torch.Tensor]:
     """Apply `change` to the tensors of a checkpoint and `configured` to its config.json; return the tensors."""
     tensors = load_file(folder / "model.safetensors")

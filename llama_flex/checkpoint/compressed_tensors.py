@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..kernels.weight import PARTS, QUANTISED, Weight
 from .config_rules import ConfigError
-from .quantization import INPUT, ORDER, SCALE, ZERO, Format, Inputs, Quantization, numbers_of
+from .quantization import INPUT, ORDER, SCALE, WIDE_AT_ONCE, ZERO, Format, Inputs, Quantization, numbers_of
 from .shards import EMBEDDING, HEAD, Stored
 from .stored import (
     ANY,
@@ -318,7 +318,7 @@ def _with_floats_to_look_up(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str,
     weight = Weight(tensors[EMBEDDING], *map(tensors.get, names[1:])) if EMBEDDING in tensors else None
     if weight is None or weight.scale is None:
         return tensors, {}
-    floats = torch.cat([part.floats() for part in weight.split(2**26)])
+    floats = torch.cat([part.floats() for part in weight.split(WIDE_AT_ONCE)])
     others = {name: tensor for name, tensor in tensors.items() if name not in names}
     if HEAD in tensors:
         return {EMBEDDING: floats} | others, {}

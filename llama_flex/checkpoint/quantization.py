@@ -24,7 +24,7 @@ _GROUP_SIZES = {"int4": RUN, "nf4": 2 * RUN}  # the usual ones
 _INT8 = 127  # the largest; -128 is not used, so that a weight and its negative are as exact
 _FP8 = torch.float8_e4m3fn
 _AT_ONCE = 2**18  # numbers that a CPU's cache holds in some copies
-_LOADED_AT_ONCE = 2**26  # numbers of a tensor that are quantised at a time, in copies as float32
+WIDE_AT_ONCE = 2**26  # numbers of a tensor that are quantised or become floats at a time, in copies as float32
 _SHRUNK = 1.0, 0.95, 0.9, 0.85, 0.8  # ranges of 4 bits that are tried: a smaller one cuts off some, and is finer
 
 
@@ -205,7 +205,7 @@ def fill(places: Mapping[str, Tensor], name: str, tensor: Tensor, quantization: 
     assert each is not None
     whole = Weight(places[name], scale, places.get(f"{name}_zero_point"))
     start = 0
-    for part in whole.split(_LOADED_AT_ONCE):
+    for part in whole.split(WIDE_AT_ONCE):
         rows = tensor[start : (start := start + len(part.numbers))]
         for place, made in zip(part, each.quantise(rows.to(scale.device), scale.dtype), strict=True):
             if place is not None and made is not None:

@@ -103,11 +103,11 @@ def interleaved(words: Tensor) -> Tensor:
 def written(numbers: Tensor) -> Tensor:
     """Return the numbers of a weight, int32 or int8, in words, lowest first: the inverse of `kept`."""
     if numbers.dtype == torch.int32:
-        return in_sequence(numbers)
+        return lowest_first(numbers)
     return (numbers.contiguous().view(torch.uint8) ^ MIDDLE_8).view(torch.int32)
 
 
-def in_sequence(words: Tensor) -> Tensor:
+def lowest_first(words: Tensor) -> Tensor:
     """Return int32 `[N, K / 8]` in the order of `kernels.weight`, lowest first: the inverse of `interleaved`."""
     even, odd = _bytes_of(words).unflatten(1, (-1, 2, 2, 4)).unbind(3)
     parts = (even & 15) | odd << 4, even >> 4 | (odd & 240)

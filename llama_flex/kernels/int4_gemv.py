@@ -31,8 +31,8 @@ def gemv(
     """Compute `gemv.gemv` of a weight of 4 bits for x `[K]` in 16 bits -> `[N]`; gated: `[N/2]`."""
     n, k = len(numbers) // (1 + gated), len(x)
     out = x.new_empty(n)
-    tensors = [None if t is None else _aligned(t) for t in (x, numbers, scale, zero, bias, norm_weight, residual, out)]
-    values = (*(0 if tensor is None else tensor.data_ptr() for tensor in tensors), eps)
+    given = [None if t is None else _aligned(t) for t in (x, numbers, scale, zero, bias, norm_weight, residual)]
+    values = (*(0 if tensor is None else tensor.data_ptr() for tensor in (*given, out)), eps)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = min(-(-len(numbers) // _ROWS), _BLOCKS * processors), 1, 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import load, load_quietly, refusal, rewrite, shard
+from checkpoint_helpers import edited, load, load_quietly, refusal, rewrite, shard
 from compressed_helpers import dequantised, floats_of, quantise, same, write_floats
 from helpers import random_ids
 
@@ -260,11 +260,7 @@ def test_an_output_matrix_may_be_quantised_too(folder):
 def test_tensors_that_do_not_fit_are_named(change, needle, folder):
     quantise(folder, Case().config, Case().store)
 
-    def apply(tensors):
-        change(tensors)
-        return tensors
-
-    rewrite(folder, apply)
+    rewrite(folder, edited(change))
     refusal(folder, needle, str(folder))
 
 

@@ -8,9 +8,19 @@ import warnings
 import pytest
 import torch
 import transformers
-from checkpoint_helpers import assert_same_tensors, load, load_quietly, logits, refusal, rewrite, shard, tensors_of
+from checkpoint_helpers import (
+    assert_same_tensors,
+    edited,
+    load,
+    load_quietly,
+    logits,
+    refusal,
+    rewrite,
+    shard,
+    tensors_of,
+)
 from compressed_helpers import Kind, configured, floats_of, quantise, same, write_floats
-from compressed_helpers import pack as pack_in_sequence
+from compressed_helpers import pack as pack_lowest_first
 from helpers import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +31,7 @@ from llama_flex.checkpoint.compressed_tensors import as_written, compress, schem
 from llama_flex.checkpoint.config_rules import ConfigError
 from llama_flex.checkpoint.quantization import Quantization
 from llama_flex.checkpoint.shards import CheckpointError
-from llama_flex.checkpoint.stored import in_sequence, interleaved, nibbles, words_of
+from llama_flex.checkpoint.stored import interleaved, lowest_first, nibbles, words_of
 from llama_flex.kernels.weight import PARTS, pack
 
 KINDS = {
@@ -104,16 +114,6 @@ def test_the_other_name_of_the_config_and_shards_that_part_a_matrix_are_read(fol
     )
     shard(folder, 5)
     assert same(floats_of(load_quietly(folder)), expected)
-
-
-def edited(change):
-    """Return a change of tensors, for `rewrite`, from one in place."""
-
-    def run(tensors):
-        change(tensors)
-        return tensors
-
-    return run
 
 
 def flipped(words):
@@ -469,11 +469,11 @@ def test_keys_that_change_nothing_are_accepted(folder):
 @settings(max_examples=60, deadline=None)
 def test_numbers_in_words_change_places_as_if_they_were_unpacked(rows, runs, seed):
     numbers = torch.randint(0, 16, (rows, 32 * runs), generator=torch.Generator().manual_seed(seed))
-    words = pack_in_sequence(numbers.numpy(), 4)
+    words = pack_lowest_first(numbers.numpy(), 4)
     assert torch.equal(nibbles(words), numbers)
     assert torch.equal(words_of(4, numbers), words)
     assert torch.equal(interleaved(words), pack(numbers))
-    assert torch.equal(in_sequence(pack(numbers)), words)
+    assert torch.equal(lowest_first(pack(numbers)), words)
     assert torch.equal(interleaved(words.T.contiguous().T), pack(numbers))
 
 

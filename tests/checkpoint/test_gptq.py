@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import assert_same_tensors, load, load_quietly, refusal, rewrite, tensors_of
+from checkpoint_helpers import assert_same_tensors, edited, load, load_quietly, refusal, rewrite, tensors_of
 from compressed_helpers import dequantised, floats_of, pack, quantise, same, shuffled, write_floats
 from helpers import random_ids
 
@@ -251,11 +251,7 @@ def test_modules_that_awq_does_not_convert_keep_floats(folder):
 def test_tensors_that_do_not_fit_are_named(name, change, needle, folder):
     quantise(folder, CASES[name].config, CASES[name].store)
 
-    def apply(tensors):
-        change(tensors)
-        return tensors
-
-    rewrite(folder, apply)
+    rewrite(folder, edited(change))
     refusal(folder, needle, str(folder))
 
 

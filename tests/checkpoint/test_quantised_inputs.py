@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from checkpoint_helpers import assert_same_tensors, load, load_quietly, logits, refusal, rewrite, tensors_of
+from checkpoint_helpers import assert_same_tensors, edited, load, load_quietly, logits, refusal, rewrite, tensors_of
 from compressed_helpers import Kind, configured, floats_of, quantise, same, write_floats
 from helpers import compiled_forward, few, random_ids
 
@@ -358,7 +358,7 @@ def test_inputs_that_are_not_supported_are_refused_by_name(config, needle, folde
 )
 def test_scales_of_inputs_that_do_not_fit_are_named(change, needle, folder):
     quantise(folder, STATIC.config(), STATIC.store)
-    rewrite(folder, lambda tensors: (change(tensors), tensors)[1])
+    rewrite(folder, edited(change))
     with pytest.raises(CheckpointError):
         load(folder)
     assert refusal(folder, needle).isprintable()

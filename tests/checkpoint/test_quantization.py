@@ -260,7 +260,7 @@ def test_a_large_matrix_becomes_floats_a_part_at_a_time(tiny_pair, tmp_path, mon
 @pytest.mark.parametrize("way", (WAYS | WITH_VOCABULARY).values(), ids=WAYS | WITH_VOCABULARY)
 def test_a_large_tensor_is_quantised_a_part_at_a_time(tiny_pair, tmp_path, way, monkeypatch):
     model = quantised(tiny_pair, tmp_path, "tied", way)
-    monkeypatch.setattr(quantization, "_LOADED_AT_ONCE", 7 * 128)
+    monkeypatch.setattr(quantization, "WIDE_AT_ONCE", 7 * 128)
     again = Llama.from_pretrained(tmp_path, device="cpu", quantize=way)
     for (name, tensor), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(tensor, other), name
