@@ -20,7 +20,8 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 MODULES = [".".join(("llama_flex", *Path(name).with_suffix("").parts)).removesuffix(".__init__") for name in TREES]
 FORBIDDEN = ("transformers", "accelerate", "triton", "cuda", "flash_attn", "xformers")
 # Import Triton or CUDA's bindings, which come with torch's CUDA builds only.
-CUDA_ONLY = "kernels/gemv.py", "kernels/few_rows.py", "kernels/int4_gemv.py"
+CUDA_ONLY = "kernels/cuda_cpp.py", "kernels/few_rows.py", "kernels/gemv.py"
+NEEDING_THEM = {"cuda_cpp", "few_rows", "gemv", "int4_gemv", "int4_matmul"}
 PARITY = "eval/parity.py"  # compares with transformers: imported by nothing else of the package
 # Import what only extras bring.
 LAZY = (
@@ -99,7 +100,7 @@ def imported_at_once(node: ast.AST) -> set[str]:
 @pytest.mark.parametrize("name", TREES)
 def test_imports_that_need_triton_or_an_extra_are_lazy(name):
     at_once = imported_at_once(TREES[name])
-    assert not at_once & {"gemv", "few_rows", "int4_gemv"}
+    assert not at_once & NEEDING_THEM or Path(name).stem in NEEDING_THEM
     assert "lm_eval" not in at_once or name == "eval/lm_eval.py"
     assert "parity" not in at_once
 

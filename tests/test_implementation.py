@@ -36,11 +36,8 @@ def names_of_package() -> dict[str, set[str]]:
     for path in (ROOT / "llama_flex").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(parts).removesuffix(".__init__")
-        if path.stem in (
-            "gemv",
-            "few_rows",
-            "int4_gemv",
-        ):  # import Triton or CUDA's bindings, which come with torch's CUDA builds only
+        # These import Triton or CUDA's bindings, which come with torch's CUDA builds only.
+        if path.stem in ("cuda_cpp", "few_rows", "gemv", "int4_gemv", "int4_matmul"):
             tree = ast.parse(path.read_text())
             names[path.stem] |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             continue

@@ -22,14 +22,16 @@ from .weight import nf4_on
 _TILES = {
     16: ((64, 256, 4, 4), (64, 128, 4, 4), (64, 64, 4, 2)),
     8: ((16, 512, 1, 4), (16, 256, 1, 4), (16, 128, 1, 2)),
-    4: ((32, 128, 2, 4), (32, 128, 2, 2)),
+    4: ((32, 256, 2, 4), (32, 128, 2, 4), (32, 128, 2, 2)),
 }
 # The same for SwiGLU, whose two halves take twice the memory.
 _GATED_TILES = {
     16: ((64, 128, 4, 4), (64, 64, 4, 2)),
     8: ((16, 256, 1, 4), (16, 128, 1, 2)),
-    4: ((32, 128, 2, 8), (32, 128, 2, 2)),
+    4: ((32, 256, 2, 4), (32, 128, 2, 4), (32, 128, 2, 2)),
 }
+# The same for more than 32 rows of x, of which a program takes 64 at a time.
+_LARGE_TILES = {8: ((64, 128, 4, 4), (64, 128, 4, 2)), 4: ((64, 256, 4, 2), (64, 128, 4, 2))}
 
 
 def few_rows(
@@ -44,16 +46,19 @@ def few_rows(
 ) -> Tensor:
     """Compute residual + x @ weight.T + bias for x `[M, K]`, weight `[N, K]` -> `[M, N]`; gated: silu of the first half
     times the second, `[M, N/2]`. x_scale: float32 `[M]`, factors of the rows, or None. numbers, scale, zero: see
-    `weight.Weight`. Accumulates in float32, and rounds where torch's own operations round."""
+    `weight.Weight`; if packed, x has its columns in the order of `weight.apart`. Accumulates in float32, and rounds
+    where torch's own operations round."""
     (m, k), n = x.shape, len(numbers) // (1 + gated)
     assert numbers.is_contiguous()
     x, x_scale = x.contiguous(), None if x_scale is None else x_scale.contiguous()
     table = nf4_on(x.device).view(torch.int16) if numbers.dtype == torch.uint8 else None
     numbers = numbers if table is None else numbers.view(torch.int32)
     bits = 4 if numbers.dtype == torch.int32 else 8 * numbers.itemsize
-    tokens = max(16, triton.next_power_of_2(m))
+    tokens = min(64, max(16, triton.next_power_of_2(m)))
     device: Any = torch.cuda.get_device_properties(x.device)
-    tiles, most = (_GATED_TILES if gated else _TILES)[bits], device.shared_memory_per_block_optin
+    tiles = (_LARGE_TILES if m > 32 else _GATED_TILES if gated else _TILES)[bits]
+    tiles = tiles if table is None else tiles[1:]  # reading a table takes registers
+    most = device.shared_memory_per_block_optin
     fitting = [t for t in tiles if t[3] * t[1] * (t[0] * bits // 8 * (1 + gated) + 2 * tokens) < 0.9 * most]
     rows, columns, warps, stages = (*fitting, tiles[-1])[0]
     out = x.new_empty(m, n)
@@ -70,7 +75,7 @@ def few_rows(
         "GATED": gated,
         "OVERLAP": overlap,
     }
-    _kernel[(triton.cdiv(n, rows),)](
+    _kernel[(triton.cdiv(m, tokens), triton.cdiv(n, rows))](
         x, x_scale, numbers, scale, zero, table, bias, residual, out, m, n, **sizes, num_warps=warps, launch_pdl=overlap
     )
     return out
@@ -102,18 +107,17 @@ def _kernel(
 ):
     if OVERLAP:  # the next kernel may start while the last programs of this one run
         gdc_launch_dependents()
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, TOKENS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     is_row = row < n
     is_token = token < m
     dtype: tl.constexpr = out.dtype.element_ty
     EACH: tl.constexpr = 8 if PACKED else 1  # columns in an element of the weight
     WIDTH: tl.constexpr = COLUMNS // EACH
     place = tl.arange(0, WIDTH)
-    column = place // 4 * 32 + place % 4 if PACKED else place  # the first of an element; the next is 4 further
     at = weight + row[:, None].to(tl.int64) * (K // EACH) + place[None, :]
     at_up = at + n.to(tl.int64) * (K // EACH)
-    at_x = x + token[None, :] * K + column[:, None]
+    at_x = x + token[None, :] * K + place[:, None]
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     total_up = tl.zeros((ROWS, TOKENS), tl.float32)
     if OVERLAP:
@@ -121,25 +125,18 @@ def _kernel(
     for begin in tl.range(0, K // EACH, WIDTH, num_stages=STAGES):
         start = begin * EACH
         inside = is_row[:, None] & (begin + place < K // EACH)[None, :]
-        seen = (start + column < K)[:, None] & is_token[None, :]
+        seen = (begin + place < K // EACH)[:, None] & is_token[None, :]
         w = tl.load(at + begin, mask=inside, other=0.0, eviction_policy="evict_first")
         w_up = tl.load(at_up + begin, mask=inside, other=0.0, eviction_policy="evict_first") if GATED else w
         if PACKED:
-            w, each = _unpacked(w, scale, zero, table, row, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
-            part = tl.zeros((ROWS, TOKENS), tl.float32)
-            part_up = tl.zeros((ROWS, TOKENS), tl.float32)
+            w = _unpacked(w, scale, zero, table, row, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
             if GATED:
-                w_up, each_up = _unpacked(
-                    w_up, scale, zero, table, row + n, is_row, start, K, ROWS, COLUMNS, GROUP, dtype
-                )
+                w_up = _unpacked(w_up, scale, zero, table, row + n, is_row, start, K, ROWS, COLUMNS, GROUP, dtype)
             for i in tl.static_range(8):
-                v = tl.load(at_x + start + 4 * i, mask=seen, other=0.0, eviction_policy="evict_last")
-                part = tl.dot(w[i], v, part)
+                v = tl.load(at_x + begin + i * (K // 8), mask=seen, other=0.0, eviction_policy="evict_last")
+                total = tl.dot(w[i], v, total)
                 if GATED:
-                    part_up = tl.dot(w_up[i], v, part_up)
-            total += part * each[:, None]
-            if GATED:
-                total_up += part_up * each_up[:, None]
+                    total_up = tl.dot(w_up[i], v, total_up)
         else:
             v = tl.load(at_x + start, mask=seen, other=0.0, eviction_policy="evict_last")
             if GROUPED:
@@ -189,38 +186,33 @@ def _unpacked(
     GROUP: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    # Returns eight tiles `[ROWS, COLUMNS / 8]`, and what products with them are still to be multiplied by, `[ROWS]`.
+    # Returns eight tiles `[ROWS, COLUMNS / 8]`.
     BASE: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     COUNT: tl.constexpr = COLUMNS // GROUP if GROUP < COLUMNS else 1  # groups among the columns
     group = start // GROUP + tl.arange(0, COUNT)
     at = row[:, None] * (K // GROUP) + group[None, :]
     inside = is_row[:, None] & (group < K // GROUP)[None, :]
     s = tl.load(scale + at, mask=inside, other=0.0)
-    each = tl.full((ROWS,), 1.0, tl.float32)
     if table is None:
         if zero is None:
             z = tl.full((ROWS, COUNT), BASE + 8, dtype)
         else:
             z = tl.load(zero + at, mask=inside, other=0).to(dtype) + BASE
         w = _nibbles(words, dtype)
-        if COUNT == 1:  # a product is multiplied once by the scale, instead of each number
-            w = (w[0] - z, w[1] - z, w[2] - z, w[3] - z, w[4] - z, w[5] - z, w[6] - z, w[7] - z)
-            each = tl.sum(s.to(tl.float32), 1)
-        else:
-            z, s = _of_words(z, ROWS, COUNT, COLUMNS // 8), _of_words(s, ROWS, COUNT, COLUMNS // 8)
-            w = (
-                (w[0] - z) * s,
-                (w[1] - z) * s,
-                (w[2] - z) * s,
-                (w[3] - z) * s,
-                (w[4] - z) * s,
-                (w[5] - z) * s,
-                (w[6] - z) * s,
-                (w[7] - z) * s,
-            )
+        z, s = _of_words(z, ROWS, COUNT, COLUMNS // 8), _of_words(s, ROWS, COUNT, COLUMNS // 8)
+        return (
+            (w[0] - z) * s,
+            (w[1] - z) * s,
+            (w[2] - z) * s,
+            (w[3] - z) * s,
+            (w[4] - z) * s,
+            (w[5] - z) * s,
+            (w[6] - z) * s,
+            (w[7] - z) * s,
+        )
     else:
         s = _of_words(s, ROWS, COUNT, COLUMNS // 8)
-        w = (
+        return (
             _looked_up(table, words, s, dtype),
             _looked_up(table, words >> 4, s, dtype),
             _looked_up(table, words >> 8, s, dtype),
@@ -230,7 +222,6 @@ def _unpacked(
             _looked_up(table, words >> 24, s, dtype),
             _looked_up(table, words >> 28, s, dtype),
         )
-    return w, each
 
 
 @triton.jit

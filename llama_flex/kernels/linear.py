@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import activations, cpu
-from .weight import Weight
+from .weight import Weight, apart, in_chunks
 
-FEW_ROWS = 32  # on CUDA; with more, cuBLAS is faster
+# The most rows of x that kernels of our own multiply on CUDA; with more, cuBLAS is faster, although weights of few bits
+# are made floats first.
+FEW_ROWS, OF_8_BITS, OF_4_BITS = 32, 128, 512
 AT_ONCE = 2**27  # numbers of few bits that become floats at a time: more than a layer's matrices of 8B have
 ops = torch.library.Library("llama_flex", "FRAGMENT")
 
@@ -32,14 +34,24 @@ def _few_rows(*args: Any) -> Tensor:
     return few_rows(*args)
 
 
+def _int4_matmul(*args: Any) -> Tensor:
+    from .int4_matmul import matmul
+
+    return matmul(*args)
+
+
 _PRODUCT = "Tensor x, Tensor? x_scale, Tensor numbers, Tensor? scale, Tensor? zero, Tensor? bias"
 ops.define(f"gemv({_PRODUCT}, Tensor? norm_weight, float eps, Tensor? residual, bool gated) -> Tensor")
 ops.define(f"few_rows({_PRODUCT}, Tensor? residual, bool gated) -> Tensor")
-for _name, _function in (("gemv", _gemv), ("few_rows", _few_rows)):
+_PACKED = "Tensor x, int rows, Tensor numbers, Tensor scale, Tensor? zero, Tensor? bias"
+ops.define(f"int4_matmul({_PACKED}, Tensor? residual, bool gated) -> Tensor")
+for _name, _function in (("gemv", _gemv), ("few_rows", _few_rows), ("int4_matmul", _int4_matmul)):
     ops.impl(_name, _function, "CUDA")
     torch.library.register_fake(
         f"llama_flex::{_name}",
-        lambda x, _, numbers, *rest: x.new_empty(*x.shape[:-1], len(numbers) // (1 + rest[-1])),
+        lambda x, rows, numbers, *rest: x.new_empty(
+            *((rows,) if isinstance(rows, int) else x.shape[:-1]), len(numbers) // (1 + rest[-1])
+        ),
         lib=ops,
     )
 
@@ -60,7 +72,7 @@ def can_fuse(
 ) -> bool:
     """Return whether `fused_linear` computes a product of x `[B, T, in]`: without gradients, of shapes that fit without
     broadcasting, in one dtype but for the numbers of a quantised weight, for few rows on a CPU, and on CUDA, if
-    compiled or quantised, for one row, or, in 16 bits, a few."""
+    compiled or quantised, for one row, or, in 16 bits, a few, or of a weight of few bits some hundred."""
     rows, (out, size) = x.shape[:-1].numel(), weight.shape
     if torch.is_grad_enabled() or x.shape[-1] != size or not size or not weight.fits(x):
         return False
@@ -74,7 +86,9 @@ def can_fuse(
             return False
         if x.dtype == torch.float32:  # 4 bits multiplied before zero is subtracted would cost the last two bits
             return rows == 1 and not weight.is_packed
-        return 0 < rows <= FEW_ROWS
+        if weight.scale is None or weight.input_scale is not None or weight.is_nf4:
+            return 0 < rows <= FEW_ROWS
+        return 0 < rows <= (OF_4_BITS if _takes_chunks(x, weight) else OF_8_BITS)
     if x.device.type != "cpu" or x.dtype not in cpu.DTYPES or not 0 < rows <= cpu.ROWS or x.dim() > 8:
         return False
     if torch.compiler.is_dynamo_compiling():
@@ -105,9 +119,20 @@ def fused_linear(
     residual = None if residual is None else residual.reshape(rows, -1).contiguous()
     if rows == 1:
         y = torch.ops.llama_flex.gemv(x.reshape(-1), x_scale, *weight[:3], bias, norm, eps, residual, gated)
+    elif _takes_chunks(x, weight):
+        y = torch.ops.llama_flex.int4_matmul(in_chunks(x.reshape(rows, -1)), rows, *weight[:3], bias, residual, gated)
     else:
-        y = torch.ops.llama_flex.few_rows(x.reshape(rows, -1), x_scale, *weight[:3], bias, residual, gated)
+        y = torch.ops.llama_flex.few_rows(
+            (apart(x) if weight.is_packed else x).reshape(rows, -1), x_scale, *weight[:3], bias, residual, gated
+        )
     return y.view(*x.shape[:-1], -1)
+
+
+def _takes_chunks(x: Tensor, weight: Weight) -> bool:
+    """Return whether `int4_matmul` multiplies several rows in 16 bits: by 4 bits, on the one architecture that has its
+    instructions."""
+    device: Any = torch.cuda.get_device_properties(x.device)
+    return weight.is_packed and not weight.is_nf4 and (device.major, device.minor) == (9, 0)
 
 
 def matmul(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

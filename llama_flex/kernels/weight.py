@@ -180,6 +180,28 @@ def unpack(words: Tensor) -> Tensor:
     return ((words.unflatten(-1, (-1, 1, 4)) >> _shifts(words.device)) & 15).flatten(-3)
 
 
+def apart(x: Tensor) -> Tensor:
+    """Return x `[..., K]` with its columns in the order of a row's words: first those of the numbers in the lowest bits
+    of each word, last those in the highest."""
+    return x.unflatten(-1, (-1, 8, 4)).transpose(-3, -2).flatten(-3)
+
+
+def tokens_of(m: int) -> int:
+    """Return how many of m rows of x a block of `int4_matmul.cu` takes: 8, 16, 32, 64, 128 or 256."""
+    return min(256, max(8, 1 << (m - 1).bit_length()))
+
+
+def in_chunks(x: Tensor) -> Tensor:
+    """Return x `[M, K]` as `int4_matmul.cu` reads it, flat: for `tokens_of(M)` rows and 128 columns at a time, eight
+    columns of each row, then the next eight; with columns in the order in which it widens those of the weight, and with
+    zeros up to whole parts."""
+    tokens = tokens_of(len(x))
+    x = nn.functional.pad(x, (0, -x.shape[1] % 128, 0, -len(x) % tokens))
+    # Columns of a chunk by thread, number of a pair, product of a word, pair in a product, and word.
+    parts = x.reshape(-1, tokens, x.shape[1] // 128, 4, 2, 2, 2, 4)
+    return parts.permute(0, 2, 7, 5, 6, 1, 3, 4).flatten()
+
+
 def reorder(numbers: Tensor, order: Tensor) -> Tensor:
     """Return the columns of a weight's numbers in an order, int64 `[K]`."""
     return pack(unpack(numbers)[:, order]) if numbers.dtype == torch.int32 else numbers[:, order]

@@ -1,6 +1,7 @@
 """Products with the weights: those of one row, compiled, for which the CPU has code of its own."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers import Products, few
 
 from llama_flex.checkpoint.quantization import Quantization, assign
 from llama_flex.engine.graphs import Graphs
-from llama_flex.kernels.weight import reorder
+from llama_flex.kernels.weight import apart, in_chunks, pack, reorder, tokens_of
 from llama_flex.layers import Linear
 
 
@@ -88,3 +89,24 @@ def test_rows_of_a_weight_are_those_of_its_floats(name, reordered):
     assert [part.shape for part in weight.split(4 * 128)] == [(4, 128), (4, 128), (1, 128)]
     assert torch.equal(torch.cat([part.floats() for part in weight.split(4 * 128)]), floats)
     assert not torch.equal(weight.rows(index.roll(1)).floats(), floats[index])
+
+
+def test_columns_apart_are_those_of_the_bits_of_words():
+    numbers, x = torch.randint(16, (3, 96)), torch.randn(2, 96)
+    found = sum(
+        part @ ((pack(numbers) >> 4 * i) & 15).float().T
+        for i, part in enumerate(apart(x).unflatten(-1, (8, 12)).unbind(1))
+    )
+    torch.testing.assert_close(found, x @ numbers.float().T)
+
+
+@pytest.mark.parametrize("m", [1, 8, 20, 300])
+def test_x_in_chunks_is_in_the_order_of_tensor_cores(m):
+    x = torch.randn(m, 160)
+    parts = in_chunks(x).view(-(-m // tokens_of(m)), 2, 8, 2, tokens_of(m), 4, 2)
+    for chunk, step, half, thread, pair in itertools.product(range(2), range(8), range(2), range(4), range(2)):
+        word, product = divmod(step, 2)  # a product takes two bits of four of a thread's word, and two 16 bits further
+        column = 128 * chunk + 32 * thread + word + 4 * (2 * product + half + 4 * pair)
+        found = parts[:, chunk, step, half, :, thread, pair].flatten()
+        assert torch.equal(found[:m], x[:, column] if column < 160 else torch.zeros(m))
+        assert not found[m:].any()

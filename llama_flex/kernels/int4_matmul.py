@@ -1,0 +1,96 @@
+"""Some rows times a weight of 4 bits on Hopper: compile and launch `int4_matmul.cu`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cuda_cpp
+from .weight import tokens_of
+
+_SOURCE = Path(__file__).with_suffix(".cu")
+_ROWS, _CHUNK, _THREADS = 128, 128, 256  # rows of the weight in a tile, columns in a chunk, threads of a block
+Shape = tuple[int, int, int, int]  # see `shape_of`
+_TYPES = (*[ctypes.c_void_p] * 7, *[ctypes.c_int] * 3)
+
+
+def matmul(
+    x: Tensor,
+    m: int,
+    numbers: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """Compute `few_rows.few_rows` of a weight of 4 bits for m rows in 16 bits, laid out by `weight.in_chunks`."""
+    k, n = 8 * numbers.shape[1], len(numbers) // (1 + gated)
+    out = x.new_empty(m, n)
+    given = [None if t is None else cuda_cpp.aligned(t) for t in (x, numbers, scale, zero, bias, residual)]
+    device: Any = torch.cuda.get_device_properties(x.device)
+    shape = tokens, tiles, split, stages = shape_of(m, len(numbers), k, device.multi_processor_count)
+    blocks = split * -(-m // tokens) * -(-len(numbers) // (tiles * _ROWS))
+    with torch.cuda.device(x.device):
+        kernel = _kernel(shape, k // scale.shape[1], x.dtype == torch.float16, gated, x.device.index)
+        memory = stages * _stage(tokens, tiles)
+        cuda_cpp.launch(kernel, blocks, _THREADS, memory, (*given, out, m, n, k), _TYPES, cluster=split)
+    return out
+
+
+def _stage(tokens: int, tiles: int) -> int:
+    """Return the shared memory for a chunk of the weight and of x, in bytes."""
+    return tiles * _ROWS * _CHUNK // 2 + tokens * _CHUNK * 2
+
+
+def shape_of(m: int, rows: int, k: int, processors: int) -> Shape:
+    """Return how many rows of x and tiles of the weight a block takes, how many blocks share the columns, and how many
+    chunks are under way."""
+    tokens = tokens_of(m)
+    tiles, stages = 2 if 64 <= tokens <= 128 else 1, 5 if tokens <= 32 else 4 if tokens <= 128 else 3
+    at_a_time = processors * (2 if tokens <= 32 else 1)
+    blocks, chunks = -(-m // tokens) * -(-rows // (tiles * _ROWS)), -(-k // _CHUNK)
+
+    def cost(split: int) -> float:  # a block's start and end take as long as some chunks
+        return -(-blocks * split // at_a_time) * (-(-chunks // split) + 3)
+
+    return tokens, tiles, min((1, 2, 4), key=cost), stages
+
+
+@functools.cache
+def _kernel(shape: Shape, group: int, half: bool, gated: bool, device: int) -> Any:
+    """Return the kernel, compiled, which takes a second."""
+    return cuda_cpp.load(compiled(shape, group, half, gated), "int4_matmul", shape[3] * _stage(*shape[:2]))
+
+
+def compiled(shape: Shape, group: int, half: bool, gated: bool) -> bytes:
+    """Compile the kernel. Raises RuntimeError with the compiler's message."""
+    defined = dict(zip(("TOKENS", "TILES", "SPLIT", "STAGES"), shape, strict=True))
+    defined |= {"GROUP": group, "HALF": half, "GATED": gated}
+    return cuda_cpp.compiled(_SOURCE, "sm_90a", defined, _multiply(shape[0], half))
+
+
+def _multiply(tokens: int, half: bool) -> str:
+    """Return the function that adds a product of 16 columns to a warp's sums."""
+    count, dtype = tokens // 2, "f16" if half else "bf16"
+    sums = ", ".join(f"%{i}" for i in range(count))
+    others = ", ".join(f"%{count + i}" for i in range(4))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    return f"""
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+static __device__ void multiply(float (&d)[{count}], const u32 (&a)[4], u64 b) {{
+    asm volatile("{{ .reg .pred add; setp.eq.u32 add, 0, 0; "
+        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{dtype}.{dtype} "
+        "{{{sums}}}, {{{others}}}, %{count + 4}, add, 1, 1, 0; }}"
+        : {outputs} : {inputs}, "l"(b));
+}}
+"""
