@@ -7,8 +7,8 @@ Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is st
 older versions of the library, `x.weight_g_idx` `[K]`, the group of each column. One of 8 bits is stored in the same
 way, four numbers in a word, with 128 for 0, or as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale`
 `[N, 1]`; the inputs of the latter may be numbers of the same kind, with a scale of their own, or with `x.input_scale`
-`[1]`. An attention "a" may have `a.k_scale` and `a.v_scale`, of its keys and values in float8_e4m3fn, `[1]`, or, of each
-head, `[heads, 1, 1]` (see `kernels.kv_cache`); these need no quantised matrices beside them.
+`[1]`. An attention "a" may have `a.k_scale` and `a.v_scale`, of its keys and values in float8_e4m3fn, `[1]`, or, of
+each head, `[heads, 1, 1]` (see `kernels.kv_cache`), with quantised matrices or without.
 
 The output matrix may be quantised like the layers, or in another way, as a group of its own. An embedding is not: with
 one of 4 bits, and one that is the output matrix too, transformers does not load (5.23).

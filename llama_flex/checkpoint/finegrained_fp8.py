@@ -1,9 +1,9 @@
 """Checkpoints of transformers' "fp8" (DeepSeek-V3, Qwen3-FP8, Ministral 3): weights and inputs in float8_e4m3fn.
 
-Dimensions: N rows, K columns. A matrix "x" is stored as `x.weight`, float8_e4m3fn `[N, K]`, and `x.weight_scale_inv`, by
-which the numbers are multiplied, whatever its name says: `[N / R, K / C]`, rounded up, one for each block of R rows and C
-columns (`weight_block_size`), or, without blocks, one number. Inputs are quantised to the same dtype: with blocks, each C
-columns of a token have a scale; without, each token has one, or all have `x.activation_scale`.
+Dimensions: N rows, K columns. A matrix "x" is stored as `x.weight`, float8_e4m3fn `[N, K]`, and `x.weight_scale_inv`,
+by which the numbers are multiplied, whatever its name says: `[N / R, K / C]`, the first rounded up, one for each block
+of R rows and C columns (`weight_block_size`), or, without blocks, one number. Inputs become numbers of the same dtype:
+with blocks, each C columns of a token have a scale; without, each token has one, or all have `x.activation_scale`.
 """
 
 from __future__ import annotations

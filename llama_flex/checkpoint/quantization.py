@@ -134,6 +134,7 @@ class Quantization:
         if self.group_size is not None:
             if self.format == "nf4":
                 return to_nf4(weight, self.group_size)
+            assert self.format != "fp8"  # `of` refuses it
             return to_groups(weight, int(self.format[-1]), self.group_size, self.symmetric, dtype)
         found = to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
         return found._replace(input_scale=self._input_scale(found.scale))

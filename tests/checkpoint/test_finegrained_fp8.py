@@ -192,7 +192,7 @@ def test_the_comparison_finds_a_fault(change, floats, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 16, 17])
+@pytest.mark.parametrize("rows", few([1, 16, 17], [3]))
 @pytest.mark.parametrize("gated", [False, True])
 @torch.no_grad()
 def test_products_are_as_near_to_the_rule_as_those_of_floats(gated, rows, dtype, floats, folder):
@@ -270,7 +270,8 @@ def test_however_tokens_are_computed_the_logits_are_the_same(name, folder):
     assert "of the weights in fp8, with inputs in fp8" in engine.explain()
 
 
-@pytest.mark.parametrize("length", few([60], [5]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("length", [5, 60])
 @torch.no_grad()
 def test_compiled_code_computes_the_same_logits(length, folder):
     quantise(folder, **KINDS["128 x 128"])
