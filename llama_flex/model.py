@@ -104,7 +104,7 @@ class Llama(nn.Module):
 
         Loading them back is bit-exact; but a quantised embedding is written as the floats that it stands for, and if it
         is the output matrix, too, then once more as such, in its few bits. Raises ValueError for a model on the meta
-        device, for NF4 and act-order, and if replaced modules hold other tensors than its config.
+        device, for NF4, fp8 in groups and act-order, and if replaced modules hold other tensors than its config.
         """
         self.check_device()
         with torch.device("meta"):

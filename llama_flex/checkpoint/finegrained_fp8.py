@@ -55,7 +55,10 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
 
 
 def _tensors(block: tuple[int, int] | None, inputs: Inputs, name: str, rows: int, columns: int) -> dict[str, Stored]:
-    """Return the tensors of a matrix `[N, K]`, by their names in the file."""
+    """Return the tensors of a matrix `[N, K]`, by their names in the file. Raises ConfigError for a single block in a
+    row, whose scale would be taken for that of a row, in the model's dtype."""
+    if block is not None and columns == block[1]:
+        raise ConfigError(f"weight_block_size: {name} has one block of {columns} columns, not several; {WAY}")
     numbers, scale = f"{name}.weight", f"{name}.{SCALE}"
     found = {numbers: Stored([rows, columns], numbers, floats_of_8_bits, ("F8_E4M3",))}
     if block is None:

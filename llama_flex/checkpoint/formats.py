@@ -161,10 +161,10 @@ def _quantised(
 ) -> Plan:
     """Return how to load a quantised checkpoint. Raises ConfigError if it does not fit the model."""
     floats, in_layers, head, sharing = {"embed"}, dict[str, list[int]](), dict[str, list[int]](), list[list[str]]()
-    expected = dict[str, Stored]()
+    kv_scales = dict[str, Stored]()
     for path, names in modules:
         if path.endswith(".attention"):
-            expected |= scheme.of_attention(names[0], kv_heads)
+            kv_scales |= scheme.of_attention(names[0], kv_heads)
             continue
         matrices = {name: shape for name in names if len(shape := shapes[f"{name}.weight"]) == 2}
         if path == "embed" or not matrices:
@@ -183,15 +183,16 @@ def _quantised(
     quantization = dataclasses.replace(
         _fitting(scheme, in_layers),
         vocabulary=_fitting(scheme.head or scheme, head) if head else None,
-        given_kv=bool(expected),
+        given_kv=bool(kv_scales),
     )
+    expected = dict[str, Stored]()
     for name, shape in shapes.items():
         matrix = name.removesuffix(".weight")
         if matrix != name and (matrix in in_layers or matrix in head):
             expected |= (scheme.head or scheme if matrix in head else scheme).tensors(matrix, *shape)
         else:
             expected[name] = Stored(shape, name)
-    return Plan(folder, expected, quantization, frozenset(floats), tuple(sharing))
+    return Plan(folder, expected | kv_scales, quantization, frozenset(floats), tuple(sharing))
 
 
 def _fitting(scheme: Scheme, matrices: Mapping[str, list[int]]) -> Quantization:

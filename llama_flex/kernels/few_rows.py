@@ -59,8 +59,8 @@ def few_rows(
     x_grouped = x_scale is not None and scale is not None and scale.shape[1] > 1
     if x_grouped:
         assert scale is not None
-        some, tokens = (16, k // scale.shape[1], 1) if m <= 32 else (64, k // scale.shape[1], 4), min(tokens, 64)
-        tiles = (*some, 4), (*some, 2)
+        (few, group), tokens = (m <= 32, k // scale.shape[1]), min(tokens, 64)
+        tiles = tuple((16 if few else 64, group, 1 if few else 4, stages) for stages in (4, 2))
     fitting = [t for t in tiles if t[3] * t[1] * (t[0] * bits // 8 * (1 + gated) + 2 * tokens) < 0.9 * most]
     rows, columns, warps, stages = (*fitting, tiles[-1])[0]
     out = x.new_empty(m, n)

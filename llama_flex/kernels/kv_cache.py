@@ -34,10 +34,8 @@ from .apart import keep_apart
 KVDtype: TypeAlias = Literal["fp8"] | None  # None: the model's dtype
 FP8 = torch.float8_e4m3fn
 _MOST = torch.finfo(FP8).max
+GIVEN = "k_scale", "v_scale"  # an attention's parameters, if a checkpoint gave them
 _EXPONENTS = -14, 15  # of scales: those of float16
-
-
-GIVEN = "k_scale", "v_scale"  # parameters of an attention
 
 
 class Scales(NamedTuple):

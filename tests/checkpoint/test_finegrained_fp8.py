@@ -377,8 +377,12 @@ def test_other_tensors_are_refused(folder):
     rewrite(folder, lambda _: tensors | {scale: torch.full_like(tensors[scale], torch.inf)})
     with pytest.warns(UserWarning, match=re.escape(f"NaN or infinity: {DOWN}.weight")):
         load(folder)
-    rewrite(folder, edited(lambda found: found.update(tensors)), intermediate_size=400)
-    refusal(folder, "groups of 128 do not divide the 400 columns of model.layers.0.mlp.down_proj")
+    for size, needle in (
+        (400, "groups of 128 do not divide the 400 columns of model.layers.0.mlp.down_proj"),
+        (128, "weight_block_size: model.layers.0.mlp.down_proj has one block of 128 columns, not several"),
+    ):
+        rewrite(folder, edited(lambda found: found.update(tensors)), intermediate_size=size)
+        refusal(folder, needle)
 
 
 def test_gradients_and_floats(folder):

@@ -76,6 +76,14 @@ def test_scales_are_read_saved_and_loaded_bit_by_bit(name, folder, tmp_path):
         assert (tmp_path / "twice" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_the_dtype_of_a_model_is_that_of_its_embedding(folder):
+    scales = give_scales(folder, "floats, tensor")
+    narrow = {name: tensor.bfloat16() for name, tensor in rewrite(folder).items()}
+    rewrite(folder, lambda _: narrow | scales, dtype=None, torch_dtype=None)
+    model = load(folder)
+    assert {model.dtype, *(x.dtype for kv in model.new_cache(1, 8).layers for x in kv.scales)} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("dtype", few([torch.float32], [torch.float64]))
 @pytest.mark.parametrize("name", few(list(KINDS)[1:3], [*list(KINDS)[:1], *list(KINDS)[3:]]))
 def test_logits_are_those_of_the_library(name, dtype, folder, tmp_path):
