@@ -16,7 +16,7 @@ from .attention import AttentionMetadata, attend
 from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
-from .kernels.kv_cache import KV
+from .kernels.kv_cache import KV, keep
 from .kernels.modules import MatrixModule, matrix_of
 from .kernels.weight import PARTS, Weight
 from .rope import apply_rotary_emb
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         rotated = zip("qkv", (*(apply_rotary_emb(heads, *metadata.rotary) for heads in (q, k)), v), strict=True)
         q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in rotated)
-        kv = KV(k, v) if kv is None or metadata.slots is None else kv.write(metadata.slots, k, v)  # [B, K, S, D]
+        kv = keep(self, kv, metadata.slots, k, v)  # [B, K, S, D]
         z = kv.scale_output(attend(kv.scale_queries(q), kv.k, kv.v, metadata))
         z = hook("z", z.transpose(1, 2))  # [B, T, H, D]
         return apply_linear(self.o, z.flatten(2), residual=x)

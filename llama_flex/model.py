@@ -21,7 +21,7 @@ from .interp.capture import Capture
 from .interp.edits import Edit
 from .interp.hook_points import Captured, Probe, copy_tokens, run_probed
 from .interp.probes import as_tuple, build_probes
-from .kernels.kv_cache import KVDtype, KVFormat
+from .kernels.kv_cache import KVDtype, KVFormat, given_scales, kv_dtype_of
 from .kernels.modules import Embedding, matrix_of
 from .layers import Block, Linear, RMSNorm, TiedLinear, apply_linear, run_blocks
 from .masks import library
@@ -104,7 +104,7 @@ class Llama(nn.Module):
 
         Loading them back is bit-exact; but a quantised embedding is written as the floats that it stands for, and if it
         is the output matrix, too, then once more as such, in its few bits. Raises ValueError for a model on the meta
-        device, for NF4 and act-order, and if replaced modules hold other tensors than its config.
+        device, for NF4, fp8 in groups and act-order, and if replaced modules hold other tensors than its config.
         """
         self.check_device()
         with torch.device("meta"):
@@ -172,7 +172,7 @@ class Llama(nn.Module):
     def new_cache(self, batch_size: int, max_length: int, *, kv_dtype: KVDtype = None) -> Cache:
         """Make a cache for `batch_size` sequences of up to `max_length` tokens, on the model's device.
 
-        kv_dtype: of keys and values, default the model's; "fp8" for 8 bits, see `kernels.kv_cache`. Raises ValueError.
+        kv_dtype: of keys and values, by default as the checkpoint says; "fp8": 8 bits, see `kernels.kv_cache`.
         """
         return Cache(self.dims, batch_size, max_length, KVFormat.of(self, kv_dtype))
 
@@ -271,7 +271,7 @@ class Llama(nn.Module):
         probes = probes or {}
         given = input_ids, lengths, positions, segments, cache, plan.variants, backend, self.dims.num_heads
         x, metadata = run("prepare_inputs", Llama.prepare_inputs, self, *given)
-        captured = Captured(run("tokens", copy_tokens, metadata[0].q), {}) if probes else None
+        captured = Captured(run("tokens", copy_tokens, metadata[0].q), {}, given_scales(self)) if probes else None
         kvs = [None] * len(self.layers) if cache is None else cache.layers
         layers = list(zip(self.layers, [metadata[variant] for variant in plan.of_layer], kvs, strict=True))
         if not probes and (y := run_blocks(x, layers)) is not None:
@@ -362,4 +362,4 @@ class Llama(nn.Module):
 
     def check_cache(self, cache: Cache, batch_size: int) -> None:
         """Raise ValueError for anything but a Cache, and for one of another batch size or another model."""
-        check_cache(cache, Cache, self.dims, batch_size, self.dtype, self.device)
+        check_cache(cache, Cache, self.dims, batch_size, self.dtype, self.device, kv_dtype_of(self))

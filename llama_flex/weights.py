@@ -47,7 +47,7 @@ def load(
     """
     shapes = {name: list(view.shape) for name, view in named_weights(model, config).items()}
     modules = config.architecture.modules(config.num_hidden_layers, config.tie_word_embeddings)
-    plan = formats.plan(folder, config.other, modules, shapes, quantization)
+    plan = formats.plan(folder, config.other, modules, shapes, quantization, config.num_key_value_heads)
     device_for(device, plan.quantization)
     checkpoint = shards.find(folder, plan.expected, tied=config.tie_word_embeddings)
     model.to(dtype := dtype or shards.dtype_named(config.dtype, folder) or checkpoint.dtype)

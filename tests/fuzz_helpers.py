@@ -20,9 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_helpers import rewrite
 from helpers import few
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kv_dtype_helpers import with_scales
 from tokenizer_helpers import byte_level_json, sentencepiece_model
 
 from llama_flex import GenerationConfig, Llama, LlamaConfig, Tokenizer
@@ -183,7 +185,8 @@ def sound(tmp_path_factory) -> Path:
     """The place of two folders that load, "single" and "sharded"."""
     root = tmp_path_factory.mktemp("sound")
     save_sound(root)
-    load_model(root / "quantised")
+    for folder in (root / "quantised", root / "blocks"):
+        load_model(folder)
     for folder in (root / "single", root / "sharded"):
         load_all(folder)  # also imports what is imported late, whose files are opened then
     return root
@@ -204,7 +207,11 @@ def save_sound(root: Path) -> None:
     single, sharded = root / "single", root / "sharded"
     model.save_pretrained(single)
     model.save_pretrained(root / "floats")
-    Llama.from_pretrained(root / "floats", device="cpu", quantize="int8").save_pretrained(root / "quantised")
+    quantised = Llama.from_pretrained(root / "floats", device="cpu", quantize="int8")
+    with_scales(quantised, dtype=torch.float32).save_pretrained(root / "quantised")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Llama(LlamaConfig(vocab_size=48, **sizes)).save_pretrained(root / "blocks")
+    save_blocks(root / "blocks")
     (single / "tokenizer.json").write_text(byte_level_json())
     settings = named | {"added_tokens_decoder": {"700": tool}, "chat_template": TEMPLATE, "legacy": False}
     (single / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -216,6 +223,19 @@ def save_sound(root: Path) -> None:
     (sharded / "special_tokens_map.json").write_text(json.dumps(named))
     (sharded / "added_tokens.json").write_text(json.dumps({"<tool>": 700, "word": 701}))
     (sharded / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def save_blocks(folder: Path) -> None:
+    """Quantise the matrices of a folder as transformers' "fp8" does, in blocks that do not divide their rows."""
+    settings = {"activation_scheme": "dynamic", "weight_block_size": [24, 32], "modules_to_not_convert": ["lm_head"]}
+
+    def change(tensors):
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            tensors[f"{name}_scale_inv"] = torch.ones(-(-len(tensors[name]) // 24), tensors[name].shape[1] // 32)
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        return tensors
+
+    rewrite(folder, change, quantization_config={"quant_method": "fp8"} | settings)
 
 
 def load_config(folder: Path) -> None:

@@ -110,3 +110,30 @@ def break_it(monkeypatch, fault: str) -> None:
     """Make a mistake in the cache."""
     name, function = FAULTS[fault]
     monkeypatch.setattr(KV, name, function)
+
+
+def with_scales(model: Llama, per_head: bool = False, dtype: torch.dtype = torch.float64) -> Llama:
+    """Return a copy of a model whose checkpoint gave scales: real numbers, others for each layer, for keys and values,
+    and perhaps for each head."""
+    model = copy.deepcopy(model).to(dtype)
+    for n, block in enumerate(model.blocks()):
+        for name, size in (("k_scale", 0.0123), ("v_scale", 0.0037)):
+            scale = torch.full((block.attention.num_kv_heads, 1, 1), size * (1 + n))
+            if per_head:
+                scale *= torch.arange(1, 1 + len(scale))[:, None, None] / 2
+            scale = torch.nn.Parameter(scale.to(model.device, dtype), requires_grad=False)
+            block.attention.register_parameter(name, scale)
+    return model
+
+
+def scales_given(model: Llama) -> list[torch.Tensor]:
+    """Return the scales of each layer that a model's checkpoint gave, `[2, K]`."""
+    return [torch.stack((b.attention.k_scale, b.attention.v_scale)).flatten(1) for b in model.blocks()]
+
+
+def without_scales(model: Llama) -> Llama:
+    """Return a copy of a model whose checkpoint gave none."""
+    model = copy.deepcopy(model)
+    for block in model.blocks():
+        block.attention.k_scale = block.attention.v_scale = None
+    return model

@@ -6,7 +6,17 @@ import dataclasses
 import pytest
 import torch
 from helpers import TINY, compiled_forward, random_batch, random_ids
-from kv_dtype_helpers import FP8, break_it, in_8_bits, is_near, rounding, uneven
+from kv_dtype_helpers import (
+    FP8,
+    break_it,
+    in_8_bits,
+    is_near,
+    rounding,
+    scales_given,
+    uneven,
+    with_scales,
+    without_scales,
+)
 from training_helpers import compare_in_bfloat16, gradients, loss_of, reference_gradients, relative
 
 from llama_flex import Capture, Engine, Ensemble, Llama, Mask, Sampling, ScoreMod, edits, fuse, masks, score, scores
@@ -556,6 +566,42 @@ def test_streams_and_requests_in_8_bits_give_the_tokens_of_the_cpu(tiny_pair, co
     cpu, edits = Engine(model, backend="dense"), rounding(model)
     expected = [cpu.generate([ids], edit=edits, **options)[0].tokens for ids in prompts]
     engine = Engine(copy.deepcopy(model).cuda(), compile=compile, kv_dtype="fp8", max_batch_size=4, max_slots=2048)
+    for _ in range(2):
+        assert [engine.generate([ids], **options)[0].tokens for ids in prompts] == expected
+        requests = [engine.submit(ids, **options) for ids in prompts]
+        engine.run()
+        assert [request.completion.tokens for request in requests] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+@torch.no_grad()
+def test_scales_of_a_checkpoint_round_keys_and_values_with_a_cache_or_without(tiny_pair, cached, dtype):
+    ids = torch.randint(512, (2, 262), generator=torch.Generator().manual_seed(0))
+    wide, model = (with_scales(tiny_pair("gqa")[1], per_head=True, dtype=each) for each in (torch.float64, dtype))
+    plain, edits, given = without_scales(wide), rounding(wide, scales_given(wide)), {"backend": "dense"}
+    expected = (
+        without_scales(model).cuda()(ids, **given, edit=edits),
+        plain(ids, **given, edit=edits),
+        plain(ids, **given),
+    )
+    model = model.cuda()
+    forward, cache = compiled_forward(model), model.new_cache(2, 262) if cached else None
+    assert is_near(forward(ids, cache=cache), *expected)
+    assert is_near(model(ids), *expected)
+    for block in model.blocks():
+        block.attention.k_scale, block.attention.v_scale = block.attention.v_scale, block.attention.k_scale
+    assert not is_near(model(ids), *expected)
+
+
+@pytest.mark.parametrize("compile", [True, False, "auto"])
+def test_streams_and_requests_with_scales_of_a_checkpoint_give_the_tokens_of_the_cpu(tiny_pair, compile, monkeypatch):
+    monkeypatch.setattr(model_runner, "UNCOMPILED_STEPS", 3)
+    model = with_scales(tiny_pair("gqa")[1], per_head=True, dtype=torch.float32)
+    prompts, options = [random_ids(n) for n in (300, 20, 129)], {"max_new_tokens": 8, "stop_token_ids": ()}
+    cpu = Engine(model, backend="dense")
+    expected = [cpu.generate([ids], **options)[0].tokens for ids in prompts]
+    engine = Engine(copy.deepcopy(model).cuda(), compile=compile, max_batch_size=4, max_slots=2048)
     for _ in range(2):
         assert [engine.generate([ids], **options)[0].tokens for ids in prompts] == expected
         requests = [engine.submit(ids, **options) for ids in prompts]

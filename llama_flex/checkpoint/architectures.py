@@ -40,6 +40,7 @@ class Architecture(NamedTuple):
 _LLAMA = {
     "embed": ("model.embed_tokens",),
     "norm": ("model.norm",),
+    "layers.{}.attention": ("model.layers.{}.self_attn",),  # scales of keys and values, which few checkpoints have
     "layers.{}.attention.norm": ("model.layers.{}.input_layernorm",),
     "layers.{}.mlp.norm": ("model.layers.{}.post_attention_layernorm",),
     "layers.{}.attention.qkv": tuple(f"model.layers.{{}}.self_attn.{name}_proj" for name in "qkv"),

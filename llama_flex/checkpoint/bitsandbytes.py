@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,10 +20,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.weight import NF4
-from .config_rules import ConfigError
 from .quantization import SCALE, Quantization
 from .shards import Stored
-from .stored import ANY, WAY, Scheme, as_it_is, check_keys, check_names, interleaved, require
+from .stored import ANY, WAY, Scheme, as_it_is, check_keys, interleaved, require, skipped
 
 METHOD = "bitsandbytes"
 _GROUP_SIZE = 64
@@ -63,19 +61,9 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     """Return how the weights are stored. where: the key of config.json. Raises ConfigError for what is unsupported."""
     check_keys(where, config, _KEYS, _INERT)
     require(where, config, "load_in_4bit", "bnb_4bit_quant_type")
-    skipped = ["lm_head"]  # transformers' default
-    if config.get("llm_int8_skip_modules") is not None:
-        skipped = check_names(where, config, "llm_int8_skip_modules")
-    for entry in skipped:
-        if not re.fullmatch(r"[\w.-]{1,200}", entry):
-            raise ConfigError(f"{where}: llm_int8_skip_modules has {entry!r:.200}, a pattern; name the modules")
+    is_skipped = skipped(where, config, "llm_int8_skip_modules")
     nested = config.get("bnb_4bit_use_double_quant", False)
-    return Scheme(METHOD, Quantization("nf4"), False, partial(_is_skipped, skipped), partial(_tensors, nested))
-
-
-def _is_skipped(skipped: list[str], name: str) -> bool:
-    """Return whether a module keeps floats, as transformers decides: by the start or the end of its name."""
-    return any(name == entry or name.startswith(f"{entry}.") or name.endswith(entry) for entry in skipped)
+    return Scheme(METHOD, Quantization("nf4"), False, is_skipped, partial(_tensors, nested))
 
 
 def _tensors(nested: bool, name: str, rows: int, columns: int) -> dict[str, Stored]:

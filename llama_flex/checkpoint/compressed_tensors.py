@@ -7,7 +7,8 @@ Dimensions: N rows, K columns, G groups of columns. A matrix "x" of 4 bits is st
 older versions of the library, `x.weight_g_idx` `[K]`, the group of each column. One of 8 bits is stored in the same
 way, four numbers in a word, with 128 for 0, or as `x.weight`, int8 or float8_e4m3fn `[N, K]`, and `x.weight_scale`
 `[N, 1]`; the inputs of the latter may be numbers of the same kind, with a scale of their own, or with `x.input_scale`
-`[1]`.
+`[1]`. An attention "a" may have `a.k_scale` and `a.v_scale`, of its keys and values in float8_e4m3fn, `[1]`, or, of
+each head, `[heads, 1, 1]` (see `kernels.kv_cache`), with quantised matrices or without.
 
 The output matrix may be quantised like the layers, or in another way, as a group of its own. An embedding is not: with
 one of 4 bits, and one that is the output matrix too, transformers does not load (5.23).
@@ -24,6 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..kernels.kv_cache import GIVEN
 from ..kernels.weight import PARTS, QUANTISED, Weight
 from .config_rules import ConfigError
 from .quantization import INPUT, ORDER, SCALE, WIDE_AT_ONCE, ZERO, Format, Inputs, Quantization, numbers_of
@@ -35,8 +37,10 @@ from .stored import (
     as_it_is,
     check_group_size,
     check_keys,
+    floats_of_8_bits,
     kept,
     order_of,
+    require,
     sorted_by_group,
     unsigned,
     words_of,
@@ -46,6 +50,7 @@ from .stored import (
 METHOD = "compressed-tensors"
 PACKED, INTEGERS, FLOATS = _LAYOUTS = "pack-quantized", "int-quantized", "float-quantized"
 _MIXED = "mixed-precision"  # each group names its own
+_DENSE = "dense"  # of scales of keys and values alone
 _LAYERS, _HEAD = ["Linear"], ["re:.*lm_head"]  # the targets of groups
 _NUMBERS, _SHAPE, _GROUPS = "weight_packed", "weight_shape", "weight_g_idx"  # of a matrix, beside SCALE and ZERO
 # Of an ignore list: with more, a match could take minutes.
@@ -53,11 +58,11 @@ _MOST_PATTERNS, _MOST_REPEATS, _MOST_CHOICES = 16, 3, 2
 
 _KEYS = {
     "quant_method": (METHOD,),
-    "format": (*_LAYOUTS, _MIXED),
+    "format": (*_LAYOUTS, _MIXED, _DENSE),
     "quantization_status": ("compressed", "frozen"),
     "config_groups": ANY,
     "ignore": ANY,
-    "kv_cache_scheme": (None,),
+    "kv_cache_scheme": ANY,
     "sparsity_config": (None, {}),
     "moe_sparsity_config": (None, {}),
     "transform_config": (None, {}),
@@ -92,6 +97,12 @@ _INPUT_KEYS = {
     "scale_dtype": (None,),
     "zp_dtype": ANY,  # of zero points, which there are none of
 }
+_KV_KEYS = _INPUT_KEYS | {
+    "type": ("float",),
+    "strategy": ("tensor", "attn_head", None),
+    "dynamic": (False,),
+    "scale_dtype": (None, "torch.float16", "torch.bfloat16", "torch.float32"),
+}
 # By format, type and bits: ours, the strategies, and whether there may be zero points.
 _SUPPORTED: dict[tuple[Any, ...], tuple[Format, tuple[str, ...], bool]] = {
     (PACKED, "int", 4): ("int4", ("group", "channel"), True),
@@ -110,7 +121,10 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
     layout = config.get("format")
     if layout is None:
         raise ConfigError(f"{where}: format is missing; {WAY}")
-    groups = config.get("config_groups")
+    groups, of_attention = config.get("config_groups"), _of_attention(where, config.get("kv_cache_scheme"))
+    if groups == {} and layout == _DENSE and of_attention is not None:
+        plain = Quantization("fp8"), False, lambda name: True, partial(_tensors, layout, Quantization("fp8"), "", False)
+        return Scheme(METHOD, *plain, of_attention=of_attention)
     if not isinstance(groups, Mapping) or len(groups) not in (1, 2):
         only = "a single group, or one and another for lm_head"
         raise ConfigError(f"{where}: config_groups must be {only}, found {groups!r:.200}; {WAY}")
@@ -121,7 +135,24 @@ def scheme(where: str, config: Mapping[str, Any]) -> Scheme:
             raise ConfigError(f"{where}.config_groups: two groups have targets={group['targets']}; {WAY}")
     if False not in schemes:
         raise ConfigError(f"{where}.config_groups: no group has targets={_LAYERS}; {WAY}")
-    return replace(schemes[False], head=schemes.get(True))
+    found = replace(schemes[False], head=schemes.get(True))
+    return found if of_attention is None else replace(found, of_attention=of_attention)
+
+
+def _of_attention(where: str, kv: Any) -> Callable[[str, int], dict[str, Stored]] | None:
+    """Return what gives the tensors of an attention, by their names in the file; None if it has none. Raises
+    ConfigError."""
+    if kv is None:
+        return None
+    where = f"{where}.kv_cache_scheme"
+    check_keys(where, kv, _KV_KEYS, inert=("observer", "observer_kwargs"))
+    require(where, kv, "type")
+
+    def tensors(name: str, heads: int) -> dict[str, Stored]:
+        shape = [heads, 1, 1] if kv.get("strategy") == "attn_head" else [1]
+        return {f"{name}.{part}": Stored(shape, f"{name}.{part}", _positive) for part in GIVEN}
+
+    return tensors
 
 
 def _group(where: str, layout: str, group: Any, ignores: Callable[[str], bool]) -> Scheme:
@@ -235,7 +266,7 @@ def _tensors(
     elif quantization.format == "int8":
         found[numbers] = Stored([rows, columns], numbers, as_it_is, ("I8",))
     else:
-        found[numbers] = Stored([rows, columns], numbers, _floats_of_8_bits, ("F8_E4M3",))
+        found[numbers] = Stored([rows, columns], numbers, floats_of_8_bits, ("F8_E4M3",))
     if quantization.inputs == "static":
         found[f"{name}.{INPUT}"] = Stored([1], f"{name}.{INPUT}")
     return found
@@ -250,16 +281,16 @@ def _zero_points(bits: int, rows: int, words: Tensor) -> Tensor:
     return unsigned(bits, words.T)[:, :rows].T
 
 
-def _floats_of_8_bits(numbers: Tensor) -> Tensor:
-    if numbers.isnan().any():
-        raise ValueError("holds NaN; fetch the file again")
-    return numbers
-
-
 def _check_shape(shape: tuple[int, int], found: Tensor) -> Tensor:
     if (listed := found.tolist()) != [*shape]:
         raise ValueError(f"is {listed}, not {[*shape]}, the shape by config.json")
     return found
+
+
+def _positive(scale: Tensor) -> Tensor:
+    if not ((scale > 0) & scale.isfinite()).all():
+        raise ValueError("has a scale that is not a positive number; fetch the file again")
+    return scale
 
 
 # ---- written
@@ -273,6 +304,7 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     Raises ValueError for matrices of layers that are quantised in different ways.
     """
     tensors, changed = _with_floats_to_look_up(tensors)
+    tensors, kv = _with_scales_as_stored(tensors)
     found: dict[str, Tensor] = {}
     kinds: dict[Quantization, str] = {}
     head: Quantization | None = None
@@ -309,7 +341,23 @@ def compress(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         ignored.insert(0, "lm_head")
     elif head not in (kind for kind, _ in groups):
         groups.append((head, _HEAD))
-    return found, changed | ({"quantization_config": _described(groups, ignored)} if groups else {})
+    return found, changed | ({"quantization_config": _described(groups, ignored, kv)} if groups or kv else {})
+
+
+def _with_scales_as_stored(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors of a model with those of keys and values as they are stored, and their scheme, None without.
+    Raises ValueError unless all layers have both."""
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(GIVEN)}
+    if not scales:
+        return tensors, None
+    names = {name.rpartition(".self_attn.")[0] for name in tensors if ".self_attn." in name}
+    missing = [each for name in sorted(names) for part in GIVEN if (each := f"{name}.self_attn.{part}") not in scales]
+    if missing:
+        raise ValueError(f"cannot save scales of keys and values without {missing[0]}; set all or none of them to None")
+    alike = all((scale == scale[0]).all() for scale in scales.values())
+    kv = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor" if alike else "attn_head"}
+    stored = {name: scale[0, 0] for name, scale in scales.items()} if alike else scales
+    return {**tensors, **stored}, kv | {"dynamic": False}
 
 
 def _with_floats_to_look_up(tensors: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -357,17 +405,20 @@ def _padded(zero: Tensor, each: int) -> Tensor:
     return torch.nn.functional.pad(zero, (0, 0, 0, -len(zero) % each))
 
 
-def _described(groups: list[tuple[Quantization, list[str]]], ignored: list[str]) -> dict[str, Any]:
-    """Return the object for config.json, with a group of each quantization and its targets."""
+def _described(
+    groups: list[tuple[Quantization, list[str]]], ignored: list[str], kv: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the object for config.json, with a group of each quantization and its targets, and the scheme of keys and
+    values."""
     described = {f"group_{i}": _described_group(*group) for i, group in enumerate(groups)}
-    layouts = {group["format"] for group in described.values()}
+    layouts = {group["format"] for group in described.values()} or {_DENSE}
     return {
         "quant_method": METHOD,
         "format": layouts.pop() if len(layouts) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": described,
         "ignore": ignored,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv,
         "global_compression_ratio": None,
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.weight import GROUP_SIZES
-from . import bitsandbytes, quantization, shards
+from . import bitsandbytes, finegrained_fp8, quantization, shards
 from .compressed_tensors import METHOD
 from .compressed_tensors import scheme as compressed_tensors_scheme
 from .config_rules import QUANTIZATION_KEYS, ConfigError
@@ -26,6 +26,7 @@ _FORMATS: dict[str, Callable[[str, Mapping[str, Any]], Scheme]] = {
     "gptq": gptq_scheme,
     "awq": awq_scheme,
     bitsandbytes.METHOD: bitsandbytes.scheme,
+    finegrained_fp8.METHOD: finegrained_fp8.scheme,
 }
 
 
@@ -129,11 +130,13 @@ def plan(
     modules: Iterable[tuple[str, list[str]]],
     shapes: Mapping[str, list[int]],
     quantize: Quantization | None,
+    kv_heads: int,
 ) -> Plan:
     """Return how to load a model.
 
     raw: the object in config.json. modules: the paths of its modules, and the names of the matrices stacked in each.
-    shapes: of the model's tensors, by name. quantize: what to quantise matrices of floats to. Raises ConfigError.
+    shapes: of the model's tensors, by name. quantize: what to quantise matrices of floats to. kv_heads: of each layer.
+    Raises ConfigError.
     """
     try:
         scheme = scheme_of(raw)
@@ -144,17 +147,25 @@ def plan(
                 f"quantize={quantize.name!r} is given, but the weights are already quantised, by {scheme.method!r}; "
                 "leave it out, or give the checkpoint that they were made of"
             )
-        return _quantised(folder, scheme, modules, shapes)
+        return _quantised(folder, scheme, modules, shapes, kv_heads)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from None
 
 
 def _quantised(
-    folder: Path, scheme: Scheme, modules: Iterable[tuple[str, list[str]]], shapes: Mapping[str, list[int]]
+    folder: Path,
+    scheme: Scheme,
+    modules: Iterable[tuple[str, list[str]]],
+    shapes: Mapping[str, list[int]],
+    kv_heads: int,
 ) -> Plan:
     """Return how to load a quantised checkpoint. Raises ConfigError if it does not fit the model."""
     floats, in_layers, head, sharing = {"embed"}, dict[str, list[int]](), dict[str, list[int]](), list[list[str]]()
+    kv_scales = dict[str, Stored]()
     for path, names in modules:
+        if path.endswith(".attention"):
+            kv_scales |= scheme.of_attention(names[0], kv_heads)
+            continue
         matrices = {name: shape for name in names if len(shape := shapes[f"{name}.weight"]) == 2}
         if path == "embed" or not matrices:
             continue
@@ -170,7 +181,9 @@ def _quantised(
             in_layers |= matrices
             sharing += [names] if scheme.quantization.inputs == "static" else []
     quantization = dataclasses.replace(
-        _fitting(scheme, in_layers), vocabulary=_fitting(scheme.head or scheme, head) if head else None
+        _fitting(scheme, in_layers),
+        vocabulary=_fitting(scheme.head or scheme, head) if head else None,
+        given_kv=bool(kv_scales),
     )
     expected = dict[str, Stored]()
     for name, shape in shapes.items():
@@ -179,7 +192,7 @@ def _quantised(
             expected |= (scheme.head or scheme if matrix in head else scheme).tensors(matrix, *shape)
         else:
             expected[name] = Stored(shape, name)
-    return Plan(folder, expected, quantization, frozenset(floats), tuple(sharing))
+    return Plan(folder, expected | kv_scales, quantization, frozenset(floats), tuple(sharing))
 
 
 def _fitting(scheme: Scheme, matrices: Mapping[str, list[int]]) -> Quantization:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.kv_cache import GIVEN
 from ..kernels.modules import MatrixModule
 from ..kernels.weight import GROUP_SIZES, NF4, PARTS, RUN, Weight, pack
 from ..usercode.arguments import check_choice, model_device
@@ -36,7 +37,9 @@ class Quantization:
     `group_size`, with a scale and a zero point for so many numbers of a row; "int4", whole numbers of 4 bits in
     groups, by default of 32; "nf4", the 16 values of bitsandbytes, with a scale in float32 for each group, by default
     of 64. symmetric: no zero points. inputs: those of a product become numbers of the same format, "dynamic", with a
-    scale for each token, or "static", with a checkpoint's scale for all.
+    scale for each token, or "static", with a checkpoint's scale for all. A checkpoint's "fp8" may have groups, with a
+    scale in float32 for each, if inputs are "dynamic", with one for each group of a token. given_kv: the checkpoint has
+    scales of keys and values, too.
     These are for the layers' matrices. vocabulary: the same for the output matrix and the embedding, tied or not; None
     leaves them floats, as logits suffer most from few bits, and in a large model these two are a small part.
     Raises ValueError for an unknown format or group size, for inputs of other weights than those of 8 bits with a scale
@@ -48,12 +51,13 @@ class Quantization:
     symmetric: bool = False
     inputs: Inputs | None = None
     vocabulary: Quantization | None = None
+    given_kv: bool = False
 
     def __post_init__(self) -> None:
         check_choice("quantize", self.format, get_args(Format))
         if self.group_size is None:
             object.__setattr__(self, "group_size", _GROUP_SIZES.get(self.format))
-        elif self.format == "fp8":
+        elif self.format == "fp8" and self.inputs != "dynamic":
             raise ValueError(f"'fp8' has a scale for each row, not for groups of {self.group_size!r:.60}; leave it out")
         elif type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
@@ -64,7 +68,7 @@ class Quantization:
             object.__setattr__(self, "symmetric", True)
         if self.inputs is not None:
             check_choice("inputs", self.inputs, get_args(Inputs))
-            if self.group_size is not None:
+            if self.group_size is not None and self.format != "fp8":
                 other = f"{self.format}-{self.group_size}"
                 only = 'for "int8" and "fp8" without groups'
                 raise ValueError(f'{self.inputs!r} inputs are {only}, not for "{other}"; use "int8-dynamic"')
@@ -77,10 +81,12 @@ class Quantization:
         """Return a quantization of floats, given as such or by its name: "int8", "int8-128", "fp8-dynamic", "nf4",
         "int4-64-symmetric"; with a vocabulary "int4+int8".
 
-        Raises ValueError for anything else, and for a vocabulary in "nf4", whose scales do not tell the dtype of an
-        embedding's floats.
+        Raises ValueError for anything else, for what only checkpoints have, and for a vocabulary in "nf4", whose scales
+        do not tell the dtype of an embedding's floats.
         """
         made = value if value is None or isinstance(value, Quantization) else _named(value)
+        if made is not None and any(x and x.format == "fp8" and x.group_size for x in (made, made.vocabulary)):
+            raise ValueError(f"quantize {made.name!r}: only checkpoints have 'fp8' in groups; use 'fp8-dynamic'")
         if made is not None and "static" in (made.inputs, made.vocabulary and made.vocabulary.inputs):
             raise ValueError(f"quantize {made.name!r} needs scales of inputs, which floats do not have; use 'dynamic'")
         if made is not None and made.vocabulary is not None and made.vocabulary.format == "nf4":
@@ -114,6 +120,9 @@ class Quantization:
         scale = weight.new_empty(rows, columns // self.group_size)
         if self.format == "nf4":
             return Weight(weight.new_empty(rows, columns // 2, dtype=torch.uint8), scale.to(torch.float32))
+        if self.format == "fp8":
+            scale = scale.to(torch.float32)
+            return Weight(torch.empty_like(weight, dtype=_FP8), scale, None, self._input_scale(scale))
         if self.format == "int8":
             numbers = torch.empty_like(weight, dtype=torch.int8)
         else:
@@ -125,6 +134,7 @@ class Quantization:
         if self.group_size is not None:
             if self.format == "nf4":
                 return to_nf4(weight, self.group_size)
+            assert self.format != "fp8"  # `of` refuses it
             return to_groups(weight, int(self.format[-1]), self.group_size, self.symmetric, dtype)
         found = to_int8(weight, dtype) if self.format == "int8" else to_fp8(weight, dtype)
         return found._replace(input_scale=self._input_scale(found.scale))
@@ -181,6 +191,11 @@ def prepare(model: nn.Module, quantization: Quantization | None, floats: Collect
     for path, module in model.named_modules():
         if is_quantisable(module) and path not in floats and (each := quantization.of_matrix(path)) is not None:
             assign(module, each.empty(module.get_parameter("weight")))
+        if quantization.given_kv and path.endswith(".attention"):
+            weight = module.get_parameter("norm.weight")
+            for name in GIVEN:
+                scale = weight.new_empty(cast(Any, module).num_kv_heads, 1, 1)
+                module.register_parameter(name, nn.Parameter(scale, requires_grad=False))
 
 
 def is_quantisable(module: nn.Module) -> bool:

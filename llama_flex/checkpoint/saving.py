@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..kernels.kv_cache import GIVEN
 from ..kernels.weight import PARTS, Weight
 from . import quantization
 from .compressed_tensors import as_written, compress
@@ -32,11 +33,18 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for path, module in model.named_modules():
         numbers, scale, *others = parts = [state.get(f"{path}.{kind}") for kind in PARTS]
         order = parts[-1]
-        if order is not None or (numbers is not None and Weight(numbers).is_nf4):
-            what = "which is in NF4" if order is None else "whose columns are reordered (act-order)"
+        what = None if order is None else "whose columns are reordered (act-order)"
+        if numbers is not None and Weight(numbers, scale).is_fp8_in_groups:
+            what = "which is in groups of fp8"
+        elif numbers is not None and Weight(numbers).is_nf4:
+            what = "which is in NF4"
+        if what is not None:
             raise ValueError(
                 f"cannot save {path}, {what}, as compressed-tensors; keep the folder that it was loaded from"
             )
+        for name in GIVEN:
+            if path.endswith(".attention") and (given := state.get(f"{path}.{name}")) is not None:
+                module.register_parameter(name, nn.Parameter(given, requires_grad=False))
         if quantization.is_quantisable(module) and numbers is not None and scale is not None:
             weight = Weight(numbers, scale, *others)
             if weight.shape == module.get_parameter("weight").shape and weight.fits(scale):

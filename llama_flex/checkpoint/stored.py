@@ -5,6 +5,7 @@ Dimensions: N rows, K columns, G groups of columns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Scheme:
     method: the name of the format. quantization: the numbers they become. per_row: a scale of groups is for a whole
     row, and repeated for groups. ignores: tells by its name whether a module keeps floats. tensors: from the name and
     the shape `(N, K)` of a matrix to the tensors that it is stored in, by name. head: the storage of the output matrix,
-    if it is another.
+    if it is another. of_attention: from an attention's name and its number of key/value heads to the tensors that it
+    has itself, by name.
     """
 
     method: str
@@ -37,6 +39,7 @@ class Scheme:
     ignores: Callable[[str], bool]
     tensors: Callable[[str, int, int], dict[str, Stored]]
     head: Scheme | None = None
+    of_attention: Callable[[str, int], dict[str, Stored]] = lambda *_: {}
 
 
 def kept(bits: int, words: Tensor) -> Tensor:
@@ -81,6 +84,13 @@ def order_of(size: int, groups: Tensor) -> Tensor:
 def as_it_is(tensor: Tensor) -> Tensor:
     """Return the tensor."""
     return tensor
+
+
+def floats_of_8_bits(numbers: Tensor) -> Tensor:
+    """Return float8 numbers. Raises ValueError for NaN."""
+    if numbers.isnan().any():
+        raise ValueError("holds NaN; fetch the file again")
+    return numbers
 
 
 def nibbles(words: Tensor) -> Tensor:
@@ -143,6 +153,20 @@ def check_names(where: str, config: Mapping[str, Any], key: str) -> list[str]:
     return names
 
 
+def skipped(where: str, config: Mapping[str, Any], key: str) -> Callable[[str], bool]:
+    """Return whether a module keeps floats, as transformers decides: by the start or the end of its name, among the
+    names at a key, default the output matrix. Raises ConfigError for patterns."""
+    entries = ["lm_head"] if config.get(key) is None else check_names(where, config, key)
+    for entry in entries:
+        if not re.fullmatch(r"[\w.-]{1,200}", entry):
+            raise ConfigError(f"{where}: {key} has {entry!r:.200}, a pattern; name the modules")
+
+    def is_skipped(name: str) -> bool:
+        return any(name == entry or name.startswith(f"{entry}.") or name.endswith(entry) for entry in entries)
+
+    return is_skipped
+
+
 def require(where: str, config: Mapping[str, Any], *keys: str) -> None:
     """Raise ConfigError naming a key that is missing."""
     for key in keys:
@@ -150,9 +174,10 @@ def require(where: str, config: Mapping[str, Any], *keys: str) -> None:
             raise ConfigError(f"{where}: {key} is missing; {WAY}")
 
 
-def check_group_size(where: str, size: Any) -> int:
-    """Return the size of groups of columns. Raises ConfigError unless kernels take it."""
+def check_group_size(where: str, size: Any, described: str | None = None) -> int:
+    """Return the size of groups of columns. Raises ConfigError unless kernels take it. described: the setting."""
     if type(size) is not int or size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
-        raise ConfigError(f"{where}: group_size={size!r:.200} is not supported (only {sizes}); {WAY}")
+        described = described or f"group_size={size!r:.200}"
+        raise ConfigError(f"{where}: {described} is not supported (only {sizes}); {WAY}")
     return size

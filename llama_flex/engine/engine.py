@@ -14,7 +14,7 @@ from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..interp.probes import as_tuple
-from ..kernels.kv_cache import KVDtype, check_kv_dtype
+from ..kernels.kv_cache import KVDtype, check_kv_dtype, kv_dtype_of
 from ..masks.layout import BLOCK
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
@@ -74,8 +74,8 @@ class Engine:
         """
         self.model = model
         self.tokenizer = tokenizer
+        self.kv_dtype = kv_dtype = kv_dtype_of(model, kv_dtype)
         check_kv_dtype(kv_dtype, model.device)
-        self.kv_dtype = kv_dtype
         self.runner = ModelRunner(model, compile=compile, backend=backend)
         self.limits = RequestLimits(model)
         self._scheduler: Scheduler | None = None

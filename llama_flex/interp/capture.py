@@ -145,6 +145,9 @@ class Capture:
                 if cache is not None:
                     held, kv = cache.layers[layer], cache.tokens
                     q, k = held.scale_queries(q), held.k if cache.pages is None else cache.pages.gather(held.k)
+                elif (scales := found.scales[layer]) is not None:
+                    held = scales.round(k, k)
+                    q, k = held.scale_queries(q), held.k
                 kept[ATTENTION, layer] = self._attention_rows(q, k, tokens, kv, attention)
         device = index.device if self.device is None else self.device
         self._parts.append(

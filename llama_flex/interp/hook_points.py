@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..config import Dimensions
 from ..kernels.apart import keep_apart
+from ..kernels.kv_cache import Scales
 from ..tokens import TokenFunction, Tokens
 from ..usercode.arguments import whole_numbers
 
@@ -65,10 +66,12 @@ class Probe(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """The tensors captured in a step, by hook point and layer, and their tokens `[B, T]`."""
+    """The tensors captured in a step, by hook point and layer, and their tokens `[B, T]`. scales: of each layer's keys
+    and values, if a checkpoint gave them."""
 
     tokens: Tokens
     at: dict[tuple[str, int], Tensor]
+    scales: Sequence[Scales | None]
 
 
 def copy_tokens(tokens: Tokens) -> Tokens:

@@ -226,11 +226,6 @@ struct Int8 : OfBytes<Int8> {
   static float widen_one(int8_t x) { return x; }
 };
 
-struct InGroups : Int8 {
-  static constexpr float MOST = 0;
-  static constexpr bool FOUR = true;
-};
-
 struct Float8 : OfBytes<Float8> {  // float8_e4m3fn
   static constexpr float LEAST = -448, MOST = 448, RANGE = 448;
   static Vector whole(Vector x) {
@@ -243,6 +238,13 @@ struct Float8 : OfBytes<Float8> {  // float8_e4m3fn
     uint32_t bits = (uint32_t)x << 20 & 0x87f00000u;
     return load<float>(&bits) * BIAS;
   }
+};
+
+// Numbers of 8 bits with a scale for each group; of Float8 in float32, and each group of inputs has its own, too.
+template <class Bytes>
+struct InGroups : Bytes {
+  static constexpr float MOST = 0;
+  static constexpr bool FOUR = true;
 };
 
 typedef NUMBERS Numbers;
@@ -406,11 +408,13 @@ static void multiply_rows(Weights, const Product& p, int64_t row, int64_t m, flo
     for (int i = 0; i < M; i++) y[r][i] *= Numbers::widen_one(scale[row + r]) * (p.x_scale ? p.x_scale[m + i] : 1);
 }
 
-template <int R, int M>
-static void multiply_rows(InGroups, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
+static float scale_of(InGroups<Int8>, const Product& p, int64_t at) { return Numbers::widen_one(((const Stored*)p.weight.scale)[at]); }
+static float scale_of(InGroups<Float8>, const Product& p, int64_t at) { return ((const float*)p.weight.scale)[at]; }
+
+template <int R, int M, class Bytes>
+static void multiply_rows(InGroups<Bytes> kind, const Product& p, int64_t row, int64_t m, float (*y)[M]) {
   int64_t groups = p.weight.groups, size = p.k / groups, ahead = R * p.k > 6144 ? R * p.k : 6144;
   const int8_t* numbers = (const int8_t*)p.weight.numbers + row * p.k;
-  const Stored* scale = (const Stored*)p.weight.scale + row * groups;
   const uint8_t* zero = (const uint8_t*)p.weight.zero;
   if (zero) zero += row * groups;
   const float* x = p.x + m * p.x_size;
@@ -418,7 +422,7 @@ static void multiply_rows(InGroups, const Product& p, int64_t row, int64_t m, fl
   for (int64_t group = 0; group < groups; group++) {
     float scales[R], zeros[R];
     for (int r = 0; r < R; r++) {
-      scales[r] = Numbers::widen_one(scale[r * groups + group]);
+      scales[r] = scale_of(kind, p, (row + r) * groups + group);
       zeros[r] = zero ? zero[r * groups + group] - 128.f : 0;
     }
     for (int64_t i = group * size; i < (group + 1) * size; i += 2 * LANES) {
@@ -428,9 +432,9 @@ static void multiply_rows(InGroups, const Product& p, int64_t row, int64_t m, fl
       for (int r = 0; r < R; r++) {
         const int8_t* from = numbers + r * p.k + i;
         prefetch((const char*)from + ahead, 2 * LANES);
-        Pair read = Int8::read(from), weight = {(read.a - zeros[r]) * scales[r], (read.b - zeros[r]) * scales[r]};
+        Pair read = Bytes::read(from), weight = {(read.a - zeros[r]) * scales[r], (read.b - zeros[r]) * scales[r]};
 #pragma GCC unroll 4
-        for (int n = 0; n < M; n++) Int8::add(sums[r][n], weight, factors[n]);
+        for (int n = 0; n < M; n++) Bytes::add(sums[r][n], weight, factors[n]);
       }
     }
   }
@@ -690,6 +694,14 @@ static float quantise(float* x, int64_t k, const Stored* input_scale) {
   return scale;
 }
 
+// The same for each group of a row, which is multiplied by its scale again.
+static void round_groups(float* x, int64_t k, int64_t size) {
+  for (float* end = x + k; x < end; x += size) {
+    float scale = quantise<Float8>(x, size, nullptr);
+    for (int64_t i = 0; i < size; i++) x[i] *= scale;
+  }
+}
+
 template <class Weights>
 static void arrange(Weights, const Product& p, const float* x, float* arranged) {
   memcpy(arranged, x, p.k * sizeof(float));
@@ -721,12 +733,14 @@ template <class Weights>
 static void multiply_with(Product p, const void* x, const void* norm, double eps) {
   p.x_size = Weights::size(p.k);
   Buffer<float> rows(p.rows * p.x_size), row(p.k), scales(p.rows);
-  p.x_scale = p.weight.has_inputs ? scales.data : nullptr;
+  bool in_groups = p.weight.dtype == FLOAT8 && p.weight.groups > 1;
+  p.x_scale = p.weight.has_inputs && !in_groups ? scales.data : nullptr;
   for (int64_t m = 0; m < p.rows; m++) {
     widen_row((const Stored*)x + m * p.k, p.k, row.data);
     if (norm) normalise(row.data, norm, p.k, eps);
     if constexpr (Weights::MOST > 0)
       if (p.x_scale) scales.data[m] = quantise<Weights>(row.data, p.k, (const Stored*)p.weight.input_scale);
+    if (p.weight.has_inputs && in_groups) round_groups(row.data, p.k, p.k / p.weight.groups);
     arrange(Weights(), p, row.data, rows.data + m * p.x_size);
   }
   p.x = rows.data;
@@ -736,8 +750,8 @@ static void multiply_with(Product p, const void* x, const void* norm, double eps
 
 static void multiply(const Product& p, const void* x, const void* norm, double eps) {
   switch (p.weight.dtype) {
-    case INT8: return p.weight.groups > 1 || p.weight.zero ? multiply_with<InGroups>(p, x, norm, eps) : multiply_with<Int8>(p, x, norm, eps);
-    case FLOAT8: return multiply_with<Float8>(p, x, norm, eps);
+    case INT8: return p.weight.groups > 1 || p.weight.zero ? multiply_with<InGroups<Int8>>(p, x, norm, eps) : multiply_with<Int8>(p, x, norm, eps);
+    case FLOAT8: return p.weight.groups > 1 ? multiply_with<InGroups<Float8>>(p, x, norm, eps) : multiply_with<Float8>(p, x, norm, eps);
     case INT32: return multiply_with<Int4>(p, x, norm, eps);
     case UINT8: return multiply_with<FourBits<true>>(p, x, norm, eps);
     default: return multiply_with<Numbers>(p, x, norm, eps);
@@ -1282,12 +1296,13 @@ static bool read_weight(const Arguments<TENSORS>& of, int i, int64_t rows, int64
   bool has_scale = !of.is_missing(scale), has_zero = !of.is_missing(zero), has_inputs = !of.is_missing(inputs);
   weight = matrix_of(of, numbers, has_scale ? scale : 0, has_zero ? zero : 0, has_inputs ? inputs : 0, columns);
   int32_t kind = weight.dtype;
-  bool per_row = (kind == INT8 || kind == FLOAT8) && weight.groups == 1 && !has_zero;
-  if (has_inputs && !(has_scale && per_row && of.fits(inputs, dtype, rows, weight.input_scale != nullptr))) return false;
+  bool per_row = (kind == INT8 || kind == FLOAT8) && weight.groups == 1 && !has_zero, in_groups = kind == FLOAT8 && weight.groups > 1;
+  bool wide = kind == UINT8 || in_groups, takes_inputs = per_row || (in_groups && !weight.input_scale);
+  if (has_inputs && !(has_scale && takes_inputs && of.fits(inputs, wide ? FLOAT32 : dtype, rows, weight.input_scale != nullptr))) return false;
   if (!has_scale) return !has_zero && of.fits(numbers, dtype, rows, columns);
-  if (!of.fits(scale, kind == UINT8 ? FLOAT32 : dtype, rows, weight.groups) || (kind == UINT8 && has_zero)) return false;
+  if (!of.fits(scale, wide ? FLOAT32 : dtype, rows, weight.groups) || (wide && has_zero)) return false;
   if (per_row) return of.fits(numbers, kind, rows, columns);
-  if (kind != INT32 && kind != UINT8 && kind != INT8) return false;
+  if (kind != INT32 && kind != UINT8 && kind != INT8 && kind != FLOAT8) return false;
   if (weight.groups * Int4::RUN << weight.run_shift != columns || weight.run_shift > 2) return false;
   return of.fits(numbers, kind, rows, columns / per_element(kind)) && (!has_zero || of.fits(zero, UINT8, rows, weight.groups));
 }

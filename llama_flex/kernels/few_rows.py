@@ -2,7 +2,8 @@
 
 The step of a small batch, like that of one sequence (see `gemv`), reads each weight once, and is bound by memory;
 tensor cores make its arithmetic free. A program multiplies some rows of the weight by all rows of x. Weights of 8 and 4
-bits become numbers of x's dtype in registers.
+bits become numbers of x's dtype in registers. Inputs with a scale for each group of columns take this kernel for any
+number of rows: a program has some of them, and multiplies a group's product by both scales.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def few_rows(
     gated: bool,
 ) -> Tensor:
     """Compute residual + x @ weight.T + bias for x `[M, K]`, weight `[N, K]` -> `[M, N]`; gated: silu of the first half
-    times the second, `[M, N/2]`. x_scale: float32 `[M]`, factors of the rows, or None. numbers, scale, zero: see
-    `weight.Weight`; if packed, x has its columns in the order of `weight.apart`. Accumulates in float32, and rounds
-    where torch's own operations round."""
+    times the second, `[M, N/2]`. x_scale: float32 `[M]`, factors of the rows, or `[M * G]`, of each group in them, or
+    None. numbers, scale, zero: see `weight.Weight`; if packed, x has its columns in the order of `weight.apart`.
+    Accumulates in float32, and rounds where torch's own operations round."""
     (m, k), n = x.shape, len(numbers) // (1 + gated)
     assert numbers.is_contiguous()
     x, x_scale = x.contiguous(), None if x_scale is None else x_scale.contiguous()
@@ -59,6 +60,11 @@ def few_rows(
     tiles = (_LARGE_TILES if m > 32 else _GATED_TILES if gated else _TILES)[bits]
     tiles = tiles if table is None else tiles[1:]  # reading a table takes registers
     most = device.shared_memory_per_block_optin
+    x_grouped = x_scale is not None and scale is not None and scale.shape[1] > 1
+    if x_grouped:
+        assert scale is not None
+        few, group = m <= 32, k // scale.shape[1]
+        tiles = tuple((16 if few else 64, group, 1 if few else 4, stages) for stages in (4, 2))
     fitting = [t for t in tiles if t[3] * t[1] * (t[0] * bits // 8 * (1 + gated) + 2 * tokens) < 0.9 * most]
     rows, columns, warps, stages = (*fitting, tiles[-1])[0]
     out = x.new_empty(m, n)
@@ -71,6 +77,7 @@ def few_rows(
         "GROUP": k if scale is None else k // scale.shape[1],
         "PACKED": bits == 4,
         "GROUPED": scale is not None and (bits == 4 or zero is not None or scale.shape[1] > 1),
+        "X_GROUPED": x_grouped,
         "STAGES": stages,
         "GATED": gated,
         "OVERLAP": overlap,
@@ -101,6 +108,7 @@ def _kernel(
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
     GROUPED: tl.constexpr,
+    X_GROUPED: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -109,6 +117,8 @@ def _kernel(
         gdc_launch_dependents()
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    if X_GROUPED:
+        token = token.to(tl.int64)  # of a long prompt, times K, more than 32 bits
     is_row = row < n
     is_token = token < m
     dtype: tl.constexpr = out.dtype.element_ty
@@ -137,6 +147,15 @@ def _kernel(
                 total = tl.dot(w[i], v, total)
                 if GATED:
                     total_up = tl.dot(w_up[i], v, total_up)
+        elif X_GROUPED:  # the columns are those of a group
+            v = tl.load(at_x + start, mask=seen, other=0.0, eviction_policy="evict_last")
+            group = start // GROUP
+            factor = tl.load(x_scale + token * (K // GROUP) + group, mask=is_token, other=0.0)[None, :]
+            each = tl.load(scale + row * (K // GROUP) + group, mask=is_row, other=0.0)[:, None]
+            total += tl.dot(w.to(dtype), v) * each * factor
+            if GATED:
+                each_up = tl.load(scale + (row + n) * (K // GROUP) + group, mask=is_row, other=0.0)[:, None]
+                total_up += tl.dot(w_up.to(dtype), v) * each_up * factor
         else:
             v = tl.load(at_x + start, mask=seen, other=0.0, eviction_policy="evict_last")
             if GROUPED:
@@ -147,7 +166,7 @@ def _kernel(
             if GATED:
                 total_up = tl.dot(w_up.to(dtype), v, total_up)
     inside = is_row[:, None] & is_token[None, :]
-    if x_scale is not None:
+    if x_scale is not None and not X_GROUPED:
         factor = tl.load(x_scale + token, mask=is_token, other=0.0)[None, :]
         total *= factor
         if GATED:

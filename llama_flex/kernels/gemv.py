@@ -29,8 +29,8 @@ def gemv(
     gated: bool,
 ) -> Tensor:
     """Compute residual + weight @ norm(x) + bias for x `[K]`, weight `[N, K]` -> `[N]`; gated: silu of the first half
-    times the second, `[N/2]`. x_scale: float32 `[1]`, a factor of the product, or None. numbers, scale, zero: see
-    `weight.Weight`. Accumulates in float32, and rounds where torch's own operations round."""
+    times the second, `[N/2]`. x_scale: float32 `[1]`, a factor of the product, or `[G]`, of each group of x, or None.
+    numbers, scale, zero: see `weight.Weight`. Accumulates in float32, and rounds where torch's own operations round."""
     n, k = len(numbers) // (1 + gated), len(x)
     assert numbers.is_contiguous()
     assert x.is_contiguous()
@@ -49,6 +49,7 @@ def gemv(
         "GROUP": k if scale is None else k // scale.shape[1],
         "PACKED": bits == 4,
         "GROUPED": scale is not None and (bits == 4 or zero is not None or scale.shape[1] > 1),
+        "X_GROUPED": x_scale is not None and len(x_scale) > 1,
         "GATED": gated,
         "FLOAT8": capability >= (8, 9) and table is None,  # whether the device converts it
         "OVERLAP": overlap,
@@ -103,6 +104,7 @@ def _kernel(
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
     GROUPED: tl.constexpr,
+    X_GROUPED: tl.constexpr,
     GATED: tl.constexpr,
     FLOAT8: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -144,6 +146,8 @@ def _kernel(
             if norm_weight is not None:
                 squares += v * v
                 v *= tl.load(norm_weight + here, mask=is_place, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            if X_GROUPED:
+                v *= tl.load(x_scale + here // GROUP, mask=is_place, other=0.0)
             if PACKED:
                 summed += v
                 part += _value(each[i], table) * v[None, :]
@@ -165,7 +169,7 @@ def _kernel(
                 total_up += _scaled(part_up, summed, scale, zero, table, row + n, group, inside, K // GROUP, FLOAT8)
     # The root mean square is one number for the whole row, so the division can come last.
     factor = 1.0 if norm_weight is None else tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    if x_scale is not None:
+    if x_scale is not None and not X_GROUPED:
         factor *= tl.load(x_scale)
     dtype: tl.constexpr = out.dtype.element_ty
     y = _finished(total, factor, None if GROUPED else scale, bias, row, is_row, dtype)

@@ -9,6 +9,11 @@ be shared. A row w of a weight and a normalised x, whose norm is at most sqrt(E)
 scale is the least power of two with which that bound is at most 448. Where modules are not this package's own, with
 weights to read, it is 1. Beyond 448 times the scale, which takes an edit, a hook or new weights, numbers are cut off.
 
+A checkpoint may give scales of its own (the `kv_cache_scheme` of compressed-tensors): an attention's `k_scale` and
+`v_scale`, any positive numbers. The rule of that library is that rotated keys, and values, are rounded whenever the
+model runs: so all its caches are in 8 bits, and without a cache keys and values are rounded, too. Such quotients are
+computed in float32 or wider; the library rounds them to 16 bits, as with `activations`.
+
 Dimension letters: see `layers`.
 """
 
@@ -29,6 +34,7 @@ from .apart import keep_apart
 KVDtype: TypeAlias = Literal["fp8"] | None  # None: the model's dtype
 FP8 = torch.float8_e4m3fn
 _MOST = torch.finfo(FP8).max
+GIVEN = "k_scale", "v_scale"  # an attention's parameters, if a checkpoint gave them
 _EXPONENTS = -14, 15  # of scales: those of float16
 
 
@@ -37,6 +43,29 @@ class Scales(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+    @staticmethod
+    def given(attention: Any) -> Scales | None:
+        """Return those of a `layers.Attention` that its checkpoint gave, or None."""
+        k, v = map(attention._parameters.get, GIVEN)
+        return None if k is None or v is None else Scales(k.detach(), v.detach())
+
+    def round(self, k: Tensor, v: Tensor) -> KV:
+        """Return k and v `[B, K, T, D]` in 8 bits. Raises ValueError if they require gradients."""
+        if k.requires_grad or v.requires_grad:
+            raise ValueError(
+                "keys and values in 8 bits have no gradients: use torch.no_grad(), or set k_scale and v_scale of every "
+                "layer's attention to None"
+            )
+        return KV(_rounded(_wide(k), self.k), _rounded(_wide(v), self.v), self)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _rounded(x: Tensor, scale: Tensor) -> Tensor:
+    return (x / scale).clamp(-_MOST, _MOST).to(FP8)  # clamped, as what is beyond the largest number would become NaN
 
 
 class KV(NamedTuple):
@@ -63,8 +92,8 @@ class KV(NamedTuple):
         """
         if k.requires_grad or v.requires_grad:
             raise ValueError("a cache does not support gradients: use torch.no_grad(), or run without a cache")
-        if self.scales is not None:  # clamped, as what is beyond the largest number would become NaN
-            k, v = ((new / scale).clamp(-_MOST, _MOST).to(FP8) for new, scale in zip((k, v), self.scales, strict=True))
+        if self.scales is not None:
+            k, v = (_rounded(new, scale) for new, scale in zip((k, v), self.scales, strict=True))
         row = torch.arange(slots.shape[0], device=slots.device)[:, None] % len(self.k)  # all rows may share one pool
         for held, new in zip((self.k, self.v), (k, v), strict=True):
             held[row, :, slots] = new.transpose(1, 2)  # the index dimensions come first: [B, T, K, D]
@@ -84,6 +113,17 @@ class KV(NamedTuple):
     def scale_output(self, z: Tensor) -> Tensor:
         """Multiply attention's output `[B, H, T, D]` by the scales of the values that it is made of."""
         return z if self.scales is None else _scaled(keep_apart(z), self.scales.v)
+
+
+def keep(attention: Any, kv: KV | None, slots: Tensor | None, k: Tensor, v: Tensor) -> KV:
+    """Write k and v `[B, K, T, D]` of new tokens into slots of a layer's cache, and return that; or return them alone
+    if there is none, in 8 bits if the checkpoint gave scales. Raises ValueError as `KV.write` does."""
+    given = Scales.given(attention)
+    if kv is None or slots is None:
+        return KV(k, v) if given is None else given.round(k, v)
+    if given is not None:  # not powers of two: in 16 bits, quotients would be rounded before they become 8 bits
+        k, v = _wide(k), _wide(v)
+    return kv.write(slots, k, v)
 
 
 def _scaled(heads: Tensor, scale: Tensor) -> Tensor:
@@ -106,8 +146,9 @@ class KVFormat(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of(model: Any, kv_dtype: KVDtype) -> KVFormat:
-        """Return that of a `Llama`, with scales of its weights as they are now. Raises ValueError as `check_kv_dtype`
-        does."""
+        """Return that of a `Llama`, with scales of its checkpoint, or else of its weights as they are now. Raises
+        ValueError as `check_kv_dtype` does."""
+        kv_dtype = kv_dtype_of(model, kv_dtype)
         check_kv_dtype(kv_dtype, model.device)
         if kv_dtype is None:
             return KVFormat(model.dtype, model.device)
@@ -131,6 +172,16 @@ class KVFormat(NamedTuple):
 def dtype_of(kv_dtype: KVDtype, model: torch.dtype) -> torch.dtype:
     """Return the dtype of keys and values. model: the model's dtype."""
     return model if kv_dtype is None else FP8
+
+
+def given_scales(model: Any) -> list[Scales | None]:
+    """Return the scales of each layer that a model's checkpoint gave, None for a layer without."""
+    return [Scales.given(block.attention) for block in model.blocks()]
+
+
+def kv_dtype_of(model: Any, kv_dtype: KVDtype = None) -> KVDtype:
+    """Return the `kv_dtype` of a model's caches: the one asked for, but "fp8" if its checkpoint gave scales."""
+    return "fp8" if kv_dtype is None and any(given_scales(model)) else kv_dtype
 
 
 def check_kv_dtype(kv_dtype: KVDtype, device: torch.device) -> None:
@@ -161,6 +212,8 @@ def _state_of(attention: Any) -> Any:
 
 def _scales_of(attention: Any, model: Any) -> Scales:
     """Return the scales of a `layers.Attention` of a model."""
+    if (given := Scales.given(attention)) is not None:
+        return given
     if _is_own(attention):
         # Of zeros, and of damaged weights, no scale follows; it must not become 0 or NaN.
         bounds = _bounds(attention, model.rotary.rope.attention_scale)

@@ -72,7 +72,8 @@ def can_fuse(
 ) -> bool:
     """Return whether `fused_linear` computes a product of x `[B, T, in]`: without gradients, of shapes that fit without
     broadcasting, in one dtype but for the numbers of a quantised weight, for few rows on a CPU, and on CUDA, if
-    compiled or quantised, for one row, or, in 16 bits, a few, or of a weight of few bits some hundred."""
+    compiled or quantised, for one row, or, in 16 bits, a few, of a weight of few bits some hundred, with inputs in groups
+    any number."""
     rows, (out, size) = x.shape[:-1].numel(), weight.shape
     if torch.is_grad_enabled() or x.shape[-1] != size or not size or not weight.fits(x):
         return False
@@ -86,6 +87,8 @@ def can_fuse(
             return False
         if x.dtype == torch.float32:  # 4 bits multiplied before zero is subtracted would cost the last two bits
             return rows == 1 and not weight.is_packed
+        if weight.is_fp8_in_groups and weight.input_scale is not None:
+            return rows > 0
         if weight.scale is None or weight.input_scale is not None or weight.is_nf4:
             return 0 < rows <= FEW_ROWS
         return 0 < rows <= (OF_4_BITS if _takes_chunks(x, weight) else OF_8_BITS)
@@ -159,6 +162,10 @@ def _matmul_of_numbers(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor
     """Compute `matmul` of x in 8 bits: the product of numbers, which are exact in all dtypes, and then the scales."""
     numbers, scale = activations.quantise(x, weight)
     assert weight.scale is not None
+    if weight.is_fp8_in_groups:  # products with the numbers of each group would have to be multiplied one by one
+        wide = (numbers.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+        y = matmul(wide, weight._replace(input_scale=None), None)
+        return (y if bias is None else y + bias).to(x.dtype)
     (out, size), rows, dtype = weight.shape, x.shape[:-1].numel(), numbers.dtype
     if x.is_cuda and dtype == torch.int8 and rows > 16 and size % 8 == 0 and out % 8 == 0:  # else cuBLAS has no product
         y = torch._int_mm(numbers.flatten(0, -2), weight.numbers.t()).unflatten(0, x.shape[:-1])

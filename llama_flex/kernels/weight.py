@@ -34,10 +34,11 @@ class Weight(NamedTuple):
 
     numbers: of a float dtype, `[N, K]`; or of int8 or float8_e4m3fn, `[N, K]`, or int32 `[N, K / 8]`, eight of 4 bits
     each, with scale `[N, G]`, for every K / G columns of a row, and perhaps zero, uint8 `[N, G]`, for int8 plus 128; or
-    of NF4, uint8 `[N, K / 2]`, the bytes of such words, with scale float32 `[N, G]`. A row of float8 is one group.
-    input_scale: of a weight with one scale a row whose inputs are quantised to its dtype (see `activations`): `[N, 1]`,
-    repeating their scale, or `[N, 0]`, if each row of them has its own. order: int64 `[K]`, which column of the weight
-    each of the numbers is, if they are sorted.
+    of NF4, uint8 `[N, K / 2]`, the bytes of such words, with scale float32 `[N, G]`. Several groups of float8 in a row
+    have scales in float32, too.
+    input_scale: of a weight whose inputs are quantised to its dtype (see `activations`): with one scale a row `[N, 1]`,
+    repeating their scale, or `[N, 0]`, if each row of them has its own; with groups of float8 `[N, 0]`, if each group
+    of a row of them has. order: int64 `[K]`, which column of the weight each of the numbers is, if they are sorted.
     """
 
     numbers: Tensor
@@ -75,29 +76,37 @@ class Weight(NamedTuple):
             return False
         return self.scale.shape[-1] == 1
 
+    @property
+    def is_fp8_in_groups(self) -> bool:
+        """Whether the numbers are float8 with several scales in a row."""
+        return self.numbers.dtype == torch.float8_e4m3fn and self.scale is not None and self.scale.shape[-1] > 1
+
     def fits(self, x: Tensor) -> bool:
-        """Return whether it can be multiplied by x: on its device, the numbers or, but for NF4, their scales in its
-        dtype."""
+        """Return whether it can be multiplied by x: on its device, the numbers or, unless these are in float32, their
+        scales in its dtype."""
         if self.order is not None and self.order.shape != (self.shape[1],):
             return False
         if any(part.device != x.device for part in self if part is not None):
             return False
         if self.scale is None:
             return self.input_scale is None and self.numbers.dtype == x.dtype
-        if self.numbers.dtype not in QUANTISED or self.scale.dtype != (torch.float32 if self.is_nf4 else x.dtype):
+        dtype = torch.float32 if self.is_nf4 or self.is_fp8_in_groups else x.dtype
+        if self.numbers.dtype not in QUANTISED or self.scale.dtype != dtype:
             return False
         rows, columns = self.shape
         groups = self.scale.shape[-1]
-        sizes = [] if self.numbers.dtype == torch.float8_e4m3fn else [n for n in GROUP_SIZES if not columns % n]
+        sizes = [n for n in GROUP_SIZES if not columns % n]
         if not self.is_packed and self.zero is None:
             sizes.append(columns)
         if self.scale.shape != (rows, groups) or groups not in [columns // size for size in sizes]:
             return False
         zero, inputs = self.zero, self.input_scale
-        if zero is not None and (self.is_nf4 or zero.dtype != torch.uint8 or zero.shape != self.scale.shape):
+        if zero is not None and (self.numbers.dtype not in (torch.int8, torch.int32) or zero.shape != self.scale.shape):
             return False
-        shapes = [(rows, 0), (rows, 1)]
-        return inputs is None or (self.is_per_row and inputs.dtype == x.dtype and inputs.shape in shapes)
+        if zero is not None and zero.dtype != torch.uint8:
+            return False
+        shapes = [(rows, 0)] if self.is_fp8_in_groups else [(rows, 0), (rows, 1)] if self.is_per_row else []
+        return inputs is None or (inputs.dtype == dtype and inputs.shape in shapes)
 
     def rows(self, index: Tensor) -> Weight:
         """Return the rows at an index `[...]`: numbers `[..., K]`, `[..., K / 8]` or `[..., K / 2]`, with scales
@@ -121,7 +130,7 @@ class Weight(NamedTuple):
     def floats(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight as floats, in the dtype of its scale. Raises ValueError for a scale of other numbers.
 
-        dtype: that of NF4's floats, default the scale's; rounded once, as bitsandbytes does.
+        dtype: of the floats that scales in float32 give, default that; rounded once, as bitsandbytes does.
         """
         if self.order is not None:
             return self._replace(order=None).floats(dtype)[..., self.order.argsort()]
@@ -132,8 +141,12 @@ class Weight(NamedTuple):
                 f"a weight_scale belongs to a weight of few bits, not of {self.numbers.dtype}; if the dtype of a model "
                 "in fp8 was changed, load it in that dtype; else set the scale to None"
             )
-        if self.is_per_row or self.numbers.dtype == torch.float8_e4m3fn:
+        if self.is_per_row:
             return self.numbers.to(self.scale.dtype) * self.scale
+        if self.is_fp8_in_groups:
+            wide = torch.promote_types(dtype or self.scale.dtype, self.scale.dtype)
+            floats = self.numbers.to(wide).unflatten(-1, (self.scale.shape[-1], -1)) * self.scale[..., None]
+            return floats.flatten(-2).to(dtype or self.scale.dtype)
         if self.is_nf4:
             if self.scale.dtype.itemsize < 4:
                 raise ValueError(

@@ -49,10 +49,16 @@ def check_inputs(
 
 
 def check_cache(
-    cache: Any, kind: type[Any], dims: Any, batch_size: int, dtype: torch.dtype, device: torch.device
+    cache: Any,
+    kind: type[Any],
+    dims: Any,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: str | None = None,
 ) -> None:
     """Raise ValueError for anything but a `Cache` (`kind`), and for one of another batch size, or of a model of
-    other `Dimensions`, dtype or device."""
+    other `Dimensions`, dtype or device, or in its dtype if the checkpoint says `kv_dtype`."""
     if not isinstance(cache, kind):
         raise ValueError(f"cache must be made with model.new_cache, found {type(cache).__name__}")
     if cache.batch_size != batch_size:
@@ -62,6 +68,11 @@ def check_cache(
     other = (len(cache.layers), keys.shape[1], keys.shape[3], cache.layers[0].model_dtype, keys.device)
     if mine != other:
         raise ValueError(f"the cache belongs to another model ({other}, not {mine}); make it with model.new_cache")
+    if kv_dtype is not None and cache.layers[0].kv_dtype is None:
+        raise ValueError(
+            f"the cache keeps keys and values in {dtype}, but the checkpoint has scales for them in {kv_dtype!r}; make "
+            "it with model.new_cache"
+        )
 
 
 def warn_beyond_context(count: int, lengths: Tensor | None, cache: Any, context: int, device: torch.device) -> None:

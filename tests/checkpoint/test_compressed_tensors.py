@@ -387,7 +387,7 @@ def with_group(**changes) -> dict:
         (with_group(format="int-quantized"), f"{GROUP}: format='int-quantized' is not supported (only None or 'pack-"),
         (with_group(weights=None), f"{WEIGHTS} must be an object, found None"),
         (with_group(x=1), f"{GROUP}: x=1 is not known"),
-        (Kind().config() | {"kv_cache_scheme": ACTIVATIONS}, "kv_cache_scheme={'num_bits': 8"),
+        (Kind().config() | {"kv_cache_scheme": ACTIVATIONS}, "kv_cache_scheme: type='int' is not supported"),
         (
             Kind().config() | {"sparsity_config": {"format": "sparse-24-bitmask"}},
             "sparsity_config={'format': 'sparse-24",

@@ -65,7 +65,8 @@ def test_values_of_any_json(file, load, cases, sound, outcomes):
 
 
 @pytest.mark.parametrize("cases", CASES)
-def test_values_of_a_quantised_checkpoints_json(cases, sound, outcomes):
+@pytest.mark.parametrize("name", ["quantised", "blocks"])
+def test_values_of_a_quantised_checkpoints_json(name, cases, sound, outcomes):
     def change(whole, mutation):
         config = json.loads(whole)
         return (
@@ -77,7 +78,7 @@ def test_values_of_a_quantised_checkpoints_json(cases, sound, outcomes):
             )
         )
 
-    source, kind = sound / "quantised", "values in `quantization_config`"
+    source, kind = sound / name, "values in `quantization_config`"
     check_mutations(cases, sound, outcomes, "config.json", load_model, kind, json_changes, change, source)
 
 
@@ -104,7 +105,7 @@ TENSOR_CHANGES = {
     "size": lambda info, n: info | {"shape": [info["shape"][0] + n, *info["shape"][1:]]},
     "flat": lambda info, n: info | {"shape": [max(1, n), -1]},
     "dtype": lambda info, n: (
-        info | {"dtype": ["F64", "F16", "BF16", "I8", "U64", "BOOL", "F4", "C64", "f32", ""][n % 10]}
+        info | {"dtype": ["F64", "F16", "BF16", "I8", "U64", "BOOL", "F4", "C64", "f32", "", "F8_E4M3"][n % 11]}
     ),
 }
 
@@ -120,8 +121,11 @@ tensor_changes = st.lists(
 
 
 @pytest.mark.parametrize("cases", CASES)
-@pytest.mark.parametrize("file", ["model.safetensors", SHARD])
-def test_tensors_of_safetensors(file, cases, sound, outcomes):
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [("model.safetensors", None), (SHARD, None), ("model.safetensors", "quantised"), ("model.safetensors", "blocks")],
+)
+def test_tensors_of_safetensors(file, source, cases, sound, outcomes):
     def change(whole, mutation):
         header, data = split_file(whole)
         text = None
@@ -140,7 +144,9 @@ def test_tensors_of_safetensors(file, cases, sound, outcomes):
                 header[name] = TENSOR_CHANGES[what](header[name], n)
         return join_file(text or json.dumps(header), data)
 
-    check_mutations(cases, sound, outcomes, file, load_model, f"tensors of `{file}`", tensor_changes, change)
+    kind = f"tensors of `{file}`" if source is None else f"tensors of a checkpoint in 8 bits, {source}"
+    source = None if source is None else sound / source
+    check_mutations(cases, sound, outcomes, file, load_model, kind, tensor_changes, change, source)
 
 
 # ---- what stands in the place of a file

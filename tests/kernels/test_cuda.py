@@ -7,7 +7,7 @@ import torch
 from helpers import Products, compiled_forward, random_ids
 
 from llama_flex import Llama
-from llama_flex.checkpoint.quantization import Quantization, assign
+from llama_flex.checkpoint.quantization import Quantization, assign, to_fp8
 from llama_flex.engine.graphs import Graphs
 from llama_flex.kernels import activations, linear
 from llama_flex.kernels.modules import Embedding
@@ -272,6 +272,75 @@ def test_a_product_of_inputs_in_8_bits_is_rounded_once(way, rows, dtype, monkeyp
 def test_a_model_of_inputs_in_8_bits_has_the_same_logits_compiled_in_chunks_and_steps(tiny_pair, form, dtype, tmp_path):
     tiny_pair("gqa")[1].save_pretrained(tmp_path)
     model = Llama.from_pretrained(tmp_path, device="cuda", dtype=dtype, quantize=f"{form}-dynamic")
+    ids = torch.tensor([random_ids(150), random_ids(150, 1)], device="cuda")
+    truth = in_float64(model)(ids, backend="dense")
+    plain = (model(ids, backend="dense").double() - truth).abs().median()
+    assert plain < (1e-4 if dtype == torch.float32 else 0.1) * truth.abs().max()
+    forward, cache, parts = compiled_forward(model), model.new_cache(2, 200), []
+    for count in (128, 4, *[1] * 18):
+        start = sum(x.shape[1] for x in parts)
+        parts.append(forward(ids[:, start : start + count], cache=cache))
+    for found in (torch.cat(parts, 1), compiled_forward(model)(ids)):
+        assert (found.double() - truth).abs().median() <= 1.5 * plain + 1e-5
+
+
+# ---- inputs in groups
+
+
+def in_groups(matrix, size):
+    """Return a weight of fp8 near to a matrix, with a scale for each group of columns, as have its inputs."""
+    numbers, scale, *_ = to_fp8(matrix.reshape(-1, size), torch.float32)
+    scale = scale.view(len(matrix), -1)
+    return Weight(numbers.view(matrix.shape), scale, None, scale[:, :0])
+
+
+CASES_OF_GROUPS = [(rows, torch.bfloat16, compiled) for rows in (1, 2, 20, 33, 300) for compiled in (False, True)]
+CASES_OF_GROUPS += [(rows, torch.float16, False) for rows in (1, 20, 300)]
+
+
+@pytest.mark.parametrize(("rows", "dtype", "compiled"), CASES_OF_GROUPS)
+@pytest.mark.parametrize("size", [32, 64, 128])
+@torch.no_grad()
+def test_a_product_of_inputs_in_groups_is_no_further_from_float64_than_on_a_cpu(size, rows, dtype, compiled):
+    for n, k in ((509, 256), (1536, 640), (256, 14336)):
+        products = Products(n, k).to("cuda", dtype)
+        for module in linears(products):
+            assign(module, in_groups(module.weight, size))
+        other, truth = copy.deepcopy(products).cpu(), in_float64(products)
+        x, residual = inputs(n, k, rows, dtype)
+        run = Graphs().of() if compiled else lambda _, function, *args: function(*args)
+        found = run("products", Products.forward, products, x, residual)
+        assert max(errors_of_inputs(found, other, truth, x, residual)) <= 1, (n, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 33, 64, 300])
+@pytest.mark.parametrize("size", [32, 64, 128])
+@torch.no_grad()
+def test_a_product_of_inputs_in_groups_is_rounded_once(size, rows, dtype, monkeypatch):
+    way, (x, bias) = Quantization("fp8", inputs="dynamic"), inputs(96, 256, rows, dtype)
+    x *= (1 + torch.arange(256, device="cuda") // size).to(dtype)
+    weight, bias = in_groups(torch.randn(96, 256, device="cuda"), size), bias[0, 0]
+    numbers, scale = activations.quantise(x, weight)
+    rounded = (numbers.double().unflatten(-1, (256 // size, -1)) * scale.double()[..., None]).flatten(-2)
+    exact = rounded @ weight.floats(torch.float64).T + bias.double()
+    assert error_of(linear.matmul(x, weight, bias), exact, way) <= 1
+    # And the comparison finds faults.
+    assert error_of(linear.matmul(x, weight._replace(input_scale=None), bias), exact, way) > 1
+    for by, dimension in ((1, 0), (1, 1)):
+        shifted = weight._replace(scale=weight.scale.roll(by, dimension))
+        assert error_of(linear.matmul(x, shifted, bias), exact, way) > 1
+    rule = activations.quantise
+    monkeypatch.setattr(activations, "quantise", lambda *given: (rule(*given)[0], rule(*given)[1].roll(1, -1)))
+    assert error_of(linear.matmul(x, weight, bias), exact, way) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_model_of_inputs_in_groups_has_the_same_logits_compiled_in_chunks_and_steps(tiny_pair, dtype):
+    model = copy.deepcopy(tiny_pair("gqa")[1]).to("cuda", dtype)
+    for module in linears(model):
+        assign(module, in_groups(module.weight, 32))
     ids = torch.tensor([random_ids(150), random_ids(150, 1)], device="cuda")
     truth = in_float64(model)(ids, backend="dense")
     plain = (model(ids, backend="dense").double() - truth).abs().median()
