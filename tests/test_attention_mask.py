@@ -61,6 +61,20 @@ def test_the_mask_may_have_any_dtype_of_flags(wide, dtype):
     check(*wide, "left", dtype=dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["flex", "dense"])
+@pytest.mark.parametrize("kind", PADDED)
+@torch.no_grad()
+def test_padding_anywhere_is_left_out_on_cuda(wide, kind, backend):
+    model, ids, mask = wide[1], random_batch(wide[1], T, batch=3), torch.tensor(PADDED[kind])
+    expected, model = model(ids, attention_mask=mask, backend=backend), copy.deepcopy(model).cuda().float()
+    for given in (mask, mask.cuda()):  # ids stay on the CPU
+        cache = model.new_cache(3, 128)
+        logits = model(ids, attention_mask=given, backend=backend, cache=cache).cpu().double()
+        torch.testing.assert_close(logits[mask > 0], expected[mask > 0], rtol=0, atol=1e-3)
+
+
 @torch.no_grad()
 def test_holes_with_the_positions_of_a_forward_of_transformers(wide):
     reference, model = wide
