@@ -104,6 +104,28 @@ def test_hooks_of_every_module_are_called_in_other_models(model, twins, tmp_path
     check_calls(model.bfloat16(), NAMES, run)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("run", [run for run in RUNS if "recorded" not in run])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4+int8"])
+def test_hooks_of_every_module_are_called_on_cuda(model, tmp_path, quantize, run):
+    model.save_pretrained(tmp_path)
+    check_calls(Llama.from_pretrained(tmp_path, device="cuda", quantize=quantize), NAMES, run)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compile", [True, "auto"])
+@pytest.mark.parametrize("run", [generated, submitted])
+def test_steps_that_will_be_compiled_on_cuda_refuse_hooks(model, run, compile):
+    model = model.cuda()
+    with (
+        model.layers[1].mlp.register_forward_hook(lambda *_: None),
+        pytest.raises(ValueError, match="compiled steps call no hooks"),
+    ):
+        run(compile=compile)(model)
+
+
 @pytest.mark.parametrize(
     ("name", "run"),
     [("layers.1", "cache, dense"), ("layers.1.mlp.down", "stream, recorded"), ("layers.1.attention.norm", "requests")],

@@ -61,8 +61,15 @@ def check(capture: Capture, case: str, counts: list[int], atol: float = 1e-5) ->
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize("backend", ["flex", "dense"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        ("by head, some see nothing", "flex"),
+        *((case, "dense") for case in CASES),
+        pytest.param("causal", "flex", marks=pytest.mark.exhaustive),
+        pytest.param("window and sink, softcap", "flex", marks=pytest.mark.exhaustive),
+    ],
+)
 @torch.no_grad()
 def test_a_forward_and_a_cache_give_the_dense_definition(pair, case, backend):
     model, (mask, score_mod, *_) = pair[1], CASES[case]
@@ -79,7 +86,7 @@ def test_a_forward_and_a_cache_give_the_dense_definition(pair, case, backend):
 def test_float64_gives_float64(pair, case):
     model, (mask, score_mod, *_), capture = copy.deepcopy(pair[1]).double(), CASES[case], new_capture()
     with torch.no_grad():
-        model(torch.tensor([random_ids(N)]), capture=capture, mask=mask, score_mod=score_mod)
+        model(torch.tensor([random_ids(N)]), capture=capture, mask=mask, score_mod=score_mod, backend="dense")
     assert capture[LSE, 0].dtype == torch.float64
     check(capture, case, [N], atol=1e-12)
 
@@ -98,7 +105,7 @@ def test_generation_captures_them_in_streams_and_requests(pair, options, togethe
     check_generation(pair[1], options, together)
 
 
-def check_generation(model: Llama, options: dict, together: bool) -> None:
+def check_generation(model: Llama, options: dict, together: bool, atol: float = 1e-5) -> None:
     """Check what is captured in a stream, or in submitted requests, of two prompts."""
     mask, score_mod, *_ = CASES[case := "by head, some see nothing"]
     prompts = [random_ids(9), random_ids(20)]
@@ -110,10 +117,10 @@ def check_generation(model: Llama, options: dict, together: bool) -> None:
             engine.submit(prompt, capture=capture, **given)
         engine.run()
         for prompt, capture in zip(prompts, captures, strict=True):
-            check(capture, case, [len(prompt) + NEW - 1])
+            check(capture, case, [len(prompt) + NEW - 1], atol)
     else:
         engine.generate(prompts, capture=(capture := new_capture(device="cpu")), **given)
-        check(capture, case, [len(prompt) + NEW - 1 for prompt in prompts])
+        check(capture, case, [len(prompt) + NEW - 1 for prompt in prompts], atol)
 
 
 @pytest.mark.gpu
@@ -121,7 +128,7 @@ def check_generation(model: Llama, options: dict, together: bool) -> None:
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("compile", [False, True, "auto"])
 def test_generation_on_cuda_captures_them(pair, compile, together):
-    check_generation(copy.deepcopy(pair[1]).cuda(), {"compile": compile}, together)
+    check_generation(copy.deepcopy(pair[1]).cuda(), {"compile": compile}, together, atol=1e-4)
 
 
 @torch.no_grad()
@@ -170,14 +177,14 @@ def test_they_take_memory_for_a_block_of_queries_and_the_heads_asked_for(pair, m
 
     monkeypatch.setattr(capture_file, "attention_scores", spy)
     capture, every = Capture(LSE, ENTROPY, layers=1, heads=[6, 1]), Capture(LSE, ENTROPY, layers=1)
-    model(ids, capture=capture)
+    model(ids, capture=capture, backend="dense")
     assert max(sizes) == 2 * 128 * 700
-    model(ids, capture=every)
+    model(ids, capture=every, backend="dense")
     for name in (LSE, ENTROPY):
         torch.testing.assert_close(capture[name, 1], every[name, 1][:, :, [6, 1]])
         assert capture[name, 1].shape == (1, 700, 2)
     some = Capture(ENTROPY, layers=1, where=[3, 699])
-    model(ids, capture=some)
+    model(ids, capture=some, backend="dense")
     torch.testing.assert_close(some[ENTROPY, 1], every[ENTROPY, 1][:, [3, 699]])
 
 
@@ -196,7 +203,7 @@ def test_a_wrong_formula_would_be_noticed(pair, monkeypatch, name):
     case, capture = "window and sink, softcap", new_capture()
     mask, score_mod, *_ = CASES[case]
     monkeypatch.setattr(capture_file, "lse_and_entropy", MUTATIONS[name])
-    pair[1](torch.tensor([random_ids(N)]), capture=capture, mask=mask, score_mod=score_mod)
+    pair[1](torch.tensor([random_ids(N)]), capture=capture, mask=mask, score_mod=score_mod, backend="dense")
     with pytest.raises(AssertionError):
         check(capture, case, [N])
 
