@@ -148,14 +148,14 @@ def test_what_else_belongs_to_tokens_goes_with_them(wide):
     _, model = wide
     ids, mask = random_batch(model, T), torch.tensor(PADDED["holes"][:2])
     segments, positions = torch.arange(2 * T).view(2, T) // 5, torch.arange(2 * T).view(2, T) * 2
-    attributes = {"segments": segments, "positions": positions, "backend": "dense"}
-    document, capture = masks.causal() & masks.document(), Capture("resid_post", layers=1)
-    found = model(ids, attention_mask=mask, mask=document, capture=capture, **attributes)
-    kept = model(ids, attention_mask=mask, mask=document, logits_to_keep=3, **attributes)
+    attributes = {"segments": segments, "positions": positions}
+    options, capture = {"mask": masks.causal() & masks.document(), "backend": "dense"}, Capture("resid_post", layers=1)
+    found = model(ids, attention_mask=mask, capture=capture, **attributes, **options)
+    kept = model(ids, attention_mask=mask, logits_to_keep=3, **attributes, **options)
     for row in range(2):
         real, alone = mask[row] > 0, Capture("resid_post", layers=1)
-        given = {name: x[row, real][None] if name != "backend" else x for name, x in attributes.items()}
-        expected = model(ids[row, real][None], mask=document, capture=alone, **given)[0]
+        given = {name: x[row, real][None] for name, x in attributes.items()}
+        expected = model(ids[row, real][None], capture=alone, **given, **options)[0]
         torch.testing.assert_close(found[row, real], expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(kept[row], expected[-3:], rtol=0, atol=1e-9)
         count = int(real.sum())
