@@ -7,7 +7,7 @@ multiple of K; N packed tokens.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
 
 
 def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:
-    """Return the attention weights by definition: softmax(score(q k^T / sqrt(D))) over the visible slots,
+    """Return the attention weights by definition: the softmax of `attention_scores`, `[B, H, T, S]`."""
+    scores, visible = attention_scores(q, k, metadata, heads), cast(Tensor, metadata.visible).any(-1, keepdim=True)
+    visible = visible if heads is None or visible.shape[1] == 1 else visible[:, heads]
+    # The softmax of a row with nothing visible is NaN; such a row attends to nothing.
+    return torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
+
+
+def attention_scores(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:
+    """Return the scores by definition: score(q k^T / sqrt(D)) for the visible slots, -inf for the others,
     `[B, H, T, S]`, float32 or wider; differentiable. Needs dense metadata. heads: only these heads, in this order."""
     visible, score_mod = metadata.visible, metadata.attention.score_mod
     assert isinstance(visible, Tensor)
@@ -142,9 +150,7 @@ def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: 
     scores = _grouped_matmul(q.to(wide), k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)
     if score_mod is not None:
         scores = score_mod.dense(scores, metadata.q, metadata.kv, heads)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    # The softmax of a row with nothing visible is NaN; such a row attends to nothing.
-    return torch.softmax(scores, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return scores.masked_fill(~visible, -torch.inf)
 
 
 def _grouped_matmul(x: Tensor, y: Tensor) -> Tensor:

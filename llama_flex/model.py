@@ -32,7 +32,7 @@ from .masks.scores import ScoreMod
 from .rope import RotaryEmbedding
 from .tokens import Tokens
 from .usercode.arguments import check_choice, whole_number
-from .usercode.inputs import check_cache, check_inputs, warn_beyond_context
+from .usercode.inputs import check_cache, check_inputs, in_order, real_tokens_first, warn_beyond_context
 
 Run: TypeAlias = Callable[..., Any]  # runs a part of a step: takes its name, a function and the arguments
 
@@ -196,6 +196,7 @@ class Llama(nn.Module):
         self,
         input_ids: Tensor,
         *,
+        attention_mask: Tensor | None = None,
         lengths: Tensor | None = None,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
@@ -211,6 +212,7 @@ class Llama(nn.Module):
         """Return logits `[B, T, V]` for token ids `[B, T]`; with a cache, append the tokens to those it holds.
 
         lengths `[B]`: the number of real tokens in each row; the rest is padding on the right (default: all are real).
+        attention_mask: the same as in transformers, see `inputs.real_tokens_first`; logits of padding are arbitrary.
         positions `[B, T]`: rotary positions (default: continue after the row's highest, or from 0). segments `[B, T]`:
         default 0.
         mask: default each layer's own, see `default_masks`. score_mod: default none. Either: one for all layers, or one
@@ -225,11 +227,15 @@ class Llama(nn.Module):
         check_inputs(input_ids, lengths, positions, segments, logits_to_keep, self.config.vocab_size)
         check_choice("backend", backend, get_args(Backend))
         b, t = input_ids.shape
+        if cache is not None:
+            self.check_cache(cache, b)
+        order = None
+        if attention_mask is not None:
+            given = input_ids, lengths, positions, segments
+            input_ids, lengths, positions, segments, order = real_tokens_first(attention_mask, *given, cache)
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
-        if cache is not None:
-            self.check_cache(cache, b)
         plan = self.attention_plan(mask, score_mod, cache)
         if score_mod is not None and not torch.compiler.is_dynamo_compiling():
             start = 0 if cache is None else int(cache.length.max())
@@ -249,7 +255,11 @@ class Llama(nn.Module):
             for each in captures:
                 assert captured is not None
                 each.add(captured, plan, cache)
-            return self.head(last_tokens(x, lengths, logits_to_keep) if logits_to_keep else x)
+            if logits_to_keep:
+                x = last_tokens(x, lengths, logits_to_keep)
+            elif order is not None:
+                x = in_order(x, order.argsort(1))
+            return self.head(x)
 
     def step(
         self,

@@ -55,13 +55,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="Hugging Face folder, or hub repository owner/name")
     p.add_argument("--revision", help="of the hub repository")
     what = p.add_argument_group("what to complete")
-    what.add_argument("--prompt", action="append", default=[], help="text to continue; repeat for several")
+    what.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; - for standard input; repeat for several"
+    )
     what.add_argument(
         "--prompts-file", type=Path, metavar="FILE", help=".jsonl (id; prompt, messages or prompts), else a line each"
     )
     what.add_argument("--chat", action="store_true", help="talk: reads messages from the terminal, keeps the history")
     what.add_argument("--instruct", action="store_true", help="put each prompt into the model's chat template")
     what.add_argument("--system", metavar="TEXT", help="system message; implies --instruct")
+    what.add_argument("--prefill-response", metavar="TEXT", help="every answer in a chat template begins with it")
     fuse = p.add_argument_group("several prompts, one answer")
     fuse.add_argument(
         "--fuse",
@@ -90,6 +93,14 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--repetition-penalty", type=float)
     how.add_argument("--seed", type=int, help="prompt or chat message number i (from 0) uses seed + i")
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeat for several")
+    how.add_argument(
+        "--stop-token",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="ends the text, as end-of-text tokens do: an id, or a text that is one token; repeat for several",
+    )
+    how.add_argument("--ignore-eos", action="store_true", help="end-of-text tokens of the model do not end the text")
     run = p.add_argument_group("running")
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     formats = (
@@ -153,6 +164,7 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         question = Question([], args.fuse_prefix or "", args.fuse_suffix or "", args.fuse_weights)
     elif args.fuse_prefix or args.fuse_suffix or args.fuse_weights or args.fuse_positions:
         raise UsageError("--fuse-prefix, --fuse-suffix, --fuse-weights and --fuse-positions need --fuse")
+    args.prompt = _with_stdin(args.prompt)
     asked = [Job(i, text, i) for i, text in enumerate(args.prompt)]
     if asked and question is not None:
         asked = [Job(0, prompts_file.question({"prompts": args.prompt}, question, "--prompt"), 0)]
@@ -166,7 +178,30 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         raise UsageError(f"--fuse {args.fuse} takes neither weights nor positions; use --fuse attention")
     if not args.chat and not asked:
         raise UsageError("nothing to complete: give --prompt, --prompts-file or --chat")
+    if args.prefill_response == "":
+        raise UsageError("--prefill-response is empty; leave it out")
+    templated = args.chat or args.instruct or args.system is not None
+    if args.prefill_response and not (templated or all(isinstance(job.prompt, list) for job in asked)):
+        raise UsageError(
+            "--prefill-response begins an answer in the chat template; it needs --chat, --instruct, --system, or "
+            "'messages' in all rows"
+        )
     return asked
+
+
+def _with_stdin(prompts: list[str]) -> list[str]:
+    """Return the prompts with the text of standard input, less the line break at its end, in the place of `-`."""
+    if "-" not in prompts:
+        return prompts
+    if prompts.count("-") > 1:
+        raise UsageError("--prompt - reads all of standard input; give it once")
+    if sys.stdin is None:
+        raise UsageError("--prompt - reads from standard input, which is closed")
+    try:
+        text = sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompt - cannot read standard input: {error}") from None
+    return [text.removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
 
 
 def bad_row(args: argparse.Namespace) -> Callable[[UsageError], None]:

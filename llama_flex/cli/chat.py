@@ -51,7 +51,13 @@ class Chat:
                 _refuse_message(error)
                 messages.pop()
                 continue
-            reply, tokens, shared, sampling = "", [], self._recall(memory, prompt), session.sampling_of(turn)
+            reply, tokens, shared, sampling = (
+                session.prefill,
+                [],
+                self._recall(memory, prompt),
+                session.sampling_of(turn),
+            )
+            session.output.write(reply)
 
             def start(prompt: list[int] = prompt, sampling: Sampling = sampling) -> Iterator[Step]:
                 new = [prompt[self._recall(memory, prompt) :]]

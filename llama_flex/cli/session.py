@@ -16,6 +16,7 @@ from ..config import LlamaConfig
 from ..engine.engine import Engine
 from ..engine.fusion import AnyPrompt, Ensemble, as_ensemble, fuse
 from ..engine.output import Step
+from ..engine.request import Request
 from ..engine.scheduler import BATCH_SIZE
 from ..model import Llama
 from ..sampling import Sampling, with_seed
@@ -43,15 +44,18 @@ class Session:
 
         started = time.perf_counter()
         folder = hub.resolve(args.model, hub.MODEL_FILES + hub.TOKENIZER_FILES, revision=args.revision)
-        LlamaConfig.from_pretrained(folder)  # first, for its errors about folders that hold no model
+        config = LlamaConfig.from_pretrained(folder)  # first, for its errors about folders that hold no model
         self.tokenizer = Tokenizer.from_pretrained(folder)
+        stop_ids = [_stop_id(token, self.tokenizer, config.vocab_size) for token in args.stop_token]
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model = Llama.from_pretrained(folder, device=args.device, dtype=dtype, quantize=args.quantize)
         self.engine = Engine(model, self.tokenizer, kv_dtype=args.kv_dtype)
         self.statistics = Statistics(self.engine, time.perf_counter() - started)
         self.sampling = Sampling.recommended(model.generation_config, **asked)
         self.expected = args.max_new_tokens or self.engine.limits.default_new_tokens
-        self.options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop}
+        stop_ids += [] if args.ignore_eos else model.eos_token_ids
+        self.options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "stop_token_ids": stop_ids}
+        self.prefill = args.prefill_response or ""
         self.args, self.output = args, output
 
     def report(self) -> None:
@@ -110,6 +114,8 @@ class Session:
 
         try:
             for step in self.statistics.timed(self.steps(start), [prompt]):
+                if not written:
+                    self.output.write(self.prefill)
                 written = True
                 if step.text:
                     self.output.write(step.text)
@@ -178,13 +184,13 @@ class Session:
                         if request.error is not None:
                             failed.append(job.name + str(request.error).removeprefix(f"prompt {request.number}"))
                         with progress.external_write_mode():  # both may go to one terminal
-                            self.output.write(prompts_file.result(job, request.completion, args.json))
+                            self._write_result(job, request)
                         progress.update()
                     progress.set_postfix_str(self.statistics.now(), refresh=False)
             finally:  # on Ctrl-C too: partial results are written, marked as unfinished
                 for request, job in going.items():
                     if request.steps:
-                        self.output.write(prompts_file.result(job, request.completion, args.json))
+                        self._write_result(job, request)
                 if going and args.json and args.output:
                     print(
                         f"{len(going)} of {len(prompts)} prompts are unfinished; use --resume to continue",
@@ -192,6 +198,11 @@ class Session:
                     )
         if failed:
             raise ValueError(f"{len(failed)} of {len(prompts)} prompts ended in an error; the first: {failed[0]}")
+
+    def _write_result(self, job: Job, request: Request) -> None:
+        completion = request.completion
+        completion.text = self.prefill + (completion.text or "")
+        self.output.write(prompts_file.result(job, completion, self.args.json))
 
     def _encode(self, job: Job) -> AnyPrompt:
         if isinstance(job.prompt, Question):
@@ -206,8 +217,21 @@ class Session:
         return self.args.instruct or self.args.system is not None
 
     def chat_text(self, messages: Messages) -> str:
-        system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
-        return self.tokenizer.apply_chat_template([*system, *messages])
+        """Return the text of a conversation up to the answer, or up to the end of what the answer is to begin with."""
+        if self.args.system is not None:
+            messages = [{"role": "system", "content": self.args.system}, *messages]
+        if not self.prefill:
+            return self.tokenizer.apply_chat_template(messages)
+        if messages[-1].get("role") == "assistant":
+            raise UsageError("--prefill-response begins an answer, but the last message is one already")
+        text = self.tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": self.prefill}],
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+        if not text.endswith(self.prefill):
+            raise UsageError("the chat template changes --prefill-response; leave out white space at its ends")
+        return text
 
     def _encode_question(self, question: Question) -> AnyPrompt:
         """Encode prefix, prompts and suffix; the chat template's text around a message goes to prefix and suffix."""
@@ -226,3 +250,13 @@ class Session:
             options = {} if self.args.fuse_positions is None else {"positions": self.args.fuse_positions}
             return fuse(prompts, prefix=prefix, suffix=suffix, weights=question.weights, **options)
         return Ensemble([[*prefix, *prompt, *suffix] for prompt in prompts], self.args.fuse)
+
+
+def _stop_id(token: str, tokenizer: Tokenizer, vocab_size: int) -> int:
+    """Return the id of a token that is given as an id or as its text. Raises UsageError."""
+    ids = [int(token)] if token.isascii() and token.isdecimal() else tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UsageError(f"--stop-token {token!r} is {len(ids)} tokens, not one; for a text of several use --stop")
+    if ids[0] >= vocab_size:
+        raise UsageError(f"--stop-token {token} is outside the vocabulary of {vocab_size} ids")
+    return ids[0]

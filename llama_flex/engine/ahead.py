@@ -13,7 +13,6 @@ import torch
 
 from ..cache import Cache
 from ..masks.plan import AttentionPlan
-from ..usercode.errors import CompileError
 from .batch import Batch, Kinds
 from .model_runner import ModelRunner
 
@@ -55,8 +54,8 @@ class CompileAhead(Batch):
             interval = sys.getswitchinterval()
             sys.setswitchinterval(_SWITCH_INTERVAL)
             try:
-                # Whoever runs such a step next meets an error of the compiler, or has the memory.
-                with contextlib.suppress(CompileError, torch.OutOfMemoryError):
+                # Whoever runs such a step next meets an error, such as one of the compiler, or has the memory.
+                with contextlib.suppress(ValueError, torch.OutOfMemoryError):
                     if stream is None or self._bytes < torch.cuda.mem_get_info(device)[0] // 2:
                         self._step()
             finally:

@@ -62,7 +62,7 @@ class Engine:
         "auto": not on a CPU, where uncompiled steps of backend "dense" are faster; on a GPU, but streams under the
         package's own masks begin with such steps there too, and compiled ones take over after 2,048, so that nobody
         waits for a compiler. Steps are recorded and replayed: of what changes in the model during a stream, such as
-        hooks and modules, they may see the values of parameters alone.
+        hooks and modules, they may see the values of parameters alone. Compiled steps refuse forward hooks.
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
         kv_dtype: of the keys and values of all caches that the engine makes, see `Llama.new_cache`.
 

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..usercode.errors import CompileError, is_data_dependent, line_of_user
-from ..usercode.modules import in_package
+from ..usercode.modules import check_hooks, in_package
 
 T = TypeVar("T")
 # What runs for the first time may synchronise with the device, which a thread must not while another captures a graph.
@@ -160,17 +160,23 @@ class Graphs:
 
 
 def structure(module: nn.Module) -> Hashable:
-    """Return a key of what compiled code takes for granted of a module: its class, hooks, tensors but for their values,
-    and numbers; and those of its children, except modules in a list, such as layers, which run as parts of their own.
+    """Return a key of what compiled code takes for granted of a module: its class, tensors but for their values, and
+    numbers; and those of its children, except modules in a list, such as layers, which run as parts of their own.
+
+    Raises ValueError for forward hooks: what they do in Python would be done when a part is compiled, and never again.
     """
-    kind, hooks = type(module), (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    check_hooks(
+        module,
+        "compiled steps call no hooks",
+        "compile=False (--compile off) calls them, and compiled steps take Capture and Edit",
+    )
+    kind = type(module)
     tensors = (*module._parameters.values(), *module._buffers.values())
     children = (child for child in module._modules.values() if child and not isinstance(child, nn.ModuleList))
     # The code of the package's own modules reads no numbers that differ between layers.
     values = () if in_package(kind.__module__) else vars(module).items()
     return (
         kind,
-        *(getattr(hook, "__code__", hook) for hook in hooks),
         *(None if x is None else (type(x), x.dtype, x.shape, x.stride()) for x in tensors),
         *((name, value) for name, value in values if isinstance(value, bool | int | float | str)),
         *map(structure, children),

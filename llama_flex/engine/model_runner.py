@@ -18,7 +18,7 @@ from ..masks.plan import AttentionPlan
 from ..model import Llama, Run, run_eager
 from ..tokens import Tokens
 from ..usercode.arguments import check_choice
-from ..usercode.modules import are_own, is_changed
+from ..usercode.modules import are_own, check_hooks, hooks_of, is_changed
 from . import operations
 from .graphs import Graphs, compiles_for
 
@@ -152,7 +152,13 @@ class ModelRunner:
         probes: Mapping[int, Probe] | None = None,
     ) -> tuple[Tensor, Captured | None]:
         """Append ids `[R, T]`, of which `lengths` in each row are real; return the last layer's output, `[R, T, E]` or
-        packed, and the tensors that probes captured."""
+        packed, and the tensors that probes captured. Raises ValueError for forward hooks of the whole model."""
+        if any(hooks_of(self.model)):
+            check_hooks(
+                self.model,
+                "generation runs its parts one by one",
+                "register it on those, such as model.layers[0] or model.norm",
+            )
         key: tuple[Any, ...] = ()
         if self.compile:
             plan = plan if probes else self.compiled_plan(plan)

@@ -30,6 +30,7 @@ from ..model import Llama
 from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
+from ..usercode.modules import global_hooks, hooks_of
 from .batch import PendingOutput
 from .block_manager import BlockManager
 from .fusion import AnyPrompt, Ensemble, as_requests
@@ -328,9 +329,9 @@ class Scheduler:
 
     def _check_weights(self) -> None:
         """Forget what was computed or recorded with other weights, modules or hooks."""
-        modules, tensors = list[Any](), list[torch.Tensor | None]()
+        modules, tensors = list[Any](itertools.chain(*global_hooks())), list[torch.Tensor | None]()
         for module in self.model.modules():
-            modules += module, module.__dict__.get("forward"), *module._forward_pre_hooks, *module._forward_hooks
+            modules += module, module.__dict__.get("forward"), *itertools.chain(*hooks_of(module))
             tensors += *module._parameters.values(), *module._buffers.values()
         weights = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
         if (modules, weights) != (self._modules, self._weights):

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention import attention_weights, build_attention_metadata
+from ..attention import attention_scores, attention_weights, build_attention_metadata
 from ..masks.layout import SlotCache
 from ..masks.plan import AttentionPlan, LayerAttention
 from ..masks.selection import Where, selection
 from ..tokens import Tokens
 from ..usercode.arguments import named_device
-from .hook_points import ATTENTION, HOOK_POINTS, Captured, numbers_of
+from .hook_points import ATTENTION, ENTROPY, HOOK_POINTS, LSE, OF_ATTENTION, Captured, numbers_of
 
 _QUERIES = 128  # queries whose attention weights are computed at once
 _NOTHING = "nothing was captured: nothing has run yet, or `where` selected no token"
@@ -42,19 +42,20 @@ class Capture:
         device: torch.device | str | None = None,
     ) -> None:
         """sites: names of `hook_points.HOOK_POINTS`; and "attention", the attention weights `[B, N, heads, S]`, keys by
-        their index, computed densely as `attention.attention_weights` defines them. layers: default all. heads: of
-        "attention", default all. where: the tokens to capture, by their indices, `[N]` for all rows or `[B, N]`, or by
-        a function from their attributes to booleans `[B, T]`; default all, but required for "attention". device: where
-        to keep the tensors, default the model's.
+        their index, computed densely as `attention.attention_weights` defines them, "attention.lse" and
+        "attention.entropy", log-sum-exp of the scores and entropy of those weights, `[B, N, heads]`. layers: default
+        all. heads: of these three, default all. where: the tokens to capture, by their indices, `[N]` for all rows or
+        `[B, N]`, or by a function from their attributes to booleans `[B, T]`; default all, but required for
+        "attention". device: where to keep the tensors, default the model's.
         """
-        known = (*HOOK_POINTS, ATTENTION)
+        known = (*HOOK_POINTS, *OF_ATTENTION)
         if not sites or not all(site in known for site in sites):
             raise ValueError(f"capture needs some of {', '.join(known)}, found {', '.join(map(repr, sites)) or 'none'}")
         if ATTENTION in sites and where is None:
             raise ValueError(
                 "capturing attention takes N x S numbers per head; select the queries, such as where=range(10)"
             )
-        if heads is not None and ATTENTION not in sites:
+        if heads is not None and OF_ATTENTION.keys().isdisjoint(sites):
             raise ValueError(
                 f"heads selects heads of {ATTENTION!r}, which is not captured; other sites always hold all heads"
             )
@@ -139,7 +140,7 @@ class Capture:
                 continue
             if site in self.sites:
                 kept[site, layer] = some(x)
-            if site == "q" and ATTENTION in self.sites:
+            if site == "q" and self.sites & OF_ATTENTION.keys():
                 attention = plan.variants[plan.of_layer[layer]]
                 q, k, kv = some(x).transpose(1, 2), found.at["k", layer].transpose(1, 2), found.tokens
                 if cache is not None:
@@ -148,25 +149,31 @@ class Capture:
                 elif (scales := found.scales[layer]) is not None:
                     held = scales.round(k, k)
                     q, k = held.scale_queries(q), held.k
-                kept[ATTENTION, layer] = self._attention_rows(q, k, tokens, kv, attention)
+                found_here = self._of_attention(q, k, tokens, kv, attention)
+                kept |= {(name, layer): value for name, value in found_here.items()}
         device = index.device if self.device is None else self.device
         self._parts.append(
             (tokens.map(lambda x: x.to(device)), {key: x.to(device) for key, x in kept.items()}),
         )
 
-    def _attention_rows(self, q: Tensor, k: Tensor, tokens: Tokens, kv: Tokens, attention: LayerAttention) -> Tensor:
-        """Return the attention weights `[B, N, heads, S]` of queries q `[B, H, N, D]`, keys in order of arrival."""
+    def _of_attention(
+        self, q: Tensor, k: Tensor, tokens: Tokens, kv: Tokens, attention: LayerAttention
+    ) -> dict[str, Tensor]:
+        """Return those of OF_ATTENTION that are captured, of queries q `[B, H, N, D]`, a block of queries at a time."""
         heads = None if self.heads is None else torch.tensor(self.heads, device=q.device)
-        count = int(kv.index.max()) + 1
-        place = torch.where(kv.index < 0, count, kv.index).long()[:, None, None]
-        parts = []
+        parts: dict[str, list[Tensor]] = {name: [] for name in OF_ATTENTION if name in self.sites}
         for n in range(0, q.shape[2], _QUERIES):
             here = Tokens(*(x[:, n : n + _QUERIES] for x in tokens))
             metadata = build_attention_metadata(attention, here, kv, q.shape[1], "dense")
-            rows = attention_weights(q[:, :, n : n + _QUERIES], k, metadata, heads)
-            ordered = rows.new_zeros(*rows.shape[:3], count + 1).scatter(3, place.expand_as(rows), rows)
-            parts.append(ordered[..., :count].transpose(1, 2))
-        return torch.cat(parts, 1)
+            given = q[:, :, n : n + _QUERIES], k, metadata, heads
+            if ATTENTION in parts:
+                parts[ATTENTION].append(_by_index(attention_weights(*given), kv.index))
+            if LSE in parts or ENTROPY in parts:
+                lse, entropy = lse_and_entropy(attention_scores(*given))
+                for name, x in ((LSE, lse), (ENTROPY, entropy)):
+                    if name in parts:
+                        parts[name].append(x)
+        return {name: torch.cat(part, 2).transpose(1, 2) for name, part in parts.items()}
 
     def _tokens(self) -> list[Tokens]:
         if not self._parts:
@@ -183,3 +190,21 @@ class Capture:
         row = torch.arange(len(x), device=x.device)[:, None]
         gone = ~there[row, order]
         return x[row, order].masked_fill(gone.reshape(*gone.shape, *[1] * (x.dim() - 2)), 0)
+
+
+def _by_index(rows: Tensor, index: Tensor) -> Tensor:
+    """Return attention weights `[B, H, N, S]` with the keys in order of arrival; index: of the slots, `[B, S]`."""
+    count = int(index.max()) + 1
+    place = torch.where(index < 0, count, index).long()[:, None, None]
+    return rows.new_zeros(*rows.shape[:3], count + 1).scatter(3, place.expand_as(rows), rows)[..., :count]
+
+
+def lse_and_entropy(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of scores `[..., S]`, and the entropy of their softmax in nats, both `[...]`.
+
+    Of scores that are all -inf: -inf, and 0. Differentiable.
+    """
+    lse = scores.logsumexp(-1)
+    logs = scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # of the weights
+    # Each term is at least 0, so nothing cancels as it would in lse - sum(weight * score); 0 * log 0 is 0.
+    return lse, -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1)

@@ -28,7 +28,12 @@ HOOK_POINTS = {
     "mlp_post": "[B, T, F], the MLP's activations, silu(gate) * up, before the product with down",
     "resid_post": "[B, T, E], the residual stream as it leaves the layer",
 }
-ATTENTION = "attention"  # [B, T, heads, S], attention weights: can be captured, not edited
+ATTENTION, LSE, ENTROPY = "attention", "attention.lse", "attention.entropy"
+OF_ATTENTION = {  # computed densely from q and k, for the heads asked for: can be captured, not edited
+    ATTENTION: "[B, T, heads, S], attention weights",
+    LSE: "[B, T, heads], log of the sum of the exponentials of the scores that a query gives, -inf if it sees nothing",
+    ENTROPY: "[B, T, heads], entropy of a query's attention weights in nats, 0 if it sees nothing",
+}
 
 Hook: TypeAlias = Callable[[str, Tensor], Tensor]  # (hook point, its tensor) -> the tensor to go on with
 

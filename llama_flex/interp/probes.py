@@ -11,7 +11,7 @@ from ..config import Dimensions
 from ..tokens import Tokens
 from .capture import Capture
 from .edits import Edit
-from .hook_points import ATTENTION, Probe, apply_edit, shape_of
+from .hook_points import OF_ATTENTION, Probe, apply_edit, shape_of
 
 T = TypeVar("T")
 
@@ -50,11 +50,11 @@ def build_probes(
     probes = {}
     for layer in range(count):
         names = {name for c in captures if c.layers is None or layer in c.layers for name in c.sites}
-        if ATTENTION in names:
+        if names & OF_ATTENTION.keys():
             names |= {"q", "k"}  # to compute it from
         mine = tuple((e.site, e.change) for e in edits if e.layers is None or layer in e.layers)
         if names or mine:
-            probes[layer] = Probe(frozenset(names - {ATTENTION}), mine)
+            probes[layer] = Probe(frozenset(names - OF_ATTENTION.keys()), mine)
     return probes
 
 

@@ -14,6 +14,7 @@ from .library import document as document
 from .library import fused as fused
 from .library import global_tokens as global_tokens
 from .library import prefix_lm as prefix_lm
+from .library import segments_from_positions as segments_from_positions
 from .library import shared_prefix as shared_prefix
 from .library import sink as sink
 from .library import sliding_window as sliding_window

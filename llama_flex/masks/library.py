@@ -108,6 +108,18 @@ def document() -> Mask:
     return Mask(lambda q, kv: q.segment == kv.segment, "document()")
 
 
+def segments_from_positions(positions: Tensor) -> Tensor:
+    """Number the documents of packed rows from 0: one begins wherever a position is not one more than the last, as in
+    transformers. positions: whole rows `[B, T]`; returns segments for `document()`, `[B, T]`, int32. Raises ValueError.
+    """
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.is_floating_point():
+        found = _kind(positions) if isinstance(positions, Tensor) else type(positions).__name__
+        raise ValueError(f"positions must be a tensor of integers [batch, tokens], not {found}")
+    positions = positions.long()
+    begins = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
+    return begins.cumsum(1, dtype=torch.int32)
+
+
 def shared_prefix(length: Parameter) -> Mask:
     """Attend causally within each segment, and to the first `length` tokens whatever their segment."""
     name = named("shared_prefix", length, 0)

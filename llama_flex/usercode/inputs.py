@@ -48,6 +48,55 @@ def check_inputs(
         raise ValueError(f"logits_to_keep must be from 0 to the {t} tokens given, found {logits_to_keep}")
 
 
+def real_tokens_first(
+    attention_mask: Tensor,
+    input_ids: Tensor,
+    lengths: Tensor | None,
+    positions: Tensor | None,
+    segments: Tensor | None,
+    cache: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Translate transformers' attention_mask: return input_ids, lengths, positions and segments with each row's real
+    tokens first, and the order `[B, T]` in which the tokens are now.
+
+    attention_mask: 1 for real tokens and 0 for padding, wherever it is, `[B, T]`; with a cache `[B, past + T]`, as
+    transformers passes it. The real tokens are computed as if there were no padding between or before them: their
+    indices and default positions count them alone, as transformers' `generate` counts positions. Its `forward` counts
+    padding, too: on the left that shifts a row's positions alike, which changes no logits unless frequencies depend on
+    the length; for holes, pass its positions.
+    Raises ValueError for anything else, and unless the past part has as many real tokens as the cache.
+    """
+    t = input_ids.shape[1]
+    if lengths is not None:
+        raise ValueError("lengths and attention_mask both say which tokens are real; pass one of them")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() > 2:
+        found = _described(attention_mask)
+        raise ValueError(f"attention_mask {found} says which tokens see which; pass that as mask=Mask(...) instead")
+    fits = _holds(attention_mask, torch.bool, *_INTEGERS) and attention_mask.dim() == 2
+    if not fits or len(attention_mask) != len(input_ids) or (past := attention_mask.shape[1] - t) < 0:
+        rule = f"attention_mask must be a tensor of booleans or integers {list(input_ids.shape)} to fit input_ids"
+        raise ValueError(f"{rule}, or [batch, past + tokens] with a cache, found {_described(attention_mask)}")
+    if past and cache is None:
+        raise ValueError(f"attention_mask {_described(attention_mask)} describes {past} past tokens; pass their cache")
+    real = attention_mask != 0
+    if not bool((real == attention_mask).all()):
+        raise ValueError("attention_mask must hold 1 for real tokens and 0 for padding; pass anything else as mask=...")
+    if cache is not None and (held := cache.length.tolist()) != (told := real[:, :past].sum(1).tolist()):
+        raise ValueError(
+            f"the past part of attention_mask, {past} columns, has {told} real tokens by row but the cache has {held}; "
+            "pass [batch, past + tokens], or the lengths of the new tokens instead"
+        )
+    new = real[:, past:]
+    order = (~new).int().sort(dim=1, stable=True).indices
+    positions, segments = (None if x is None else in_order(x, order) for x in (positions, segments))
+    return in_order(input_ids, order), new.sum(1), positions, segments, order
+
+
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """Return x `[B, T, ...]` with the tokens of each row in another order `[B, T]`."""
+    return x[torch.arange(len(x), device=x.device)[:, None], order.to(x.device)]
+
+
 def check_cache(
     cache: Any,
     kind: type[Any],

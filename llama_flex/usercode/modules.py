@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules import module as all_modules
 
@@ -25,3 +27,20 @@ def is_changed(module: nn.Module) -> bool:
     if defined_in != kind.__module__ or "forward" in vars(module) or any(hooks):
         return True
     return bool(all_modules._global_forward_pre_hooks or all_modules._global_forward_hooks)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the forward hooks of a module, those before it first, by the number that torch gives each."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def global_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the forward hooks of all modules, as `hooks_of` does."""
+    return all_modules._global_forward_pre_hooks, all_modules._global_forward_hooks
+
+
+def check_hooks(module: nn.Module, why: str, way: str) -> None:
+    """Raise ValueError, with the reason and the way out, if a module has forward hooks of its own or of all modules."""
+    for hook in (hook for hooks in (*hooks_of(module), *global_hooks()) for hook in hooks.values()):
+        name = getattr(hook, "__qualname__", repr(hook))
+        raise ValueError(f"{type(module).__name__} has the forward hook {name}, but {why}; {way}")

@@ -107,12 +107,14 @@ def test_functions_of_users_and_long_prompts_are_compiled_at_once(tiny_pair, ste
     assert not engine.runner.uncompiled.steps
 
 
-def test_a_model_with_hooks_is_compiled_at_once(tiny_pair, steps):
-    model = copy.deepcopy(tiny_pair("gqa")[1])
-    model.layers[0].register_forward_hook(lambda *_: None)
+def test_a_model_with_hooks_is_refused_before_anything_runs(tiny_pair, steps):
+    """Compiled steps would take over in the end, and call no hooks."""
+    model, calls = copy.deepcopy(tiny_pair("gqa")[1]), []
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     engine = Engine(model, compile="auto")
-    tokens(engine, 2)
-    assert engine.graphs.count
+    with pytest.raises(ValueError, match="compiled steps call no hooks; compile=False"):
+        tokens(engine, 2)
+    assert not calls
     assert not engine.runner.uncompiled.steps
 
 

@@ -76,9 +76,6 @@ def test_modules_of_any_structure_have_compiled_parts_of_their_own(tiny_pair, mo
     engine = Engine(model, compile=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(engine, [0.1 * n for n in range(10)])
-        model.layers[0].mlp.down.register_forward_hook(lambda module, args, output: -output)
-        (expected,) = Engine(model, backend="dense").generate([ids], **options)
-        assert engine.generate([ids], **options)[0].tokens == expected.tokens
     assert engine.graphs.count == len(engine.graphs.parts)
     monkeypatch.setattr(graphs, "structure", lambda module: type(module))
     with pytest.raises(FailOnRecompileLimitHit):
