@@ -25,7 +25,7 @@ from ..tokenizer import Tokenizer
 from ..usercode.arguments import check_options, whole_number
 from . import explain
 from .beams import BeamOptions, BeamSearch, PromptBeams
-from .fusion import AnyPrompt, Prompt, as_requests
+from .fusion import AnyPrompt, as_requests
 from .graphs import Graphs
 from .limits import RequestLimits
 from .model_runner import ModelRunner
@@ -219,7 +219,7 @@ class Engine:
 
     def beam_search(
         self,
-        prompts: Sequence[Sequence[int] | Prompt],
+        prompts: Sequence[AnyPrompt],
         *,
         num_beams: int,
         max_new_tokens: int | None = None,

@@ -65,5 +65,6 @@ def test_best_of(tiny_pair):
     sampling, options = Sampling(temperature=1.0, seed=3), {"max_new_tokens": 8, "stop_token_ids": ()}
     found = engine.best_of(PROMPTS, 4, num_return_sequences=2, sampling=sampling, **options)
     cpu = Engine(model, backend="dense", max_batch_size=4, max_slots=2048)
-    for one, other in zip(found, cpu.best_of(PROMPTS, 4, num_return_sequences=2, sampling=sampling, **options)):
+    expected = cpu.best_of(PROMPTS, 4, num_return_sequences=2, sampling=sampling, **options)
+    for one, other in zip(found, expected, strict=True):
         assert [done.tokens for done in one] == [done.tokens for done in other]
