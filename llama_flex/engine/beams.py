@@ -227,14 +227,18 @@ class BeamSearch:
             host[name][:] = value
         host["parents"][:] = np.arange(len(host["parents"]))
         for n, (prompt, beams) in enumerate(zip(self.prompts, self.beams, strict=True)):
-            first = n * self.num_beams
-            host["starts"][first : first + self.num_beams] = len(prompt.ids)
-            for row, hypothesis in enumerate([] if beams.done else beams.running, start=first):
-                length = len(hypothesis.tokens)
+            rows = slice(n * self.num_beams, (n + 1) * self.num_beams)
+            host["starts"][rows] = len(prompt.ids)
+            if beams.done:
+                continue
+            length = len(beams.running[0].tokens)
+            # A row without a hypothesis appends a token, too: it may get one later, which has as many.
+            host["count"][rows] = 1
+            host["positions"][rows] = (prompt.generated_position or 0) + length - 1
+            host["segments"][rows] = prompt.generated_segment
+            for row, hypothesis in enumerate(beams.running, start=rows.start):
                 host["ids"][row], host["scores"][row] = hypothesis.tokens[-1], hypothesis.score
-                host["parents"][row], host["count"][row] = first + hypothesis.beam, 1
-                host["positions"][row] = (prompt.generated_position or 0) + length - 1
-                host["segments"][row] = prompt.generated_segment
+                host["parents"][row] = rows.start + hypothesis.beam
         self._inputs.send()
         return max(_LEAST_MOVED, 1 << (length - 1).bit_length())
 

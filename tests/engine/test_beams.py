@@ -282,6 +282,14 @@ def test_a_vocabulary_smaller_than_the_candidates(spelling):
     assert not differ(spelling.beam_search([[3]], **options), by_definition(spelling.model, [[3]], **options))
 
 
+def test_a_row_may_have_no_hypothesis_for_a_while(spelling):
+    """Of 20 beams 14 begin, as the vocabulary has no more tokens."""
+    options = {"num_beams": 20, "max_new_tokens": 5, "num_return_sequences": 20, "stop_token_ids": [2]}
+    assert not differ(
+        spelling.beam_search([[3], [4, 5]], **options), by_definition(spelling.model, [[3], [4, 5]], **options)
+    )
+
+
 def test_a_text_may_have_fewer_hypotheses_than_beams(spelling):
     (found,) = spelling.beam_search(
         [[3]], num_beams=4, num_return_sequences=4, max_new_tokens=2, stop_token_ids=range(13)
