@@ -189,6 +189,7 @@ CASES = {
     "a window": (LONG, {"mask": masks.sliding_window(9)}, {}),
     "a window for each prompt": (LONG, {"mask": masks.sliding_window(BY_ROW)}, {}),
     "a mask of mine": (LONG, {"mask": masks.causal() & Mask(far_from)}, {}),
+    "prompts that see all of themselves": (LONG, {"mask": masks.prefix_lm(torch.tensor([60, 33]))}, {}),
     "layers of their own": (LONG, {"mask": [masks.sliding_window(7), None]}, {}),
     "a score function": (
         LONG,
@@ -220,12 +221,18 @@ def test_beams_under_a_mask_are_those_of_full_forwards(dense, name):
         assert check_case(dense, name, mask=masks.causal(), score_mod=None)
 
 
-@pytest.mark.parametrize(
-    "name", few(["a window for each prompt"], [n for n in CASES if n != "a window for each prompt"])
-)
-@pytest.mark.parametrize("compile", few([False], [True]))
-def test_flex_attention_under_a_mask_gives_them_too(flex, name, compile):
-    assert not check_case(Engine(flex.model, compile=compile), name)
+BY_FLEX = "a window for each prompt"
+
+
+@pytest.mark.parametrize("name", few([BY_FLEX], [name for name in CASES if name != BY_FLEX]))
+def test_flex_attention_under_a_mask_gives_them_too(flex, name):
+    assert not check_case(flex, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [BY_FLEX, "layers of their own", "fused prompts"])
+def test_compiled_steps_under_a_mask_give_them_too(flex, name):
+    assert not check_case(Engine(flex.model, compile=True), name)
 
 
 def test_a_mask_must_see_the_number_of_the_prompt(dense, monkeypatch):
