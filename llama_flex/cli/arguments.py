@@ -101,6 +101,14 @@ def parser() -> argparse.ArgumentParser:
         help="ends the text, as end-of-text tokens do: an id, or a text that is one token; repeat for several",
     )
     how.add_argument("--ignore-eos", action="store_true", help="end-of-text tokens of the model do not end the text")
+    best = p.add_argument_group("the best of several texts")
+    best.add_argument("--beams", type=int, metavar="N", help="beam search with N beams: likely texts, not sampled ones")
+    best.add_argument(
+        "--length-penalty", type=float, metavar="P", help="of beams, as in transformers: favours long texts (default 1)"
+    )
+    best.add_argument(
+        "--best-of", type=int, metavar="N", help="of N samples, the one with the highest mean log-probability"
+    )
     run = p.add_argument_group("running")
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     formats = (
@@ -159,6 +167,7 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         )
     if args.resume and not (args.output and args.json):
         raise UsageError("--resume continues a file of JSON rows; it needs --output FILE and --json")
+    _check_best(args)
     question = None
     if args.fuse:
         question = Question([], args.fuse_prefix or "", args.fuse_suffix or "", args.fuse_weights)
@@ -202,6 +211,24 @@ def _with_stdin(prompts: list[str]) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompt - cannot read standard input: {error}") from None
     return [text.removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
+
+
+def _check_best(args: argparse.Namespace) -> None:
+    """Raise UsageError for options of --beams and --best-of that do not go together."""
+    if args.length_penalty is not None and args.beams is None:
+        raise UsageError("--length-penalty needs --beams")
+    for name, number, least in (("--beams", args.beams, 2), ("--best-of", args.best_of, 1)):
+        if number is not None and number < least:
+            raise UsageError(f"{name} must be at least {least}, not {number}")
+        if number is not None and args.chat:
+            raise UsageError(f"--chat streams its answers; leave out {name}")
+    if args.beams is None:
+        return
+    sampled = ("best_of", "temperature", "top_k", "top_p", "min_p", "seed")
+    if given := [f"--{name.replace('_', '-')}" for name in sampled if getattr(args, name) is not None]:
+        raise UsageError(f"--beams samples nothing; leave out {', '.join(given)}")
+    if args.fuse in ("mean", "max"):
+        raise UsageError(f"--fuse {args.fuse} has no beams; use --fuse attention")
 
 
 def bad_row(args: argparse.Namespace) -> Callable[[UsageError], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from ..checkpoint import hub
 from ..config import LlamaConfig
 from ..engine.engine import Engine
 from ..engine.fusion import AnyPrompt, Ensemble, as_ensemble, fuse
-from ..engine.output import Step
+from ..engine.output import ScoredCompletion, Step
 from ..engine.request import Request
 from ..engine.scheduler import BATCH_SIZE
 from ..model import Llama
@@ -71,6 +71,8 @@ class Session:
         prompts = list(self._encoded(asked))
         if not prompts:
             self._nothing_left()
+        elif self.args.beams or self.args.best_of:
+            self._complete_best(prompts, live)
         elif live:
             self.engine.compile = self.compiles
             self._complete_live(*prompts[0])
@@ -143,6 +145,44 @@ class Session:
             raise error
         self.engine.compile = False
         print(f"warning: continuing uncompiled, which is slower: {error}", file=sys.stderr)
+
+    def _complete_best(self, prompts: list[tuple[Job, AnyPrompt]], live: bool) -> None:
+        """Write the best text of each job by --beams or --best-of, computed in batches of about `--batch-size` rows."""
+        args, model = self.args, self.engine.model
+        size = args.batch_size or BATCH_SIZE[model.device.type]
+        each = max(len(as_ensemble(prompt).prompts) for _, prompt in prompts) * (args.beams or args.best_of)
+        longest = max(len(p.ids) for _, prompt in prompts for p in as_ensemble(prompt).prompts)
+        self.engine = self.statistics.engine = Engine(
+            model,
+            self.tokenizer,
+            kv_dtype=args.kv_dtype,
+            compile=self.compiles,
+            max_batch_size=max(size, each),
+            max_length=longest + self.expected,
+            memory_fraction=args.memory_fraction,
+        )
+        count = max(1, size // each)
+        for batch in (prompts[start : start + count] for start in range(0, len(prompts), count)):
+            try:
+                found = self._best(batch)
+            except CompileError as error:
+                self._go_on_uncompiled(error)
+                found = self._best(batch)
+            for (job, _), (best,) in zip(batch, found, strict=True):
+                self.output.write(f"{best.text}\n" if live else prompts_file.result(job, best, args.json))
+
+    def _best(self, batch: Sequence[tuple[Job, AnyPrompt]]) -> list[list[ScoredCompletion]]:
+        args = self.args
+        if args.best_of:
+            sampling = self.sampling_of(batch[0][0].number * args.best_of)
+            return self.engine.best_of([prompt for _, prompt in batch], args.best_of, sampling=sampling, **self.options)
+        return self.engine.beam_search(
+            [prompt for _, prompt in batch],
+            num_beams=args.beams,
+            length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+            repetition_penalty=args.repetition_penalty,
+            **self.options,
+        )
 
     def _complete_all(self, prompts: list[tuple[Job, AnyPrompt]]) -> None:
         args, model = self.args, self.engine.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -23,11 +24,12 @@ from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import check_options, whole_number
 from . import explain
+from .beams import BeamOptions, BeamSearch, PromptBeams
 from .fusion import AnyPrompt, as_requests
 from .graphs import Graphs
 from .limits import RequestLimits
 from .model_runner import ModelRunner
-from .output import Completion, NonFiniteLogitsError, OutputProcessor, Step
+from .output import Completion, NonFiniteLogitsError, OutputProcessor, ScoredCompletion, Step
 from .request import Request, TokenSequence, longest_of, tokens_of
 from .request_masks import AttentionSpec, plan_of_rows
 from .scheduler import Scheduler
@@ -215,6 +217,59 @@ class Engine:
         if failed:
             raise NonFiniteLogitsError(failed, self.model.dtype)
 
+    def beam_search(
+        self,
+        prompts: Sequence[AnyPrompt],
+        *,
+        num_beams: int,
+        max_new_tokens: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        num_return_sequences: int = 1,
+        repetition_penalty: float | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Iterable[int] | None = None,
+        mask: Mask | Sequence[Mask | None] | None = None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
+    ) -> list[list[ScoredCompletion]]:
+        """Search for the likeliest texts after each prompt; return the best `num_return_sequences`, the best first.
+
+        As in transformers, a text's score is the sum of its log-probabilities divided by length ** length_penalty, so a
+        positive penalty favours long ones; early_stopping: see `BeamOptions`. repetition_penalty: default that of
+        generation_config.json; it changes the score, not the log-probabilities. All else is as in `stream`; a mask that
+        reads `batch` sees the number of the prompt. All beams of all prompts run together, in a cache of their own.
+        Raises ValueError as `stream` does, for an ensemble, and for options out of range; NonFiniteLogitsError at
+        once.
+        """
+        options = BeamOptions(
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            num_return_sequences=num_return_sequences,
+        )
+        model, requests = self.model, as_requests(prompts)
+        for number, request in enumerate(requests):
+            if len(request.prompts) > 1:
+                raise ValueError(
+                    f"prompt {number} is an ensemble, which has no beams: use generate, or fuse its prompts"
+                )
+        limits = self.limits.check(requests, max_new_tokens)
+        options.check_length(max(limits))
+        penalty = Sampling.recommended(model.generation_config, repetition_penalty=repetition_penalty)
+        each = [request.prompts[0] for request in requests]
+        plan = plan_of_rows(model, each, mask, score_mod, None)
+        if mask is not None or score_mod is not None:
+            plan.check_last_token(longest_of(requests, limits), model.dims.num_heads)
+        stop_ids = self.limits.stop_ids(stop_token_ids)
+        beams = []
+        for n, (prompt, limit) in enumerate(zip(each, limits, strict=True)):
+            processor = OutputProcessor(n, self.tokenizer, prompt.ids, stop, stop_ids, limit)
+            beams.append(PromptBeams(options, processor, stop))
+        slots = max(len(prompt.ids) + limit for prompt, limit in zip(each, limits, strict=True))
+        slots = self.slots(len(each) * num_beams, slots)
+        BeamSearch(self.runner, each, beams, plan, slots, self.kv_dtype, penalty.repetition_penalty).run()
+        return [found.completions(self.tokenizer) for found in beams]
+
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler of submitted requests; first access allocates its slots. Raises ValueError for bad sizes."""
@@ -254,6 +309,43 @@ class Engine:
         return [
             self.submit(prompt, sampling=with_seed(first, i), **options) for i in range(whole_number("n", n, least=1))
         ]
+
+    def best_of(
+        self,
+        prompts: Sequence[AnyPrompt],
+        n: int,
+        *,
+        num_return_sequences: int = 1,
+        sampling: Sampling | None = None,
+        **options: Any,
+    ) -> list[list[ScoredCompletion]]:
+        """Sample `n` completions of each prompt and return the `num_return_sequences` best, the best first.
+
+        A completion's score is the mean of its tokens' log-probabilities, the model's own, as in OpenAI's `best_of`.
+        They are submitted, so those of a prompt share its computation; options: as in `submit`. Sample i of prompt p
+        has the seed of `sampling` + p * n + i. Steps until all have finished; other submitted requests take part.
+        Raises ValueError as `submit` does, for greedy sampling, and what ended a request.
+        """
+        check_options("best_of", Scheduler.submit, options)
+        if whole_number("num_return_sequences", num_return_sequences, least=1) > whole_number("n", n, least=1):
+            raise ValueError(f"num_return_sequences {num_return_sequences} is more than the {n} samples of a prompt")
+        first = with_seed(Sampling.recommended(self.model.generation_config) if sampling is None else sampling)
+        if n > 1 and not first.divisor:
+            raise ValueError(f"{n} greedy samples would be equal; give a sampling with a temperature above 0")
+        requests, samples = as_requests(prompts), list[list[Request]]()
+        if not requests:
+            raise ValueError("no prompts given")
+        try:
+            for number, prompt in enumerate(requests):
+                samples.append(self.submit_samples(prompt, n, sampling=with_seed(first, number * n), **options))
+            while not all(request.finished for each in samples for request in each):
+                self.step()
+        finally:
+            for request in [request for each in samples for request in each]:
+                self.cancel(request)  # if an error or Ctrl-C came first
+        if errors := [request.error for each in samples for request in each if request.error is not None]:
+            raise errors[0]
+        return [sorted(map(_scored, each), key=lambda done: -done.score)[:num_return_sequences] for each in samples]
 
     def step(self) -> list[Request]:
         """Run one step: prefill chunks of the submitted prompts, and one token for each running request.
@@ -311,3 +403,10 @@ class Engine:
     ) -> list[int]:
         """Return the most new tokens that each prompt can get; raises the ValueErrors of `stream`."""
         return self.limits.check(as_requests(prompts), max_new_tokens, cache)
+
+
+def _scored(request: Request) -> ScoredCompletion:
+    """Return a request's completion with its mean log-probability."""
+    done = request.completion
+    mean = sum(done.logprobs) / len(done.logprobs) if done.logprobs else -math.inf
+    return ScoredCompletion(done.tokens, done.logprobs, done.text, done.finish_reason, mean)

@@ -76,6 +76,14 @@ class Completion:
         self.finish_reason = step.finish_reason
 
 
+@dataclass
+class ScoredCompletion(Completion):
+    """One of several completions of a prompt, with the score by which `Engine.beam_search` or `Engine.best_of` chose
+    it."""
+
+    score: float = 0.0
+
+
 class OutputProcessor:
     """The conversion of one prompt's tokens into steps: whole characters only, text that ends before a stop string."""
 

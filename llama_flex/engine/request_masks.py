@@ -156,6 +156,19 @@ def plan_of_rows(
     return plan
 
 
+def plan_of_beams(model: Llama, plan: AttentionPlan, prompts: int, beams: int) -> AttentionPlan:
+    """Return the plan for `beams` rows of each prompt, in succession, from that for one row each: masks and score
+    functions see the prompt's number as `batch`."""
+    if all(variant.is_plain for variant in plan.variants):
+        return plan  # which reads no table
+    number = torch.zeros(prompts * beams, dtype=torch.int32, device=model.device)
+    member = torch.arange(prompts, dtype=torch.int32, device=model.device).repeat_interleave(beams)
+    each = [plan.variants[i] for i in plan.of_layer]
+    own_masks = [_mask_of_each([0], [a.mask], number, member) for a in each]
+    own_scores = [_score_of_each([0], [a.score_mod], number, member) for a in each]
+    return model.attention_plan(own_masks, own_scores)
+
+
 def _with_weights(score_mod: ScoreMod | None, table: Tensor) -> ScoreMod:
     """Return a score function followed by the weights of fused prompts."""
     weights = scores.segment_weights(table)

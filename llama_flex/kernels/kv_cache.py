@@ -106,6 +106,14 @@ class KV(NamedTuple):
         k, v = (as_bytes(x)[rows].view(x.dtype) for x in (self.k, self.v))
         return KV(k, v, self.scales)
 
+    def move(self, rows: Tensor, slots: Tensor) -> KV:
+        """Replace what each row holds in slots `[B, N]` by what row `rows[i]`, `[B]`, holds there, in place; return
+        this KV."""
+        row = torch.arange(len(rows), device=rows.device)[:, None]
+        for held in (self.k, self.v):
+            held[row, :, slots] = as_bytes(held)[rows[:, None], :, slots].view(held.dtype)
+        return self
+
     def scale_queries(self, q: Tensor) -> Tensor:
         """Multiply queries `[B, H, T, D]` by the scales of the keys that they meet."""
         return q if self.scales is None else _scaled(q, self.scales.k)

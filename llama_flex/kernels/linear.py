@@ -72,8 +72,8 @@ def can_fuse(
 ) -> bool:
     """Return whether `fused_linear` computes a product of x `[B, T, in]`: without gradients, of shapes that fit without
     broadcasting, in one dtype but for the numbers of a quantised weight, for few rows on a CPU, and on CUDA, if
-    compiled or quantised, for one row, or, in 16 bits, a few, of a weight of few bits some hundred, with inputs in groups
-    any number."""
+    compiled or quantised, for one row, or, in 16 bits, a few, with a weight of few bits some hundred, with inputs in
+    groups any number."""
     rows, (out, size) = x.shape[:-1].numel(), weight.shape
     if torch.is_grad_enabled() or x.shape[-1] != size or not size or not weight.fits(x):
         return False

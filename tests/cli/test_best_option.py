@@ -1,0 +1,68 @@
+"""--beams and --best-of: the best of several texts, from the command line."""
+
+import pytest
+from cli_helpers import assert_one_error, parse_rows, prompt_arguments
+
+from llama_flex import Sampling, fuse
+
+PROMPTS = ["The quick brown fox", "the weather is nice today", "señor, a stitch"]
+NEW = ("--max-new-tokens", 8)
+
+
+def encoded(engine) -> list[list[int]]:
+    return [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], {}),
+        (["--length-penalty", "-2.5", "--batch-size", 6], {"length_penalty": -2.5}),
+        (["--stop", "e", "--repetition-penalty", 1.4], {"stop": ["e"], "repetition_penalty": 1.4}),
+    ],
+)
+def test_beams_are_those_of_the_engine(cli, engine, arguments, options):
+    expected = engine.beam_search(encoded(engine), num_beams=3, max_new_tokens=8, **options)
+    code, out, err = cli(*prompt_arguments(PROMPTS), "--beams", 3, *arguments, *NEW, "--json")
+    assert code == 0, err
+    assert [row["tokens"] for row in parse_rows(out)] == [best.tokens for (best,) in expected]
+    assert [row["text"] for row in parse_rows(out)] == [best.text for (best,) in expected]
+
+
+def test_best_of_is_that_of_the_engine_whatever_the_batches(cli, engine):
+    sampling = Sampling(temperature=1.2, seed=5)
+    expected = engine.best_of(encoded(engine), 3, sampling=sampling, max_new_tokens=8)
+    sampled = ("--best-of", 3, "--temperature", 1.2, "--seed", 5, *NEW, "--json")
+    for size in (1, 6, 9):
+        code, out, err = cli(*prompt_arguments(PROMPTS), *sampled, "--batch-size", size)
+        assert code == 0, err
+        assert [row["tokens"] for row in parse_rows(out)] == [best.tokens for (best,) in expected]
+
+
+def test_one_prompt_gives_its_text_alone_and_fused_prompts_have_beams(cli, engine):
+    ((best,),) = engine.beam_search(encoded(engine)[:1], num_beams=2, max_new_tokens=8)
+    assert cli("--prompt", PROMPTS[0], "--beams", 2, *NEW)[:2] == (0, best.text + "\n")
+    ((best,),) = engine.beam_search([fuse(encoded(engine))], num_beams=2, max_new_tokens=8)
+    assert cli(*prompt_arguments(PROMPTS), "--fuse", "--beams", 2, *NEW)[:2] == (0, best.text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--beams", "1"], ["--beams must be at least 2, not 1"]),
+        (["--best-of", "0"], ["--best-of must be at least 1, not 0"]),
+        (["--length-penalty", "1"], ["--length-penalty needs --beams"]),
+        (["--beams", "2", "--length-penalty", "nan"], ["length_penalty must be a number"]),
+        (["--beams", "2", "--best-of", "2"], ["--beams samples nothing", "--best-of"]),
+        (["--beams", "2", "--top-k", "2", "--seed", "0"], ["leave out --top-k, --seed"]),
+        (["--beams", "2", "--fuse", "mean"], ["--fuse mean has no beams"]),
+        (["--best-of", "2"], ["2 greedy samples", "temperature"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(cli, arguments, fragments):
+    assert_one_error(cli("--prompt", "x", *arguments), *fragments)
+
+
+def test_a_conversation_has_neither(cli):
+    for option in ("--beams", "--best-of"):
+        assert_one_error(cli("--chat", option, "2"), f"--chat streams its answers; leave out {option}")
