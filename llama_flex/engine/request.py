@@ -87,7 +87,8 @@ class Request:
     """A submitted prompt and its output so far, as returned by `Engine.submit`.
 
     steps: one per token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error", or None
-    while it waits or runs. error: what its callback, edits or captures raised, or a NonFiniteLogitsError. `async for
+    while it waits or runs. error: what its callback, edits or captures raised, or a NonFiniteLogitsError.
+    num_cached_tokens: how many of its tokens other requests had computed when it started, or started again. `async for
     step in request` yields steps as they come.
     """
 
@@ -112,7 +113,7 @@ class Request:
     num_scheduled: int = field(default=0, repr=False)  # new tokens enqueued; the last may not be read yet
     num_delivered: int = field(default=0, repr=False)  # steps whose finish_reason and callback were handled
     spec_number: int = field(default=0, repr=False)
-    shared: bool = field(default=False, repr=False)  # whether it uses pages that other requests computed
+    num_cached_tokens: int = field(default=0, repr=False)
     isolated: bool = field(default=False, repr=False)  # whether it must not use such pages
 
     @property

@@ -409,7 +409,7 @@ class Scheduler:
         self._running.append(request)  # first: an interrupt between the two must not lose it
         heapq.heappop(self._waiting)
         request.num_scheduled = len(new)
-        request.shared = any(sequence.num_computed_tokens for sequence in request.sequences)
+        request.num_cached_tokens = sum(sequence.num_computed_tokens for sequence in request.sequences)
         for sequence in request.sequences:
             self.prompt_tokens += sequence.num_tokens - sequence.num_computed_tokens
             if not request.runs_alone:
@@ -569,7 +569,7 @@ class Scheduler:
             if not finite:
                 if not request.runs_alone:
                     self.forget()  # keys and values may hold NaN, too
-                if request.shared and not request.finished:
+                if request.num_cached_tokens and not request.finished:
                     self._restart_isolated(request)
                     continue
                 if not request.finished:
