@@ -109,13 +109,17 @@ class Call:
         server.check_model(fields.get("model", server.model))
         self.server, self.engine, self.chat, self.stream = server, server.engine, chat, fields.get("stream", False)
         options = check(fields.get("stream_options", {}), {"include_usage"}, "stream_options")
+        if options and not self.stream:
+            raise Refusal("stream_options needs stream: true", "stream_options")
         self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "object": "text_completion"}
         if chat:
             self.head["object"] = "chat.completion.chunk" if self.stream else "chat.completion"
         self.head |= {"created": int(time.time()), "model": server.model}
         self.usage_of_stream = options.get("include_usage", False)
-        self.prompts = server.prompts(fields)
-        limit = next((n for n in ("max_completion_tokens", "max_tokens") if n in fields), "max_tokens")
+        self.prompts = [server.render(fields.get("messages", []))] if chat else server.encode(fields.get("prompt", []))
+        limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+        if {"max_completion_tokens", "max_tokens"} <= fields.keys():
+            raise Refusal("give max_completion_tokens or max_tokens, not both", "max_tokens")
         limits = [server.new_tokens(ids, limit, fields.get(limit, None if chat else 16)) for ids in self.prompts]
         stop = fields.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
@@ -181,7 +185,10 @@ class Call:
     def usage(self) -> dict:
         """Return the numbers of tokens; a prompt counts once, however many choices it has."""
         prompt, new = sum(map(len, self.prompts)), sum(len(request.steps) for request in self.requests)
-        return {"usage": {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}}
+        first = zip(self.prompts, self.requests[:: len(self.requests) // len(self.prompts)], strict=True)
+        cached = sum(min(request.num_cached_tokens, len(ids)) for ids, request in first)
+        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {"usage": usage | {"prompt_tokens_details": {"cached_tokens": cached}}}
 
     async def whole(self) -> Response:
         """Return the answer once all requests are finished."""
@@ -278,30 +285,29 @@ class Server:
         if name != self.model:
             raise Refusal(f"model {name!r:.200} is not served; use {self.model!r}", "model", "model_not_found", 404)
 
-    def prompts(self, fields: dict) -> list[list[int]]:
-        """Return the token ids of each prompt: a text, token ids, or a list of such; or of a conversation."""
-        if "messages" in fields:
-            messages = [self.message(f"messages[{n}]", message) for n, message in enumerate(fields["messages"])]
-            return [self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)]
-        prompts = fields.get("prompt", [])
+    def encode(self, prompts: str | list) -> list[list[int]]:
+        """Return the token ids of each prompt: a text, token ids, or a list of such."""
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
             prompts = [prompts]
         if not (prompts and all(isinstance(each, str | list) for each in prompts)):
             raise Refusal(f"prompt must be a text, token ids, or a list of such, not {prompts!r:.60}", "prompt")
         return [self.tokenizer.encode(each) if isinstance(each, str) else each for each in prompts]
 
-    def message(self, where: str, message: Any) -> dict:
-        """Return a message of a conversation as chat templates take it."""
-        message = check(message, {"role", "content"}, where)
-        if message.get("role") not in ROLES or "content" not in message:
-            raise Refusal(f"{where} needs a content, and a role of {ROLES}, not {message!r:.100}", where)
-        parts = message["content"]
-        if isinstance(parts, list):
-            parts = [check(part, {"type", "text"}, f"{where}.content[{n}]") for n, part in enumerate(parts)]
-            if not all(part.get("type") == "text" and "text" in part for part in parts):
-                raise Refusal(f"{where}.content must be a text, or parts of type 'text'", f"{where}.content")
-            parts = "\n".join(part["text"] for part in parts)
-        return {"role": message["role"], "content": parts}
+    def render(self, messages: list) -> list[int]:
+        """Return the token ids of a conversation, whose messages hold a text or parts of type "text"."""
+        plain = []
+        for n, message in enumerate(messages):
+            message = check(message, {"role", "content"}, where := f"messages[{n}]")
+            if message.get("role") not in ROLES or "content" not in message:
+                raise Refusal(f"{where} needs a content, and a role of {ROLES}, not {message!r:.100}", where)
+            content = message["content"]
+            if isinstance(content, list):
+                parts = [check(part, {"type", "text"}, f"{where}.content[{i}]") for i, part in enumerate(content)]
+                if not all(part.get("type") == "text" and "text" in part for part in parts):
+                    raise Refusal(f"{where}.content must be a text, or parts of type 'text'", f"{where}.content")
+                content = "\n".join(part["text"] for part in parts)
+            plain.append({"role": message["role"], "content": content})
+        return self.tokenizer.encode(self.tokenizer.apply_chat_template(plain), add_special_tokens=False)
 
     def new_tokens(self, ids: list[int], name: str, limit: Any) -> int:
         """Return how many new tokens a prompt may get: `limit`, which the client calls `name`, or as many as fit."""

@@ -234,6 +234,16 @@ def test_an_answer_of_the_client_can_be_sent_back(client, chat):
     assert done.usage.completion_tokens == 2
 
 
+def test_the_usage_tells_how_much_of_a_prompt_was_cached(engine, complete):
+    ids = torch.randint(3, 600, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    cached = [
+        complete(prompt, n=2).usage.prompt_tokens_details.cached_tokens for prompt in (ids, [*ids[:200], 5], [ids, ids])
+    ]
+    assert cached[0] == 0
+    assert 128 <= cached[1] <= 200  # a page, and what is copied of the next
+    assert cached[2] >= 512
+
+
 def test_concurrent_calls_run_in_one_batch_and_get_what_each_gets_alone(engine, url, monkeypatch):
     counts = []
     step = engine.scheduler.step
@@ -299,7 +309,12 @@ REFUSED = [
     ({"stop": ""}, None, "may not be empty"),
     ({"stop": list("abcde")}, "stop", "the limit is 4"),
     ({"stream": "yes"}, "stream", "true or false"),
-    ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "not served"),
+    (
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+        "not served",
+    ),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
     ({"prompt": 5}, "prompt", "must be a text or a list"),
     ({"prompt": ["x", 5]}, "prompt", "a list of such"),
     ({"prompt": []}, "prompt", "a list of such"),
@@ -310,6 +325,8 @@ CHAT_REFUSED = [
     ({"prompt": "x"}, "prompt", "not served"),
     ({"tool_choice": "auto"}, "tool_choice", "not served"),
     ({"messages": []}, None, "non-empty list"),
+    ({"messages": None}, None, "non-empty list"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "not both"),
     ({"messages": "Hi"}, "messages", "must be a list"),
     ({"messages": ["Hi"]}, "messages[0]", "must be an object"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "a role of"),
