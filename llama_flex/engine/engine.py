@@ -15,11 +15,11 @@ from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..interp.probes import as_tuple
 from ..kernels.kv_cache import KVDtype, check_kv_dtype
+from ..logits.parameters import Sampling, with_seed
 from ..masks.layout import BLOCK
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
 from ..model import Llama
-from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import check_options, whole_number
 from . import explain
@@ -77,7 +77,7 @@ class Engine:
         check_kv_dtype(kv_dtype, model.device)
         self.kv_dtype = kv_dtype
         self.runner = ModelRunner(model, compile=compile, backend=backend)
-        self.limits = RequestLimits(model)
+        self.limits = RequestLimits(model, tokenizer)
         self._scheduler: Scheduler | None = None
         self._making = threading.Lock()  # guards making the scheduler: the first requests may come from several threads
         self._new_scheduler = functools.partial(
@@ -158,7 +158,8 @@ class Engine:
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context. If the logits for a prompt's next token are NaN or infinite, that prompt ends there, without
         that token; once the others are done, NonFiniteLogitsError names it. A cache that was passed in may then hold
-        NaN: do not reuse it.
+        NaN: do not reuse it. In the same way a prompt ends whose logits processor raises, or for which no token is left
+        to sample, and the error is raised in the end.
         """
         model, ensembles = self.model, as_requests(prompts)
         limits = self.limits.check(ensembles, max_new_tokens, cache)
@@ -174,10 +175,10 @@ class Engine:
         captures, edits = as_tuple(capture, Capture, "capture"), as_tuple(edit, Edit, "edit")
         requests = []
         for q, (each, limit) in enumerate(zip(ensembles, limits, strict=True)):
-            text = [*before[q], *each.prompts[0].ids]
+            text, chosen = [*before[q], *each.prompts[0].ids], with_seed(sampling[q])
             request = Request(
                 q,
-                with_seed(sampling[q]),
+                chosen,
                 ensemble=each,
                 output_processor=OutputProcessor(q, self.tokenizer, text, stop, stop_ids, limit),
                 spec=spec,
@@ -185,6 +186,7 @@ class Engine:
                 edits=edits,
                 cache=cache,
                 cached_ids=before[q],
+                processors=self.limits.processors(chosen, text, stop_ids, limit),
             )
             request.sequences = [TokenSequence(prompt, tokens_of(prompt, []), None) for prompt in each.prompts]
             requests.append(request)
@@ -202,18 +204,22 @@ class Engine:
         stream = Stream(self.runner, requests, cache)
         failed = []
         for output in stream.outputs():
-            for request, token, logprob, finite in output.tokens():
+            for request, sampled in output.tokens():
                 if request.finished:
                     continue
-                if not finite:
-                    request.finish_reason = "error"
-                    failed.append((request.number, len(request.steps) + 1))
+                if not sampled.finite or sampled.error is not None:
+                    request.finish_reason, request.error = "error", sampled.error
+                    if not sampled.finite:
+                        failed.append((request.number, len(request.steps) + 1))
                     continue
-                step = request.add(token, logprob)
+                step = request.add(sampled.token, sampled.logprob, sampled.top_logprobs)
                 request.finish_reason = step.finish_reason
                 yield step
         if failed:
             raise NonFiniteLogitsError(failed, self.model.dtype)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
 
     @property
     def scheduler(self) -> Scheduler:

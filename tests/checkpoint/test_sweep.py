@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from llama_flex import Engine, GenerationConfig, Llama, LlamaConfig, Sampling
 from llama_flex.checkpoint.architectures import ARCHITECTURES
-from llama_flex.sampling import filter_logits, stack
+from llama_flex.logits.parameters import stack
+from llama_flex.sampling import filter_logits
 
 # How many files are drawn: some in every run, many in exhaustive ones, the same each time unless a number is given.
 GIVEN = os.environ.get("SWEEP_EXAMPLES")
