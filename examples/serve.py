@@ -1,22 +1,25 @@
 """Serve a model over HTTP as the OpenAI API: completions and chat, whole or streamed. All requests run in one batch.
 
-pip install starlette uvicorn
+pip install starlette uvicorn llguidance
 python -m examples.serve --model weights/SmolLM2-135M-Instruct
 curl localhost:8000/v1/completions -d '{"prompt": "The capital of France is", "max_tokens": 16, "stream": true}'
 
 The official client works as it is: OpenAI(base_url="http://localhost:8000/v1", api_key="none"). Its `extra_body` takes
-the fields of `Sampling` that OpenAI lacks, such as min_p. What is not served is refused by name, never ignored.
+the fields of `Sampling` that OpenAI lacks, such as min_p, and `structured_outputs` with a json, regex or (Lark)
+grammar. What is not served, such as tools, is refused by name, never ignored.
 """
 
 import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +30,32 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from llama_flex import Engine, Llama, Sampling, Tokenizer
+from llama_flex import Engine, Grammar, Llama, Sampling, Tokenizer
 from llama_flex.engine.output import Step
 from llama_flex.usercode.arguments import whole_number
 
-MAX_BODY = 8 << 20  # bytes
-MAX_CHOICES = 1024  # of one call
-GRACE = 5  # seconds that running requests have to end after SIGTERM or Ctrl-C
-SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
-# Parameters that are accepted only with the value that changes nothing, and labels, which change nothing.
-NEUTRAL = {"best_of": 1, "echo": False, "suffix": "", "tools": [], "tool_choice": "none", "store": False}
-LABELS = {"user", "safety_identifier", "prompt_cache_key"}
-COMMON = {"model", "n", "stream", "stream_options", "stop", "max_tokens", "logprobs", *SAMPLING, *NEUTRAL, *LABELS}
-COMPLETION = COMMON | {"prompt"}
-CHAT = COMMON | {"messages", "max_completion_tokens", "top_logprobs"}
+MAX_BODY, MAX_CHOICES, MAX_TOP_LOGPROBS = 8 << 20, 1024, 20  # bytes; of one call; of one token
+GRACE = 5  # seconds that calls have to end after SIGTERM or Ctrl-C
+
+# The parameters of calls, with their JSON types; `object` where something else checks the value.
+SAMPLING = {field.name for field in dataclasses.fields(Sampling)} - {"grammar", "processors", "top_logprobs"}
+NEUTRAL = {
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "tools": [],
+    "tool_choice": "none",
+    "store": False,
+}  # no other value
+LABELS = ("user", "safety_identifier", "prompt_cache_key")  # change nothing
+COMMON = {"model": str, "n": object, "max_tokens": object, "stop": str | list, "stream": bool, "stream_options": dict}
+COMMON |= {"structured_outputs": dict, **dict.fromkeys([*SAMPLING, *NEUTRAL, *LABELS], object)}
+COMPLETION = COMMON | {"prompt": str | list, "logprobs": object}
+CHAT = COMMON | {"messages": list, "logprobs": bool, "top_logprobs": object, "max_completion_tokens": object}
+CHAT |= {"response_format": dict}
+WORDS = {bool: "true or false", dict: "an object", list: "a list", str: "a text", str | list: "a text or a list"}
 ROLES = ("system", "user", "assistant")
-# The JSON types of parameters, those that nothing else checks.
-KINDS = {"stream": bool, "include_usage": bool, "stop": str | list, "prompt": str | list, "messages": list}
-KINDS |= {"content": str | list, "text": str}
-WORDS = {bool: "true or false", str: "a text", list: "a list", str | list: "a text or a list"}
+GRAMMARS = {"json": Grammar.json_schema, "regex": Grammar.regex, "grammar": Grammar.lark}
 
 
 class Refusal(ValueError):
@@ -53,16 +63,7 @@ class Refusal(ValueError):
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.param, self.code, self.status = param, code, status
-
-
-def error_json(error: Exception) -> dict:
-    """Return an error in OpenAI's shape; log it if it is the server's."""
-    kind = "invalid_request_error" if getattr(error, "status", 500) < 500 else "server_error"
-    if not isinstance(error, Refusal):
-        logging.getLogger("uvicorn.error").error("a call failed", exc_info=error)
-    about = {name: getattr(error, name, None) for name in ("param", "code")}
-    return {"error": {"message": str(error) or type(error).__name__, "type": kind, **about}}
+        self.param, self.code, self.status_code = param, code, status
 
 
 def json_response(content: dict, status: int = 200) -> Response:
@@ -70,17 +71,18 @@ def json_response(content: dict, status: int = 200) -> Response:
     return Response(json.dumps(content), status, media_type="application/json")
 
 
-def check(fields: Any, known: Container[str], where: str = "") -> dict:
-    """Return the fields of an object that are not null. Raises Refusal for unknown ones and for other JSON types."""
-    if not isinstance(fields, dict):
-        raise Refusal(f"{where or 'the body'} must be an object, not {fields!r:.60}", where or None)
-    fields, prefix = {name: value for name, value in fields.items() if value is not None}, where and f"{where}."
-    for name, value in fields.items():
-        if name not in known or value != NEUTRAL.get(name, value):
-            raise Refusal(f"{prefix}{name} = {value!r:.60} is not served", prefix + name, "unsupported_parameter")
-        if not isinstance(value, kind := KINDS.get(name, object)):
-            raise Refusal(f"{prefix}{name} must be {WORDS[kind]}, not {value!r:.60}", prefix + name)
-    return fields
+def error_json(error: Exception) -> dict:
+    """Return an error in OpenAI's shape; log it if it was not expected."""
+    is_client = getattr(error, "status_code", 500) < 500
+    if not isinstance(error, Refusal | HTTPException):
+        logging.getLogger("uvicorn.error").error("a call failed", exc_info=error)
+    about = {"type": "invalid_request_error" if is_client else "server_error", "param": getattr(error, "param", None)}
+    return {"error": {"message": str(error) or repr(error), **about, "code": getattr(error, "code", None)}}
+
+
+async def refuse(_: Any, error: Exception) -> Response:
+    """Answer with an error."""
+    return json_response(error_json(error), getattr(error, "status_code", 500))
 
 
 async def read_json(http: Request) -> Any:
@@ -90,50 +92,96 @@ async def read_json(http: Request) -> Any:
         async for chunk in http.stream():  # to its end: a client hears no answer before it has sent everything
             size += len(chunk)
             body += chunk if size <= MAX_BODY else b""
-    except ClientDisconnect:
-        raise Refusal("the client has left") from None
-    if size > MAX_BODY:
-        raise Refusal(f"the body has {size} bytes; the limit is {MAX_BODY}", code="request_too_large", status=413)
-    try:
+        if size > MAX_BODY:
+            raise Refusal(f"the body has {size} bytes; the limit is {MAX_BODY}", code="request_too_large", status=413)
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"the body is not JSON: {error}") from None
+    except Refusal:
+        raise
+    except (ValueError, RecursionError, ClientDisconnect) as error:
+        raise Refusal(f"the body is not JSON: {error!r:.200}") from None
+
+
+def check(fields: Any, kinds: Mapping[str, Any], where: str = "") -> dict:
+    """Return the fields of an object that are not null. Raises Refusal for unknown ones and for other JSON types."""
+    if not isinstance(fields, dict):
+        raise Refusal(f"{where or 'the body'} must be an object, not {fields!r:.60}", where or None)
+    fields, prefix = {name: value for name, value in fields.items() if value is not None}, where and f"{where}."
+    for name, value in fields.items():
+        if name not in kinds or value != NEUTRAL.get(name, value):
+            raise Refusal(f"{prefix}{name} = {value!r:.60} is not served", prefix + name, "unsupported_parameter")
+        if not isinstance(value, kinds[name]):
+            raise Refusal(f"{prefix}{name} must be {WORDS[kinds[name]]}, not {value!r:.60}", prefix + name)
+    return fields
+
+
+def read_sampling(fields: dict, top_logprobs: int) -> Sampling:
+    """Return the sampling parameters of a call."""
+    values = {"temperature": 1.0} | {name: fields[name] for name in SAMPLING & fields.keys()}
+    if isinstance(bias := values.get("logit_bias"), dict):  # JSON's names are texts
+        values["logit_bias"] = {int(id) if id.isdecimal() else id: value for id, value in bias.items()}
+    given = check(fields.get("structured_outputs", {}), dict.fromkeys(GRAMMARS, object), "structured_outputs")
+    match fields.get("response_format", {"type": "text"}):
+        case {"type": "text", **others} if not others:
+            pass
+        case {"type": "json_object", **others} if not others:
+            given["json"] = {"type": "object"}
+        case {"type": "json_schema", "json_schema": spec, **others} if not others:
+            kinds = {"name": str, "description": str, "strict": bool, "schema": dict}
+            given["json"] = check(spec, kinds, "response_format.json_schema").get("schema", {})
+        case form:
+            words = "a type of text, json_object or json_schema and its json_schema"
+            raise Refusal(f"response_format must have {words}, not {form!r:.60}", "response_format")
+    if len(given) > 1:
+        raise Refusal(f"one grammar is served, not {', '.join(given)}", "structured_outputs")
+    grammar = next((GRAMMARS[name](value) for name, value in given.items()), None)
+    return Sampling(**values, grammar=grammar, top_logprobs=top_logprobs)
 
 
 class Call:
     """One call of a client: its requests, n for each prompt, and their steps as OpenAI's JSON."""
 
-    def __init__(self, server: "Server", fields: dict, chat: bool) -> None:
+    def __init__(self, server: "Server", fields: Any, chat: bool) -> None:
         """Submit the requests. Raises ValueError for what is not served."""
         fields = check(fields, CHAT if chat else COMPLETION)
         server.check_model(fields.get("model", server.model))
         self.server, self.engine, self.chat, self.stream = server, server.engine, chat, fields.get("stream", False)
-        options = check(fields.get("stream_options", {}), {"include_usage"}, "stream_options")
+        options = check(fields.get("stream_options", {}), {"include_usage": bool}, "stream_options")
         if options and not self.stream:
             raise Refusal("stream_options needs stream: true", "stream_options")
-        self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "object": "text_completion"}
-        if chat:
-            self.head["object"] = "chat.completion.chunk" if self.stream else "chat.completion"
+        self.streams_usage = options.get("include_usage", False)
+        kind = "text_completion" if not chat else "chat.completion.chunk" if self.stream else "chat.completion"
+        self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "object": kind}
         self.head |= {"created": int(time.time()), "model": server.model}
-        self.usage_of_stream = options.get("include_usage", False)
-        self.prompts = [server.render(fields.get("messages", []))] if chat else server.encode(fields.get("prompt", []))
-        limit = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
-        if {"max_completion_tokens", "max_tokens"} <= fields.keys():
-            raise Refusal("give max_completion_tokens or max_tokens, not both", "max_tokens")
-        limits = [server.new_tokens(ids, limit, fields.get(limit, None if chat else 16)) for ids in self.prompts]
-        stop = fields.get("stop", [])
-        stop = [stop] if isinstance(stop, str) else stop
+
+        name, self.has_logprobs = "top_logprobs" if chat else "logprobs", fields.get("logprobs", False) is not False
+        self.top = whole_number(name, fields.get(name, 0), least=0)
+        if self.top > MAX_TOP_LOGPROBS or (self.top and not self.has_logprobs):
+            raise Refusal(f"{name} must be at most {MAX_TOP_LOGPROBS}, and needs logprobs, not {self.top}", name)
+        self.token_bytes = server.token_bytes if self.has_logprobs else []
+        sampling = read_sampling(fields, self.top)
+        stop = [fields["stop"]] if isinstance(fields.get("stop"), str) else fields.get("stop", [])
         if len(stop) > 4:
             raise Refusal(f"stop has {len(stop)} texts; the limit is 4", "stop")
-        count = whole_number("n", fields.get("n", 1), least=1)
-        if count * len(self.prompts) > MAX_CHOICES:
-            raise Refusal(f"{count * len(self.prompts)} choices; the limit is {MAX_CHOICES}", "n")
-        sampling = Sampling(**{"temperature": 1.0} | {name: fields[name] for name in SAMPLING & fields.keys()})
-        self.requests = []
+        if {"max_completion_tokens", "max_tokens"} <= fields.keys():
+            raise Refusal("give max_completion_tokens or max_tokens, not both", "max_tokens")
+        name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+        limit = whole_number(name, fields[name], least=1) if name in fields else None if chat else 16
+
+        self.prompts = [server.render(fields.get("messages", []))] if chat else server.encode(fields.get("prompt", []))
+        for ids in self.prompts:
+            if len(ids) + (limit or 1) > server.context:
+                words = (
+                    f"{len(ids)} tokens of the prompt and {limit or 1} new ones exceed the context of {server.context}"
+                )
+                raise Refusal(words, name, "context_length_exceeded")
+        self.n = whole_number("n", fields.get("n", 1), least=1)
+        if self.n * len(self.prompts) > MAX_CHOICES:
+            raise Refusal(f"n: {self.n * len(self.prompts)} choices; the limit is {MAX_CHOICES}", "n")
+        self.requests, self.offsets = [], [0] * (self.n * len(self.prompts))
         try:
-            for ids, most in zip(self.prompts, limits, strict=True):
-                options = {"sampling": sampling, "max_new_tokens": most, "stop": stop}
-                self.requests += self.engine.submit_samples(ids, count, **options)
+            for ids in self.prompts:
+                options = {"max_new_tokens": limit or server.context - len(ids), "sampling": sampling, "stop": stop}
+                self.requests += self.engine.submit_samples(ids, self.n, **options)
         except ValueError:
             self.leave()
             raise
@@ -168,100 +216,100 @@ class Call:
         if any(request.finish_reason == "cancelled" for request in self.requests):
             raise Refusal("the server is shutting down", status=503)
 
-    def choice(self, number: int, steps: Sequence[Step]) -> dict:
-        """Return steps of a choice as JSON; of no steps the beginning of a streamed message."""
-        text = "".join(step.text or "" for step in steps)
-        content: dict = {"text": text}
-        if self.chat:
-            role = {"role": "assistant"} if not (self.stream and steps) else {}
-            content = {"delta" if self.stream else "message": {**role, "content": text}}
-        return {
-            "index": number,
-            **content,
-            "logprobs": None,
-            "finish_reason": steps[-1].finish_reason if steps else None,
-        }
-
-    def usage(self) -> dict:
-        """Return the numbers of tokens; a prompt counts once, however many choices it has."""
-        prompt, new = sum(map(len, self.prompts)), sum(len(request.steps) for request in self.requests)
-        first = zip(self.prompts, self.requests[:: len(self.requests) // len(self.prompts)], strict=True)
-        cached = sum(min(request.num_cached_tokens, len(ids)) for ids, request in first)
-        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-        return {"usage": usage | {"prompt_tokens_details": {"cached_tokens": cached}}}
-
     async def whole(self) -> Response:
         """Return the answer once all requests are finished."""
         try:
             async for _ in self.steps():
                 pass
         except Exception as error:  # noqa: BLE001  - raised, it would end the connection
-            return await self.server.refuse(None, error)
+            return await refuse(None, error)
         choices = [self.choice(number, request.steps) for number, request in enumerate(self.requests)]
-        return json_response(self.head | {"choices": choices} | self.usage())
+        return json_response(self.head | {"choices": choices, "usage": self.usage()})
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the answer as server-sent events; an error is the last one."""
 
-        def event(choices: list[dict], usage: dict) -> str:
-            return f"data: {json.dumps(self.head | {'choices': choices} | (usage if self.usage_of_stream else {}))}\n\n"
+        def event(choices: list[dict], usage: dict | None = None) -> str:
+            extra = {"usage": usage} if self.streams_usage else {}
+            return f"data: {json.dumps({**self.head, 'choices': choices, **extra})}\n\n"
 
         try:
             for number in range(len(self.requests) if self.chat else 0):
-                yield event([self.choice(number, [])], {"usage": None})
+                yield event([self.choice(number, [])])
             async for number, step in self.steps():
-                if step.text or step.finish_reason:
-                    yield event([self.choice(number, [step])], {"usage": None})
-            if self.usage_of_stream:
+                if step.text or step.finish_reason or self.has_logprobs:
+                    yield event([self.choice(number, [step])])
+            if self.streams_usage:
                 yield event([], self.usage())
             yield "data: [DONE]\n\n"
         except Exception as error:  # noqa: BLE001  - raised, it would end the connection
             yield f"data: {json.dumps(error_json(error))}\n\n"
+
+    def choice(self, number: int, steps: Sequence[Step]) -> dict:
+        """Return steps of a choice as JSON; of no steps the beginning of a streamed message."""
+        text = "".join(step.text or "" for step in steps)
+        role = {} if self.stream and steps else {"role": "assistant"}
+        content = {"delta" if self.stream else "message": {**role, "content": text}} if self.chat else {"text": text}
+        logprobs = self.logprobs(number, steps) if self.has_logprobs else None
+        reason = steps[-1].finish_reason if steps else None
+        return {"index": number, **content, "logprobs": logprobs, "finish_reason": reason}
+
+    def logprobs(self, number: int, steps: Sequence[Step]) -> dict:
+        """Return the log-probabilities of steps as JSON, without the end-of-text token."""
+        steps = [step for step in steps if step.token not in self.engine.model.eos_token_ids]
+        tokens = [self.token(step.token, step.logprob) for step in steps]
+        tops = [[self.token(*each) for each in step.top_logprobs or ()] for step in steps]
+        if self.chat:
+            return {"content": [{**token, "top_logprobs": top} for token, top in zip(tokens, tops, strict=True)]}
+        texts = [token["token"] for token in tokens]
+        *offsets, self.offsets[number] = itertools.accumulate(map(len, texts), initial=self.offsets[number])
+        found = {"tokens": texts, "token_logprobs": [token["logprob"] for token in tokens], "text_offset": offsets}
+        top = [{each["token"]: each["logprob"] for each in top} for top in tops] if self.top else None
+        return {**found, "top_logprobs": top}
+
+    def token(self, id: int, logprob: float) -> dict:
+        """Return a token as JSON, which has no infinity."""
+        content = self.token_bytes[id] if id < len(self.token_bytes) else b""
+        return {"token": content.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": [*content]}
+
+    def usage(self) -> dict:
+        """Return the numbers of tokens; a prompt counts once, however many choices it has."""
+        prompt, new = sum(map(len, self.prompts)), sum(len(request.steps) for request in self.requests)
+        pairs = zip(self.prompts, self.requests[:: self.n], strict=True)
+        details = {"cached_tokens": sum(min(request.num_cached_tokens, len(ids)) for ids, request in pairs)}
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {**counts, "prompt_tokens_details": details}
 
 
 class Server:
     """The routes of the API over an engine. model: the name by which clients know it."""
 
     def __init__(self, engine: Engine, model: str) -> None:
-        self.engine, self.model, self.started = engine, model, int(time.time())
-        self.tokenizer, self.calls = engine.tokenizer, set[Call]()
+        self.engine, self.tokenizer, self.model, self.started = engine, engine.tokenizer, model, int(time.time())
         self.context = min(engine.model.context, engine.scheduler.max_length)
+        self.calls: set[Call] = set()
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
         routes = [
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.completions, methods=["POST"]),
+            Route("/v1/completions", functools.partial(self.complete, chat=False), methods=["POST"]),
+            Route("/v1/chat/completions", functools.partial(self.complete, chat=True), methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.models),
             Route("/health", self.health),
         ]
-        return Starlette(
-            routes=routes, exception_handlers=dict.fromkeys((Refusal, HTTPException, Exception), self.refuse)
-        )
+        return Starlette(routes=routes, exception_handlers=dict.fromkeys((Refusal, HTTPException, Exception), refuse))
 
-    def close(self) -> None:
-        """End all calls with an error."""
-        for request in [request for call in self.calls for request in call.requests]:
-            self.engine.cancel(request)
-
-    async def refuse(self, http: Request | None, error: Exception) -> Response:
-        """Answer with an error."""
-        if isinstance(error, HTTPException):
-            error = Refusal(f"{http.method} {http.url.path}: {error.detail}", status=error.status_code)
-        return json_response(error_json(error), getattr(error, "status", 500))
-
-    async def completions(self, http: Request) -> Response:
+    async def complete(self, http: Request, *, chat: bool) -> Response:
         """Continue prompts, or a conversation."""
         fields = await read_json(http)
         try:
-            call = await asyncio.to_thread(Call, self, fields, http.url.path == "/v1/chat/completions")
+            call = await asyncio.to_thread(Call, self, fields, chat)  # templates, grammars and long texts take a while
         except Refusal:
             raise
-        except ValueError as error:  # its words begin with the name of a parameter, or of nothing that the client gave
-            raise Refusal(
-                str(error), next((name for name in fields if str(error).startswith(f"{name} ")), None)
-            ) from None
+        except ValueError as error:  # most begin with the name of a parameter
+            param = str(error).partition(" ")[0]
+            raise Refusal(str(error), param if param in fields else None) from None
         self.calls.add(call)
         call.attending = asyncio.create_task(call.attend(http))
         return StreamingResponse(call.events(), media_type="text/event-stream") if call.stream else await call.whole()
@@ -269,10 +317,8 @@ class Server:
     async def models(self, http: Request) -> Response:
         """List the one model, or describe it."""
         model = {"id": self.model, "object": "model", "created": self.started, "owned_by": "llama_flex"}
-        if "name" not in http.path_params:
-            return json_response({"object": "list", "data": [model]})
-        self.check_model(http.path_params["name"])
-        return json_response(model)
+        self.check_model(http.path_params.get("name", self.model))
+        return json_response(model if http.path_params else {"object": "list", "data": [model]})
 
     async def health(self, http: Request) -> Response:
         """Count the requests and the free pages."""
@@ -280,10 +326,20 @@ class Server:
         counts = {"running": scheduler.num_running, "waiting": scheduler.num_waiting}
         return json_response({"status": "ok", **counts, "free_pages": scheduler.block_manager.available})
 
-    def check_model(self, name: Any) -> None:
+    def close(self) -> None:
+        """End all calls with an error."""
+        for request in [request for call in self.calls for request in call.requests]:
+            self.engine.cancel(request)
+
+    def check_model(self, name: str) -> None:
         """Refuse any other model."""
         if name != self.model:
             raise Refusal(f"model {name!r:.200} is not served; use {self.model!r}", "model", "model_not_found", 404)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token."""
+        return self.tokenizer.token_bytes()
 
     def encode(self, prompts: str | list) -> list[list[int]]:
         """Return the token ids of each prompt: a text, token ids, or a list of such."""
@@ -297,26 +353,20 @@ class Server:
         """Return the token ids of a conversation, whose messages hold a text or parts of type "text"."""
         plain = []
         for n, message in enumerate(messages):
-            message = check(message, {"role", "content"}, where := f"messages[{n}]")
+            where = f"messages[{n}]"
+            message = check(message, {"role": str, "content": str | list}, where)
             if message.get("role") not in ROLES or "content" not in message:
                 raise Refusal(f"{where} needs a content, and a role of {ROLES}, not {message!r:.100}", where)
-            content = message["content"]
-            if isinstance(content, list):
-                parts = [check(part, {"type", "text"}, f"{where}.content[{i}]") for i, part in enumerate(content)]
+            parts = message["content"]
+            if isinstance(parts, list):
+                parts = [
+                    check(part, {"type": str, "text": str}, f"{where}.content[{i}]") for i, part in enumerate(parts)
+                ]
                 if not all(part.get("type") == "text" and "text" in part for part in parts):
                     raise Refusal(f"{where}.content must be a text, or parts of type 'text'", f"{where}.content")
-                content = "\n".join(part["text"] for part in parts)
-            plain.append({"role": message["role"], "content": content})
+                parts = "\n".join(part["text"] for part in parts)
+            plain.append({"role": message["role"], "content": parts})
         return self.tokenizer.encode(self.tokenizer.apply_chat_template(plain), add_special_tokens=False)
-
-    def new_tokens(self, ids: list[int], name: str, limit: Any) -> int:
-        """Return how many new tokens a prompt may get: `limit`, which the client calls `name`, or as many as fit."""
-        room = self.context - len(ids)
-        most = whole_number(name, limit, least=1) if limit is not None else max(room, 1)
-        if most > room:
-            words = f"{len(ids)} tokens of the prompt and {most} new ones exceed the context of {self.context}"
-            raise Refusal(words, name, "context_length_exceeded")
-        return most
 
 
 class Uvicorn(uvicorn.Server):
@@ -332,7 +382,8 @@ class Uvicorn(uvicorn.Server):
 
 
 def warm_up(engine: Engine) -> None:
-    """Run steps of every size that is compiled, greedy and sampled; just one request if nothing is compiled."""
+    """Run steps of every size that is compiled, greedy and sampled; just one request if nothing is compiled. What
+    filters samples, such as top_p, is compiled when it is first asked for."""
     batch, longest = engine.scheduler.batch, min(engine.model.context, engine.scheduler.max_length) - 2
     lengths, sizes = (batch.prefill_sizes, batch.decode_sizes) if engine.compile else ([1], [])
     for sampling in [Sampling(), Sampling(temperature=1.0)][: 1 + engine.compile]:

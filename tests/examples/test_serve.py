@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import json
+import re
 import signal
 import socket
 import subprocess
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
 def engine(folder):
     """The engine that is served."""
     model = Llama.from_pretrained(folder, device="cpu", dtype=torch.float32)
-    return Engine(model, Tokenizer.from_pretrained(folder))
+    return Engine(model, Tokenizer.from_pretrained(folder), compile="auto")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +88,10 @@ def chat(client):
 
 
 @pytest.fixture
-def slowly(engine, monkeypatch):
-    """Steps that take time, so that a client can leave between them."""
+def cancelled(engine, monkeypatch):
+    """The requests that are cancelled; steps take time, so that a client can leave between them."""
+    found, cancel = [], engine.cancel
+    monkeypatch.setattr(engine, "cancel", lambda request: (found.append(request), cancel(request)))
     step = engine.scheduler.step
 
     def slow():
@@ -95,13 +99,14 @@ def slowly(engine, monkeypatch):
         return step()
 
     monkeypatch.setattr(engine.scheduler, "step", slow)
+    return found
 
 
 def expected(engine, prompt, *, new=6, **sampling):
     """What an engine generates for a text or for ids."""
     ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    (done,) = Engine(engine.model, engine.tokenizer).generate([ids], max_new_tokens=new, sampling=Sampling(**sampling))
-    return done
+    alone = Engine(engine.model, engine.tokenizer, compile="auto")
+    return alone.generate([ids], max_new_tokens=new, sampling=Sampling(**sampling))[0]
 
 
 def chat_ids(engine, content="Hi"):
@@ -193,18 +198,16 @@ def test_a_conversation_is_rendered_by_the_template(engine, chat):
     assert two.choices[0].message.content != alone.text
 
 
-def test_a_conversation_takes_as_many_tokens_as_fit_unless_told(client, engine):
-    messages = [{"role": "user", "content": "Hi"}]
-    create = client.chat.completions.create
-    done = create(model=NAME, messages=messages, temperature=0, max_completion_tokens=9)
-    assert done.usage.completion_tokens == 9
-    limit = engine.scheduler.max_length
-    try:
-        engine.scheduler.max_length = 128
-        server = serve.Server(engine, NAME)
-        assert server.new_tokens([1] * 100, "max_tokens", None) == 28
-    finally:
-        engine.scheduler.max_length = limit
+def test_a_conversation_takes_as_many_tokens_as_fit_unless_told(folder, engine, chat, client):
+    assert chat(max_tokens=None, max_completion_tokens=9).usage.completion_tokens == 9
+    small = Engine(engine.model, engine.tokenizer, compile="auto", max_length=128)
+    call = serve.Call(
+        serve.Server(small, NAME), {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}, True
+    )
+    small.run()
+    (request,) = call.requests
+    assert len(request.steps) == 128 - len(chat_ids(engine))
+    assert request.completion.text == expected(engine, chat_ids(engine), new=len(request.steps)).text
 
 
 def test_a_streamed_conversation_begins_with_the_role_and_ends_with_the_usage(engine, chat, client):
@@ -232,6 +235,80 @@ def test_an_answer_of_the_client_can_be_sent_back(client, chat):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, message]
     done = client.chat.completions.create(model=NAME, messages=messages, max_tokens=2)
     assert done.usage.completion_tokens == 2
+
+
+def test_completions_carry_log_probabilities(engine, complete):
+    ids = engine.tokenizer.encode(PROMPTS[0])
+    alone = expected(engine, PROMPTS[0])
+    logits = engine.model(torch.tensor([[*ids, *alone.tokens]]))[0, len(ids) - 1 : -1].double()
+    likely = logits.log_softmax(-1).topk(3)
+    found = complete(logprobs=3).choices[0].logprobs
+    assert "".join(found.tokens) == alone.text
+    assert found.token_logprobs == pytest.approx([likely.values[n, 0].item() for n in range(6)], abs=1e-5)
+    assert found.text_offset == [len("".join(found.tokens[:n])) for n in range(6)]
+    texts = engine.tokenizer.token_bytes()
+    for n, top in enumerate(found.top_logprobs):
+        names = [texts[id].decode(errors="replace") for id in likely.indices[n]]
+        assert top == pytest.approx(dict(zip(names, likely.values[n].tolist(), strict=True)), abs=1e-5)
+    streamed = [chunk.choices[0].logprobs for chunk in complete(logprobs=3, stream=True)]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        joined = [each for logprobs in streamed for each in getattr(logprobs, name)]
+        for one, other in zip(joined, getattr(found, name), strict=True):
+            assert one == (other if isinstance(other, str) else pytest.approx(other, abs=1e-5))
+    assert complete(logprobs=0).choices[0].logprobs.top_logprobs is None
+    assert complete().choices[0].logprobs is None
+
+
+def test_answers_carry_log_probabilities(engine, chat):
+    options = {"temperature": 0, "logprobs": True, "top_logprobs": 2}
+    whole = chat(**options).choices[0]
+    streamed = [chunk.choices[0] for chunk in chat(**options, stream=True)]
+    alone = expected(engine, chat_ids(engine), top_logprobs=2)
+    texts = engine.tokenizer.token_bytes()
+    content = [each for choice in streamed for each in choice.logprobs.content]
+    for tokens in (whole.logprobs.content, content):
+        assert [bytes(token.bytes) for token in tokens] == [texts[id] for id in alone.tokens]
+        assert [token.logprob for token in tokens] == pytest.approx(alone.logprobs, abs=1e-5)
+        for token, top in zip(tokens, alone.top_logprobs, strict=True):
+            assert [bytes(each.bytes) for each in token.top_logprobs] == [texts[id] for id, _ in top]
+            assert [each.logprob for each in token.top_logprobs] == pytest.approx([x for _, x in top], abs=1e-5)
+    assert all(not token.top_logprobs for token in chat(temperature=0, logprobs=True).choices[0].logprobs.content)
+    assert chat().choices[0].logprobs is None
+
+
+def test_biases_and_penalties_arrive(engine, complete):
+    likely = expected(engine, PROMPTS[0]).tokens[0]
+    text = complete(logit_bias={str(likely): -100}).choices[0].text
+    assert text == expected(engine, PROMPTS[0], logit_bias={likely: -100}).text
+    assert text != expected(engine, PROMPTS[0]).text
+    penalties = {"presence_penalty": 1.5, "frequency_penalty": 2}
+    text = complete(max_tokens=30, **penalties).choices[0].text
+    assert text == expected(engine, PROMPTS[0], new=30, **penalties).text
+    assert text != expected(engine, PROMPTS[0], new=30).text
+
+
+def test_texts_conform_to_what_the_client_asks_for(engine, chat, complete):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": [12, 345]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "number", "strict": True, "schema": schema}}
+    options = {"max_tokens": 60, "seed": 2}
+    done = chat(response_format=form, **options).choices[0]
+    assert json.loads(done.message.content)["n"] in (12, 345)
+    assert done.finish_reason == "stop"
+    streamed = chat(response_format=form, stream=True, **options)
+    assert "".join(chunk.choices[0].delta.content for chunk in streamed) == done.message.content
+    text = chat(response_format={"type": "json_object"}, **options).choices[0].message.content
+    assert text.lstrip()[0] == "{"
+    free = {"response_format": {"type": "text"}}
+    assert chat(**free, **options).choices[0].message.content == chat(**options).choices[0].message.content
+    for grammar in ({"regex": "[ab]{3}c"}, {"grammar": 'start: /[ab]/ /[ab]/ /[ab]/ "c"'}, {"json": {"const": "abbc"}}):
+        done = complete(extra_body={"structured_outputs": grammar}, max_tokens=9, temperature=1).choices[0]
+        assert re.fullmatch("[ab]{3}c", done.text.strip('"'))
+        assert done.finish_reason == "stop"
 
 
 def test_the_usage_tells_how_much_of_a_prompt_was_cached(engine, complete):
@@ -308,6 +385,19 @@ REFUSED = [
     ({"stop": [5]}, "stop", "stop strings"),
     ({"stop": ""}, None, "may not be empty"),
     ({"stop": list("abcde")}, "stop", "the limit is 4"),
+    ({"logprobs": 21}, "logprobs", "at most 20"),
+    ({"logprobs": True}, "logprobs", "must be a whole number"),
+    ({"top_logprobs": 2}, "top_logprobs", "not served"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "by token id"),
+    ({"logit_bias": {"5": "x"}}, "logit_bias", "by token id"),
+    ({"logit_bias": {"9999": 1}}, "logit_bias", "9999"),
+    ({"presence_penalty": 3}, "presence_penalty", "from -2 to 2"),
+    ({"grammar": "x"}, "grammar", "not served"),
+    ({"processors": []}, "processors", "not served"),
+    ({"response_format": {"type": "text"}}, "response_format", "not served"),
+    ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice", "not served"),
+    ({"structured_outputs": {"regex": "("}}, None, "the regular expression cannot be used"),
+    ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "one grammar"),
     ({"stream": "yes"}, "stream", "true or false"),
     (
         {"stream": True, "stream_options": {"include_obfuscation": True}},
@@ -327,6 +417,18 @@ CHAT_REFUSED = [
     ({"messages": []}, None, "non-empty list"),
     ({"messages": None}, None, "non-empty list"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "not both"),
+    ({"logprobs": 3}, "logprobs", "true or false"),
+    ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "at most 20"),
+    ({"response_format": {"type": "xml"}}, "response_format", "json_object or json_schema"),
+    ({"response_format": {"type": "text", "x": 1}}, "response_format", "json_object or json_schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "json_object or json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, None, "the JSON schema"),
+    (
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "structured_outputs",
+        "one grammar",
+    ),
     ({"messages": "Hi"}, "messages", "must be a list"),
     ({"messages": ["Hi"]}, "messages[0]", "must be an object"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "a role of"),
@@ -404,7 +506,7 @@ def test_a_body_may_not_be_too_large(client):
 
 
 def test_unknown_routes_and_methods_are_refused_in_the_same_shape(client):
-    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings: Not Found"):
+    with pytest.raises(openai.NotFoundError, match="Not Found"):
         client.embeddings.create(model=NAME, input="x")
     with pytest.raises(openai.APIStatusError, match="Method Not Allowed") as caught:
         client.get("/completions", cast_to=object)
@@ -415,30 +517,34 @@ def test_unknown_routes_and_methods_are_refused_in_the_same_shape(client):
 
 
 @pytest.mark.parametrize("reads", [0, 3])
-def test_a_client_that_leaves_a_stream_frees_its_pages(engine, complete, slowly, reads):
+def test_a_client_that_leaves_a_stream_frees_its_pages(engine, complete, cancelled, reads):
     stream = complete(PROMPTS, n=2, max_tokens=1000, stream=True)
     for _ in range(reads):
         next(stream)
     wait_until(lambda: engine.scheduler.num_running)
-    assert not is_free(engine)
     stream.close()
-    wait_until(lambda: is_free(engine))
+    wait_until(lambda: cancelled and is_free(engine))
+    assert [request.finish_reason for request in cancelled] == ["cancelled"] * 8
+    assert max(len(request.steps) for request in cancelled) < 1000
 
 
-def test_a_client_that_leaves_before_its_answer_frees_its_pages(engine, complete, slowly):
+def test_a_client_that_leaves_before_its_answer_frees_its_pages(engine, complete, cancelled):
     with pytest.raises(openai.APITimeoutError):
         complete(PROMPTS, n=2, max_tokens=1000, timeout=0.3)
-    assert not is_free(engine)  # else it had its answer
-    wait_until(lambda: is_free(engine))
+    wait_until(lambda: cancelled and is_free(engine))
+    assert [request.finish_reason for request in cancelled] == ["cancelled"] * 8
+    assert max(len(request.steps) for request in cancelled) < 1000
 
 
-def test_a_client_that_leaves_does_not_disturb_the_others(engine, complete, slowly):
-    staying = complete(PROMPTS[1], max_tokens=40, stream=True)
+def test_a_client_that_leaves_does_not_disturb_the_others(engine, complete, cancelled):
+    staying = complete(PROMPTS[1], max_tokens=20, stream=True)
     first = next(staying).choices[0].text
     leaving = complete(max_tokens=1000, stream=True)
     next(leaving)
     leaving.close()
-    assert first + "".join(chunk.choices[0].text for chunk in staying) == expected(engine, PROMPTS[1], new=40).text
+    assert first + "".join(chunk.choices[0].text for chunk in staying) == expected(engine, PROMPTS[1], new=20).text
+    wait_until(lambda: is_free(engine))
+    assert len(cancelled) == 1
 
 
 def test_an_error_ends_a_stream_with_an_event_and_an_answer_with_500(engine, complete, monkeypatch):
