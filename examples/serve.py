@@ -384,17 +384,16 @@ class Uvicorn(uvicorn.Server):
 def warm_up(engine: Engine) -> None:
     """Run steps of every size that is compiled, greedy and sampled; just one request if nothing is compiled. What
     filters samples, such as top_p, is compiled when it is first asked for."""
-    batch, longest = engine.scheduler.batch, min(engine.model.context, engine.scheduler.max_length) - 2
-    lengths, sizes = (batch.prefill_sizes, batch.decode_sizes) if engine.compile else ([1], [])
+    batch, longest = engine.scheduler.batch, min(engine.model.context, engine.scheduler.max_length) - 1
+    lengths, sizes = (batch.prefill_sizes, batch.decode_sizes) if engine.compile else ([2], [])
     for sampling in [Sampling(), Sampling(temperature=1.0)][: 1 + engine.compile]:
         for length in lengths:
             engine.forget()  # or this prompt would share the last one's keys and values
-            engine.submit([0] * min(length, longest), max_new_tokens=2, sampling=sampling)
+            engine.submit([0] * min(length, longest), max_new_tokens=1, sampling=sampling)
             engine.run()
-        for size in sizes:  # all decode together once the last prompt is computed
-            new = min(2 + -(-size // batch.max_chunks), longest)
-            for _ in range(size):
-                engine.submit([0], max_new_tokens=new, sampling=sampling, stop_token_ids=())
+        for size in sizes:
+            for _ in range(size):  # a prompt of one token is decoded
+                engine.submit([0], max_new_tokens=1, sampling=sampling)
             engine.run()
     engine.forget()
 

@@ -17,6 +17,7 @@ from helpers import ROOT, TINY, tiny_reference
 from tokenizer_helpers import byte_level_json, write_folder
 
 from llama_flex import Engine, Llama, Sampling, Tokenizer
+from llama_flex.model import run_eager
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -95,8 +96,9 @@ def cancelled(engine, monkeypatch):
     step = engine.scheduler.step
 
     def slow():
+        ended = step()
         time.sleep(0.02)
-        return step()
+        return ended
 
     monkeypatch.setattr(engine.scheduler, "step", slow)
     return found
@@ -296,7 +298,8 @@ def test_texts_conform_to_what_the_client_asks_for(engine, chat, complete):
     }
     form = {"type": "json_schema", "json_schema": {"name": "number", "strict": True, "schema": schema}}
     options = {"max_tokens": 60, "seed": 2}
-    done = chat(response_format=form, **options).choices[0]
+    done = chat(response_format=form, logprobs=True, **options).choices[0]
+    assert "".join(token.token for token in done.logprobs.content) == done.message.content
     assert json.loads(done.message.content)["n"] in (12, 345)
     assert done.finish_reason == "stop"
     streamed = chat(response_format=form, stream=True, **options)
@@ -587,6 +590,27 @@ def test_logits_that_are_not_finite_are_the_servers_error(engine, complete):
 
 
 # --- the command ---
+
+
+def test_nothing_is_left_to_compile_after_the_warm_up(engine, monkeypatch):
+    sizes = {"max_batch_size": 9, "max_length": 256, "prefill_tokens": 128}
+    warm = Engine(engine.model, engine.tokenizer, compile=True, **sizes)
+    keys = set()
+    # Compiling all of it takes minutes; whatever would be compiled is asked for here.
+    monkeypatch.setattr(warm.runner, "run_for", lambda *key: keys.add(key) or run_eager)
+    monkeypatch.setattr(warm.runner, "replays", lambda *_: False)
+    serve.warm_up(warm)
+    compiled = set(keys)
+    assert len(warm.runner.shapes) == 5  # prompts of 64 and 128 tokens; 1, 8 and 9 rows
+    for count in (1, 12):
+        for n in range(count):
+            sampling = Sampling(temperature=n % 2, seed=n)
+            warm.submit([5 + n] * (1 + 20 * n), max_new_tokens=4 + n, sampling=sampling)
+        warm.run()
+    assert keys == compiled
+    warm.submit([5], max_new_tokens=4, sampling=Sampling(temperature=1, top_p=0.5))
+    warm.run()
+    assert keys > compiled
 
 
 @pytest.fixture
