@@ -1,4 +1,4 @@
-"""Grammars as masks over the vocabulary: llguidance's own, for every kind of tokenizer, with the stop tokens asked for."""
+"""Grammars as masks over the vocabulary: llguidance's own, for every kind of tokenizer, and stop tokens."""
 
 import functools
 import json
