@@ -18,7 +18,7 @@ from helpers import few
 from request_helpers import check_empty, random_ids, random_model
 
 from llama_flex import Capture, Engine, Ensemble, Sampling, edits
-from llama_flex.engine import batch, paged_batch, slot_tables
+from llama_flex.engine import batch, slot_tables
 from llama_flex.engine.request import Request
 from llama_flex.masks.layout import BLOCK
 
@@ -202,7 +202,7 @@ def test_the_comparison_of_ways_catches(engine, alone, monkeypatch, mutant):
         assign = slot_tables.SlotTables.assign
 
         def stale(self, request, slot):
-            if "bias" in slot_tables.tables_of(request):
+            if request.kinds.bias:
                 assign(self, request, slot)
             else:
                 assign(self._replace(bias=None), request, slot)
@@ -211,8 +211,8 @@ def test_the_comparison_of_ways_catches(engine, alone, monkeypatch, mutant):
     elif mutant == "stale counts":
         monkeypatch.setattr(slot_tables.np, "unique", lambda *a, **k: (batch.np.array([20]), batch.np.array([3])))
     else:
-        kinds_of = paged_batch.kinds_of
-        monkeypatch.setattr(paged_batch, "kinds_of", lambda *a: kinds_of(*a)._replace(split=False))
+        kinds_of = batch.Batch.kinds_of
+        monkeypatch.setattr(batch.Batch, "kinds_of", lambda *given: kinds_of(*given)._replace(split=False))
     engine = new_engine(engine, max_batch_size=2, max_slots=60 * BLOCK)
     submitted = submit_all(engine)
     engine.run()
