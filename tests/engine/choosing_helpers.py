@@ -96,7 +96,7 @@ def by_transformers(model: Llama, prompt: list[int], new: int, s: Sampling) -> l
         chain.append(SuppressTokensLogitsProcessor(list(s.banned_tokens)))
     ids = list(prompt)
     while len(ids) < len(prompt) + new:
-        logits = chain(torch.tensor([ids]), model(torch.tensor([ids]))[:, -1].double())
+        logits = chain(torch.tensor([ids]), model(torch.tensor([ids]), backend="dense")[:, -1].double())
         for function in s.processors:
             logits = function(ids, logits[0])[None]
         counts = torch.bincount(torch.tensor(ids[len(prompt) :], dtype=torch.int64), minlength=VOCAB)
