@@ -14,7 +14,8 @@ import torch
 from ..cache import Cache
 from ..masks.plan import AttentionPlan
 from ..usercode.errors import CompileError
-from .batch import Batch, Kinds
+from .batch import Batch
+from .kinds import Kinds
 from .model_runner import ModelRunner
 
 # Seconds for which a thread may keep Python while another waits for it: the compiler does not give it up by itself,
@@ -68,7 +69,7 @@ class CompileAhead(Batch):
     def _step(self) -> None:
         rows = self.batch_slots
         cache = self.model.new_cache(rows, self._slots, kv_dtype=self._kv_dtype)
-        self._make_tables(self._kinds.tables)
+        self._make_tables(self._kinds)
         buffers = self._new_buffers(rows, {"count": (torch.int32, (rows,))})
         ids, positions, segments = self._newest_tokens(buffers)
         count = buffers.inputs.on_device["count"]

@@ -6,7 +6,7 @@ need not wait for them. Dimensions: R rows of a step, N batch slots, E hidden si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,10 +19,11 @@ from ..logits.parameters import SamplingTensors
 from ..model import Llama
 from ..sampling import adjust_logits, draw, logprob_of
 from .fusion import combined
+from .kinds import Kinds, union
 from .model_runner import ModelRunner, RecordedSteps
 from .processing import process
 from .request import Request, TokenSequence
-from .slot_tables import SlotTables, tables_of
+from .slot_tables import SlotTables
 from .transfer import StagingBuffer, read_async
 
 # The host's inputs for sampling the next token of each row of a step; _INTS as int64, _REALS as float32.
@@ -35,19 +36,6 @@ _REALS = (
 # The outcome of a row: the model's own logits are not finite; all is well; no token was left to draw; a processor
 # returned NaN or positive infinity.
 _NON_FINITE, _FINE, _NOTHING_LEFT, _INVALID = range(4)
-
-
-class Kinds(NamedTuple):
-    """What sampling in a step needs, so that it is compiled for: True if any request needs it."""
-
-    random: bool
-    cut: bool  # top_k or top_p
-    least: bool  # min_p
-    typical: bool
-    several: bool  # rows a request
-    split: bool  # processors on the host, between the logits and the draw
-    tables: tuple[str, ...]  # see `SlotTables`
-    top: int  # the most top_logprobs, rounded up to a power of two
 
 
 class Sampled(NamedTuple):
@@ -153,12 +141,18 @@ class Batch:
         self._ints[slot] = [row.get(name, 0) for name in _INTS]
         self._reals[slot] = *reals, s.presence_penalty, s.frequency_penalty
         self._newest[slot].fill_(int(sequence.tokens[0, -1]))  # assigning a number would wait for the device
-        self._make_tables(tables_of(request))
+        self._make_tables(request.kinds)
         self._tables.assign(request, slot)
 
-    def _make_tables(self, names: Sequence[str]) -> None:
+    def _make_tables(self, kinds: Kinds) -> None:
+        """Make the tables that some kinds of sampling need."""
         shape = self.batch_slots + 1, self.model.dims.vocab_size
-        self._tables = self._tables.with_tables(names, shape, self.model.device)
+        self._tables = self._tables.with_those_of(kinds, shape, self.model.device)
+
+    def kinds_of(self, requests: Iterable[Request]) -> Kinds:
+        """Return the kinds of sampling in a step of some requests."""
+        kinds, most = union(request.kinds for request in requests), self.model.dims.vocab_size
+        return kinds if kinds.top <= most else kinds._replace(top=most)
 
     def _new_buffers(self, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> StepBuffers:
         """Make the buffers of a step of R rows, with inputs of the given shapes and those of sampling."""
@@ -207,7 +201,7 @@ class Batch:
         given = buffers.inputs.on_device
         ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
         reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
-        tables = self._tables.only(kinds.tables)
+        tables = self._tables.only(kinds)
         return _State(**ints, **reals, last=given.get("last"), newest=self._newest, tables=tables)
 
     def _draw(
@@ -243,23 +237,6 @@ class Batch:
         return PendingOutput(read_async(buffers.result(kinds.top)), rows, errors)
 
 
-def kinds_of(requests: Sequence[Request], vocab_size: int) -> Kinds:
-    """Return what sampling for some requests needs."""
-    found = [(r.sampling, r.sampling.temperature > 0) for r in requests]
-    tables = {name for r in requests for name in tables_of(r)}
-    top = max(s.top_logprobs for s, _ in found)
-    return Kinds(
-        random=any(random for _, random in found),
-        cut=any(random and (s.top_k > 0 or s.top_p < 1) for s, random in found),
-        least=any(random and s.min_p > 0 for s, random in found),
-        typical=any(random and s.typical_p < 1 for s, random in found),
-        several=any(len(r.sequences) > 1 for r in requests),
-        split=any(r.processors is not None for r in requests),
-        tables=tuple(name for name in SlotTables._fields if name in tables),
-        top=min(1 << (top - 1).bit_length(), vocab_size) if top else 0,
-    )
-
-
 class _State(NamedTuple):
     """The tensors that sampling reads and updates: `[R]`, in the order of _INTS and _REALS, unless noted."""
 
@@ -290,7 +267,7 @@ def _sample_next(model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kind
     logits, finite = _next_logits(model, x, s, kinds)
     parameters, seen = _parameters(s, kinds)
     adjusted = adjust_logits(logits, parameters, seen)
-    outcome = _outcome(finite, adjusted) if {"bias", "stops"} & {*kinds.tables} else finite.double()
+    outcome = _outcome(finite, adjusted) if kinds.bias or kinds.stops else finite.double()
     _write(s, logits, draw(adjusted, parameters, s.done), outcome, result, kinds)
 
 
@@ -329,10 +306,10 @@ def _parameters(s: _State, kinds: Kinds) -> tuple[SamplingTensors, Tensor | None
         temperature=s.temperature if kinds.random else None,
         top_k=s.top_k if kinds.cut else None,
         tail=s.tail if kinds.cut else None,
-        min_p=s.min_p if kinds.least else None,
+        min_p=s.min_p if kinds.min_p else None,
         repetition_penalty=None if tables.seen is None else s.repetition_penalty,
         seed=s.seed if kinds.random else None,
-        typical_p=s.typical_p if kinds.typical else None,
+        typical_p=s.typical_p if kinds.typical_p else None,
         presence_penalty=s.presence_penalty if counted else None,
         frequency_penalty=s.frequency_penalty if counted else None,
         counts=tables.counts,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .batch import Batch, Kinds, PendingOutput, StepBuffers, kinds_of
+from .batch import Batch, PendingOutput, StepBuffers
+from .kinds import Kinds
 from .model_runner import LastRun, ModelRunner
 from .paged_cache import PagedCache, PagedCacheView
 from .request import Request, TokenSequence
@@ -66,8 +67,8 @@ class PagedBatch(Batch):
         if not ends:
             self._run(size, WIDTH, buffers, host, rows, None)
             return []
-        kinds = kinds_of(running, self.model.dims.vocab_size)
-        kinds = kinds._replace(split=any(c.request.processors for c in ends.values()))
+        kinds = self.kinds_of(running)
+        kinds = kinds._replace(split=any(c.request.kinds.split for c in ends.values()))
         replays = self._run(size, WIDTH, buffers, host, rows, kinds)
         return [self._sampled(buffers, [(c.request, row) for row, c in ends.items()], kinds, replays=replays)]
 
@@ -82,7 +83,7 @@ class PagedBatch(Batch):
             host["rows"][:, row] = computed, computed + 1, 1
             sequence.num_computed_tokens += 1
         sampled = self._fill_leaders(host, rows)
-        kinds = kinds_of(requests, self.model.dims.vocab_size)
+        kinds = self.kinds_of(requests)
         replays = self._run(size, 1, buffers, host, rows, kinds)
         return self._sampled(buffers, sampled, kinds, replays=replays)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
@@ -19,6 +20,7 @@ from ..logits.processors import RequestProcessors
 from ..masks.layout import BLOCK
 from ..tokens import Tokens
 from .fusion import Ensemble, Prompt
+from .kinds import Kinds
 from .output import Completion, OutputProcessor, Step
 from .request_masks import AttentionSpec
 
@@ -126,6 +128,11 @@ class Request:
             whole.add(step)
         whole.finish_reason = self.finish_reason
         return whole
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """The kinds of sampling that it needs."""
+        return Kinds.of(self.sampling, several=len(self.ensemble.prompts) > 1)
 
     @property
     def finished(self) -> bool:

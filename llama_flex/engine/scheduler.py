@@ -318,7 +318,7 @@ class Scheduler:
         if decoding := [r for r in self.running if self._decodes(r) and r not in first and not r.runs_alone]:
             outputs.append(self.batch.decode(decoding))
         outputs += self._advance_streams()
-        if self._ahead and not any(r.processors for r in self._running if not r.runs_alone):
+        if self._ahead and not any(r.kinds.split for r in self._running if not r.runs_alone):
             outputs, self._pending = self._pending, outputs
         else:  # processors on the host need the tokens so far before the next step
             outputs, self._pending = self._pending + outputs, []

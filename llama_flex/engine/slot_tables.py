@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .kinds import Kinds
 from .request import Request
 from .transfer import to_device_async
 
@@ -27,48 +27,34 @@ class SlotTables(NamedTuple):
     bias: Tensor | None = None
     stops: Tensor | None = None
 
-    def with_tables(self, names: Sequence[str], shape: tuple[int, int], device: torch.device) -> SlotTables:
-        """Return these tables with those of the given names."""
-        missing = [name for name in names if getattr(self, name) is None]
+    def with_those_of(self, kinds: Kinds, shape: tuple[int, int], device: torch.device) -> SlotTables:
+        """Return these tables, and those that some kinds of sampling need besides."""
+        missing = [name for name, table in self._asdict().items() if table is None and getattr(kinds, name)]
         return self._replace(**{n: torch.zeros(shape, dtype=_DTYPES[n], device=device) for n in missing})
 
-    def only(self, names: Sequence[str]) -> SlotTables:
-        """Return the tables of the given names alone."""
-        return SlotTables(**{name: getattr(self, name) for name in names})
+    def only(self, kinds: Kinds) -> SlotTables:
+        """Return the tables alone that some kinds of sampling need."""
+        return SlotTables(**{name: table for name, table in self._asdict().items() if getattr(kinds, name)})
 
     def assign(self, request: Request, slot: int) -> None:
-        """Initialise a slot for a request."""
-        sampling, new = request.sampling, [step.token for step in request.steps]
+        """Initialise a slot for a request; the tables that it does not need may hold anything there, except biases."""
+        sampling, kinds = request.sampling, request.kinds
+        if kinds.seen and self.seen is not None:
+            ids = np.concatenate([request.cached_ids, *(other.tokens[0] for other in request.sequences)])
+            self.seen[slot].fill_(False).index_fill_(0, _sent(ids, self.seen.device), True)
+        if kinds.counts and self.counts is not None:
+            ids, times = np.unique(np.array(request.new_tokens, np.int64), return_counts=True)
+            counts = to_device_async(torch.from_numpy(times.astype(np.int32)), self.counts.device)
+            self.counts[slot].fill_(0).index_copy_(0, _sent(ids, self.counts.device), counts)
+        if kinds.stops and self.stops is not None:
+            known = [id for id in request.output_processor.stop_ids if id < self.stops.shape[1]]
+            self.stops[slot].fill_(False).index_fill_(0, _sent(np.array(known), self.stops.device), True)
         if self.bias is not None:  # of a request before, perhaps
             self.bias[slot].fill_(0)
-        for name in tables_of(request):
-            table = getattr(self, name)
-            if name == "seen":
-                ids = np.concatenate([request.cached_ids, *(other.tokens[0] for other in request.sequences)])
-                table[slot].fill_(False).index_fill_(0, _sent(ids, table.device), True)
-            elif name == "counts":
-                ids, counts = np.unique(np.array(new, np.int64), return_counts=True)
-                values = to_device_async(torch.from_numpy(counts.astype(np.int32)), table.device)
-                table[slot].fill_(0).index_copy_(0, _sent(ids, table.device), values)
-            elif name == "stops":
-                known = [id for id in request.output_processor.stop_ids if id < table.shape[1]]
-                table[slot].fill_(False).index_fill_(0, _sent(np.array(known), table.device), True)
-            else:
-                biases = dict(sampling.logit_bias or {}) | dict.fromkeys(sampling.banned_tokens, -np.inf)
-                reals = to_device_async(torch.tensor(list(biases.values()), dtype=torch.float32), table.device)
-                table[slot].index_copy_(0, _sent(np.array(list(biases)), table.device), reals)
-
-
-def tables_of(request: Request) -> list[str]:
-    """Return the names of the tables that a request needs."""
-    s = request.sampling
-    needed = {
-        "seen": s.repetition_penalty != 1,
-        "counts": s.presence_penalty != 0 or s.frequency_penalty != 0,
-        "bias": s.logit_bias is not None or len(s.banned_tokens) > 0,
-        "stops": s.min_new_tokens > 0,
-    }
-    return [name for name, is_needed in needed.items() if is_needed]
+        if kinds.bias and self.bias is not None:
+            sums = {**(sampling.logit_bias or {}), **dict.fromkeys(sampling.banned_tokens, -np.inf)}
+            reals = to_device_async(torch.tensor(list(sums.values()), dtype=torch.float32), self.bias.device)
+            self.bias[slot].index_copy_(0, _sent(np.array(list(sums)), self.bias.device), reals)
 
 
 def _sent(ids: np.ndarray, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from ..cache import Cache
 from ..interp.hook_points import Captured
 from ..tokens import Tokens
 from .ahead import CompileAhead
-from .batch import Batch, PendingOutput, kinds_of
+from .batch import Batch, PendingOutput
 from .model_runner import LastRun, ModelRunner, RecordedSteps
 from .paged_cache import PagedRows, RowCache
 from .prefill import newest_outputs, prefill
@@ -37,7 +37,7 @@ class Stream(Batch):
         contiguous = isinstance(cache, Cache)  # pages are gathered, all that a sequence may have
         super().__init__(runner.for_prompts(self.plan, tokens, self.probes) if contiguous else runner, len(rows))
         self.requests, self.rows, self.cache = requests, dict(enumerate(rows)), cache
-        self.kinds = kinds_of(requests, self.model.dims.vocab_size)
+        self.kinds = self.kinds_of(requests)
         may_wait = first.cache is not None or self.captures or self.kinds.split
         self.ahead = self.model.device.type == "cuda" and not may_wait
         for row, (request, sequence) in self.rows.items():
