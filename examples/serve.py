@@ -408,8 +408,8 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = Llama.from_pretrained(args.model), Tokenizer.from_pretrained(args.model)
     engine = Engine(model, tokenizer, compile="auto", max_batch_size=args.max_batch_size)
-    warm_up(engine)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again, once it has shut down
+        warm_up(engine)
         Uvicorn(Server(engine, Path(args.model).name), host=args.host, port=args.port).run()
 
 

@@ -1,136 +1,16 @@
 """The server example answers OpenAI's own client, over a socket."""
 
 import asyncio
-import functools
 import json
 import re
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
+from typing import Literal
 
+import pydantic
 import pytest
 import torch
-from helpers import ROOT, TINY, tiny_reference
-from tokenizer_helpers import byte_level_json, write_folder
+from serve_helpers import NAME, PROMPTS, chat_ids, expected, is_free, openai, serve
 
-from llama_flex import Engine, Llama, Sampling, Tokenizer
-from llama_flex.model import run_eager
-
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("starlette")
-from examples import serve  # noqa: E402
-
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
-PROMPTS = ["The capital of France is", "Water boils at", "Ξεσκεπάζω", "hello"]
-NAME = "tiny"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with a tiny random model and a byte-level tokenizer with a chat template."""
-    folder = tmp_path_factory.mktemp("served") / NAME
-    tiny_reference(vocab_size=640, max_position_embeddings=2048, **TINY["gqa"], head_dim=16).save_pretrained(folder)
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
-    return write_folder(folder, config, tokenizer__json=byte_level_json())
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    """The engine that is served."""
-    model = Llama.from_pretrained(folder, device="cpu", dtype=torch.float32)
-    return Engine(model, Tokenizer.from_pretrained(folder), compile="auto")
-
-
-@pytest.fixture(scope="module")
-def url(engine):
-    """The address of the server, which runs in a thread."""
-    server = serve.Uvicorn(serve.Server(engine, NAME), log_level="critical")
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def client(url):
-    """OpenAI's client of the server."""
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
-        yield client
-
-
-def complete_with(client, prompt=PROMPTS[0], **options):
-    """Complete a prompt."""
-    return client.completions.create(model=NAME, prompt=prompt, **{"max_tokens": 6, "temperature": 0} | options)
-
-
-@pytest.fixture
-def complete(client):
-    """`complete_with` the client."""
-    return functools.partial(complete_with, client)
-
-
-@pytest.fixture
-def chat(client):
-    """A function that answers a message."""
-
-    def chat(content="Hi", **options):
-        messages = [{"role": "user", "content": content}]
-        return client.chat.completions.create(model=NAME, messages=messages, **{"max_tokens": 6} | options)
-
-    return chat
-
-
-@pytest.fixture
-def cancelled(engine, monkeypatch):
-    """The requests that are cancelled; steps take time, so that a client can leave between them."""
-    found, cancel = [], engine.cancel
-    monkeypatch.setattr(engine, "cancel", lambda request: (found.append(request), cancel(request)))
-    step = engine.scheduler.step
-
-    def slow():
-        ended = step()
-        time.sleep(0.02)
-        return ended
-
-    monkeypatch.setattr(engine.scheduler, "step", slow)
-    return found
-
-
-def expected(engine, prompt, *, new=6, **sampling):
-    """What an engine generates for a text or for ids."""
-    ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    alone = Engine(engine.model, engine.tokenizer, compile="auto")
-    return alone.generate([ids], max_new_tokens=new, sampling=Sampling(**sampling))[0]
-
-
-def chat_ids(engine, content="Hi"):
-    """The ids of a conversation of one message."""
-    return engine.tokenizer.encode(f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>", add_special_tokens=False)
-
-
-def wait_until(condition):
-    """Wait until a condition holds."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def is_free(engine):
-    """Whether no request is left, and no page is in use."""
-    manager = engine.scheduler.block_manager
-    return engine.scheduler.idle and manager.available == manager.num_pages
-
-
-# --- what is answered ---
+from llama_flex import Engine
 
 
 def test_a_prompt_gets_what_the_engine_generates(engine, complete):
@@ -200,7 +80,7 @@ def test_a_conversation_is_rendered_by_the_template(engine, chat):
     assert two.choices[0].message.content != alone.text
 
 
-def test_a_conversation_takes_as_many_tokens_as_fit_unless_told(folder, engine, chat, client):
+def test_a_conversation_takes_as_many_tokens_as_fit_unless_told(engine, chat, client):
     assert chat(max_tokens=None, max_completion_tokens=9).usage.completion_tokens == 9
     small = Engine(engine.model, engine.tokenizer, compile="auto", max_length=128)
     call = serve.Call(
@@ -289,7 +169,13 @@ def test_biases_and_penalties_arrive(engine, complete):
     assert text != expected(engine, PROMPTS[0], new=30).text
 
 
-def test_texts_conform_to_what_the_client_asks_for(engine, chat, complete):
+class Number(pydantic.BaseModel):
+    """A number of two."""
+
+    n: Literal[12, 345]
+
+
+def test_texts_conform_to_what_the_client_asks_for(client, chat, complete):
     schema = {
         "type": "object",
         "properties": {"n": {"enum": [12, 345]}},
@@ -302,6 +188,8 @@ def test_texts_conform_to_what_the_client_asks_for(engine, chat, complete):
     assert "".join(token.token for token in done.logprobs.content) == done.message.content
     assert json.loads(done.message.content)["n"] in (12, 345)
     assert done.finish_reason == "stop"
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "response_format": Number}
+    assert client.chat.completions.parse(**asked, **options).choices[0].message.parsed.n in (12, 345)
     streamed = chat(response_format=form, stream=True, **options)
     assert "".join(chunk.choices[0].delta.content for chunk in streamed) == done.message.content
     text = chat(response_format={"type": "json_object"}, **options).choices[0].message.content
@@ -363,288 +251,3 @@ def test_the_model_is_listed(client):
     assert client.models.retrieve(NAME) == model
     with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served; use 'tiny'"):
         client.models.retrieve("gpt-4")
-
-
-# --- what is refused ---
-
-REFUSED = [
-    ({"foo": 3}, "foo", "foo = 3 is not served"),
-    ({"suffix": "x"}, "suffix", "not served"),
-    ({"echo": True}, "echo", "not served"),
-    ({"best_of": 2}, "best_of", "not served"),
-    ({"tools": [{"type": "function"}]}, "tools", "not served"),
-    ({"messages": []}, "messages", "not served"),
-    ({"top_p": 3}, "top_p", "top_p must be from 0 to 1, not 3"),
-    ({"temperature": "3"}, "temperature", "temperature must be 0"),
-    ({"temperature": -1}, "temperature", "temperature must be 0"),
-    ({"seed": 0.5}, "seed", "seed must be a 64-bit whole number"),
-    ({"min_p": 2}, "min_p", "min_p must be from 0 to 1"),
-    ({"max_tokens": "3"}, "max_tokens", "max_tokens must be a whole number"),
-    ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1"),
-    ({"n": 0}, "n", "n must be at least 1"),
-    ({"n": True}, "n", "n must be a whole number"),
-    ({"n": 10**6}, "n", "the limit is 1024"),
-    ({"stop": 5}, "stop", "stop must be a text or a list"),
-    ({"stop": [5]}, "stop", "stop strings"),
-    ({"stop": ""}, None, "may not be empty"),
-    ({"stop": list("abcde")}, "stop", "the limit is 4"),
-    ({"logprobs": 21}, "logprobs", "at most 20"),
-    ({"logprobs": True}, "logprobs", "must be a whole number"),
-    ({"top_logprobs": 2}, "top_logprobs", "not served"),
-    ({"logit_bias": {"x": 1}}, "logit_bias", "by token id"),
-    ({"logit_bias": {"5": "x"}}, "logit_bias", "by token id"),
-    ({"logit_bias": {"9999": 1}}, "logit_bias", "9999"),
-    ({"presence_penalty": 3}, "presence_penalty", "from -2 to 2"),
-    ({"grammar": "x"}, "grammar", "not served"),
-    ({"processors": []}, "processors", "not served"),
-    ({"response_format": {"type": "text"}}, "response_format", "not served"),
-    ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice", "not served"),
-    ({"structured_outputs": {"regex": "("}}, None, "the regular expression cannot be used"),
-    ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "one grammar"),
-    ({"stream": "yes"}, "stream", "true or false"),
-    (
-        {"stream": True, "stream_options": {"include_obfuscation": True}},
-        "stream_options.include_obfuscation",
-        "not served",
-    ),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
-    ({"prompt": 5}, "prompt", "must be a text or a list"),
-    ({"prompt": ["x", 5]}, "prompt", "a list of such"),
-    ({"prompt": []}, "prompt", "a list of such"),
-    ({"prompt": [10**6]}, "prompt", "outside the vocabulary"),
-    ({"prompt": [1, "x"]}, None, "token ids"),
-]
-CHAT_REFUSED = [
-    ({"prompt": "x"}, "prompt", "not served"),
-    ({"tool_choice": "auto"}, "tool_choice", "not served"),
-    ({"messages": []}, None, "non-empty list"),
-    ({"messages": None}, None, "non-empty list"),
-    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "not both"),
-    ({"logprobs": 3}, "logprobs", "true or false"),
-    ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
-    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "at most 20"),
-    ({"response_format": {"type": "xml"}}, "response_format", "json_object or json_schema"),
-    ({"response_format": {"type": "text", "x": 1}}, "response_format", "json_object or json_schema"),
-    ({"response_format": {"type": "json_schema"}}, "response_format", "json_object or json_schema"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, None, "the JSON schema"),
-    (
-        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
-        "structured_outputs",
-        "one grammar",
-    ),
-    ({"messages": "Hi"}, "messages", "must be a list"),
-    ({"messages": ["Hi"]}, "messages[0]", "must be an object"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "a role of"),
-    ({"messages": [{"role": "user"}]}, "messages[0]", "needs a content"),
-    ({"messages": [{"role": "user", "content": "x", "name": "Jo"}]}, "messages[0].name", "not served"),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "a text or a list"),
-    (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "messages[0].content[0].image_url",
-        "not served",
-    ),
-    ({"messages": [{"role": "user", "content": [{"type": "x", "text": "x"}]}]}, "messages[0].content", "type 'text'"),
-]
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "param", "words"),
-    [
-        *(("completions", *each) for each in REFUSED),
-        *(("chat/completions", *each) for each in CHAT_REFUSED),
-    ],
-)
-def test_what_is_not_served_is_refused_by_name(client, engine, path, body, param, words):
-    common = {"messages": [{"role": "user", "content": "Hi"}]} if "chat" in path else {"prompt": "x"}
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.post(f"/{path}", body=common | body, cast_to=object)
-    error = caught.value.body
-    assert error["param"] == param
-    assert words in error["message"]
-    assert error["type"] == "invalid_request_error"
-    assert engine.scheduler.idle
-
-
-def test_null_and_neutral_values_are_as_good_as_none(engine, complete):
-    neutral = {"best_of": 1, "echo": False, "suffix": "", "stop": [], "seed": None, "user": "me", "logprobs": None}
-    assert complete(**neutral).choices[0].text == expected(engine, PROMPTS[0]).text
-
-
-def test_another_model_is_not_found(client):
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.completions.create(model="gpt-4", prompt="x")
-    assert caught.value.body["code"] == "model_not_found"
-    assert caught.value.body["param"] == "model"
-
-
-@pytest.mark.parametrize(
-    "body", [{"max_tokens": 2047}, {"prompt": [5] * 2048}, {"prompt": [5] * 9999, "max_tokens": 1}]
-)
-def test_too_many_tokens_say_how_many_fit(client, body):
-    with pytest.raises(openai.BadRequestError, match="exceed the context of 2048") as caught:
-        client.completions.create(model=NAME, **{"prompt": "hello"} | body)
-    assert caught.value.code == "context_length_exceeded"
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff", b"[" * 100_000, b"[]", b"5", b'{"prompt": "x", "n": 1' + b"0" * 9999 + b"}"]
-)
-def test_a_body_that_is_no_json_object_is_refused(client, content):
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.post("/completions", content=content, cast_to=object)
-    assert caught.value.body["type"] == "invalid_request_error"
-
-
-def test_a_lone_surrogate_is_refused_wherever_it_stands(client):
-    for content in (b'{"prompt": "\\ud800"}', b'{"\\ud800": 1}', b'{"prompt": "x", "model": "\\ud800"}'):
-        with pytest.raises(openai.APIStatusError) as caught:
-            client.post("/completions", content=content, cast_to=object)
-        assert caught.value.status_code in (400, 404)
-
-
-def test_a_body_may_not_be_too_large(client):
-    with pytest.raises(openai.APIStatusError, match="the limit is 8388608") as caught:
-        client.completions.create(model=NAME, prompt="x" * serve.MAX_BODY)
-    assert caught.value.status_code == 413
-
-
-def test_unknown_routes_and_methods_are_refused_in_the_same_shape(client):
-    with pytest.raises(openai.NotFoundError, match="Not Found"):
-        client.embeddings.create(model=NAME, input="x")
-    with pytest.raises(openai.APIStatusError, match="Method Not Allowed") as caught:
-        client.get("/completions", cast_to=object)
-    assert caught.value.status_code == 405
-
-
-# --- what ends early ---
-
-
-@pytest.mark.parametrize("reads", [0, 3])
-def test_a_client_that_leaves_a_stream_frees_its_pages(engine, complete, cancelled, reads):
-    stream = complete(PROMPTS, n=2, max_tokens=1000, stream=True)
-    for _ in range(reads):
-        next(stream)
-    wait_until(lambda: engine.scheduler.num_running)
-    stream.close()
-    wait_until(lambda: cancelled and is_free(engine))
-    assert [request.finish_reason for request in cancelled] == ["cancelled"] * 8
-    assert max(len(request.steps) for request in cancelled) < 1000
-
-
-def test_a_client_that_leaves_before_its_answer_frees_its_pages(engine, complete, cancelled):
-    with pytest.raises(openai.APITimeoutError):
-        complete(PROMPTS, n=2, max_tokens=1000, timeout=0.3)
-    wait_until(lambda: cancelled and is_free(engine))
-    assert [request.finish_reason for request in cancelled] == ["cancelled"] * 8
-    assert max(len(request.steps) for request in cancelled) < 1000
-
-
-def test_a_client_that_leaves_does_not_disturb_the_others(engine, complete, cancelled):
-    staying = complete(PROMPTS[1], max_tokens=20, stream=True)
-    first = next(staying).choices[0].text
-    leaving = complete(max_tokens=1000, stream=True)
-    next(leaving)
-    leaving.close()
-    assert first + "".join(chunk.choices[0].text for chunk in staying) == expected(engine, PROMPTS[1], new=20).text
-    wait_until(lambda: is_free(engine))
-    assert len(cancelled) == 1
-
-
-def test_an_error_ends_a_stream_with_an_event_and_an_answer_with_500(engine, complete, monkeypatch):
-    step, count = engine.scheduler.step, 0
-
-    def failing():
-        nonlocal count
-        count += 1
-        if count % 4 == 3:
-            raise RuntimeError("out of memory, say")
-        return step()
-
-    monkeypatch.setattr(engine.scheduler, "step", failing)
-    texts = []
-    with pytest.raises(openai.APIError, match="out of memory, say") as caught:
-        texts.extend(chunk.choices[0].text for chunk in complete(max_tokens=20, stream=True))
-    assert texts
-    assert caught.value.type == "server_error"
-    with pytest.raises(openai.InternalServerError, match="out of memory, say"):
-        complete(max_tokens=20)
-    monkeypatch.undo()
-    wait_until(lambda: is_free(engine) or engine.step() is None)
-    assert complete().choices[0].text == expected(engine, PROMPTS[0]).text
-
-
-def test_logits_that_are_not_finite_are_the_servers_error(engine, complete):
-    weight = engine.model.norm.weight
-    kept = weight.clone()
-    try:
-        with torch.no_grad():
-            weight.fill_(float("nan"))
-        with pytest.raises(openai.InternalServerError, match="NaN or infinite"):
-            complete()
-        with pytest.raises(openai.APIError, match="NaN or infinite"):
-            list(complete(stream=True))
-    finally:
-        with torch.no_grad():
-            weight.copy_(kept)
-    assert complete().choices[0].text == expected(engine, PROMPTS[0]).text
-
-
-# --- the command ---
-
-
-def test_nothing_is_left_to_compile_after_the_warm_up(engine, monkeypatch):
-    sizes = {"max_batch_size": 9, "max_length": 256, "prefill_tokens": 128}
-    warm = Engine(engine.model, engine.tokenizer, compile=True, **sizes)
-    keys = set()
-    # Compiling all of it takes minutes; whatever would be compiled is asked for here.
-    monkeypatch.setattr(warm.runner, "run_for", lambda *key: keys.add(key) or run_eager)
-    monkeypatch.setattr(warm.runner, "replays", lambda *_: False)
-    serve.warm_up(warm)
-    compiled = set(keys)
-    assert len(warm.runner.shapes) == 5  # prompts of 64 and 128 tokens; 1, 8 and 9 rows
-    for count in (1, 12):
-        for n in range(count):
-            sampling = Sampling(temperature=n % 2, seed=n)
-            warm.submit([5 + n] * (1 + 20 * n), max_new_tokens=4 + n, sampling=sampling)
-        warm.run()
-    assert keys == compiled
-    warm.submit([5], max_new_tokens=4, sampling=Sampling(temperature=1, top_p=0.5))
-    warm.run()
-    assert keys > compiled
-
-
-@pytest.fixture
-def command(folder):
-    """The server as a command, once it is ready: its process and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = "from examples import serve; serve.GRACE = 1; serve.main()"  # 1 second: calls end before they are answered
-    arguments = [sys.executable, "-c", code, "--model", str(folder), "--port", str(port)]
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "running on" in line:
-            break
-    yield process, f"http://127.0.0.1:{port}/v1"
-    process.kill()
-    process.wait()
-    process.stderr.close()
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_command_and_what_it_answers(command, name):
-    process, url = command
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-        assert complete_with(client, max_tokens=4).usage.completion_tokens == 4
-        streams = [complete_with(client, max_tokens=2000, stream=True) for _ in range(2)]
-        for stream in streams:
-            next(stream)
-        process.send_signal(getattr(signal, name))
-        assert process.wait(15) in (0, -getattr(signal, name))
-        for stream in streams:
-            with pytest.raises(openai.APIError, match="the server is shutting down"):
-                list(stream)
-    log = process.stderr.read()
-    assert "Finished server process" in log
-    assert "Traceback" not in log
