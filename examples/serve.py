@@ -92,13 +92,12 @@ async def read_json(http: Request) -> Any:
         async for chunk in http.stream():  # to its end: a client hears no answer before it has sent everything
             size += len(chunk)
             body += chunk if size <= MAX_BODY else b""
-        if size > MAX_BODY:
-            raise Refusal(f"the body has {size} bytes; the limit is {MAX_BODY}", code="request_too_large", status=413)
-        return json.loads(body)
-    except Refusal:
-        raise
+        fields = json.loads(body) if size <= MAX_BODY else None
     except (ValueError, RecursionError, ClientDisconnect) as error:
         raise Refusal(f"the body is not JSON: {error!r:.200}") from None
+    if size > MAX_BODY:
+        raise Refusal(f"the body has {size} bytes; the limit is {MAX_BODY}", code="request_too_large", status=413)
+    return fields
 
 
 def check(fields: Any, kinds: Mapping[str, Any], where: str = "") -> dict:
@@ -124,16 +123,16 @@ def read_sampling(fields: dict, top_logprobs: int) -> Sampling:
         case {"type": "text", **others} if not others:
             pass
         case {"type": "json_object", **others} if not others:
-            given["json"] = {"type": "object"}
+            given["response_format"] = {"type": "object"}
         case {"type": "json_schema", "json_schema": spec, **others} if not others:
             kinds = {"name": str, "description": str, "strict": bool, "schema": dict}
-            given["json"] = check(spec, kinds, "response_format.json_schema").get("schema", {})
+            given["response_format"] = check(spec, kinds, "response_format.json_schema").get("schema", {})
         case form:
             words = "a type of text, json_object or json_schema and its json_schema"
             raise Refusal(f"response_format must have {words}, not {form!r:.60}", "response_format")
     if len(given) > 1:
         raise Refusal(f"one grammar is served, not {', '.join(given)}", "structured_outputs")
-    grammar = next((GRAMMARS[name](value) for name, value in given.items()), None)
+    grammar = next((GRAMMARS.get(name, Grammar.json_schema)(value) for name, value in given.items()), None)
     return Sampling(**values, grammar=grammar, top_logprobs=top_logprobs)
 
 

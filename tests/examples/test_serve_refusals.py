@@ -67,7 +67,7 @@ CHAT_REFUSED = [
     ({"response_format": {"type": "json_schema"}}, "response_format", "json_object or json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, None, "the JSON schema"),
     (
-        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"json": {"type": "string"}}},
         "structured_outputs",
         "one grammar",
     ),
@@ -111,9 +111,11 @@ ODD = [0, -1, 2.5, 10**30, True, "x", "", [], ["x"], [5], [[1], "x"], {}, {"x": 
 def test_odd_values_are_answered_or_refused_and_never_the_servers_error(engine, chat):
     server = serve.Server(engine, NAME)
     common = {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "x"}
-    for name, value in itertools.product(serve.CHAT if chat else serve.COMPLETION, ODD):
+    asked = [{name: value} for name, value in itertools.product(serve.CHAT if chat else serve.COMPLETION, ODD)]
+    asked += [{"structured_outputs": {name: value}} for name, value in itertools.product(serve.GRAMMARS, ODD)]
+    for fields in asked:
         with contextlib.suppress(ValueError):
-            serve.Call(server, {**common, "max_tokens": 1, name: value}, chat).leave()
+            serve.Call(server, {**common, "max_tokens": 1, **fields}, chat).leave()
     for messages in ([value] for value in ODD):
         with pytest.raises(serve.Refusal):
             serve.Call(server, {"messages": messages}, True)
