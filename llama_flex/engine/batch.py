@@ -19,7 +19,7 @@ from ..logits.parameters import SamplingTensors
 from ..model import Llama
 from ..sampling import adjust_logits, draw, logprob_of
 from .fusion import combined
-from .kinds import Kinds, union
+from .kinds import Kinds, compiled_for, union
 from .model_runner import ModelRunner, RecordedSteps
 from .processing import process
 from .request import Request, TokenSequence
@@ -122,6 +122,7 @@ class Batch:
         self._ints[:, _INTS.index("batch_slot")] = np.arange(batch_slots + 1)
         self._newest = torch.zeros(batch_slots + 1, dtype=torch.int64, device=self.model.device)
         self._tables = SlotTables()
+        self._compiled_kinds: set[Kinds] = set()
 
     def assign_batch_slot(self, request: Request, sequence: TokenSequence) -> None:
         """Initialise the batch slot of a sequence."""
@@ -149,10 +150,14 @@ class Batch:
         shape = self.batch_slots + 1, self.model.dims.vocab_size
         self._tables = self._tables.with_those_of(kinds, shape, self.model.device)
 
-    def kinds_of(self, requests: Iterable[Request]) -> Kinds:
-        """Return the kinds of sampling in a step of some requests."""
-        kinds, most = union(request.kinds for request in requests), self.model.dims.vocab_size
-        return kinds if kinds.top <= most else kinds._replace(top=most)
+    def kinds_of(self, requests: Iterable[Request], split: bool | None = None) -> Kinds:
+        """Return the kinds of sampling in a step of some requests. split: whether it is split, default: if any of the
+        requests needs that."""
+        kinds = union(request.kinds for request in requests)
+        kinds = kinds._replace(
+            top=min(kinds.top, self.model.dims.vocab_size), split=kinds.split if split is None else split
+        )
+        return compiled_for(kinds, self._compiled_kinds) if self.runner.compile else kinds
 
     def _new_buffers(self, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> StepBuffers:
         """Make the buffers of a step of R rows, with inputs of the given shapes and those of sampling."""

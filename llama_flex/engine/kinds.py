@@ -41,6 +41,24 @@ class Kinds(NamedTuple):
             top=1 << (s.top_logprobs - 1).bit_length() if s.top_logprobs else 0,
         )
 
+    @property
+    def is_common(self) -> bool:
+        """Whether it is worth a graph of its own: no biases, counts, stop tokens, typical_p or top_logprobs."""
+        return not (self.counts or self.bias or self.stops or self.typical_p or self.top)
+
+    def covers(self, other: Kinds) -> bool:
+        """Return whether a graph for these kinds does for others, too; the host is never waited for in vain."""
+        return self.split == other.split and all(mine >= its for mine, its in zip(self, other, strict=True))
+
+
+def compiled_for(kinds: Kinds, known: set[Kinds]) -> Kinds:
+    """Return the kinds to compile a step for, and add them to those `known`: if they are rare, the fewest known ones
+    that do, so that not every combination of requests gets a graph."""
+    found = [] if kinds.is_common else [each for each in known if each.covers(kinds)]
+    chosen = min(found, key=sum, default=kinds)
+    known.add(chosen)
+    return chosen
+
 
 def union(each: Iterable[Kinds]) -> Kinds:
     """Return what several requests need together."""

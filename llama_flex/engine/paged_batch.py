@@ -67,8 +67,7 @@ class PagedBatch(Batch):
         if not ends:
             self._run(size, WIDTH, buffers, host, rows, None)
             return []
-        kinds = self.kinds_of(running)
-        kinds = kinds._replace(split=any(c.request.kinds.split for c in ends.values()))
+        kinds = self.kinds_of(running, any(c.request.kinds.split for c in ends.values()))
         replays = self._run(size, WIDTH, buffers, host, rows, kinds)
         return [self._sampled(buffers, [(c.request, row) for row, c in ends.items()], kinds, replays=replays)]
 

@@ -1,9 +1,11 @@
 """Choosing tokens: the same in streams, submitted, batched, preempted and compiled, and the same as transformers."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+import transformers
 from choosing_helpers import (
     SAMPLINGS,
     STOP,
@@ -17,8 +19,9 @@ from choosing_helpers import (
 from helpers import few
 from request_helpers import check_empty, random_ids, random_model
 
-from llama_flex import Capture, Engine, Ensemble, Sampling, edits
+from llama_flex import Capture, Engine, Ensemble, Grammar, Llama, Sampling, Tokenizer, edits
 from llama_flex.engine import batch, slot_tables
+from llama_flex.engine.kinds import Kinds, union
 from llama_flex.engine.request import Request
 from llama_flex.masks.layout import BLOCK
 
@@ -116,7 +119,7 @@ def test_generate_of_transformers_gives_the_same(tiny_pair, name):
 # ---- every way of running
 
 
-@pytest.mark.parametrize("pages", few([60], [9]))
+@pytest.mark.parametrize("pages", few([3], [60]))
 def test_submitted_together_each_gives_what_it_gives_alone(engine, alone, preempted, pages):
     engine = new_engine(engine, max_batch_size=8, max_slots=pages * BLOCK)
     submitted = submit_all(engine)
@@ -124,7 +127,7 @@ def test_submitted_together_each_gives_what_it_gives_alone(engine, alone, preemp
     for request, expected in zip(submitted, alone, strict=True):
         assert request.error is None
         assert_same(request.completion, expected)
-    assert bool(preempted) == (pages < 10)
+    assert bool(preempted) == (pages < 10), preempted
     check_empty(engine)
 
 
@@ -141,10 +144,27 @@ def test_in_one_stream_each_gives_what_it_gives_alone(engine, alone):
         assert_same(done, alone[n])
 
 
+def test_in_steps_compiled_for_more_each_gives_what_it_gives_alone(engine, alone, monkeypatch):
+    """Run every step as if requests of all kinds were in it."""
+    kinds_of = batch.Batch.kinds_of
+
+    def of_all(self, given, split=None):
+        kinds = union(Kinds.of(s, several=True) for s in SAMPLINGS.values())
+        self._make_tables(kinds)
+        return kinds._replace(split=kinds_of(self, given, split).split)
+
+    monkeypatch.setattr(batch.Batch, "kinds_of", of_all)
+    engine = new_engine(engine, max_batch_size=3, max_slots=60 * BLOCK)
+    submitted = submit_all(engine)
+    engine.run()
+    for request, expected in zip(submitted, alone, strict=True):
+        assert_same(request.completion, expected)
+
+
 @pytest.mark.exhaustive
 def test_submitted_and_compiled_each_gives_what_it_gives_alone(engine, alone):
-    names = "plain", "bias", "penalties", "typical", "ngrams", "functions", "late", "grammar and more"
-    engine = new_engine(engine, compile=True, max_batch_size=4, max_slots=60 * BLOCK, prefill_tokens=64)
+    names = "plain", "penalties", "functions", "grammar and more"
+    engine = new_engine(engine, compile=True, max_batch_size=2, max_slots=60 * BLOCK, prefill_tokens=64)
     asked = [
         (*request, done) for request, name, done in zip(requests(), SAMPLINGS, alone, strict=False) if name in names
     ]
@@ -285,3 +305,73 @@ def test_top_logprobs_are_the_models_own_before_any_filter(engine):
     assert [len(most) for most in beside[1].top_logprobs] == [VOCAB] * 12
     assert [len(most) for most in beside[0].top_logprobs] == [7] * 12
     assert not engine.generate([prompt], **OPTIONS)[0].top_logprobs
+
+
+# ---- a model of its own weights
+
+
+@pytest.mark.exhaustive
+@pytest.mark.weights
+def test_a_real_model_chooses_as_generate_of_transformers(demo_folder):
+    tokenizer = Tokenizer.from_pretrained(demo_folder)
+    engine = Engine(Llama.from_pretrained(demo_folder, device="cpu", dtype=torch.float32), tokenizer, backend="dense")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32)
+    ids = tokenizer.encode("The capital of France is Paris. The capital of Italy is")
+    common = {"no_repeat_ngram_size": 2, "repetition_penalty": 1.1, "min_new_tokens": 12}
+    found = []
+    for bias, banned in (({}, [30]), ({7042: 3.0, 28: -5.0, 2: 9.0}, [30, 198])):
+        theirs = reference.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            generation_config=transformers.GenerationConfig(
+                do_sample=False,
+                max_new_tokens=24,
+                eos_token_id=2,
+                pad_token_id=0,
+                suppress_tokens=banned,
+                sequence_bias=[[[id], value] for id, value in bias.items()] or None,
+                **common,
+            ),
+            logits_processor=[lambda ids, scores: scores - 0.5 * (torch.arange(scores.shape[-1]) % 7 == 0)],
+        )[0, len(ids) :].tolist()
+        sampling = Sampling(
+            logit_bias=bias,
+            banned_tokens=banned,
+            processors=[lambda ids, logits: logits - 0.5 * (torch.arange(len(logits)) % 7 == 0)],
+            **common,
+        )
+        (done,) = engine.generate([ids], sampling=sampling, max_new_tokens=24, stop_token_ids=[2])
+        request = engine.submit(ids, sampling=sampling, max_new_tokens=24, stop_token_ids=[2])
+        engine.run()
+        assert done.tokens == request.completion.tokens == theirs
+        found.append(theirs)
+    assert found[0] != found[1]
+    mutated = dataclasses.replace(sampling, no_repeat_ngram_size=0, repetition_penalty=1.0)
+    assert engine.generate([ids], sampling=mutated, max_new_tokens=24, stop_token_ids=[2])[0].tokens != theirs
+
+
+@pytest.mark.exhaustive
+@pytest.mark.weights
+def test_a_real_model_writes_json_that_conforms(demo_folder):
+    tokenizer = Tokenizer.from_pretrained(demo_folder)
+    engine = Engine(Llama.from_pretrained(demo_folder, device="cpu"), tokenizer, backend="dense")
+    properties = {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 150}}
+    schema = {"type": "object", "properties": properties, "required": ["name", "age"], "additionalProperties": False}
+    prompts = [tokenizer.encode(text) for text in ("A person as JSON:", "Once upon a time")]
+    for n, request in enumerate(
+        [
+            engine.submit(
+                prompt,
+                sampling=Sampling(grammar=Grammar.json_schema(schema), temperature=1.0, top_p=0.9, seed=seed),
+                max_new_tokens=200,
+            )
+            for prompt in prompts
+            for seed in range(2)
+        ]
+    ):
+        engine.run()
+        written = json.loads(request.completion.text)
+        assert written.keys() == {"name", "age"}, n
+        assert len(written["name"]) <= 12
+        assert type(written["age"]) is int
+        assert written["age"] <= 150
