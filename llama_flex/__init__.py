@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from .interp import edits as edits
     from .interp.capture import Capture as Capture
     from .interp.edits import Edit as Edit
+    from .logits.grammar import Grammar as Grammar
+    from .logits.parameters import Sampling as Sampling
     from .masks import scores as scores
     from .masks.mask import Mask as Mask
     from .masks.scores import ScoreMod as ScoreMod
     from .model import Llama as Llama
-    from .sampling import Sampling as Sampling
     from .tokenizer import Tokenizer as Tokenizer
     from .tokens import Tokens as Tokens
 
@@ -40,12 +41,13 @@ _HOME = {
     "Engine": "engine.engine",
     "Ensemble": "engine.fusion",
     "GenerationConfig": "checkpoint.generation_config",
+    "Grammar": "logits.grammar",
     "Llama": "model",
     "LlamaConfig": "config",
     "Mask": "masks.mask",
     "Prompt": "engine.fusion",
     "Quantization": "checkpoint.quantization",
-    "Sampling": "sampling",
+    "Sampling": "logits.parameters",
     "Score": "eval.scoring",
     "ScoreMod": "masks.scores",
     "Tokenizer": "tokenizer",

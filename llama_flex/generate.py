@@ -12,8 +12,8 @@ from .cli import arguments, prompts_file
 from .cli.output import Output, leave, refuse
 
 if TYPE_CHECKING:
+    from .logits.parameters import Sampling
     from .model import Llama
-    from .sampling import Sampling
 
 
 def plain_loop(model: Llama, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling) -> Iterator[int]:
@@ -24,7 +24,8 @@ def plain_loop(model: Llama, prompt: Sequence[int], max_new_tokens: int, samplin
     """
     import torch
 
-    from .sampling import sample, stack
+    from .logits.parameters import stack
+    from .sampling import sample
 
     device, parameters = model.device, stack([sampling], model.device)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)

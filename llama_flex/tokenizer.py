@@ -10,7 +10,7 @@ from typing import Any
 from .checkpoint import hub
 from .text.backends import JsonBackend, SentencePieceBackend, load_backend
 from .text.chat import render_chat
-from .text.detokenizer import StreamDecoder, WholeDecoder
+from .text.detokenizer import StreamDecoder, WholeDecoder, bytes_of_piece
 from .text.tokenizer_files import copy_files, find_files
 
 
@@ -100,6 +100,14 @@ class Tokenizer:
         if piece is None:
             raise ValueError(f"token id {id} is not in the vocabulary of {self.vocab_size} tokens")
         return piece
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes that each id adds to a text, none for ids without a piece. Raises ValueError if this
+        tokenizer does not decode piece by piece."""
+        if (decoding := self._backend.decoding()) is None or decoding.separator:
+            raise ValueError("grammars need a tokenizer whose text is the bytes of its tokens, one after another")
+        pieces = [self._backend.id_to_token(id) or "" for id in range(self.vocab_size)]
+        return [p.encode() if id in self.special_ids else bytes_of_piece(p, decoding) for id, p in enumerate(pieces)]
 
     def __contains__(self, id: int) -> bool:
         """Return whether the vocabulary has a piece for an id."""

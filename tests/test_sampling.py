@@ -18,7 +18,8 @@ from transformers.generation.logits_process import (
 )
 
 from llama_flex import GenerationConfig, Sampling, sampling
-from llama_flex.sampling import filter_logits, sample, stack
+from llama_flex.logits.parameters import stack
+from llama_flex.sampling import filter_logits, sample
 
 CPU = torch.device("cpu")
 

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from .config_rules import ConfigError, is_number, read_json, require_size, token_ids
 
+_ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")  # apply with do_sample and without
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
@@ -27,7 +29,11 @@ class GenerationConfig:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    min_new_tokens: int | None = None
     max_new_tokens: int | None = None
     max_length: int | None = None
     other: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
@@ -39,10 +45,8 @@ class GenerationConfig:
         "num_beams": (1,),
         "num_beam_groups": (1,),
         "num_return_sequences": (1,),
-        "no_repeat_ngram_size": (0,),
         "encoder_no_repeat_ngram_size": (0,),
         "encoder_repetition_penalty": (1,),
-        "typical_p": (1,),
         "epsilon_cutoff": (0,),
         "eta_cutoff": (0,),
         "top_h": (),
@@ -52,11 +56,9 @@ class GenerationConfig:
         "constraints": (),
         "force_words_ids": (),
         "min_length": (0,),
-        "min_new_tokens": (0,),
         "max_time": (),
         "stop_strings": ([],),
         "bad_words_ids": (),
-        "suppress_tokens": ([],),
         "begin_suppress_tokens": ([],),
         "forced_bos_token_id": (),
         "forced_eos_token_id": (),
@@ -81,11 +83,11 @@ class GenerationConfig:
             warnings.warn(f"{path}: not supported and ignored: {', '.join(ignored)}", stacklevel=2)
         names = {f.name for f in dataclasses.fields(cls)} - {"other"}
         values = {name: raw[name] for name in names if raw.get(name) is not None}
-        if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = tuple(values["eos_token_id"])
+        values |= {n: tuple(values[n]) for n in ("eos_token_id", "suppress_tokens") if isinstance(values.get(n), list)}
         try:
-            token_ids("eos_token_id", values.get("eos_token_id"))
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+            for name in ("eos_token_id", "suppress_tokens"):
+                token_ids(name, values.get(name))
+            for name in ("temperature", "top_k", "top_p", "min_p", "typical_p", *_ALWAYS):
                 if not is_number(values.get(name, 0)):
                     raise ConfigError(f"{name} must be a number, found {values[name]!r}")
             for name in ("max_new_tokens", "max_length"):
@@ -110,8 +112,10 @@ class GenerationConfig:
 
     def sampling_values(self) -> dict[str, Any]:
         """Return the sampling parameters that transformers would use, by name; others keep `Sampling`'s defaults."""
-        names = ("top_k", "top_p", "min_p", "temperature") if self.do_sample else ()
-        values = {n: getattr(self, n) for n in (*names, "repetition_penalty") if getattr(self, n) is not None}
+        names = ("top_k", "top_p", "min_p", "typical_p", "temperature") if self.do_sample else ()
+        values = {n: getattr(self, n) for n in (*names, *_ALWAYS) if getattr(self, n) is not None}
+        if self.suppress_tokens:
+            values["banned_tokens"] = token_ids("suppress_tokens", self.suppress_tokens)
         return {"temperature": 1.0, "top_k": 50, **values} if self.do_sample else values
 
     def to_dict(self) -> dict[str, Any]:

@@ -90,7 +90,22 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--top-k", type=int)
     how.add_argument("--top-p", type=float)
     how.add_argument("--min-p", type=float)
+    how.add_argument("--typical-p", type=float)
     how.add_argument("--repetition-penalty", type=float)
+    how.add_argument("--presence-penalty", type=float, metavar="N", help="from -2 to 2, of tokens generated already")
+    how.add_argument("--frequency-penalty", type=float, metavar="N", help="the same, for each time")
+    how.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens come twice")
+    how.add_argument(
+        "--logit-bias", action="append", type=_bias, metavar="ID=VALUE", help="added to a token's logit; repeatable"
+    )
+    how.add_argument(
+        "--ban-token", action="append", type=int, metavar="ID", dest="banned_tokens", help="never sampled; repeatable"
+    )
+    how.add_argument("--min-new-tokens", type=int, metavar="N", help="before an end-of-text token")
+    form = how.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="the text is JSON that conforms to a schema")
+    form.add_argument("--regex", metavar="PATTERN", help="the text matches a regular expression")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="the text conforms to a Lark grammar")
     how.add_argument("--seed", type=int, help="prompt or chat message number i (from 0) uses seed + i")
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; repeat for several")
     how.add_argument(
@@ -130,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to stdout")
     run.add_argument("--json", action="store_true", help="one JSON object a prompt: id, prompt, text, tokens, logprobs")
+    run.add_argument("--top-logprobs", type=int, metavar="N", help="with --json: the N most likely tokens of each step")
     run.add_argument("--resume", action="store_true", help="leave out what --output already has, and add to it")
     run.add_argument(
         "--strict", action="store_true", help="refuse a prompts file with a bad row, instead of skipping it"
@@ -139,6 +155,14 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--quiet", action="store_true", help="no statistics and no progress on stderr")
     return p
+
+
+def _bias(text: str) -> tuple[int, float]:
+    try:
+        id, _, value = text.partition("=")
+        return int(id), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a token id and a number, such as 42=-1.5") from None
 
 
 def _numbers(text: str) -> list[float]:
@@ -165,6 +189,8 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         raise UsageError(
             "--chat reads its messages from the terminal; leave out --prompt, --prompts-file, --json, --fuse"
         )
+    if args.top_logprobs and not args.json:
+        raise UsageError("--top-logprobs go into rows of JSON; it needs --json")
     if args.resume and not (args.output and args.json):
         raise UsageError("--resume continues a file of JSON rows; it needs --output FILE and --json")
     _check_best(args)
@@ -224,9 +250,14 @@ def _check_best(args: argparse.Namespace) -> None:
             raise UsageError(f"--chat streams its answers; leave out {name}")
     if args.beams is None:
         return
-    sampled = ("best_of", "temperature", "top_k", "top_p", "min_p", "seed")
-    if given := [f"--{name.replace('_', '-')}" for name in sampled if getattr(args, name) is not None]:
-        raise UsageError(f"--beams samples nothing; leave out {', '.join(given)}")
+    others = (
+        *("best_of", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed", "presence_penalty"),
+        *("frequency_penalty", "no_repeat_ngram_size", "logit_bias", "banned_tokens", "min_new_tokens"),
+        *("json_schema", "regex", "grammar", "top_logprobs"),
+    )
+    if given := [name for name in others if getattr(args, name) is not None]:
+        options = ", ".join("--" + name.replace("banned_tokens", "ban_token").replace("_", "-") for name in given)
+        raise UsageError(f"--beams takes of these only --repetition-penalty; leave out {options}")
     if args.fuse in ("mean", "max"):
         raise UsageError(f"--fuse {args.fuse} has no beams; use --fuse attention")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..cache import Cache
 from ..engine.output import NonFiniteLogitsError, Step
-from ..sampling import Sampling
+from ..logits.parameters import Sampling
 from .output import refuse
 from .prompts_file import Messages, UsageError
 from .session import Session

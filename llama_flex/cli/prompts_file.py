@@ -139,6 +139,10 @@ def result(job: Job, completion: Completion, as_json: bool) -> str:
         return f"### {job.title}\n{completion.text}\n\n"
     row = {"id": job.id, **job.given, "text": completion.text, "tokens": completion.tokens}
     row |= {"logprobs": [lp if math.isfinite(lp) else None for lp in completion.logprobs]}
+    if completion.top_logprobs:
+        row["top_logprobs"] = [
+            [[id, lp if math.isfinite(lp) else None] for id, lp in most] for most in completion.top_logprobs
+        ]
     return json.dumps(row | {"finish_reason": completion.finish_reason}, ensure_ascii=False) + "\n"
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -18,8 +18,9 @@ from ..engine.fusion import AnyPrompt, Ensemble, as_ensemble, fuse
 from ..engine.output import ScoredCompletion, Step
 from ..engine.request import Request
 from ..engine.scheduler import BATCH_SIZE
+from ..logits.grammar import Grammar
+from ..logits.parameters import Sampling, with_seed
 from ..model import Llama
-from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.errors import CompileError
 from . import prompts_file
@@ -34,12 +35,32 @@ _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
 COMPILE_FROM = 32
 
 
+def _grammar(args: argparse.Namespace) -> Grammar | None:
+    """Return the grammar that is asked for. Raises UsageError if its file cannot be read, ValueError if it is wrong."""
+    if args.regex is not None:
+        return Grammar.regex(args.regex)
+    path = args.json_schema or args.grammar
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read {'--json-schema' if args.json_schema else '--grammar'} {path}: {error}"
+        ) from None
+    return Grammar.json_schema(text) if args.json_schema else Grammar.lark(text)
+
+
 class Session:
     """A loaded model and the arguments of the command line."""
 
     def __init__(self, args: argparse.Namespace, output: Output) -> None:
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        asked = {name: getattr(args, name) for name in names}
+        names = (
+            *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty"),
+            *("frequency_penalty", "no_repeat_ngram_size", "banned_tokens", "min_new_tokens", "top_logprobs", "seed"),
+        )
+        asked: dict[str, Any] = {name: getattr(args, name) for name in names}
+        asked |= {"logit_bias": args.logit_bias and dict(args.logit_bias), "grammar": _grammar(args)}
         Sampling(**{name: value for name, value in asked.items() if value is not None})  # refuse before loading
 
         started = time.perf_counter()

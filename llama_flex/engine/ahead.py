@@ -13,7 +13,8 @@ import torch
 
 from ..cache import Cache
 from ..masks.plan import AttentionPlan
-from .batch import Batch, Kinds
+from .batch import Batch
+from .kinds import Kinds
 from .model_runner import ModelRunner
 
 # Seconds for which a thread may keep Python while another waits for it: the compiler does not give it up by itself,
@@ -28,10 +29,10 @@ _UNDISTURBED = 0.05  # seconds of Python that it takes, with much to spare, to s
 class CompileAhead(Batch):
     """The compilation of decode steps in a thread of their own: it runs one, on memory of its own."""
 
-    def __init__(self, runner: ModelRunner, plan: AttentionPlan, cache: Cache, kinds: Kinds, penalised: bool) -> None:
-        """Begin. cache: of the size that the steps will have. penalised: whether there is a repetition penalty."""
+    def __init__(self, runner: ModelRunner, plan: AttentionPlan, cache: Cache, kinds: Kinds) -> None:
+        """Begin. cache: of the size that the steps will have."""
         super().__init__(runner, cache.batch_size)
-        self._plan, self._slots, self._kinds, self._penalised = plan, cache.max_length, kinds, penalised
+        self._plan, self._slots, self._kinds = plan, cache.max_length, kinds
         self._bytes = sum(kv.k.nbytes + kv.v.nbytes for kv in cache.layers)
         self._kv_dtype = cache.layers[0].kv_dtype
         self._thread = threading.Thread(target=self._compile, name="llama_flex compiles ahead", daemon=True)
@@ -67,15 +68,15 @@ class CompileAhead(Batch):
     def _step(self) -> None:
         rows = self.batch_slots
         cache = self.model.new_cache(rows, self._slots, kv_dtype=self._kv_dtype)
-        if self._penalised:
-            shape = rows + 1, self.model.dims.vocab_size
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
+        self._make_tables(self._kinds)
         buffers = self._new_buffers(rows, {"count": (torch.int32, (rows,))})
         ids, positions, segments = self._newest_tokens(buffers)
         count = buffers.inputs.on_device["count"]
         with cache.appending(1):
             x, _ = self.runner.step(ids, count, positions, segments, self._plan, cache)
             self._sample(x, buffers, self._kinds)
+        if self._kinds.split:
+            self._draw(buffers, self._kinds, [], replays=False)
 
 
 def end_thread(thread: threading.Thread) -> None:

@@ -7,25 +7,46 @@ need not wait for them. Dimensions: R rows of a step, N batch slots, E hidden si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.reductions import all_finite
+from ..kernels.reductions import all_finite, logsumexp
+from ..logits.parameters import SamplingTensors
 from ..model import Llama
-from ..sampling import SamplingTensors, sample
+from ..sampling import adjust_logits, draw, logprob_of
 from .fusion import combined
+from .kinds import Kinds, compiled_for, union
 from .model_runner import ModelRunner, RecordedSteps
+from .processing import process
 from .request import Request, TokenSequence
-from .transfer import StagingBuffer, read_async, to_device_async
+from .slot_tables import SlotTables
+from .transfer import StagingBuffer, read_async
 
 # The host's inputs for sampling the next token of each row of a step; _INTS as int64, _REALS as float32.
-_INTS = ("batch_slot", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max")
+_INTS = ("batch_slot", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max", "min_new")
 _FOLLOWING = slice(1, 4)  # those of _INTS that change from token to token
-_REALS = ("temperature", "tail", "min_p", "repetition_penalty")
-Kinds = tuple[bool, ...]  # of sampling in a step; see `kinds_of`
+_REALS = (
+    *("temperature", "tail", "min_p", "repetition_penalty", "typical_p"),
+    *("presence_penalty", "frequency_penalty"),
+)
+# The outcome of a row: the model's own logits are not finite; all is well; no token was left to draw; a processor
+# returned NaN or positive infinity.
+_NON_FINITE, _FINE, _NOTHING_LEFT, _INVALID = range(4)
+
+
+class Sampled(NamedTuple):
+    """A request's new token, its log-probability, and the most likely ones with theirs, if asked for. finite: whether
+    the model's own logits were. error: what a processor raised or returned, or that no token was left."""
+
+    token: int
+    logprob: float
+    top_logprobs: list[tuple[int, float]] | None
+    finite: bool
+    error: Exception | None
 
 
 class PendingOutput(NamedTuple):
@@ -33,21 +54,60 @@ class PendingOutput(NamedTuple):
 
     read: Callable[[], list[list[float]]]
     rows: list[tuple[Request, int]]
+    errors: Mapping[Request, Exception]
 
-    def tokens(self) -> Iterator[tuple[Request, int, float, bool]]:
-        """Wait for the step; yield each request, its new token and log-probability, and whether its logits were
-        finite."""
-        tokens, logprobs, finite = self.read()
+    def tokens(self) -> Iterator[tuple[Request, Sampled]]:
+        """Wait for the step; yield each request and what was sampled."""
+        tokens, logprobs, outcomes, *more = self.read()
+        ids, values = more[: len(more) // 2], more[len(more) // 2 :]
         for request, row in self.rows:
-            yield request, int(tokens[row]), logprobs[row], bool(finite[row])
+            top, error, k = None, self.errors.get(request), request.sampling.top_logprobs
+            if k:
+                top = [(int(i[row]), v[row]) for i, v in zip(ids[:k], values[:k], strict=True)]
+            if outcomes[row] > _FINE and error is None:
+                error = ValueError(_nothing_left(request) if outcomes[row] == _NOTHING_LEFT else _invalid(request))
+            yield request, Sampled(int(tokens[row]), logprobs[row], top, outcomes[row] != _NON_FINITE, error)
 
 
-class StepBuffers(NamedTuple):
-    """The memory that steps of one shape work on: inputs from the host, newest tokens `[R, 1]`, and results."""
+def _nothing_left(request: Request) -> str:
+    s = request.sampling
+    by: dict[str, object] = {
+        "its logits processors": s.processors,
+        "grammar": s.grammar,
+        "banned_tokens": s.banned_tokens,
+    }
+    by |= {"no_repeat_ngram_size": s.no_repeat_ngram_size, "min_new_tokens": s.min_new_tokens}
+    names = " with ".join(name for name, value in by.items() if value)
+    return f"no token is left to sample as new token {len(request.steps) + 1}: {names} rule out all"
+
+
+def _invalid(request: Request) -> str:
+    return f"a logits processor returned NaN or positive infinity for new token {len(request.steps) + 1}"
+
+
+@dataclass
+class StepBuffers:
+    """The memory that steps of one shape work on: inputs from the host, and newest tokens `[R, 1]`; what they leave is
+    made when it is first needed."""
 
     inputs: StagingBuffer
     ids: Tensor
-    result: Tensor  # [3, R], float64: tokens, their log-probabilities, and whether all logits were finite
+    _results: dict[int, Tensor] = field(default_factory=dict)
+    _logits: Tensor | None = None
+
+    def result(self, top: int) -> Tensor:
+        """Return the results `[3 + 2 * top, R]`, float64: tokens, their log-probabilities, outcomes, then the most
+        likely tokens and their log-probabilities."""
+        if top not in self._results:
+            shape = 3 + 2 * top, len(self.ids)
+            self._results[top] = torch.zeros(shape, dtype=torch.float64, device=self.ids.device)
+        return self._results[top]
+
+    def logits(self, vocab_size: int) -> Tensor:
+        """Return the logits `[2, R, V]`, float32, that split steps hold: the model's own, and those adjusted."""
+        if self._logits is None:
+            self._logits = torch.zeros(2, len(self.ids), vocab_size, device=self.ids.device)
+        return self._logits
 
 
 class Batch:
@@ -56,12 +116,13 @@ class Batch:
     def __init__(self, runner: ModelRunner, batch_slots: int) -> None:
         """batch_slots: the most sequences at a time."""
         self.runner, self.model, self.batch_slots = runner, runner.model, batch_slots
-        self.recorded = RecordedSteps(runner)
+        self.recorded, self._draws = RecordedSteps(runner), RecordedSteps(runner)
         self._ints = np.zeros((batch_slots + 1, len(_INTS)), np.int64)
         self._reals = np.ones((batch_slots + 1, len(_REALS)), np.float32)
         self._ints[:, _INTS.index("batch_slot")] = np.arange(batch_slots + 1)
         self._newest = torch.zeros(batch_slots + 1, dtype=torch.int64, device=self.model.device)
-        self._seen: Tensor | None = None  # [N + 1, V], once a request has a repetition penalty
+        self._tables = SlotTables()
+        self._compiled_kinds: set[Kinds] = set()
 
     def assign_batch_slot(self, request: Request, sequence: TokenSequence) -> None:
         """Initialise the batch slot of a sequence."""
@@ -75,17 +136,28 @@ class Batch:
             "seed": s.seed,
             "members": len(request.sequences),
             "is_max": request.ensemble.combine == "max",
+            "min_new": s.min_new_tokens,
         }
+        reals = s.divisor, 1 - s.top_p, s.min_p, s.repetition_penalty, s.typical_p
         self._ints[slot] = [row.get(name, 0) for name in _INTS]
-        self._reals[slot] = s.divisor, 1 - s.top_p, s.min_p, s.repetition_penalty
+        self._reals[slot] = *reals, s.presence_penalty, s.frequency_penalty
         self._newest[slot].fill_(int(sequence.tokens[0, -1]))  # assigning a number would wait for the device
-        if s.repetition_penalty != 1:
-            if self._seen is None:
-                shape = self.batch_slots + 1, self.model.dims.vocab_size
-                self._seen = torch.zeros(shape, dtype=torch.bool, device=self.model.device)
-            ids = np.concatenate([request.cached_ids, *(other.tokens[0] for other in request.sequences)])
-            known = to_device_async(torch.from_numpy(ids.astype(np.int64)), self.model.device)
-            self._seen[slot].fill_(False).index_fill_(0, known, True)
+        self._make_tables(request.kinds)
+        self._tables.assign(request, slot)
+
+    def _make_tables(self, kinds: Kinds) -> None:
+        """Make the tables that some kinds of sampling need."""
+        shape = self.batch_slots + 1, self.model.dims.vocab_size
+        self._tables = self._tables.with_those_of(kinds, shape, self.model.device)
+
+    def kinds_of(self, requests: Iterable[Request], split: bool | None = None) -> Kinds:
+        """Return the kinds of sampling in a step of some requests. split: whether it is split, default: if any of the
+        requests needs that."""
+        kinds = union(request.kinds for request in requests)
+        kinds = kinds._replace(
+            top=min(kinds.top, self.model.dims.vocab_size), split=kinds.split if split is None else split
+        )
+        return compiled_for(kinds, self._compiled_kinds) if self.runner.compile else kinds
 
     def _new_buffers(self, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> StepBuffers:
         """Make the buffers of a step of R rows, with inputs of the given shapes and those of sampling."""
@@ -94,7 +166,6 @@ class Batch:
         return StepBuffers(
             StagingBuffer(device, {**sampled, **shapes}),
             torch.zeros(rows, 1, dtype=torch.int64, device=device),
-            torch.zeros(3, rows, dtype=torch.float64, device=device),
         )
 
     def _fill_state(self, host: Mapping[str, np.ndarray], rows: Mapping[int, tuple[Request, TokenSequence]]) -> None:
@@ -121,16 +192,44 @@ class Batch:
         return buffers.ids, ints[_INTS.index("position")][:, None], ints[_INTS.index("segment")][:, None]
 
     def _sample(self, x: Tensor, buffers: StepBuffers, kinds: Kinds) -> None:
-        """Sample the next token of each row from the last layer's output `[R, 1, E]`, or packed if "last" is given."""
+        """Sample the next token of each row from the last layer's output `[R, 1, E]`, or packed if "last" is given; if
+        the step is split, compute the logits only."""
+        state, result = self._state(buffers, kinds), buffers.result(kinds.top)
+        run = self.runner.run_for("sample", x.shape, len(buffers.ids), self.batch_slots, kinds)
+        if kinds.split:
+            logits = buffers.logits(self.model.dims.vocab_size)
+            run("adjust_next", _adjust_next, self.model, x, state, logits, result, kinds)
+        else:
+            run("sample_next", _sample_next, self.model, x, state, result, kinds)
+
+    def _state(self, buffers: StepBuffers, kinds: Kinds) -> _State:
         given = buffers.inputs.on_device
         ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
         reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
-        state = _State(**ints, **reals, last=given.get("last"), newest=self._newest, seen=self._seen)
-        run = self.runner.run_for("sample", x.shape, len(buffers.ids), self.batch_slots, kinds)
-        run("sample_next", _sample_next, self.model, x, state, buffers.result, kinds)
+        tables = self._tables.only(kinds)
+        return _State(**ints, **reals, last=given.get("last"), newest=self._newest, tables=tables)
 
-    def _sampled(self, buffers: StepBuffers, rows: list[tuple[Request, int]]) -> PendingOutput:
-        """Count the tokens that a step has sampled, and return them."""
+    def _draw(
+        self, buffers: StepBuffers, kinds: Kinds, rows: list[tuple[Request, int]], *, replays: bool
+    ) -> Mapping[Request, Exception]:
+        """Finish a step that is split: let the host process the logits, then draw; return the errors."""
+        logits, result = buffers.logits(self.model.dims.vocab_size), buffers.result(kinds.top)
+        errors = process(logits[1], rows)
+        state = self._state(buffers, kinds)
+        run = self.runner.run_for("draw", len(buffers.ids), self.batch_slots, kinds)
+
+        def step() -> None:
+            run("draw_next", _draw_next, state, logits, result, kinds)
+
+        self._draws.run((id(buffers), kinds), step, replays=replays)
+        return errors
+
+    def _sampled(
+        self, buffers: StepBuffers, rows: list[tuple[Request, int]], kinds: Kinds, *, replays: bool
+    ) -> PendingOutput:
+        """Finish a step that is split, count the tokens that the step has sampled, and return them. replays: see
+        `ModelRunner.replays`."""
+        errors = self._draw(buffers, kinds, rows, replays=replays) if kinds.split else {}
         following = []
         for request, _ in rows:
             request.num_scheduled = done = request.num_scheduled + 1
@@ -140,23 +239,7 @@ class Batch:
                 following.append((sequence.batch_slot, position, prompt.generated_segment, done))
         slots, *columns = np.array(following).T
         self._ints[slots, _FOLLOWING] = np.array(columns).T
-        return PendingOutput(read_async(buffers.result), rows)
-
-
-def kinds_of(requests: Iterable[Request]) -> Kinds:
-    """Return whether any request needs: temperature, top_k or top_p, min_p, repetition_penalty, several rows."""
-    each = [
-        (
-            s.temperature > 0,
-            s.temperature > 0 and (s.top_k > 0 or s.top_p < 1),
-            s.temperature > 0 and s.min_p > 0,
-            s.repetition_penalty != 1,
-            len(r.sequences) > 1,
-        )
-        for r in requests
-        for s in [r.sampling]
-    ]
-    return tuple(map(any, zip(*each, strict=True)))
+        return PendingOutput(read_async(buffers.result(kinds.top)), rows, errors)
 
 
 class _State(NamedTuple):
@@ -171,37 +254,98 @@ class _State(NamedTuple):
     leader: Tensor
     members: Tensor
     is_max: Tensor
+    min_new: Tensor
     temperature: Tensor
     tail: Tensor
     min_p: Tensor
     repetition_penalty: Tensor
+    typical_p: Tensor
+    presence_penalty: Tensor
+    frequency_penalty: Tensor
     last: Tensor | None  # where each row's last token is among the packed ones; None if not packed
     newest: Tensor  # [N + 1]
-    seen: Tensor | None  # [N + 1, V]
+    tables: SlotTables
 
 
 def _sample_next(model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kinds) -> None:
-    """Sample the next token of each row, and update the newest tokens and those seen."""
-    random, cut, least, penalty, several = kinds
-    parameters = SamplingTensors(
-        s.temperature if random else None,
-        s.top_k if cut else None,
-        s.tail if cut else None,
-        s.min_p if least else None,
-        s.repetition_penalty if penalty else None,
-        s.seed if random else None,
-    )
+    """Sample the next token of each row, and update the newest tokens and the tables."""
+    logits, finite = _next_logits(model, x, s, kinds)
+    parameters, seen = _parameters(s, kinds)
+    adjusted = adjust_logits(logits, parameters, seen)
+    outcome = _outcome(finite, adjusted) if kinds.bias or kinds.stops else finite.double()
+    _write(s, logits, draw(adjusted, parameters, s.done), outcome, result, kinds)
+
+
+def _adjust_next(model: Llama, x: Tensor, s: _State, buffer: Tensor, result: Tensor, kinds: Kinds) -> None:
+    """Write the next logits of each row, the model's own and those adjusted, and whether its own are finite."""
+    logits, finite = _next_logits(model, x, s, kinds)
+    buffer[0] = logits
+    buffer[1] = adjust_logits(logits, *_parameters(s, kinds))
+    result[2] = finite.double()
+
+
+def _draw_next(s: _State, buffer: Tensor, result: Tensor, kinds: Kinds) -> None:
+    """Draw the next token of each row from logits that were processed, and update the newest tokens and the tables."""
+    logits, processed = buffer.unbind(0)
+    outcome = _outcome(result[2] == _FINE, processed)
+    processed = torch.where((outcome == _FINE)[:, None], processed, logits)
+    _write(s, logits, draw(processed, _parameters(s, kinds)[0], s.done), outcome, result, kinds)
+
+
+def _next_logits(model: Llama, x: Tensor, s: _State, kinds: Kinds) -> tuple[Tensor, Tensor]:
+    """Return the next logits `[R, V]`, combined in a request's first row, and whether the model's own are finite."""
     x = x if s.last is None else x[0, s.last, None]
     logits = model.head(x)[:, 0].float()
-    finite = all_finite(logits).double()
-    if several:
-        finite = torch.ones_like(finite).scatter_reduce(0, s.leader, finite, "amin")
+    finite = all_finite(logits)
+    if kinds.several:
+        finite = torch.ones_like(finite, dtype=torch.float64).scatter_reduce(0, s.leader, finite.double(), "amin") > 0
         logits = combined(logits, s.leader, s.is_max > 0, s.members)
-    seen = s.seen[s.batch_slot] if penalty and s.seen is not None else None
-    token, logprob = sample(logits, parameters, s.done, seen)
-    if several:
+    return logits, finite
+
+
+def _parameters(s: _State, kinds: Kinds) -> tuple[SamplingTensors, Tensor | None]:
+    """Return the parameters of each row, and the tokens seen in it if there is a repetition penalty."""
+    tables = SlotTables(*(None if table is None else table[s.batch_slot] for table in s.tables))
+    counted = tables.counts is not None
+    parameters = SamplingTensors(
+        temperature=s.temperature if kinds.random else None,
+        top_k=s.top_k if kinds.cut else None,
+        tail=s.tail if kinds.cut else None,
+        min_p=s.min_p if kinds.min_p else None,
+        repetition_penalty=None if tables.seen is None else s.repetition_penalty,
+        seed=s.seed if kinds.random else None,
+        typical_p=s.typical_p if kinds.typical_p else None,
+        presence_penalty=s.presence_penalty if counted else None,
+        frequency_penalty=s.frequency_penalty if counted else None,
+        counts=tables.counts,
+        bias=tables.bias,
+        forbidden=None if tables.stops is None else tables.stops & (s.done < s.min_new)[:, None],
+    )
+    return parameters, tables.seen
+
+
+def _outcome(finite: Tensor, adjusted: Tensor) -> Tensor:
+    """Return the outcome of each row `[R]`, float64, from logits `[R, V]` that may be ruled out, or be a user's."""
+    most = adjusted.amax(-1)  # NaN if any is
+    wrong = torch.where(most == -torch.inf, float(_NOTHING_LEFT), float(_INVALID))
+    return torch.where(finite, torch.where(most.isfinite(), float(_FINE), wrong), float(_NON_FINITE)).double()
+
+
+def _write(s: _State, logits: Tensor, token: Tensor, outcome: Tensor, result: Tensor, kinds: Kinds) -> None:
+    """Write the results of a step, and update the newest tokens and the tables."""
+    logprob = logprob_of(logits, token)
+    if kinds.several:
         token = token[s.leader]
-    if seen is not None and s.seen is not None:
-        s.seen[s.batch_slot, token] = torch.ones_like(token, dtype=torch.bool)  # a number would come from the host
+    if s.tables.seen is not None:
+        s.tables.seen[s.batch_slot, token] = torch.ones_like(
+            token, dtype=torch.bool
+        )  # a number would come from the host
+    if s.tables.counts is not None:
+        s.tables.counts[s.batch_slot, token] = s.tables.counts[s.batch_slot, token] + 1
     s.newest[s.batch_slot] = token
-    result.copy_(torch.stack((token.double(), logprob.double(), finite)))
+    rows = torch.stack((token.double(), logprob.double(), outcome))
+    if kinds.top:
+        values, ids = logits.topk(kinds.top)
+        top = torch.cat((ids.T.double(), (values - logsumexp(logits)[:, None]).T.double()))
+        rows = torch.cat((rows, top))
+    result.copy_(rows)

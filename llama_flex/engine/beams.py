@@ -23,7 +23,8 @@ from ..kernels.kv_cache import KV
 from ..kernels.reductions import all_finite
 from ..masks.plan import AttentionPlan
 from ..model import Llama
-from ..sampling import SamplingTensors, filter_logits
+from ..logits.parameters import SamplingTensors
+from ..sampling import adjust_logits
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
 from .fusion import Prompt
@@ -306,7 +307,7 @@ def _best_candidates(model: Llama, x: Tensor, s: _State, prompts: int, count: in
         if s.parents is not None and s.ids is not None:
             new = torch.arange(logits.shape[-1], device=x.device) == s.ids[:, None]
             s.seen.copy_(s.seen[s.parents] | new)
-        changed = filter_logits(logprobs, SamplingTensors(None, None, None, None, s.penalty, None), s.seen)
+        changed = adjust_logits(logprobs, SamplingTensors(repetition_penalty=s.penalty), s.seen)
     total = (changed + s.scores[:, None]).masked_fill(none[:, None], -torch.inf)
     scores, places = total.view(prompts, -1).topk(count)
     own = logprobs.view(prompts, -1).gather(1, places)

@@ -16,11 +16,11 @@ from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..interp.probes import as_tuple
 from ..kernels.kv_cache import KVDtype, check_kv_dtype, kv_dtype_of
+from ..logits.parameters import Sampling, with_seed
 from ..masks.layout import BLOCK
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
 from ..model import Llama
-from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import check_options, whole_number
 from . import explain
@@ -79,7 +79,7 @@ class Engine:
         self.kv_dtype = kv_dtype = kv_dtype_of(model, kv_dtype)
         check_kv_dtype(kv_dtype, model.device)
         self.runner = ModelRunner(model, compile=compile, backend=backend)
-        self.limits = RequestLimits(model)
+        self.limits = RequestLimits(model, tokenizer)
         self._scheduler: Scheduler | None = None
         self._making = threading.Lock()  # guards making the scheduler: the first requests may come from several threads
         self._new_scheduler = functools.partial(
@@ -160,7 +160,8 @@ class Engine:
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context. If the logits for a prompt's next token are NaN or infinite, that prompt ends there, without
         that token; once the others are done, NonFiniteLogitsError names it. A cache that was passed in may then hold
-        NaN: do not reuse it.
+        NaN: do not reuse it. In the same way a prompt ends whose logits processor raises, or for which no token is left
+        to sample, and the error is raised in the end.
         """
         model, ensembles = self.model, as_requests(prompts)
         limits = self.limits.check(ensembles, max_new_tokens, cache)
@@ -176,10 +177,10 @@ class Engine:
         captures, edits = as_tuple(capture, Capture, "capture"), as_tuple(edit, Edit, "edit")
         requests = []
         for q, (each, limit) in enumerate(zip(ensembles, limits, strict=True)):
-            text = [*before[q], *each.prompts[0].ids]
+            text, chosen = [*before[q], *each.prompts[0].ids], with_seed(sampling[q])
             request = Request(
                 q,
-                with_seed(sampling[q]),
+                chosen,
                 ensemble=each,
                 output_processor=OutputProcessor(q, self.tokenizer, text, stop, stop_ids, limit),
                 spec=spec,
@@ -187,6 +188,7 @@ class Engine:
                 edits=edits,
                 cache=cache,
                 cached_ids=before[q],
+                processors=self.limits.processors(chosen, text, stop_ids, limit),
             )
             request.sequences = [TokenSequence(prompt, tokens_of(prompt, []), None) for prompt in each.prompts]
             requests.append(request)
@@ -204,18 +206,22 @@ class Engine:
         stream = Stream(self.runner, requests, cache)
         failed = []
         for output in stream.outputs():
-            for request, token, logprob, finite in output.tokens():
+            for request, sampled in output.tokens():
                 if request.finished:
                     continue
-                if not finite:
-                    request.finish_reason = "error"
-                    failed.append((request.number, len(request.steps) + 1))
+                if not sampled.finite or sampled.error is not None:
+                    request.finish_reason, request.error = "error", sampled.error
+                    if not sampled.finite:
+                        failed.append((request.number, len(request.steps) + 1))
                     continue
-                step = request.add(token, logprob)
+                step = request.add(sampled.token, sampled.logprob, sampled.top_logprobs)
                 request.finish_reason = step.finish_reason
                 yield step
         if failed:
             raise NonFiniteLogitsError(failed, self.model.dtype)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
 
     def beam_search(
         self,
@@ -255,7 +261,12 @@ class Engine:
                 )
         limits = self.limits.check(requests, max_new_tokens)
         options.check_length(max(limits))
-        penalty = Sampling.recommended(model.generation_config, repetition_penalty=repetition_penalty)
+        recommended = Sampling.recommended(model.generation_config, repetition_penalty=repetition_penalty)
+        names = "no_repeat_ngram_size", "min_new_tokens", "banned_tokens"
+        if asked := [name for name in names if getattr(recommended, name) != getattr(Sampling, name)]:
+            raise ValueError(
+                f"generation_config.json recommends {', '.join(asked)}, which beam search does not know; take it out there"
+            )
         each = [request.prompts[0] for request in requests]
         plan = plan_of_rows(model, each, mask, score_mod, None)
         if mask is not None or score_mod is not None:
@@ -267,7 +278,7 @@ class Engine:
             beams.append(PromptBeams(options, processor, stop))
         slots = max(len(prompt.ids) + limit for prompt, limit in zip(each, limits, strict=True))
         slots = self.slots(len(each) * num_beams, slots)
-        BeamSearch(self.runner, each, beams, plan, slots, self.kv_dtype, penalty.repetition_penalty).run()
+        BeamSearch(self.runner, each, beams, plan, slots, self.kv_dtype, recommended.repetition_penalty).run()
         return [found.completions(self.tokenizer) for found in beams]
 
     @property

@@ -4,10 +4,14 @@ arguments."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ..cache import Cache
+from ..logits.grammar import Vocabulary
+from ..logits.parameters import Sampling
+from ..logits.processors import RequestProcessors
 from ..model import Llama
+from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number, whole_numbers
 from .fusion import Ensemble, Prompt, token_ids
 
@@ -17,8 +21,10 @@ DEFAULT_NEW_TOKENS = 256  # if neither the caller nor generation_config.json giv
 class RequestLimits:
     """The token limits of requests to a model."""
 
-    def __init__(self, model: Llama) -> None:
-        self.model = model
+    def __init__(self, model: Llama, tokenizer: Tokenizer | None = None) -> None:
+        """tokenizer: for grammars."""
+        self.model, self._tokenizer = model, tokenizer
+        self._vocabulary: Vocabulary | None = None  # made for the first grammar
 
     @property
     def default_new_tokens(self) -> int:
@@ -69,6 +75,35 @@ class RequestLimits:
         if asked is None:
             return frozenset(self.model.eos_token_ids)
         return frozenset(whole_numbers("stop_token_ids must be token ids, such as [2]", asked))
+
+    def processors(
+        self, sampling: Sampling, text: Sequence[int], stop_ids: Collection[int], limit: int
+    ) -> RequestProcessors | None:
+        """Return what the host does to the logits of a request, None if nothing. text: the ids that it continues.
+        limit: its most new tokens. Raises ValueError for sampling parameters that the request cannot have."""
+        size = self.model.config.vocab_size
+        for name, ids in ("logit_bias", sampling.logit_bias or ()), ("banned_tokens", sampling.banned_tokens):
+            if beyond := [id for id in ids if not 0 <= id < size]:
+                raise ValueError(f"{name} has token id {beyond[0]}, which is outside the vocabulary of {size}")
+        if sampling.top_logprobs > size:
+            raise ValueError(f"top_logprobs {sampling.top_logprobs} exceeds the vocabulary of {size}")
+        if sampling.min_new_tokens > limit:
+            raise ValueError(
+                f"min_new_tokens {sampling.min_new_tokens} exceeds the {limit} new tokens that the text may have; ask "
+                "for fewer, or give a larger max_new_tokens"
+            )
+        if not sampling.needs_host:
+            return None
+        matcher = None
+        if sampling.grammar is not None:
+            if self._tokenizer is None:
+                raise ValueError("a grammar needs a tokenizer: Engine(model, tokenizer)")
+            if not stop_ids:
+                raise ValueError("a grammar needs stop tokens, to end the text: give stop_token_ids")
+            self._vocabulary = self._vocabulary or Vocabulary(self._tokenizer, size)
+            matcher = self._vocabulary.matcher(sampling.grammar, stop_ids)
+        ngram_size, functions = sampling.no_repeat_ngram_size, sampling.processors
+        return RequestProcessors(text, size, ngram_size=ngram_size, matcher=matcher, functions=functions)
 
     def cached_ids(
         self, given: Sequence[Sequence[int]] | None, cache: Cache | None, count: int

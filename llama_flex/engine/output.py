@@ -41,7 +41,8 @@ class Step:
     """One new token of one prompt: the prompt's number, the token's id and log-probability, and the text now final.
 
     text is None for an engine without a tokenizer. finish_reason is None until the prompt's last step: "stop" (a stop
-    token or string) or "length".
+    token or string) or "length". top_logprobs: the most likely tokens in order, with their log-probabilities; None
+    unless `Sampling` asks for them.
     """
 
     row: int
@@ -49,19 +50,21 @@ class Step:
     logprob: float
     text: str | None
     finish_reason: str | None
+    top_logprobs: list[tuple[int, float]] | None = None
 
 
 @dataclass
 class Completion:
     """Everything generated for one prompt: ids (a stop token included), log-probabilities, and the text.
 
-    text is None for an engine without a tokenizer.
+    text is None for an engine without a tokenizer. top_logprobs: those of each step, if `Sampling` asks for them.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str | None = ""
     finish_reason: str | None = None
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
     @classmethod
     def empty(cls, tokenizer: Tokenizer | None) -> Completion:
@@ -74,6 +77,8 @@ class Completion:
         self.logprobs.append(step.logprob)
         self.text = None if step.text is None else (self.text or "") + step.text
         self.finish_reason = step.finish_reason
+        if step.top_logprobs is not None:
+            self.top_logprobs.append(step.top_logprobs)
 
 
 @dataclass
@@ -117,7 +122,7 @@ class OutputProcessor:
         for step in steps:
             self.put(step.token, step.logprob)
 
-    def put(self, token: int, logprob: float) -> Step:
+    def put(self, token: int, logprob: float, top_logprobs: list[tuple[int, float]] | None = None) -> Step:
         """Add a token and return its step."""
         self.count += 1
         is_stop_id, is_last = token in self.stop_ids, self.count == self.limit
@@ -126,7 +131,8 @@ class OutputProcessor:
             text, stopped = self._text.put(token, silent=is_stop_id)
             if (is_stop_id or is_last) and not stopped:
                 text += self._text.rest()
-        return Step(self.row, token, logprob, text, "stop" if is_stop_id or stopped else "length" if is_last else None)
+        reason = "stop" if is_stop_id or stopped else "length" if is_last else None
+        return Step(self.row, token, logprob, text, reason, top_logprobs)
 
 
 class _Text:

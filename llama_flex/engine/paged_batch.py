@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .batch import Batch, Kinds, PendingOutput, StepBuffers, kinds_of
+from .batch import Batch, PendingOutput, StepBuffers
+from .kinds import Kinds
 from .model_runner import LastRun, ModelRunner
 from .paged_cache import PagedCache, PagedCacheView
 from .request import Request, TokenSequence
@@ -45,7 +46,7 @@ class PagedBatch(Batch):
         self._generation = self.masks.generation
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
 
-    def prefill(self, chunks: Sequence[PrefillChunk], running: Iterable[Request]) -> list[PendingOutput]:
+    def prefill(self, chunks: Sequence[PrefillChunk], running: Sequence[Request]) -> list[PendingOutput]:
         """Enqueue prefill chunks, and the next token of each prompt that ends in one, sampled with the filters of all
         running requests, so that few graphs are compiled."""
         count = sum(chunk.length for chunk in chunks)
@@ -63,8 +64,12 @@ class PagedBatch(Batch):
         ends = {row: c for row, c in at.items() if c.start + c.length == c.sequence.num_tokens}
         self._fill_state(host, {row: (c.request, c.sequence) for row, c in ends.items()})
         rows = {row: (c.request, c.sequence) for row, c in at.items()}
-        self._run(size, WIDTH, buffers, host, rows, kinds_of(running) if ends else ())
-        return [self._sampled(buffers, [(c.request, row) for row, c in ends.items()])] if ends else []
+        if not ends:
+            self._run(size, WIDTH, buffers, host, rows, None)
+            return []
+        kinds = self.kinds_of(running, any(c.request.kinds.split for c in ends.values()))
+        replays = self._run(size, WIDTH, buffers, host, rows, kinds)
+        return [self._sampled(buffers, [(c.request, row) for row, c in ends.items()], kinds, replays=replays)]
 
     def decode(self, requests: Sequence[Request]) -> PendingOutput:
         """Enqueue a decode step: one token for each request."""
@@ -77,8 +82,9 @@ class PagedBatch(Batch):
             host["rows"][:, row] = computed, computed + 1, 1
             sequence.num_computed_tokens += 1
         sampled = self._fill_leaders(host, rows)
-        self._run(size, 1, buffers, host, rows, kinds_of(requests))
-        return self._sampled(buffers, sampled)
+        kinds = self.kinds_of(requests)
+        replays = self._run(size, 1, buffers, host, rows, kinds)
+        return self._sampled(buffers, sampled, kinds, replays=replays)
 
     def _fill(self, size: int, width: int) -> tuple[StepBuffers, dict[str, np.ndarray]]:
         """Return the buffers of a step of `size` tokens in rows of `width`, and host arrays, filled with padding."""
@@ -107,9 +113,9 @@ class PagedBatch(Batch):
         buffers: StepBuffers,
         host: dict[str, np.ndarray],
         rows: Mapping[int, tuple[Request, TokenSequence]],
-        kinds: Kinds,
-    ) -> None:
-        """Enqueue a step. kinds: of sampling; empty if no row samples."""
+        kinds: Kinds | None,
+    ) -> bool:
+        """Enqueue a step; return whether it is recorded and replayed. kinds: of sampling; None if no row samples."""
         for row, (_, sequence) in rows.items():
             host["page_table"][row, : len(sequence.pages)] = sequence.pages
         plan = self.masks.plan(
@@ -130,10 +136,11 @@ class PagedBatch(Batch):
 
         def step() -> None:
             x, _ = self.runner.step(ids, count, positions, segments, plan, cache)
-            if kinds:
+            if kinds is not None:
                 self._sample(x, buffers, kinds)
 
         key = size, width, page_table.shape[1], kinds, plan  # `forget` reads the plan as the last
         # Recorded operations keep their results to the end of a step: too much memory for those of many tokens.
         replays = self.runner.compile or (width == 1 and self.runner.replays(plan))
         self.recorded.run(key, step, replays=replays)
+        return replays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
@@ -14,10 +15,12 @@ import torch
 from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
+from ..logits.parameters import Sampling
+from ..logits.processors import RequestProcessors
 from ..masks.layout import BLOCK
-from ..sampling import Sampling
 from ..tokens import Tokens
 from .fusion import Ensemble, Prompt
+from .kinds import Kinds
 from .output import Completion, OutputProcessor, Step
 from .request_masks import AttentionSpec
 
@@ -87,8 +90,9 @@ class Request:
     """A submitted prompt and its output so far, as returned by `Engine.submit`.
 
     steps: one per token so far. finish_reason: "stop" (a stop token or string), "length", "cancelled", "error", or None
-    while it waits or runs. error: what its callback, edits or captures raised, or a NonFiniteLogitsError. `async for
-    step in request` yields steps as they come.
+    while it waits or runs. error: what its callback, edits, captures or logits processors raised, or a
+    NonFiniteLogitsError. num_cached_tokens: how many of its tokens other requests had computed when it started, or
+    started again. `async for step in request` yields steps as they come.
     """
 
     number: int
@@ -106,13 +110,14 @@ class Request:
     edits: Sequence[Edit] = field(default=(), kw_only=True, repr=False)
     cache: Cache | None = field(default=None, kw_only=True, repr=False)  # the caller's
     cached_ids: Sequence[int] = field(default=(), kw_only=True, repr=False)  # of the tokens in it
+    processors: RequestProcessors | None = field(default=None, kw_only=True, repr=False)  # on the host
     runs_alone: bool = field(default=False, kw_only=True, repr=False)  # in steps of its own, see `Stream`
     start: Start | None = field(default=None, init=False, repr=False)  # None until it has begun, if it runs alone
     sequences: list[TokenSequence] = field(default_factory=list, repr=False)
     num_scheduled: int = field(default=0, repr=False)  # new tokens enqueued; the last may not be read yet
     num_delivered: int = field(default=0, repr=False)  # steps whose finish_reason and callback were handled
     spec_number: int = field(default=0, repr=False)
-    shared: bool = field(default=False, repr=False)  # whether it uses pages that other requests computed
+    num_cached_tokens: int = field(default=0, repr=False)
     isolated: bool = field(default=False, repr=False)  # whether it must not use such pages
 
     @property
@@ -123,6 +128,11 @@ class Request:
             whole.add(step)
         whole.finish_reason = self.finish_reason
         return whole
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """The kinds of sampling that it needs."""
+        return Kinds.of(self.sampling, several=len(self.ensemble.prompts) > 1)
 
     @property
     def finished(self) -> bool:
@@ -139,7 +149,7 @@ class Request:
             positions = [0] * count if cache is None else cache.next_position.tolist()[row : row + count]
             self.start = Start(lengths, positions, [capture.num_parts for capture in self.captures])
         for sequence, position in zip(self.sequences, self.start.positions, strict=True):
-            sequence.place(sequence.prompt.shifted(position), [step.token for step in self.steps])
+            sequence.place(sequence.prompt.shifted(position), self.new_tokens)
         if not resumed:
             return
         ends = self.start.lengths
@@ -157,9 +167,14 @@ class Request:
         for capture, parts in zip(self.captures, self.start.capture_parts, strict=True):
             capture.rewind(parts, ends)
 
-    def add(self, token: int, logprob: float) -> Step:
+    @property
+    def new_tokens(self) -> list[int]:
+        """The tokens generated so far, as far as they were read."""
+        return [step.token for step in self.steps]
+
+    def add(self, token: int, logprob: float, top_logprobs: list[tuple[int, float]] | None = None) -> Step:
         """Append a new token and return its step."""
-        self.steps.append(self.output_processor.put(token, logprob))
+        self.steps.append(self.output_processor.put(token, logprob, top_logprobs))
         return self.steps[-1]
 
     def __lt__(self, other: Request) -> bool:

@@ -23,11 +23,11 @@ from ..interp.capture import Capture
 from ..interp.edits import Edit
 from ..interp.probes import as_tuple
 from ..kernels.kv_cache import KVDtype, KVFormat, dtype_of
+from ..logits.parameters import Sampling, with_seed
 from ..masks.layout import BLOCK
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
 from ..model import Llama
-from ..sampling import Sampling, with_seed
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
 from ..usercode.modules import global_hooks, hooks_of
@@ -223,9 +223,10 @@ class Scheduler:
             )
         number, stop_ids = next(self._numbers), self.limits.stop_ids(stop_token_ids)
         text = [*before, *ensemble.prompts[0].ids]
+        sampling = with_seed(sampling or Sampling.recommended(model.generation_config))
         request = Request(
             number,
-            with_seed(sampling or Sampling.recommended(model.generation_config)),
+            sampling,
             priority,
             ensemble=ensemble,
             output_processor=OutputProcessor(number, self.tokenizer, text, stop, stop_ids, limit),
@@ -237,6 +238,7 @@ class Scheduler:
             cache=cache,
             cached_ids=before,
             runs_alone=alone,
+            processors=self.limits.processors(sampling, text, stop_ids, limit),
         )
         with self._submitting:
             self._check_unused(request)
@@ -317,8 +319,10 @@ class Scheduler:
         if decoding := [r for r in self.running if self._decodes(r) and r not in first and not r.runs_alone]:
             outputs.append(self.batch.decode(decoding))
         outputs += self._advance_streams()
-        if self._ahead:
+        if self._ahead and not any(r.kinds.split for r in self._running if not r.runs_alone):
             outputs, self._pending = self._pending, outputs
+        else:  # processors on the host need the tokens so far before the next step
+            outputs, self._pending = self._pending + outputs, []
         for output in outputs:
             self._process_output(output)
         self._release_finished()
@@ -410,7 +414,7 @@ class Scheduler:
         self._running.append(request)  # first: an interrupt between the two must not lose it
         heapq.heappop(self._waiting)
         request.num_scheduled = len(new)
-        request.shared = any(sequence.num_computed_tokens for sequence in request.sequences)
+        request.num_cached_tokens = sum(sequence.num_computed_tokens for sequence in request.sequences)
         for sequence in request.sequences:
             self.prompt_tokens += sequence.num_tokens - sequence.num_computed_tokens
             if not request.runs_alone:
@@ -566,19 +570,22 @@ class Scheduler:
 
     def _process_output(self, output: PendingOutput) -> None:
         """Append sampled tokens; drop those of finished requests."""
-        for request, token, logprob, finite in output.tokens():
-            if not finite:
+        for request, sampled in output.tokens():
+            if not sampled.finite:
                 if not request.runs_alone:
                     self.forget()  # keys and values may hold NaN, too
-                if request.shared and not request.finished:
+                if request.num_cached_tokens and not request.finished:
                     self._restart_isolated(request)
                     continue
                 if not request.finished:
                     where = [(request.number, len(request.steps) + 1)]
                     request.error = NonFiniteLogitsError(where, self.model.dtype)
                     self._end(request, "error")
+            elif sampled.error is not None and not request.finished:
+                request.error = sampled.error
+                self._end(request, "error")
             if not request.finished:
-                request.add(token, logprob)
+                request.add(sampled.token, sampled.logprob, sampled.top_logprobs)
                 self.new_tokens += 1
                 self._deliver(request)
 

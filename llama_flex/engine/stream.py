@@ -12,7 +12,7 @@ from ..cache import Cache
 from ..interp.hook_points import Captured
 from ..tokens import Tokens
 from .ahead import CompileAhead
-from .batch import Batch, PendingOutput, kinds_of
+from .batch import Batch, PendingOutput
 from .model_runner import LastRun, ModelRunner, RecordedSteps
 from .paged_cache import PagedRows, RowCache
 from .prefill import newest_outputs, prefill
@@ -23,7 +23,8 @@ class Stream(Batch):
     """Requests with the same masks, captures, edits and cache, in which each of their sequences has a row.
 
     ahead: whether a step's tokens may be read after the next one is enqueued. A caller's cache must not run ahead: when
-    a token is read, it holds the tokens before that one. Captures may be copied to the host, which waits anyway.
+    a token is read, it holds the tokens before that one. Captures may be copied to the host, which waits anyway, and
+    processors on the host need the token before.
     """
 
     def __init__(self, runner: ModelRunner, requests: Sequence[Request], cache: RowCache) -> None:
@@ -36,8 +37,9 @@ class Stream(Batch):
         contiguous = isinstance(cache, Cache)  # pages are gathered, all that a sequence may have
         super().__init__(runner.for_prompts(self.plan, tokens, self.probes) if contiguous else runner, len(rows))
         self.requests, self.rows, self.cache = requests, dict(enumerate(rows)), cache
-        self.ahead = self.model.device.type == "cuda" and first.cache is None and not self.captures
-        self.kinds = kinds_of(requests)
+        self.kinds = self.kinds_of(requests)
+        may_wait = first.cache is not None or self.captures or self.kinds.split
+        self.ahead = self.model.device.type == "cuda" and not may_wait
         for row, (request, sequence) in self.rows.items():
             sequence.batch_slot = row
             self.assign_batch_slot(request, sequence)
@@ -82,12 +84,13 @@ class Stream(Batch):
         if left := first.steps_left(shape):
             new = max(request.output_processor.limit - request.num_scheduled for request in self.requests)
             if new > left and shape not in first.compiling and isinstance(cache, Cache) and cache.window is None:
-                ahead = CompileAhead(self._decoding, self.plan, cache, self.kinds, penalised=self._seen is not None)
+                ahead = CompileAhead(self._decoding, self.plan, cache, self.kinds)
                 first.compiling[shape] = ahead.finish
             first.steps[shape] += 1
             return
         first.compiling.get(shape, lambda: None)()
-        self.runner, self.recorded = self._decoding, RecordedSteps(self._decoding)
+        self.runner = self._decoding
+        self.recorded, self._draws = RecordedSteps(self.runner), RecordedSteps(self.runner)
 
     def _pieces(self) -> list[list[np.ndarray]]:
         """Return the tokens of each row that are not computed yet, in pieces that are prefilled one after the other.
@@ -109,7 +112,7 @@ class Stream(Batch):
         if not (sampled := self._fill_rows()):
             return None
         self._sample(x, self._buffers, self.kinds)
-        return self._sampled(self._buffers, sampled)
+        return self._sampled(self._buffers, sampled, self.kinds, replays=self.runner.replays(self.plan, self.probes))
 
     def _next(self) -> PendingOutput | None:
         """Compute one more token for each request that continues."""
@@ -132,7 +135,7 @@ class Stream(Batch):
         for request, _ in sampled:
             for sequence in request.sequences:
                 sequence.num_computed_tokens += 1
-        return self._sampled(self._buffers, sampled)
+        return self._sampled(self._buffers, sampled, self.kinds, replays=replays)
 
     def _key(self) -> tuple[Hashable, ...]:
         """Return a key of what recorded decode steps depend on: uncompiled ones look at the slots in use only."""

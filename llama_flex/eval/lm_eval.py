@@ -31,10 +31,10 @@ except ModuleNotFoundError as error:
 from ..checkpoint.files import one_line
 from ..checkpoint.generation_config import GenerationConfig
 from ..engine.engine import Engine
+from ..logits.parameters import Sampling
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
 from ..model import Llama
-from ..sampling import Sampling
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
 from .scoring import score

@@ -50,9 +50,9 @@ from ..engine.engine import Engine
 from ..engine.graphs import Graphs
 from ..interp.capture import Capture
 from ..layers import RMSNorm
+from ..logits.parameters import Sampling
 from ..masks.mask import Mask
 from ..model import Llama
-from ..sampling import Sampling
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
 from .check_mask import Parser

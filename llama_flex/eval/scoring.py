@@ -19,10 +19,11 @@ from ..engine.prefill import prefill
 from ..engine.request import tokens_of
 from ..engine.transfer import pad_rows
 from ..interp.edits import Edit
+from ..logits.parameters import Sampling, stack
 from ..masks.mask import Mask
 from ..masks.scores import ScoreMod
 from ..model import Llama
-from ..sampling import Sampling, filter_logits, logprob_of, stack
+from ..sampling import filter_logits, logprob_of
 from ..usercode.arguments import check_options, whole_number
 
 _LOGITS = 2**26  # elements in memory at once

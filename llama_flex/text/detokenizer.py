@@ -147,6 +147,16 @@ def _bytes_of(piece: str) -> bytes:
         return piece.encode("utf-8")
 
 
+def bytes_of_piece(piece: str, decoding: Decoding) -> bytes:
+    """Return the bytes that a piece adds to a text that has begun."""
+    if decoding.byte_level:
+        return _bytes_of(piece)
+    for old, new in decoding.replacements:
+        piece = piece.replace(old, new)
+    match = _BYTE_PIECE.fullmatch(piece) if decoding.byte_fallback else None
+    return bytes([int(match[1], 16)]) if match else piece.encode()
+
+
 def _text_of_run(run: bytearray) -> str:
     """Decode byte pieces as `tokenizers` does: a run that is not UTF-8 throughout becomes one U+FFFD per byte."""
     try:

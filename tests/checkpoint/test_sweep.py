@@ -4,6 +4,7 @@ For every file that transformers loads, logits and filtered scores are the same 
 a warning names what is ignored. `SWEEP_EXAMPLES=2000 python -m pytest tests/checkpoint/test_sweep.py` tries more files.
 """
 
+import dataclasses
 import json
 import os
 import warnings
@@ -19,7 +20,9 @@ from hypothesis import strategies as st
 
 from llama_flex import Engine, GenerationConfig, Llama, LlamaConfig, Sampling
 from llama_flex.checkpoint.architectures import ARCHITECTURES
-from llama_flex.sampling import filter_logits, stack
+from llama_flex.logits.parameters import stack
+from llama_flex.logits.processors import RequestProcessors, unpack_bits
+from llama_flex.sampling import filter_logits
 
 # How many files are drawn: some in every run, many in exhaustive ones, the same each time unless a number is given.
 GIVEN = os.environ.get("SWEEP_EXAMPLES")
@@ -325,6 +328,18 @@ def test_a_generation_config_filters_as_in_transformers_or_warns(examples):
     sweep(examples, *strategies)(check_generation_config)()
 
 
+def filtered(logits: torch.Tensor, ids: torch.Tensor, s: Sampling, stop_ids: tuple[int, ...]) -> torch.Tensor:
+    """Filter the logits `[1, V]` of a first new token after ids `[1, T]`, with the parameters that engines add, too."""
+    plain = dataclasses.replace(s, no_repeat_ngram_size=0, min_new_tokens=0, banned_tokens=())
+    forbidden = torch.zeros(1, VOCAB, dtype=torch.bool)
+    forbidden[:, [*s.banned_tokens, *(stop_ids if s.min_new_tokens else ())]] = True
+    if s.no_repeat_ngram_size:
+        bits = RequestProcessors(ids[0].tolist(), VOCAB, ngram_size=s.no_repeat_ngram_size).allowed([])
+        forbidden |= ~unpack_bits(torch.from_numpy(bits[None]))[:, :VOCAB]
+    seen = torch.zeros(1, VOCAB, dtype=torch.bool).scatter(1, ids, True)
+    return filter_logits(logits, stack([plain], torch.device("cpu"))._replace(forbidden=forbidden), seen)
+
+
 def check_generation_config(raw: dict, seed: int, dtype: torch.dtype) -> None:
     """Check that scores are filtered as by transformers, unless a warning says that a setting is ignored."""
     draws = torch.Generator().manual_seed(seed)
@@ -339,8 +354,7 @@ def check_generation_config(raw: dict, seed: int, dtype: torch.dtype) -> None:
             config = GenerationConfig.from_pretrained(folder)
     assert config.to_dict() == raw
     sampling = Sampling.recommended(config)
-    seen = torch.zeros(1, VOCAB, dtype=torch.bool).scatter(1, ids, True)
-    ours = filter_logits(logits, stack([sampling], torch.device("cpu")), seen)
+    ours = filtered(logits, ids, sampling, config.eos_token_ids or (TINY.config.eos_token_id,))
     if expected is None or any("not supported and ignored" in str(warning.message) for warning in caught):
         return
     assert torch.equal(ours.isinf(), expected.isinf())

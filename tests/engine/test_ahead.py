@@ -51,7 +51,14 @@ def tokens(engine, new, prompts=PROMPTS, **options):
     return [done.tokens for done in engine.generate(prompts, max_new_tokens=new, stop_token_ids=(), **options)]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), RANDOM], ids=["greedy", "random"])
+SPLIT = Sampling(processors=[lambda ids, logits: logits.roll(len(ids))], frequency_penalty=1.0, top_logprobs=2)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), RANDOM, pytest.param(SPLIT, marks=pytest.mark.exhaustive)],
+    ids=["greedy", "random", "split"],
+)
 def test_compiled_steps_take_over_between_two_tokens(tiny_pair, steps, sampling):
     model = tiny_pair("gqa")[1]
     engine, dense = Engine(model, compile="auto"), Engine(model, backend="dense")

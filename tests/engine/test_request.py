@@ -102,10 +102,10 @@ def test_a_cancel_from_another_thread_while_a_token_is_taken_in_stays(dense):
         request = engine.submit(random_ids(9), **NEW)
         put = request.output_processor.put
 
-        def cancelled_meanwhile(token, logprob, engine=engine, request=request, put=put, last=last):
+        def cancelled_meanwhile(token, logprob, *more, engine=engine, request=request, put=put, last=last):
             if request.output_processor.count == (5 if last else 2):
                 engine.cancel(request)
-            return put(token, logprob)
+            return put(token, logprob, *more)
 
         request.output_processor.put = cancelled_meanwhile
         ended = []

@@ -28,6 +28,7 @@ def test_a_prefix_of_requests_that_come_together_is_computed_once(dense, prefill
     engine.run()
     assert [tokens_of(r) for r in requests] == [case.expected for case in cases]
     assert Counter(start for _, start in prefilled) == {0: 1, 64: 1, 128: 1, 192: 1, 256: 6}
+    assert [r.num_cached_tokens for r in requests] == [0, *[256] * 5]
 
 
 def test_samples_of_one_prompt_share_its_pages_and_have_seeds_of_their_own(dense, prefilled):

@@ -16,7 +16,8 @@ from scoring_helpers import reference_logprobs
 
 from llama_flex import Engine, Sampling, Score, Tokenizer, choose, edits, masks, score, score_text
 from llama_flex.engine.model_runner import ModelRunner
-from llama_flex.sampling import filter_logits, stack
+from llama_flex.logits.parameters import stack
+from llama_flex.sampling import filter_logits
 
 
 @pytest.fixture(scope="module")

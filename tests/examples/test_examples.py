@@ -1,6 +1,5 @@
 """The examples of examples/ do what their docstrings say, with the demo weights."""
 
-import asyncio
 import importlib.util
 import io
 import json
@@ -27,60 +26,6 @@ def load_example(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-async def post(app, body: dict) -> tuple[int, str]:
-    """Ask an ASGI application as a server does; return the status and the body of its answer."""
-    sent, given = [], [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-    async def receive():
-        if given:
-            return given.pop()
-        return await asyncio.Future()  # the client stays
-
-    async def send(message):
-        sent.append(message)
-
-    path = "/v1/completions"
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
-    scope |= {"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": []}
-    await app(scope, receive, send)
-    return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]).decode()
-
-
-@pytest.mark.exhaustive
-def test_the_server_completes_many_prompts_at_a_time(monkeypatch):
-    pytest.importorskip("starlette")
-    monkeypatch.setenv("EAGER", "1")
-    app = load_example("serve").app
-    prompts = ["The capital of France is", "Water boils at", "One, two, three,"]
-    common = {"max_tokens": 6, "temperature": 0}
-
-    async def ask():
-        bodies = [common | {"prompt": p, "stream": n == 1} for n, p in enumerate(prompts)]
-        bodies += [common | {"prompt": prompts[2], "stop": ","}]
-        ids = Tokenizer.from_pretrained(DEMO).encode(prompts[0])
-        bodies += [common | {"prompt": ids, "n": 1, "seed": None, "logprobs": None, "echo": False, "user": "me"}]
-        bodies += [{"prompt": ""}, common, [1], "x", None, common | {"prompt": "x", "max_tokens": 10**6}]
-        wrong = {"temperature": "3", "top_p": [1], "max_tokens": "3", "seed": 0.5, "stop": 5, "n": 2, "logprobs": 3}
-        bodies += [{"prompt": "x", name: value} for name, value in wrong.items()]
-        bodies += [{"prompt": prompt} for prompt in (5, ["x"], [10**6], {})] + [{"prompt": "x", "stop": [5]}]
-        return await asyncio.gather(*(post(app, body) for body in bodies))
-
-    whole, streamed, counted, stopped, of_ids, *refused = asyncio.run(ask())
-    engine = Engine(Llama.from_pretrained(DEMO), Tokenizer.from_pretrained(DEMO))
-    expected = [engine.generate([engine.tokenizer.encode(p)], max_new_tokens=6)[0].text for p in prompts]
-    events = [line.removeprefix("data: ") for line in streamed[1].split("\n\n") if line]
-    assert events.pop() == "[DONE]"
-    choices = [json.loads(event)["choices"][0] for event in events]
-    assert "".join(choice["text"] for choice in choices) == expected[1]
-    assert choices[-1]["finish_reason"] == "length"
-    answers = [json.loads(body)["choices"][0] for _, body in (whole, counted, stopped, of_ids)]
-    texts = [expected[0], expected[2], expected[2].partition(",")[0], expected[0]]
-    assert [answer["text"] for answer in answers] == texts
-    assert answers[2]["finish_reason"] == "stop"
-    assert [status for status, _ in refused] == [400] * 18
-    assert all(json.loads(body)["error"]["message"] for _, body in refused)
 
 
 @pytest.mark.exhaustive
