@@ -88,6 +88,8 @@ def score(
             "this model attends in both directions (is_causal is false), so every token is visible when it is "
             "predicted; give a causal mask, such as masks.causal()"
         )
+    if sampling is not None:
+        stack([sampling], model.device)  # refuses what only engines honour, before any work
     texts = [token_ids(text) for text in continuations]
     batch_size = whole_number("batch_size", batch_size, least=1)
     engine.limits.check_ids("the prefix", start)

@@ -15,7 +15,8 @@ import numpy as np
 class Grammar:
     """The form of a text: a JSON schema, a regular expression or a Lark grammar. It needs llguidance.
 
-    The text begins after the prompt, as its tokens spell it. It may end, by a stop token, wherever the grammar may.
+    The text begins after the prompt, as its tokens spell it. It may end, by a stop token, wherever the grammar may; one
+    that reaches max_new_tokens is cut.
     """
 
     text: str  # as llguidance takes it
