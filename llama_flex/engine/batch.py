@@ -120,14 +120,15 @@ class Batch:
         torch.index_select(self._newest, 0, ints[_INTS.index("batch_slot")], out=buffers.ids[:, 0])
         return buffers.ids, ints[_INTS.index("position")][:, None], ints[_INTS.index("segment")][:, None]
 
-    def _sample(self, x: Tensor, buffers: StepBuffers, kinds: Kinds) -> None:
-        """Sample the next token of each row from the last layer's output `[R, 1, E]`, or packed if "last" is given."""
+    def _sample(self, x: Tensor, buffers: StepBuffers, kinds: Kinds, adapters: Tensor | None = None) -> None:
+        """Sample the next token of each row from the last layer's output `[R, 1, E]`, or packed if "last" is given.
+        adapters: see `Llama.step`."""
         given = buffers.inputs.on_device
         ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
         reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
         state = _State(**ints, **reals, last=given.get("last"), newest=self._newest, seen=self._seen)
-        run = self.runner.run_for("sample", x.shape, len(buffers.ids), self.batch_slots, kinds)
-        run("sample_next", _sample_next, self.model, x, state, buffers.result, kinds)
+        run = self.runner.run_for("sample", x.shape, len(buffers.ids), self.batch_slots, kinds, adapters is not None)
+        run("sample_next", _sample_next, self.model, x, state, buffers.result, kinds, adapters)
 
     def _sampled(self, buffers: StepBuffers, rows: list[tuple[Request, int]]) -> PendingOutput:
         """Count the tokens that a step has sampled, and return them."""
@@ -180,7 +181,9 @@ class _State(NamedTuple):
     seen: Tensor | None  # [N + 1, V]
 
 
-def _sample_next(model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kinds) -> None:
+def _sample_next(
+    model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kinds, adapters: Tensor | None = None
+) -> None:
     """Sample the next token of each row, and update the newest tokens and those seen."""
     random, cut, least, penalty, several = kinds
     parameters = SamplingTensors(
@@ -192,7 +195,7 @@ def _sample_next(model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kind
         s.seed if random else None,
     )
     x = x if s.last is None else x[0, s.last, None]
-    logits = model.head(x)[:, 0].float()
+    logits = model.head(x, adapters)[:, 0].float()
     finite = all_finite(logits).double()
     if several:
         finite = torch.ones_like(finite).scatter_reduce(0, s.leader, finite, "amin")

@@ -36,6 +36,7 @@ class Stream(Batch):
         contiguous = isinstance(cache, Cache)  # pages are gathered, all that a sequence may have
         super().__init__(runner.for_prompts(self.plan, tokens, self.probes) if contiguous else runner, len(rows))
         self.requests, self.rows, self.cache = requests, dict(enumerate(rows)), cache
+        self.adapters = runner.model.adapters.numbers_of(request.adapter for request, _ in rows)
         self.ahead = self.model.device.type == "cuda" and first.cache is None and not self.captures
         self.kinds = kinds_of(requests)
         for row, (request, sequence) in self.rows.items():
@@ -63,7 +64,7 @@ class Stream(Batch):
         made_for = self.model.device, self.model.dtype
         self._decoding.last = LastRun(self.plan, _tokens_of(self.cache), self.cache.layers[0].kv_dtype)
         for n, left in enumerate(pieces := self._pieces(), start=1):
-            chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures)
+            chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures, self.adapters)
             for x in newest_outputs(left, chunks):
                 yield None if x is None or n < len(pieces) else self._first(x)
         while any(map(_continues, self.requests)):
@@ -71,6 +72,8 @@ class Stream(Batch):
             if now != made_for:
                 was, is_ = (f"{dtype} on {device}" for device, dtype in (made_for, now))
                 raise ValueError(f"the model changed from {was} to {is_} during a stream; start a new stream")
+            for request in self.requests:
+                self.model.adapters.check(request.adapter)
             if self.runner is not self._decoding:
                 self._count_uncompiled()
             yield self._next()
@@ -78,11 +81,13 @@ class Stream(Batch):
     def _count_uncompiled(self) -> None:
         """Count an uncompiled step; compile ahead if a text may go beyond the last one, and after that take over."""
         first, cache = self.runner, self.cache
-        shape = len(self.rows), cache.max_length, cache.layers[0].kv_dtype, self.plan.structure, self.kinds
+        shape: tuple[Hashable, ...] = len(self.rows), cache.max_length, cache.layers[0].kv_dtype, self.plan.structure
+        shape += self.kinds, self.adapters is None
         if left := first.steps_left(shape):
             new = max(request.output_processor.limit - request.num_scheduled for request in self.requests)
             if new > left and shape not in first.compiling and isinstance(cache, Cache) and cache.window is None:
-                ahead = CompileAhead(self._decoding, self.plan, cache, self.kinds, penalised=self._seen is not None)
+                penalised = self._seen is not None
+                ahead = CompileAhead(self._decoding, self.plan, cache, self.kinds, penalised, self.adapters)
                 first.compiling[shape] = ahead.finish
             first.steps[shape] += 1
             return
@@ -108,7 +113,7 @@ class Stream(Batch):
             sequence.num_computed_tokens = sequence.num_tokens
         if not (sampled := self._fill_rows()):
             return None
-        self._sample(x, self._buffers, self.kinds)
+        self._sample(x, self._buffers, self.kinds, self.adapters)
         return self._sampled(self._buffers, sampled)
 
     def _next(self) -> PendingOutput | None:
@@ -119,8 +124,9 @@ class Stream(Batch):
         ids, positions, segments = self._newest_tokens(self._buffers)
 
         def step() -> Captured | None:
-            x, captured = self.runner.step(ids, count, positions, segments, self.plan, self.cache, self.probes)
-            self._sample(x, self._buffers, self.kinds)
+            given = ids, count, positions, segments, self.plan, self.cache, self.probes, self.adapters
+            x, captured = self.runner.step(*given)
+            self._sample(x, self._buffers, self.kinds, self.adapters)
             return captured
 
         with self.cache.appending(1):
