@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import hub
+from ..checkpoint.shards import CheckpointError
 from ..kernels.lora import LoRA, Update, lora_in
 from ..kernels.modules import MatrixModule, matrix_of
 from ..weights import named_weights
@@ -91,19 +92,19 @@ class Adapters:
         """
         self._model.check_device()
         folder = hub.resolve(path_or_repo, files.FILES, revision=revision, token=token)
-        name = self._new_name(folder.resolve().name if name is None else name)
+        name = self._new_name(Path(path_or_repo).resolve().name if name is None else name)
         config = AdapterConfig.read(folder)
         weights = named_weights(self._model, self._model.config)
         updates, saved = files.read(folder, config, self._matrices(), weights)
         tied = self._model.config.tie_word_embeddings
         for key in saved:
             if tied and key.rpartition(".")[0] == EMBEDDING:
-                raise ValueError(
+                raise CheckpointError(
                     f"{folder}: replaces the embedding (modules_to_save), which is this model's output matrix too; "
                     "merge it with peft, and save a model whose config.json sets tie_word_embeddings to false"
                 )
             if weights[key].dtype != self._model.dtype:
-                raise ValueError(f"{folder}: replaces {key} (modules_to_save), which is quantised; load floats instead")
+                raise CheckpointError(f"{folder}: replaces {key} (modules_to_save), which is quantised; load floats")
         self._add(Adapter(name, next(_numbers), config, {key: x.to(weights[key]) for key, x in saved.items()}), updates)
         return name
 

@@ -47,6 +47,8 @@ class Session:
         self.tokenizer = Tokenizer.from_pretrained(folder)
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model = Llama.from_pretrained(folder, device=args.device, dtype=dtype, quantize=args.quantize)
+        if args.adapter is not None:
+            model.adapters.activate(model.adapters.load(args.adapter))
         self.engine = Engine(model, self.tokenizer, kv_dtype=args.kv_dtype)
         self.statistics = Statistics(self.engine, time.perf_counter() - started)
         self.sampling = Sampling.recommended(model.generation_config, **asked)

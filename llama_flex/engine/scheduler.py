@@ -311,7 +311,7 @@ class Scheduler:
             heapq.heappush(self._waiting, self._inbox[0])
             self._inbox.popleft()
         self._check_weights()
-        for request in self._running:
+        for request in [r for r in self._running if r.adapter is not None]:
             self._has_adapter(request)
         self._release_finished()
         self._allocate_or_preempt()

@@ -72,7 +72,7 @@ class Stream(Batch):
             if now != made_for:
                 was, is_ = (f"{dtype} on {device}" for device, dtype in (made_for, now))
                 raise ValueError(f"the model changed from {was} to {is_} during a stream; start a new stream")
-            for request in self.requests:
+            for request in self.requests if self.adapters is not None else ():
                 self.model.adapters.check(request.adapter)
             if self.runner is not self._decoding:
                 self._count_uncompiled()
