@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..checkpoint.config_rules import ConfigError, read_json
+from ..checkpoint.config_rules import ConfigError, read_json, simple_pattern
 
 CONFIG, ALL_LINEAR = "adapter_config.json", "all-linear"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -38,26 +38,59 @@ _READ = (
     *("modules_to_save", "layers_to_transform", "layers_pattern"),
 )
 _NAME = re.compile(r"\w+(\.\w+)*")
-_MOST = 20_000  # entries of a list or pattern
+_MOST, _MOST_EXPRESSIONS = 20_000, 8  # entries of a list or pattern
+
+
+class Pattern(NamedTuple):
+    """Values by modules. named: the place in order and the value of names and ends of names, "^" before a whole name.
+    expressions: those of regular expressions."""
+
+    named: dict[str, tuple[int, Any]]
+    expressions: list[tuple[re.Pattern[str], tuple[int, Any]]]
+
+    @staticmethod
+    def of(where: str, what: str, pattern: Any, read: Callable[[str, str, Any], Any]) -> Pattern:
+        """Return the pattern of an object, its values read by a function. Raises ConfigError."""
+        if not isinstance(pattern, Mapping) or len(pattern) > _MOST:
+            raise ConfigError(f"{where}: {what} must be an object of names, found {pattern!r:.200}")
+        found = Pattern({}, [])
+        for n, (key, value) in enumerate(pattern.items()):
+            entry = n, read(where, what, value)
+            name = key.removesuffix("$").replace("\\.", ".")
+            if _NAME.fullmatch(name.removeprefix("^")):
+                found.named.setdefault(name, entry)
+            else:
+                simple_pattern(f"{where}: {what}", key)
+                found.expressions.append((re.compile(rf"(.*\.)?({key})$"), entry))
+        if len(found.expressions) > _MOST_EXPRESSIONS:
+            raise ConfigError(
+                f"{where}: {what} has more than {_MOST_EXPRESSIONS} regular expressions; name the modules"
+            )
+        return found
+
+    def value_of(self, name: str, default: Any) -> Any:
+        """Return the value of the first key that fits a module's name, as PEFT does."""
+        entries = [self.named[key] for key in (f"^{name}", *_ends(name)) if key in self.named]
+        entries += [entry for expression, entry in self.expressions if expression.match(name)]
+        return min(entries, key=lambda entry: entry[0])[1] if entries else default
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """An `adapter_config.json` that says what this package computes.
 
-    raw: the whole object. rank, alpha: of all modules without a pattern, whose keys are names or ends of names ("^"
-    before a whole one). rslora: scale by alpha / sqrt(rank), not alpha / rank. targets: the names or ends of names of
-    the adapted modules; None: those in the file, as a regular expression of a stranger is not run. excluded: those
-    left out of `targets`. saved: ends of names of the modules that are replaced as a whole. layers: those adapted,
-    None for all.
+    raw: the whole object. rank, alpha: of all modules for which there is no pattern. rslora: scale by
+    alpha / sqrt(rank), not alpha / rank. targets: the names or ends of names of the adapted modules; None: those in the
+    file, as a regular expression of a stranger is not run. excluded: those left out of `targets`, None likewise. saved:
+    ends of names of the modules that are replaced as a whole. layers: those adapted, None for all.
     """
 
     raw: Mapping[str, Any]
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Pattern
+    alpha_pattern: Pattern
     targets: frozenset[str] | None
     excluded: frozenset[str] | None
     saved: tuple[str, ...]
@@ -103,8 +136,8 @@ class AdapterConfig:
             _rank(where, "r", raw.get("r", 8)),
             _alpha(where, "lora_alpha", raw.get("lora_alpha", 8)),
             _one_of(where, "use_rslora", raw.get("use_rslora") or False, (True, False)),
-            {key: _rank(where, "rank_pattern", value) for key, value in _pattern(where, raw, "rank_pattern")},
-            {key: _alpha(where, "alpha_pattern", value) for key, value in _pattern(where, raw, "alpha_pattern")},
+            Pattern.of(where, "rank_pattern", raw.get("rank_pattern") or {}, _rank),
+            Pattern.of(where, "alpha_pattern", raw.get("alpha_pattern") or {}, _alpha),
             names,
             left_out,
             tuple(saved),
@@ -134,11 +167,11 @@ class AdapterConfig:
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a module's update."""
-        return _found(self.rank_pattern, name, self.rank)
+        return self.rank_pattern.value_of(name, self.rank)
 
     def scale_of(self, name: str) -> float:
         """Return the factor of a module's update."""
-        rank, alpha = self.rank_of(name), _found(self.alpha_pattern, name, self.alpha)
+        rank, alpha = self.rank_of(name), self.alpha_pattern.value_of(name, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -146,27 +179,6 @@ def _ends(name: str) -> Iterator[str]:
     """Yield a name, and what follows each of its dots."""
     parts = name.split(".")
     return (".".join(parts[n:]) for n in range(len(parts)))
-
-
-def _found(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """Return the value of the pattern's first key that fits a name, as PEFT does."""
-    keys = {f"^{name}", *_ends(name)}.intersection(pattern)
-    return pattern[keys.pop()] if len(keys) == 1 else next((pattern[key] for key in pattern if key in keys), default)
-
-
-def _pattern(where: str, raw: Mapping[str, Any], what: str) -> Iterable[tuple[str, Any]]:
-    """Return the entries of a pattern, their keys as ends of names. PEFT takes keys as regular expressions, for which
-    no stranger's are run; raises ConfigError for one that is more than a name."""
-    pattern = raw.get(what) or {}
-    if not isinstance(pattern, Mapping) or len(pattern) > _MOST:
-        raise ConfigError(f"{where}: {what} must be an object of names, found {pattern!r:.200}")
-    entries = dict[str, Any]()
-    for key, value in pattern.items():
-        name = re.sub(r"^\^?\.\*\\?\.", "", key.removesuffix("$")).replace("\\.", ".")
-        if not _NAME.fullmatch(name.removeprefix("^")):
-            raise ConfigError(f"{where}: {what}: {key!r:.200} is a regular expression; name the modules instead")
-        entries.setdefault(name, value)
-    return entries.items()
 
 
 def _is_same(value: Any, choice: Any) -> bool:

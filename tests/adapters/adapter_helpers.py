@@ -18,7 +18,11 @@ CONFIGS = {
     "patterns": {
         "target_modules": "all-linear",
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 5},
-        "alpha_pattern": {"down_proj": 1, "^model.layers.0.self_attn.k_proj": 32},
+        "alpha_pattern": {
+            r"layers\.[01]\.mlp\.(down|gate)_proj": 1,
+            "gate_proj": 50,
+            "^model.layers.0.self_attn.k_proj": 32,
+        },
     },
     "saved modules": {
         "target_modules": ["o_proj", "gate_proj"],

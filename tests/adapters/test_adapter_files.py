@@ -67,7 +67,7 @@ REFUSED = {
     "new_in_a_later_version": 3,
     "r": 0,
     "lora_alpha": "8",
-    "rank_pattern": {"(q|v)_proj": 2},
+    "rank_pattern": {"(q+)+_proj": 2},
     "alpha_pattern": {"q_proj": float("nan")},
     "target_modules": None,
     "exclude_modules": 5,
