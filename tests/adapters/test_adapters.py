@@ -1,6 +1,6 @@
 """Adapters compute what PEFT computes: unmerged and merged, over floats and quantised weights, and there and back.
 
-The budget of logits is twice the error of PEFT's own in float32, against float64.
+The budget of logits is 1.25 times the mean error of PEFT's own in float32, against float64.
 """
 
 import copy
@@ -11,6 +11,8 @@ import pytest
 import torch
 from adapter_helpers import CONFIGS, edit_config, edit_tensors, errors, peft_adapter, swap
 from helpers import few, random_batch
+from safetensors.torch import load_file
+from training_helpers import relative
 
 from llama_flex import Llama, edits
 from llama_flex.kernels.lora import lora_in
@@ -37,6 +39,10 @@ def without_gradients():
         yield
 
 
+def loras(model: Llama):
+    return filter(None, map(lora_in, model.modules()))
+
+
 @pytest.mark.parametrize("config", few(FIRST, [name for name in CONFIGS if name not in FIRST]))
 def test_logits_are_pefts_and_switching_off_leaves_no_trace(twins, tmp_path, config):
     reference, model = twins()
@@ -47,7 +53,7 @@ def test_logits_are_pefts_and_switching_off_leaves_no_trace(twins, tmp_path, con
     assert model(ids).equal(before)
     model.adapters.activate(name)
     found, own = errors(model, theirs, ids)
-    assert found <= 2 * own
+    assert found <= 1.25 * own
     model.adapters.activate(None)
     assert model(ids).equal(before)
     # The mutation: another scale.
@@ -63,8 +69,8 @@ def test_each_part_of_a_stacked_matrix_has_its_own_update(twins, tmp_path, shape
     theirs, ids = peft_adapter(reference, tmp_path, target_modules=list(pair)), random_batch(model, 20)
     model.adapters.activate(model.adapters.load(tmp_path, "theirs"))
     found, own = errors(model, theirs, ids)
-    assert found <= 2 * own
-    if shape != "tied" or pair[0] == "gate_proj":  # q and k have other shapes
+    assert found <= 1.25 * own
+    if shape == "mha" or pair[0] == "gate_proj":  # else q and k have other shapes
         edit_tensors(tmp_path, swap(*pair))
         model.adapters.activate(model.adapters.load(tmp_path, "swapped"))
         assert errors(model, theirs, ids)[0] > 100 * own
@@ -76,7 +82,7 @@ def test_a_vocabulary_that_is_tied_is_adapted_apart_and_never_merged(twins, tmp_
     theirs, ids = peft_adapter(reference, tmp_path, target_modules=[target, "q_proj"]), random_batch(model, 20)
     model.adapters.activate(name := model.adapters.load(tmp_path, "theirs"))
     found, own = errors(model, theirs, ids)
-    assert found <= 2 * own
+    assert found <= 1.25 * own
     with pytest.raises(ValueError, match="embedding and output matrix are one"):
         model.adapters.merge(name)
     assert errors(model, theirs, ids)[0] == found
@@ -101,10 +107,10 @@ def test_a_merged_adapter_computes_the_same_and_is_part_of_the_model(twins, tmp_
         model.save_pretrained(tmp_path / "b")
     model.adapters.merge(name)
     assert len(model.adapters) == 0
-    assert not any(map(lora_in, model.modules()))
+    assert not list(loras(model))
     found, own = errors(model, theirs, ids)
-    merged = (theirs.merge_and_unload()(ids).logits - model(ids)).abs().max().item()
-    assert max(found, merged) <= 4 * own
+    merged = (theirs.merge_and_unload()(ids).logits - model(ids)).abs().mean().item()
+    assert max(found, merged) <= 2 * own  # of two models that are rounded
     model.save_pretrained(tmp_path / "b")
     assert Llama.from_pretrained(tmp_path / "b", device="cpu")(ids).equal(model(ids))
 
@@ -125,12 +131,12 @@ def test_factors_are_float32_beside_bfloat16_as_in_peft(twins, tmp_path):
     assert lora_in(ours.layers[0].attention.qkv).down.dtype == torch.float32
     error, budget = ((each - exact).abs().mean().item() for each in (ours(ids), rounded(ids).logits))
     assert error <= budget * 1.05
-    for lora in filter(None, map(lora_in, ours.modules())):
+    for lora in loras(ours):
         lora.scale.fill_(0)
     assert (ours(ids) - exact).abs().mean().item() > 10 * budget
 
 
-@pytest.mark.parametrize("form", few(["int8"], ["int4", "int8-dynamic", "nf4"]))
+@pytest.mark.parametrize("form", few(["int8"], ["int4", "int8-dynamic"]))
 def test_updates_go_over_quantised_weights_which_are_never_merged(twins, tmp_path, form):
     reference, model = twins()
     reference.save_pretrained(tmp_path / "model")
@@ -188,7 +194,7 @@ def test_a_new_adapter_changes_nothing_until_it_is_trained(twins, tmp_path):
     model.adapters.save(name, tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path).eval()
     found, own = errors(model, theirs, ids)
-    assert found <= 2 * own
+    assert found <= 1.25 * own
     model.adapters.add("another")
     with pytest.raises(ValueError, match="adapters are trained alone; remove 'another' first"):
         model.adapters.train(name)
@@ -196,23 +202,34 @@ def test_a_new_adapter_changes_nothing_until_it_is_trained(twins, tmp_path):
 
 def test_gradients_of_an_adapter_are_pefts(twins, tmp_path):
     reference, model = twins()
-    theirs, ids = peft_adapter(reference, tmp_path, **CONFIGS["patterns"]).double(), random_batch(model, 30)
-    model.double()
+    theirs, ids = peft_adapter(reference, tmp_path, **CONFIGS["patterns"]), random_batch(model, 30)
+    each = {}
+    with torch.enable_grad():
+        for kind in ("eager", "sdpa"):
+            theirs.base_model.model.set_attn_implementation(kind)
+            theirs.zero_grad()
+            theirs(ids).logits.logsumexp(-1).mean().backward()
+            each[kind] = {name: p.grad.clone() for name, p in theirs.named_parameters() if p.grad is not None}
+        model.adapters.train(model.adapters.load(tmp_path, "theirs"))
+        model(ids, backend="dense").logsumexp(-1).mean().backward()
+    with_gradients = copy.deepcopy(model)
+    for lora, grads in zip(loras(with_gradients), loras(model), strict=True):
+        for parameter, other in zip(lora.parameters(), grads.parameters(), strict=True):
+            parameter.copy_(other.grad)
+    with_gradients.adapters.save("theirs", tmp_path / "gradients")
+    found = load_file(tmp_path / "gradients" / "adapter_model.safetensors")
+    expected, other = ({n.replace(".default", ""): x for n, x in each[kind].items()} for kind in ("eager", "sdpa"))
+    assert found.keys() == expected.keys()
+    budget = 2 * max(relative(other[key], expected[key]) for key in expected)
+    assert max(relative(found[key], expected[key]) for key in expected) <= budget
+    edit_config(tmp_path, lora_alpha=8.1)  # the mutation
+    model.adapters.remove("theirs")
     with torch.enable_grad():
         model.adapters.train(model.adapters.load(tmp_path, "theirs"))
         model(ids, backend="dense").logsumexp(-1).mean().backward()
-        theirs(ids).logits.logsumexp(-1).mean().backward()
-    grads = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    for n, block in enumerate(model.layers):
-        for path, stacked in {"attention.qkv": "qkv", "mlp.down": ("down",)}.items():
-            lora, home = lora_in(block.get_submodule(path)), "self_attn" if "qkv" in path else "mlp"
-            whole = torch.cat(
-                [grads[f"base_model.model.model.layers.{n}.{home}.{s}_proj.lora_A.default.weight"] for s in stacked]
-            )
-            assert (lora.down.grad - whole).abs().max() <= 1e-10 * whole.abs().max()
-            for part, s in enumerate(stacked):
-                up = grads[f"base_model.model.model.layers.{n}.{home}.{s}_proj.lora_B.default.weight"]
-                assert (lora.ups[part].grad.t() - up).abs().max() <= 1e-10 * up.abs().max()
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    part = next(loras(model)).down.grad[: len(expected[key])]
+    assert relative(part, expected[key]) > 100 * budget
 
 
 def test_several_are_switched_removed_and_copied_with_the_model(twins, tmp_path):
@@ -227,17 +244,17 @@ def test_several_are_switched_removed_and_copied_with_the_model(twins, tmp_path)
         for name in (first, second):
             model.adapters.activate(name)
             found, own = errors(model, each[name], ids)
-            assert found <= 2 * own, (first, second)
+            assert found <= 1.25 * own, (first, second)
     twin = copy.deepcopy(model)
     model.adapters.remove(second)
     assert model.adapters.active is None
     assert model(ids).equal(before)
     assert second not in model.adapters
     assert twin.adapters.active == second
-    assert errors(twin, each[second], ids)[0] <= 2 * own
-    twin.double().adapters.activate("q and v")  # scales are not rounded on the way
-    exact = copy.deepcopy(each["q and v"]).double()(ids).logits
-    assert (twin(ids) - exact).abs().max() < 1e-10
+    assert errors(twin, each[second], ids)[0] <= 1.25 * own
+    for before, after in zip(loras(model), loras(copy.deepcopy(model).bfloat16()), strict=True):
+        assert after.scale.equal(before.scale)
+        assert after.down.dtype == torch.bfloat16
     for name in names:
         if name in model.adapters:
             model.adapters.remove(name)
@@ -251,13 +268,13 @@ def test_edits_and_hooks_see_what_an_adapter_makes(twins, tmp_path):
     model.adapters.activate(model.adapters.load(tmp_path, "theirs"))
     found, own = errors(model, theirs, ids)
     edited = model(ids, edit=edits.scale("mlp_post", 1.0))
-    assert (edited - model(ids)).abs().max() <= 2 * own
+    assert (edited - model(ids)).abs().mean() <= 1.25 * own
     seen = []
     handle = model.layers[0].mlp.down.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert (model(ids) - edited).abs().max() <= 2 * own
+    assert (model(ids) - edited).abs().mean() <= 1.25 * own
     handle.remove()
     assert len(seen) == 1
-    assert found <= 2 * own
+    assert found <= 1.25 * own
 
 
 def test_names_are_checked(twins, tmp_path):

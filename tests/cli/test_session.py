@@ -42,7 +42,7 @@ def test_keys_and_values_in_8_bits(cli, engine):
 
 
 def test_an_adapter_of_one_prompt_of_several_and_in_a_conversation(cli, engine, tmp_path):
-    adapted = Engine(copy.deepcopy(engine.model), engine.tokenizer)
+    adapted = Engine(copy.deepcopy(engine.model), engine.tokenizer, backend="dense")
     adapted.model.adapters.add("mine", rank=2)
     for name, parameter in adapted.model.named_parameters():
         if ".adapter." in name:
