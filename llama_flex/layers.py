@@ -170,7 +170,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
-        if hook is identity and (y := run_blocks(x, [(self, metadata, kv)])) is not None:
+        if hook is identity and metadata.adapters is None and (y := run_blocks(x, [(self, metadata, kv)])) is not None:
             return y
         x = hook("resid_pre", x)
         x = hook("resid_mid", self.attention(x, metadata, kv, hook))
@@ -178,11 +178,10 @@ class Block(nn.Module):
 
 
 def run_blocks(x: Tensor, layers: Iterable[tuple[nn.Module, AttentionMetadata, KV | None]]) -> Tensor | None:
-    """Run layers in a single kernel, or return None: it is for few tokens of an uncompiled step on a CPU."""
+    """Run layers without adapters in a single kernel, or return None: for few tokens of an uncompiled step on a CPU."""
     given = []
     for block, metadata, kv in layers:
-        own = metadata.adapters is None and are_own(block, *block.children())
-        layer = cpu.Layer.of(block, metadata.newest, kv) if own else None
+        layer = cpu.Layer.of(block, metadata.newest, kv) if are_own(block, *block.children()) else None
         if layer is None or not are_own(*layer.norms, *layer.products):
             return None
         given.append(layer)

@@ -280,7 +280,7 @@ class Llama(nn.Module):
         captured = Captured(run("tokens", copy_tokens, metadata[0].q), {}) if probes else None
         kvs = [None] * len(self.layers) if cache is None else cache.layers
         layers = list(zip(self.layers, [metadata[variant] for variant in plan.of_layer], kvs, strict=True))
-        if not probes and (y := run_blocks(x, layers)) is not None:
+        if not probes and adapters is None and (y := run_blocks(x, layers)) is not None:
             return y, None
         for i, (block, each, kv) in enumerate(layers):
             name, args = f"block, variant {plan.of_layer[i]}", (x, each, kv)

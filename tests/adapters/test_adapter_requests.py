@@ -125,6 +125,7 @@ def test_the_active_adapter_is_that_of_all_that_name_none(loaded, alone):
     likely = score(engine, PROMPTS[0], [alone[0, "patterns"], alone[0, "__base__"]])
     assert likely[0].greedy.all()
     assert not likely[1].greedy.all()
+    assert f"{', '.join(NAMES)}, saved modules; active: patterns)" in engine.explain()
     model.adapters.activate("vocabulary")
     engine.run()
     assert tokens([request, fixed]) == [alone[0, "patterns"], alone[0, "__base__"]]
