@@ -51,7 +51,7 @@ def expected(loaded) -> list[list[int]]:
 
 @pytest.mark.parametrize("compile", [False, True, "auto"])
 def test_a_batch_with_an_adapter_each_gets_what_each_gets_alone(loaded, expected, compile):
-    """In streams, whose steps are CUDA graphs if compiled, and submitted, twice: the second time prefixes are shared."""
+    """In streams, whose compiled steps are CUDA graphs, and submitted twice: the second time prefixes are shared."""
     engine = Engine(loaded, backend="flex" if compile else "dense", compile=compile, max_slots=4096)
     assert [c.tokens for c in engine.generate(PROMPTS, adapter=ADAPTERS, **OPTIONS)] == expected
     turned = [*ADAPTERS[1:], ADAPTERS[0]]
