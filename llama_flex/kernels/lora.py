@@ -64,7 +64,8 @@ class LoRA(nn.Module):
         # Masked, not multiplied by 0: what another adapter makes of this token may be infinite.
         h = (h * self.scale).masked_fill(numbers[..., None] != self.owner, 0.0).to(self.down.dtype)
         each = zip(h.split(self.ranks, -1), self.ups, strict=True)
-        return (y + torch.cat([part @ up for part, up in each], -1)).to(y.dtype)
+        parts = [part @ up if len(up) else part.new_zeros(*part.shape[:-1], up.shape[1]) for part, up in each]
+        return (y + torch.cat(parts, -1)).to(y.dtype)
 
     @property
     def ups(self) -> list[Tensor]:

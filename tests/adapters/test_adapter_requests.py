@@ -8,7 +8,7 @@ import torch
 from adapter_helpers import CONFIGS, peft_adapter
 from helpers import few, random_ids
 
-from llama_flex import Capture, Engine, Llama, Sampling, edits, masks, score
+from llama_flex import Capture, Engine, Ensemble, Llama, Sampling, edits, fuse, masks, score
 from llama_flex.kernels.lora import LoRA, lora_in
 
 NAMES = ["q and v", "patterns", "vocabulary"]
@@ -189,7 +189,7 @@ def test_weights_that_are_replaced_as_a_whole_are_so_for_all_requests(loaded):
     assert "is no longer active" in str(request.error)
 
 
-@pytest.mark.parametrize("way", few(["mask", "capture"], ["edit", "rolling", "samples", "fp8"]))
+@pytest.mark.parametrize("way", few(["mask", "capture"], ["edit", "rolling", "samples", "fp8", "ensemble", "fused"]))
 def test_adapters_go_with_every_way_of_running(loaded, way):
     options, extra = {"adapter": "patterns"}, {}
     if way == "mask":
@@ -205,6 +205,10 @@ def test_adapters_go_with_every_way_of_running(loaded, way):
     for prompt in PROMPTS[2:4]:
         if way == "capture":
             options["capture"], without["capture"] = Capture("resid_post"), Capture("resid_post")
+        if way == "ensemble":
+            prompt = Ensemble([prompt, prompt[-3:]], "mean")
+        elif way == "fused":
+            prompt = fuse([prompt, prompt[-3:]], suffix=[9, 10])
         caches = [each.new_rolling_cache(1, 40, 2) for each in (loaded, active)] if way == "rolling" else [None] * 2
         if way == "samples":
             sampling = Sampling(temperature=1.0, seed=3)
