@@ -1,7 +1,8 @@
 """Finetuning: train on texts packed into one row, each seeing only itself, until the model knows them by heart.
 
 python -m examples.finetune --text one.txt --text two.txt --output weights/mine
-transformers can load the result. The backward of attention is FlexAttention's on a GPU, and the dense one on a CPU.
+transformers can load the result; with `--lora 8` an adapter of rank 8 is trained instead, which peft can load. The
+backward of attention is FlexAttention's on a GPU, and the dense one on a CPU.
 """
 
 import argparse
@@ -30,14 +31,17 @@ def packed(texts: list[list[int]], end: int) -> tuple[Tensor, Tensor, Tensor, Te
     return tuple(torch.tensor([list(chain(*rows))]) for rows in (ids, targets, positions, segments))
 
 
-def train(model: Llama, texts: list[list[int]], steps: int, lr: float, recompute: bool = False) -> list[float]:
-    """Overfit the texts; return the loss of every step."""
-    model.train().requires_grad_(True)
+def train(
+    model: Llama, texts: list[list[int]], steps: int, lr: float, recompute: bool = False, adapter: str | None = None
+) -> list[float]:
+    """Overfit the texts, with the whole model or an adapter of it; return the loss of every step."""
+    model.train().requires_grad_(adapter is None)
+    parameters = model.parameters() if adapter is None else model.adapters.train(adapter)
     cuda = model.device.type == "cuda"
     for block in model.layers if cuda else ():
         block.compile(dynamic=False)
     ids, targets, positions, segments = (x.to(model.device) for x in packed(texts, model.eos_token_ids[0]))
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True), []
+    optimizer, losses = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True), []
     for step in range(steps):
         logits = model(
             ids,
@@ -66,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="a new folder for the finetuned checkpoint")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, help="default 1e-4, for an adapter 2e-3")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA adapter of this rank, and save that")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass")
     args = parser.parse_args(arguments)
@@ -78,8 +83,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     texts = [path.read_text() for path in args.text] if args.text else RHYMES
     ids = [tokenizer.encode(text) for text in texts]
-    train(model, ids, args.steps, args.lr, args.recompute)
-    if args.output is not None:
+    adapter = None if args.lora is None else model.adapters.add("finetuned", rank=args.lora)
+    train(model, ids, args.steps, args.lr or (1e-4 if adapter is None else 2e-3), args.recompute, adapter)
+    if args.output is not None and adapter is not None:
+        model.adapters.save(adapter, args.output)
+    elif args.output is not None:
         model.save_pretrained(args.output)
         for file in args.model.glob("*token*"):
             shutil.copy(file, args.output)

@@ -31,7 +31,7 @@ class AttentionMetadata(NamedTuple):
     `[B, 1 or H, T, S]`. pages: the page table, None if slots are contiguous; the block lists of compiled steps then
     hold page numbers. packed: the packing of the queries, None if they come in rows. rotary: cosine and sine of the
     queries. slots: the cache slots for the queries' keys and values, `[B, T]` or packed. newest: the same for the
-    kernels of `kernels.cpu`, None if this step has no use for them.
+    kernels of `kernels.cpu`, None if this step has no use for them. adapters: see `layers.apply_linear`.
     """
 
     attention: LayerAttention
@@ -43,6 +43,7 @@ class AttentionMetadata(NamedTuple):
     rotary: Rotary | None = None
     slots: Tensor | None = None
     newest: cpu.Newest | None = None
+    adapters: Tensor | None = None
 
 
 def build_attention_metadata(
@@ -55,6 +56,7 @@ def build_attention_metadata(
     packed: PackedRows | None = None,
     rotary: Rotary | None = None,
     slots: Tensor | None = None,
+    adapters: Tensor | None = None,
 ) -> AttentionMetadata:
     """Build the metadata of one variant: block lists for backend "flex", booleans for "dense"."""
     mask = attention.mask
@@ -77,7 +79,7 @@ def build_attention_metadata(
         padding = (q.index < 0).all(1)[:, None, None]
         lists = lists._replace(kv_num_blocks=lists.kv_num_blocks.masked_fill(padding, 0))
         visible = list_pages(lists, pages)
-    return AttentionMetadata(attention, q, kv, visible, pages, packed, rotary, slots, newest)
+    return AttentionMetadata(attention, q, kv, visible, pages, packed, rotary, slots, newest, adapters)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -17,6 +17,7 @@ from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
 from .kernels.kv_cache import KV, keep
+from .kernels.lora import lora_of
 from .kernels.modules import MatrixModule, matrix_of
 from .kernels.weight import PARTS, Weight
 from .rope import apply_rotary_emb
@@ -78,18 +79,27 @@ class TiedLinear(Linear):
 
 
 def apply_linear(
-    module: nn.Module, x: Tensor, *, norm: nn.Module | None = None, residual: Tensor | None = None, gated: bool = False
+    module: nn.Module,
+    x: Tensor,
+    *,
+    norm: nn.Module | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    adapters: Tensor | None = None,
 ) -> Tensor:
     """Return residual + module(norm(x)), `[B, T, in]` -> `[B, T, out]`, in a single kernel where there is one.
 
     gated: apply SwiGLU (arXiv:2002.05202) to the halves of the product, silu(gate) * up, `[B, T, out / 2]`. Any module
     from `[B, T, in]` to `[B, T, out]` may take the place of a `Linear`; it is called, as is one with forward hooks.
+    adapters: the number of each token's adapter, broadcast to `[B, T]`; its update is added to the product.
     """
-    if isinstance(module, Linear) and (norm is None or isinstance(norm, RMSNorm)) and are_own(module, norm):
+    update = lora_of(module, adapters)
+    if update is None and isinstance(module, Linear) and isinstance(norm, RMSNorm | None) and are_own(module, norm):
         norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         if linear.can_fuse(x, module.matrix, module.bias, norm_weight, residual, gated):
             return linear.fused_linear(x, module.matrix, module.bias, norm_weight, eps, residual, gated)
-    y = module(x if norm is None else norm(x))
+    x = x if norm is None else norm(x)
+    y = module(x) if update is None else update(x, module(x), adapters)
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = nn.functional.silu(gate) * up if (z := cpu.swiglu(y)) is None else z
@@ -114,25 +124,25 @@ class Attention(nn.Module):
         norms = (RMSNorm(self.head_dim, config.rms_norm_eps) if config.architecture.qk_norm else None for _ in "qk")
         self.q_norm, self.k_norm = norms
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, adapters: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries `[B, T, H, D]`, keys and values, both `[B, T, K, D]`, before rotation."""
-        heads = apply_linear(self.qkv, x, norm=self.norm).unflatten(-1, (-1, self.head_dim))
+        heads = apply_linear(self.qkv, x, norm=self.norm, adapters=adapters).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         return q if self.q_norm is None else self.q_norm(q), k if self.k_norm is None else self.k_norm(k), v
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
         """Attend from x `[B, T, E]` to the cache slots, or to its own tokens if kv is None; add the result to x."""
         assert metadata.rotary is not None
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, adapters := metadata.adapters)
         if hook is identity and (z := cpu.attend_newest(q, k, v, metadata.newest, kv)) is not None:
-            return apply_linear(self.o, z, residual=x)
+            return apply_linear(self.o, z, residual=x, adapters=adapters)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         rotated = zip("qkv", (*(apply_rotary_emb(heads, *metadata.rotary) for heads in (q, k)), v), strict=True)
         q, k, v = (hook(name, heads.transpose(1, 2)).transpose(1, 2) for name, heads in rotated)
         kv = keep(self, kv, metadata.slots, k, v)  # [B, K, S, D]
         z = kv.scale_output(attend(kv.scale_queries(q), kv.k, kv.v, metadata))
         z = hook("z", z.transpose(1, 2))  # [B, T, H, D]
-        return apply_linear(self.o, z.flatten(2), residual=x)
+        return apply_linear(self.o, z.flatten(2), residual=x, adapters=adapters)
 
 
 class MLP(nn.Module):
@@ -145,10 +155,10 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.hidden_size, [self.size] * 2, config.mlp_bias)
         self.down = Linear(self.size, [config.hidden_size], config.mlp_bias)
 
-    def forward(self, x: Tensor, hook: Hook = identity) -> Tensor:
+    def forward(self, x: Tensor, hook: Hook = identity, adapters: Tensor | None = None) -> Tensor:
         """Return x `[B, T, E]` plus the MLP's output."""
-        hidden = hook("mlp_post", apply_linear(self.gate_up, x, norm=self.norm, gated=True))  # [B, T, F]
-        return apply_linear(self.down, hidden, residual=x)
+        hidden = apply_linear(self.gate_up, x, norm=self.norm, gated=True, adapters=adapters)
+        return apply_linear(self.down, hook("mlp_post", hidden), residual=x, adapters=adapters)  # hidden: [B, T, F]
 
 
 class Block(nn.Module):
@@ -160,15 +170,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata, kv: KV | None, hook: Hook = identity) -> Tensor:
-        if hook is identity and (y := run_blocks(x, [(self, metadata, kv)])) is not None:
+        if hook is identity and metadata.adapters is None and (y := run_blocks(x, [(self, metadata, kv)])) is not None:
             return y
         x = hook("resid_pre", x)
         x = hook("resid_mid", self.attention(x, metadata, kv, hook))
-        return hook("resid_post", self.mlp(x, hook))
+        return hook("resid_post", self.mlp(x, hook, metadata.adapters))
 
 
 def run_blocks(x: Tensor, layers: Iterable[tuple[nn.Module, AttentionMetadata, KV | None]]) -> Tensor | None:
-    """Run layers in a single kernel, or return None: it is for few tokens of an uncompiled step on a CPU."""
+    """Run layers without adapters in a single kernel, or return None: for few tokens of an uncompiled step on a CPU."""
     given = []
     for block, metadata, kv in layers:
         layer = cpu.Layer.of(block, metadata.newest, kv) if are_own(block, *block.children()) else None

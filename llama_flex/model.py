@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import weights
+from .adapters.adapters import Adapters
 from .attention import AttentionMetadata, Backend, build_attention_metadata
 from .cache import Cache
 from .checkpoint import hub, quantization, saving
@@ -54,6 +55,8 @@ def run_block(block: Block, *args: Any) -> Any:
 
 class Llama(nn.Module):
     """A model with fused parameters (q, k, v; gate, up); its output matrix is the embedding if tied."""
+
+    adapters = property(Adapters, doc="The LoRA adapters: load, switch, train, merge and save them.")
 
     def __init__(self, config: LlamaConfig, generation_config: GenerationConfig | None = None) -> None:
         super().__init__()
@@ -231,8 +234,9 @@ class Llama(nn.Module):
             self.check_cache(cache, b)
         order = None
         if attention_mask is not None:
-            given = input_ids, lengths, positions, segments
-            input_ids, lengths, positions, segments, order = real_tokens_first(attention_mask, *given, cache)
+            input_ids, lengths, positions, segments, order = real_tokens_first(
+                attention_mask, input_ids, lengths, positions, segments, cache
+            )
         lengths, positions, segments = (
             None if x is None else x.to(self.device) for x in (lengths, positions, segments)
         )
@@ -250,8 +254,9 @@ class Llama(nn.Module):
             if self.rotary.limit is not None and (longest := int(end.max())) > self.rotary.limit:
                 raise ValueError(f"the cache would hold {longest} tokens, but {self._rotates_cached_keys}; use none")
         with nullcontext() if cache is None else cache.appending(t):
-            run = run_checkpointed if recompute else run_eager
-            x, captured = self.step(input_ids, lengths, positions, segments, cache, plan, backend, run, probes)
+            run, active = run_checkpointed if recompute else run_eager, self._buffers.get("adapter")
+            given = input_ids, lengths, positions, segments, cache, plan, backend, run, probes, active
+            x, captured = self.step(*given)
             for each in captures:
                 assert captured is not None
                 each.add(captured, plan, cache)
@@ -259,7 +264,7 @@ class Llama(nn.Module):
                 x = last_tokens(x, lengths, logits_to_keep)
             elif order is not None:
                 x = in_order(x, order.argsort(1))
-            return self.head(x)
+            return self.head(x, active)
 
     def step(
         self,
@@ -272,19 +277,21 @@ class Llama(nn.Module):
         backend: Backend,
         run: Run = run_eager,
         probes: Mapping[int, Probe] | None = None,
+        adapters: Tensor | None = None,
     ) -> tuple[Tensor, Captured | None]:
         """Run the layers without checks and head; return the last one's output `[B, T, E]`, or packed, and captures.
 
         Its parts, `prepare_inputs` and each layer, are tensor operations only; `run` may compile them. What one kernel
         computes, layers of an uncompiled step on a CPU, needs no `run`. probes: by layer, see `probes.build_probes`.
+        adapters: each row's number, `[B, 1]` or `[1, 1]`; None for the bare model.
         """
         probes = probes or {}
-        given = input_ids, lengths, positions, segments, cache, plan.variants, backend, self.dims.num_heads
+        given = input_ids, lengths, positions, segments, cache, plan.variants, backend, self.dims.num_heads, adapters
         x, metadata = run("prepare_inputs", Llama.prepare_inputs, self, *given)
         captured = Captured(run("tokens", copy_tokens, metadata[0].q), {}, given_scales(self)) if probes else None
         kvs = [None] * len(self.layers) if cache is None else cache.layers
         layers = list(zip(self.layers, [metadata[variant] for variant in plan.of_layer], kvs, strict=True))
-        if not probes and (y := run_blocks(x, layers)) is not None:
+        if not probes and adapters is None and (y := run_blocks(x, layers)) is not None:
             return y, None
         for i, (block, each, kv) in enumerate(layers):
             name, args = f"block, variant {plan.of_layer[i]}", (x, each, kv)
@@ -305,6 +312,7 @@ class Llama(nn.Module):
         variants: tuple[LayerAttention, ...],
         backend: Backend,
         num_heads: int,
+        adapters: Tensor | None = None,
     ) -> tuple[Tensor, list[AttentionMetadata]]:
         """Embed the tokens, `[B, T, E]`, assign their cache slots, and build the attention metadata of each variant.
 
@@ -330,13 +338,14 @@ class Llama(nn.Module):
         queries = tokens
         if packed is not None and slots is not None:
             input_ids, slots, queries = packed.pack(input_ids), packed.pack(slots), Tokens(*map(packed.pack, tokens))
-        layout = pages, packed, self.rotary(queries), slots
+            adapters = None if adapters is None else packed.pack(adapters.expand(b, t))
+        layout = pages, packed, self.rotary(queries), slots, adapters
         metadata = [build_attention_metadata(v, tokens, kv, num_heads, backend, *layout) for v in variants]
-        return self.embed(input_ids), metadata
+        return apply_linear(self.embed, input_ids, adapters=adapters), metadata
 
-    def head(self, x: Tensor) -> Tensor:
-        """Return logits `[B, T, V]` of the last layer's output `[B, T, E]`."""
-        return apply_linear(self.lm_head, x, norm=self.norm)
+    def head(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """Return logits `[B, T, V]` of the last layer's output `[B, T, E]`. adapters: see `step`."""
+        return apply_linear(self.lm_head, x, norm=self.norm, adapters=adapters)
 
     def attention_plan(
         self,

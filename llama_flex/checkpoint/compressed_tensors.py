@@ -16,7 +16,6 @@ one of 4 bits, and one that is the output matrix too, transformers does not load
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from ..kernels.kv_cache import GIVEN
 from ..kernels.weight import PARTS, QUANTISED, Weight
-from .config_rules import ConfigError
+from .config_rules import ConfigError, simple_pattern
 from .quantization import INPUT, ORDER, SCALE, WIDE_AT_ONCE, ZERO, Format, Inputs, Quantization, numbers_of
 from .shards import EMBEDDING, HEAD, Stored
 from .stored import (
@@ -53,8 +52,7 @@ _MIXED = "mixed-precision"  # each group names its own
 _DENSE = "dense"  # of scales of keys and values alone
 _LAYERS, _HEAD = ["Linear"], ["re:.*lm_head"]  # the targets of groups
 _NUMBERS, _SHAPE, _GROUPS = "weight_packed", "weight_shape", "weight_g_idx"  # of a matrix, beside SCALE and ZERO
-# Of an ignore list: with more, a match could take minutes.
-_MOST_PATTERNS, _MOST_REPEATS, _MOST_CHOICES = 16, 3, 2
+_MOST_PATTERNS = 16  # of an ignore list
 
 _KEYS = {
     "quant_method": (METHOD,),
@@ -226,19 +224,9 @@ def _matcher(where: str, ignore: Any) -> Callable[[str], bool]:
     patterns = [entry.removeprefix("re:") for entry in ignore if entry.startswith("re:")]
     if len(patterns) > _MOST_PATTERNS:
         raise ConfigError(f"{where}: ignore has {len(patterns)} patterns, more than {_MOST_PATTERNS}; name the modules")
-    compiled, names = [_compiled(where, pattern) for pattern in patterns], {*ignore}
+    compiled = [simple_pattern(f"{where}: ignore", pattern, "re:") for pattern in patterns]
+    names = {*ignore}
     return lambda name: name in names or any(pattern.match(name) for pattern in compiled)
-
-
-def _compiled(where: str, pattern: str) -> re.Pattern[str]:
-    """Compile a pattern that matches soon, whatever it is. Raises ConfigError for others, and for no pattern."""
-    simple = re.fullmatch(r"[\w .*+^$|()\[\]\\-]{,200}", pattern) and not re.search(r"\)[*+]|\[\[|--|\|\|", pattern)
-    if not simple or sum(map(pattern.count, "*+")) > _MOST_REPEATS or pattern.count("(") > _MOST_CHOICES:
-        raise ConfigError(f"{where}: ignore has 're:{pattern:.200}', a pattern that is not supported; name the modules")
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{where}: ignore has 're:{pattern:.200}', which is no pattern ({error})") from None
 
 
 # ---- read

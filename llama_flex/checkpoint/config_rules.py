@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from .files import FolderError, names_in, one_line, read, what_it_is
 MAX_JSON_BYTES = 4 * 2**20
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 512  # building the modules of so many takes a second
+_MOST_REPEATS, _MOST_CHOICES = 3, 2  # in a pattern of a stranger's: with more, a match could take minutes
 MAX_WEIGHTS = 2**48  # elements of one matrix; with more, counting bytes would overflow
 
 # Keys that have no effect at inference: bookkeeping, training, or how transformers runs the model.
@@ -89,6 +91,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def simple_pattern(where: str, pattern: str, prefix: str = "") -> re.Pattern[str]:
+    """Compile a pattern that matches soon, whatever it is. Raises ConfigError for others, and for no pattern.
+
+    where, prefix: name it in errors, and stand before it there.
+    """
+    simple = re.fullmatch(r"[\w .*+^$|()\[\]\\-]{,200}", pattern) and not re.search(r"\)[*+]|\[\[|--|\|\|", pattern)
+    if not simple or sum(map(pattern.count, "*+")) > _MOST_REPEATS or pattern.count("(") > _MOST_CHOICES:
+        raise ConfigError(f"{where} has '{prefix}{pattern:.200}', a pattern that is not supported; name the modules")
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{where} has '{prefix}{pattern:.200}', which is no pattern ({error})") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -114,8 +114,8 @@ def what_it_is(names: Iterable[str]) -> str:
     names = sorted(names)
     if "adapter_config.json" in names:
         return (
-            ": an adapter (PEFT), which is not a model; merge it into its base model, as peft's merge_and_unload() "
-            "does, and save that"
+            ": an adapter (PEFT), which is not a model; load its base model, and then the adapter (--adapter, or "
+            "model.adapters.load)"
         )
     if gguf := [name for name in names if name.endswith(".gguf")]:
         return f": GGUF files ({gguf[0]}) are not read; give the folder of safetensors that they were made of"

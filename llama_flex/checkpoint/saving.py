@@ -30,6 +30,11 @@ def assign(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises ValueError listing those that do not fit.
     """
+    if any(name.endswith(".adapter.down") for name in state):
+        raise ValueError(
+            "adapters are loaded: save one by itself (model.adapters.save), or merge it, and remove the others, before "
+            "saving the model"
+        )
     for path, module in model.named_modules():
         numbers, scale, *others = parts = [state.get(f"{path}.{kind}") for kind in PARTS]
         order = parts[-1]

@@ -135,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--kv-dtype", choices=("fp8",), help="keys and values in 8 bits: room for twice as many tokens as in 16"
     )
+    run.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter (PEFT) of the model, or its hub repository")
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     run.add_argument(

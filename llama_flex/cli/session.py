@@ -70,6 +70,8 @@ class Session:
         stop_ids = [_stop_id(token, self.tokenizer, config.vocab_size) for token in args.stop_token]
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         model = Llama.from_pretrained(folder, device=args.device, dtype=dtype, quantize=args.quantize)
+        if args.adapter is not None:
+            model.adapters.activate(model.adapters.load(args.adapter))
         self.engine = Engine(model, self.tokenizer, kv_dtype=args.kv_dtype)
         self.statistics = Statistics(self.engine, time.perf_counter() - started)
         self.sampling = Sampling.recommended(model.generation_config, **asked)

@@ -10,6 +10,7 @@ import threading
 import time
 
 import torch
+from torch import Tensor
 
 from ..cache import Cache
 from ..masks.plan import AttentionPlan
@@ -29,10 +30,13 @@ _UNDISTURBED = 0.05  # seconds of Python that it takes, with much to spare, to s
 class CompileAhead(Batch):
     """The compilation of decode steps in a thread of their own: it runs one, on memory of its own."""
 
-    def __init__(self, runner: ModelRunner, plan: AttentionPlan, cache: Cache, kinds: Kinds) -> None:
-        """Begin. cache: of the size that the steps will have."""
+    def __init__(
+        self, runner: ModelRunner, plan: AttentionPlan, cache: Cache, kinds: Kinds, adapters: Tensor | None = None
+    ) -> None:
+        """Begin. cache: of the size that the steps will have. adapters: see `Llama.step`."""
         super().__init__(runner, cache.batch_size)
         self._plan, self._slots, self._kinds = plan, cache.max_length, kinds
+        self._adapters = adapters
         self._bytes = sum(kv.k.nbytes + kv.v.nbytes for kv in cache.layers)
         self._kv_dtype = cache.layers[0].kv_dtype
         self._thread = threading.Thread(target=self._compile, name="llama_flex compiles ahead", daemon=True)
@@ -73,8 +77,8 @@ class CompileAhead(Batch):
         ids, positions, segments = self._newest_tokens(buffers)
         count = buffers.inputs.on_device["count"]
         with cache.appending(1):
-            x, _ = self.runner.step(ids, count, positions, segments, self._plan, cache)
-            self._sample(x, buffers, self._kinds)
+            x, _ = self.runner.step(ids, count, positions, segments, self._plan, cache, adapters=self._adapters)
+            self._sample(x, buffers, self._kinds, self._adapters)
         if self._kinds.split:
             self._draw(buffers, self._kinds, [], replays=False)
 

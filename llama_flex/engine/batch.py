@@ -191,16 +191,16 @@ class Batch:
         torch.index_select(self._newest, 0, ints[_INTS.index("batch_slot")], out=buffers.ids[:, 0])
         return buffers.ids, ints[_INTS.index("position")][:, None], ints[_INTS.index("segment")][:, None]
 
-    def _sample(self, x: Tensor, buffers: StepBuffers, kinds: Kinds) -> None:
+    def _sample(self, x: Tensor, buffers: StepBuffers, kinds: Kinds, adapters: Tensor | None = None) -> None:
         """Sample the next token of each row from the last layer's output `[R, 1, E]`, or packed if "last" is given; if
-        the step is split, compute the logits only."""
+        the step is split, compute the logits only. adapters: see `Llama.step`."""
         state, result = self._state(buffers, kinds), buffers.result(kinds.top)
-        run = self.runner.run_for("sample", x.shape, len(buffers.ids), self.batch_slots, kinds)
+        run = self.runner.run_for("sample", x.shape, len(buffers.ids), self.batch_slots, kinds, adapters is not None)
         if kinds.split:
             logits = buffers.logits(self.model.dims.vocab_size)
-            run("adjust_next", _adjust_next, self.model, x, state, logits, result, kinds)
+            run("adjust_next", _adjust_next, self.model, x, state, logits, result, kinds, adapters)
         else:
-            run("sample_next", _sample_next, self.model, x, state, result, kinds)
+            run("sample_next", _sample_next, self.model, x, state, result, kinds, adapters)
 
     def _state(self, buffers: StepBuffers, kinds: Kinds) -> _State:
         given = buffers.inputs.on_device
@@ -267,18 +267,28 @@ class _State(NamedTuple):
     tables: SlotTables
 
 
-def _sample_next(model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kinds) -> None:
+def _sample_next(
+    model: Llama, x: Tensor, s: _State, result: Tensor, kinds: Kinds, adapters: Tensor | None = None
+) -> None:
     """Sample the next token of each row, and update the newest tokens and the tables."""
-    logits, finite = _next_logits(model, x, s, kinds)
+    logits, finite = _next_logits(model, x, s, kinds, adapters)
     parameters, seen = _parameters(s, kinds)
     adjusted = adjust_logits(logits, parameters, seen)
     outcome = _outcome(finite, adjusted) if kinds.bias or kinds.stops else finite.double()
     _write(s, logits, draw(adjusted, parameters, s.done), outcome, result, kinds)
 
 
-def _adjust_next(model: Llama, x: Tensor, s: _State, buffer: Tensor, result: Tensor, kinds: Kinds) -> None:
+def _adjust_next(
+    model: Llama,
+    x: Tensor,
+    s: _State,
+    buffer: Tensor,
+    result: Tensor,
+    kinds: Kinds,
+    adapters: Tensor | None = None,
+) -> None:
     """Write the next logits of each row, the model's own and those adjusted, and whether its own are finite."""
-    logits, finite = _next_logits(model, x, s, kinds)
+    logits, finite = _next_logits(model, x, s, kinds, adapters)
     buffer[0] = logits
     buffer[1] = adjust_logits(logits, *_parameters(s, kinds))
     result[2] = finite.double()
@@ -292,10 +302,10 @@ def _draw_next(s: _State, buffer: Tensor, result: Tensor, kinds: Kinds) -> None:
     _write(s, logits, draw(processed, _parameters(s, kinds)[0], s.done), outcome, result, kinds)
 
 
-def _next_logits(model: Llama, x: Tensor, s: _State, kinds: Kinds) -> tuple[Tensor, Tensor]:
+def _next_logits(model: Llama, x: Tensor, s: _State, kinds: Kinds, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the next logits `[R, V]`, combined in a request's first row, and whether the model's own are finite."""
     x = x if s.last is None else x[0, s.last, None]
-    logits = model.head(x)[:, 0].float()
+    logits = model.head(x, adapters)[:, 0].float()
     finite = all_finite(logits)
     if kinds.several:
         finite = torch.ones_like(finite, dtype=torch.float64).scatter_reduce(0, s.leader, finite.double(), "amin") > 0

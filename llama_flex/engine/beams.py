@@ -21,9 +21,9 @@ from torch import Tensor
 from ..cache import Cache
 from ..kernels.kv_cache import KV
 from ..kernels.reductions import all_finite
+from ..logits.parameters import SamplingTensors
 from ..masks.plan import AttentionPlan
 from ..model import Llama
-from ..logits.parameters import SamplingTensors
 from ..sampling import adjust_logits
 from ..tokenizer import Tokenizer
 from ..usercode.arguments import whole_number
@@ -169,7 +169,7 @@ class BeamSearch:
         self.model, self.prompts, self.beams, self.plan = runner.model, prompts, beams, plan
         self.num_beams, device = beams[0].options.num_beams, runner.model.device
         rows, self.vocab_size = len(prompts) * self.num_beams, runner.model.dims.vocab_size
-        self._slots, self._kv_dtype = slots, kv_dtype
+        self._slots, self._kv_dtype, self._adapters = slots, kv_dtype, self.model.adapters.number
         self._ids = [tokens_of(prompt, []) for prompt in prompts]
         self._shape = "beams", rows, slots, kv_dtype, plan.structure
         self._main, self.runner = runner, self._runner_for(runner)
@@ -213,7 +213,7 @@ class BeamSearch:
 
     def _prefill(self, cache: Cache) -> Tensor:
         """Append the prompts to a cache, a row each, and return the candidates for the first new token."""
-        chunks = prefill(self.runner, self._ids, self.plan, cache)
+        chunks = prefill(self.runner, self._ids, self.plan, cache, adapters=self._adapters)
         x = next(end for end in newest_outputs(self._ids, chunks) if end is not None)
         scores = torch.zeros(len(self.prompts), device=self.model.device)
         penalty, seen = (
@@ -250,7 +250,7 @@ class BeamSearch:
         for kv in cache.layers:
             run("move", _move, kv, given["parents"], given["starts"], moved)
         ids, positions, segments = (given[name][:, None] for name in ("ids", "positions", "segments"))
-        x, _ = self.runner.step(ids, given["count"], positions, segments, self.plan, cache)
+        x, _ = self.runner.step(ids, given["count"], positions, segments, self.plan, cache, adapters=self._adapters)
         return self._best(x, given["scores"], self._penalty, self._seen, given["parents"], given["ids"])
 
     def _best(
@@ -266,8 +266,8 @@ class BeamSearch:
         each = len(x) // len(self.prompts) * self.vocab_size
         state = _State(scores, penalty, seen, parents, ids)
         shape = len(self.prompts), min(self._candidates, each)
-        run = self.runner.run_for("candidates", x.shape, *shape, seen is None)
-        found: Tensor = run("candidates", _best_candidates, self.model, x, state, *shape)
+        run = self.runner.run_for("candidates", x.shape, *shape, seen is None, self._adapters is None)
+        found: Tensor = run("candidates", _best_candidates, self.model, x, state, *shape, self._adapters)
         return found
 
     def _choose(self, result: Tensor) -> None:
@@ -297,10 +297,10 @@ def _move(kv: KV, parents: Tensor, starts: Tensor, count: int) -> KV:
     return kv.move(parents, slots.clamp(max=kv.k.shape[2] - 1))  # the last slot is one of padding
 
 
-def _best_candidates(model: Llama, x: Tensor, s: _State, prompts: int, count: int) -> Tensor:
+def _best_candidates(model: Llama, x: Tensor, s: _State, prompts: int, count: int, adapters: Tensor | None) -> Tensor:
     """Return the best continuations of each prompt, the best first, float64 `[P, 3 * count + 1]`: their scores, places
     in `[N * V]`, log-probabilities of the tokens, and whether the logits of all its hypotheses were finite."""
-    logits = model.head(x)[:, 0].float()
+    logits = model.head(x, adapters)[:, 0].float()
     logprobs = logits.log_softmax(-1)
     changed, none = logprobs, s.scores == -torch.inf
     if s.penalty is not None and s.seen is not None:

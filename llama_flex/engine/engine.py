@@ -139,6 +139,7 @@ class Engine:
         cached_ids: Sequence[Sequence[int]] | None = None,
         capture: Capture | Sequence[Capture] | None = None,
         edit: Edit | Sequence[Edit] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Iterator[Step]:
         """Complete prompts of any lengths together, yielding every token as it is sampled.
 
@@ -157,6 +158,8 @@ class Engine:
         then counts them too, and the text continues from them.
         capture: tensors inside the layers to keep, for prompts and new tokens; edit: changes to them; one or several of
         each. Their rows are the prompts, or the members of ensembles.
+        adapter: the name of a loaded LoRA adapter, one for all prompts or one each; None for the active one, "__base__"
+        for none; see `Llama.adapters`. Changing the active one changes no stream that has begun.
         Raises ValueError, before any work, for an empty prompt, an id outside the vocabulary, and tokens beyond the
         model's context. If the logits for a prompt's next token are NaN or infinite, that prompt ends there, without
         that token; once the others are done, NonFiniteLogitsError names it. A cache that was passed in may then hold
@@ -169,6 +172,10 @@ class Engine:
             sampling = [sampling or Sampling.recommended(model.generation_config)] * len(ensembles)
         if len(sampling) != len(ensembles):
             raise ValueError(f"{len(sampling)} samplings for {len(ensembles)} prompts; give one, or one per prompt")
+        named = [adapter] * len(ensembles) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(named) != len(ensembles):
+            raise ValueError(f"{len(named)} adapters for {len(ensembles)} prompts; give one, or one per prompt")
+        adapters = [model.adapters.of_request(name) for name in named]
         before = self.limits.cached_ids(cached_ids, cache, len(ensembles))
         plan = plan_of_rows(model, [p for each in ensembles for p in each.prompts], mask, score_mod, cache)
         if mask is not None or score_mod is not None:
@@ -189,6 +196,7 @@ class Engine:
                 cache=cache,
                 cached_ids=before[q],
                 processors=self.limits.processors(chosen, text, stop_ids, limit),
+                adapter=adapters[q],
             )
             request.sequences = [TokenSequence(prompt, tokens_of(prompt, []), None) for prompt in each.prompts]
             requests.append(request)
@@ -265,7 +273,7 @@ class Engine:
         names = "no_repeat_ngram_size", "min_new_tokens", "banned_tokens"
         if asked := [name for name in names if getattr(recommended, name) != getattr(Sampling, name)]:
             raise ValueError(
-                f"generation_config.json recommends {', '.join(asked)}, which beam search does not know; take it out there"
+                f"generation_config.json recommends {', '.join(asked)}, which beam search lacks; delete it there"
             )
         each = [request.prompts[0] for request in requests]
         plan = plan_of_rows(model, each, mask, score_mod, None)
@@ -292,14 +300,14 @@ class Engine:
     def submit(self, prompt: AnyPrompt, **options: Any) -> Request:
         """Queue a prompt for completion by `step` or `run`, many at a time; requests may be submitted at any time.
 
-        prompt, max_new_tokens, sampling, stop, stop_token_ids, mask, score_mod, cache, cached_ids, capture, edit: as in
-        `stream`, for one prompt; a mask that reads `batch` sees the rows of this request only. priority: higher ones go
-        first, equal ones in order of arrival. callback: called with each `Step`; an exception in it ends this request;
-        if Ctrl-C interrupts it, it is called again with the same step.
+        prompt, max_new_tokens, sampling, stop, stop_token_ids, mask, score_mod, cache, cached_ids, capture, edit,
+        adapter: as in `stream`, for one prompt; a mask that reads `batch` sees the rows of this request only. priority:
+        higher ones go first, equal ones in order of arrival. callback: called with each `Step`; an exception in it ends
+        this request; if Ctrl-C interrupts it, it is called again with the same step.
         In float32 a request gets the tokens that it would get alone; bfloat16 rounds differently in another batch.
         Prompts with a common prefix share its keys and values, a block of 128 tokens at a time, unless they have a mask
-        or score function of their own. At most 8 different ones run at a time. A mask that looks ahead sees what is
-        appended in the same step.
+        or score function of their own, or different adapters. At most 8 different masks and score functions run at a
+        time. A mask that looks ahead sees what is appended in the same step.
         A request with a cache, captures or edits is computed in steps of its own beside those of the others: an edit
         sees the rows of its request, a cache is the request's until it has finished, and so is a capture.
         Can be called from any thread. Raises ValueError as `stream` does, for a request that does not fit in the slots,
@@ -420,4 +428,4 @@ def _scored(request: Request) -> ScoredCompletion:
     """Return a request's completion with its mean log-probability."""
     done = request.completion
     mean = sum(done.logprobs) / len(done.logprobs) if done.logprobs else -math.inf
-    return ScoredCompletion(done.tokens, done.logprobs, done.text, done.finish_reason, mean)
+    return ScoredCompletion(**vars(done), score=mean)

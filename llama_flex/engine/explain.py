@@ -34,6 +34,8 @@ def explain(runner: ModelRunner, bytes_per_second: float | None = None) -> str:
         sizes[kind] += math.prod(weight.shape)
     for kind in filter(None, sizes):
         lines.append(f"{sizes[kind] / sizes.total():.0%} of the weights in {kind}")
+    if model.adapters:
+        lines.append(repr(model.adapters))
     if last.kv_dtype is not None:
         lines.append(f"keys and values in {last.kv_dtype}")
     graphs = runner.graphs

@@ -150,9 +150,11 @@ class ModelRunner:
         plan: AttentionPlan,
         cache: SlotCache,
         probes: Mapping[int, Probe] | None = None,
+        adapters: Tensor | None = None,
     ) -> tuple[Tensor, Captured | None]:
         """Append ids `[R, T]`, of which `lengths` in each row are real; return the last layer's output, `[R, T, E]` or
-        packed, and the tensors that probes captured. Raises ValueError for forward hooks of the whole model."""
+        packed, and the tensors that probes captured. adapters: see `Llama.step`. Raises ValueError for forward hooks of
+        the whole model."""
         if any(hooks_of(self.model)):
             check_hooks(
                 self.model,
@@ -164,10 +166,11 @@ class ModelRunner:
             plan = plan if probes else self.compiled_plan(plan)
             shape = ids.shape if cache.token_indices is None else (1, len(cache.token_indices))
             kv = cache.layers[0]
-            key = (*shape, cache.max_length, type(cache), kv.k.shape, kv.kv_dtype, plan.structure)
+            of_rows = None if adapters is None else adapters.shape
+            key = (*shape, cache.max_length, type(cache), kv.k.shape, kv.kv_dtype, of_rows, plan.structure)
             self.shapes.add(key)
         run = self.run_for(*key)
-        return self.model.step(ids, lengths, positions, segments, cache, plan, self.backend, run, probes)
+        return self.model.step(ids, lengths, positions, segments, cache, plan, self.backend, run, probes, adapters)
 
 
 class RecordedSteps:

@@ -55,7 +55,7 @@ class PagedBatch(Batch):
         # Spread the chunks: a CPU's threads get adjacent rows, and all of them should have work.
         at = {n * (size // _ROW_MEAN) // len(chunks): chunk for n, chunk in enumerate(chunks)}
         for row, (_, sequence, start, length) in at.items():
-            host["rows"][:, row] = start, sequence.num_computed_tokens, length
+            host["rows"][:3, row] = start, sequence.num_computed_tokens, length
             host["tokens"][:, row, :length] = sequence.tokens[:, start : start + length]
         lengths = host["rows"][2]
         padding = np.arange(WIDTH) >= lengths[:, None]
@@ -79,7 +79,7 @@ class PagedBatch(Batch):
         self._fill_state(host, rows)
         for row, (_, sequence) in rows.items():
             computed = sequence.num_computed_tokens
-            host["rows"][:, row] = computed, computed + 1, 1
+            host["rows"][:3, row] = computed, computed + 1, 1
             sequence.num_computed_tokens += 1
         sampled = self._fill_leaders(host, rows)
         kinds = self.kinds_of(requests)
@@ -91,7 +91,7 @@ class PagedBatch(Batch):
         rows = size if width == 1 else size // _ROW_MEAN
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "page_table": (torch.int32, (rows, self.blocks)),
-            "rows": (torch.int32, (3, rows)),
+            "rows": (torch.int32, (4, rows)),  # start, end, count, and the number of the adapter
         }
         if width > 1:
             shapes |= {"tokens": (torch.int64, (3, rows, width)), "token_indices": (torch.int64, (size,))}
@@ -116,8 +116,11 @@ class PagedBatch(Batch):
         kinds: Kinds | None,
     ) -> bool:
         """Enqueue a step; return whether it is recorded and replayed. kinds: of sampling; None if no row samples."""
-        for row, (_, sequence) in rows.items():
+        adapted = False
+        for row, (request, sequence) in rows.items():
             host["page_table"][row, : len(sequence.pages)] = sequence.pages
+            if request.adapter is not None:
+                host["rows"][3, row], adapted = request.adapter.number, True
         plan = self.masks.plan(
             {n: RowSpec(r.spec_number, r.sequences.index(s), s.prompt.log_weights) for n, (r, s) in rows.items()}
         )
@@ -126,7 +129,8 @@ class PagedBatch(Batch):
             self.recorded.forget(keep=[spec.plan for spec in self.masks.specs])
         buffers.inputs.send()
         given = buffers.inputs.on_device
-        start, end, count = given["rows"].unbind(0)
+        start, end, count, number = given["rows"].unbind(0)
+        adapters = number[:, None] if adapted else None
         page_table = given["page_table"]
         if not self.runner.compile:  # eager shapes may vary: drop columns that no row uses
             page_table = page_table[:, : max(len(sequence.pages) for _, sequence in rows.values())]
@@ -135,11 +139,11 @@ class PagedBatch(Batch):
         ids, positions, segments = self._newest_tokens(buffers) if width == 1 else given["tokens"].unbind(0)
 
         def step() -> None:
-            x, _ = self.runner.step(ids, count, positions, segments, plan, cache)
+            x, _ = self.runner.step(ids, count, positions, segments, plan, cache, adapters=adapters)
             if kinds is not None:
-                self._sample(x, buffers, kinds)
+                self._sample(x, buffers, kinds, adapters)
 
-        key = size, width, page_table.shape[1], kinds, plan  # `forget` reads the plan as the last
+        key = size, width, page_table.shape[1], kinds, adapted, plan  # `forget` reads the plan as the last
         # Recorded operations keep their results to the end of a step: too much memory for those of many tokens.
         replays = self.runner.compile or (width == 1 and self.runner.replays(plan))
         self.recorded.run(key, step, replays=replays)

@@ -33,11 +33,13 @@ def prefill(
     cache: RowCache,
     probes: Mapping[int, Probe] | None = None,
     captures: Sequence[Capture] = (),
+    adapters: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Append rows of tokens (ids, positions and segments, `[3, N]` each) to a cache; yield the last layer's output of
     each chunk, `[R, T, E]`.
 
-    If any token sees one of a later chunk, all are computed in one chunk. Shorter rows are padded at the end.
+    If any token sees one of a later chunk, all are computed in one chunk. Shorter rows are padded at the end. adapters:
+    see `Llama.step`.
     """
     device = runner.model.device
     sizes = _sizes(runner, len(rows), cache.largest_append)
@@ -60,7 +62,7 @@ def prefill(
         here = (length - start).clamp(0, count)
         chunk = [_part(x, start, start + size) for x in (ids, positions, segments)]
         with cache.appending(count):
-            output, captured = runner.step(chunk[0], here, chunk[1], chunk[2], plan, cache, probes)
+            output, captured = runner.step(chunk[0], here, chunk[1], chunk[2], plan, cache, probes, adapters)
             for each in captures:
                 assert captured is not None
                 each.add(captured, plan, cache)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from ..adapters.adapters import Adapter
 from ..cache import Cache
 from ..interp.capture import Capture
 from ..interp.edits import Edit
@@ -111,6 +112,7 @@ class Request:
     cache: Cache | None = field(default=None, kw_only=True, repr=False)  # the caller's
     cached_ids: Sequence[int] = field(default=(), kw_only=True, repr=False)  # of the tokens in it
     processors: RequestProcessors | None = field(default=None, kw_only=True, repr=False)  # on the host
+    adapter: Adapter | None = field(default=None, kw_only=True, repr=False)  # None: the bare model
     runs_alone: bool = field(default=False, kw_only=True, repr=False)  # in steps of its own, see `Stream`
     start: Start | None = field(default=None, init=False, repr=False)  # None until it has begun, if it runs alone
     sequences: list[TokenSequence] = field(default_factory=list, repr=False)

@@ -191,6 +191,7 @@ class Scheduler:
         cached_ids: Sequence[int] | None = None,
         capture: Capture | Sequence[Capture] | None = None,
         edit: Edit | Sequence[Edit] | None = None,
+        adapter: str | None = None,
         priority: int = 0,
         callback: Callable[[Step], object] | None = None,
     ) -> Request:
@@ -237,6 +238,7 @@ class Scheduler:
             edits=edits,
             cache=cache,
             cached_ids=before,
+            adapter=model.adapters.of_request(adapter),
             runs_alone=alone,
             processors=self.limits.processors(sampling, text, stop_ids, limit),
         )
@@ -312,6 +314,8 @@ class Scheduler:
             heapq.heappush(self._waiting, self._inbox[0])
             self._inbox.popleft()
         self._check_weights()
+        for request in [r for r in self._running if r.adapter is not None]:
+            self._has_adapter(request)
         self._release_finished()
         self._allocate_or_preempt()
         outputs = self._prefill()
@@ -368,13 +372,19 @@ class Scheduler:
         self._new_pages.append(self.block_manager.allocate())
         return self._new_pages[-1]
 
+    def _has_adapter(self, request: Request) -> bool:
+        """Return whether a request can go on; end it if its adapter was removed."""
+        with self._errors_end(request):
+            self.model.adapters.check(request.adapter)
+        return not request.finished
+
     def _decodes(self, request: Request) -> bool:
         unfinished = request.num_scheduled < request.output_processor.limit
         return unfinished and all(sequence.is_prefilled for sequence in request.sequences)
 
     def _admit(self) -> Request | None:
         """Start and return the next waiting request; None if there is none, or too few batch slots, pages or specs."""
-        while self._waiting and self._waiting[0].finished:
+        while self._waiting and (self._waiting[0].finished or not self._has_adapter(self._waiting[0])):
             heapq.heappop(self._waiting)
         request = min((*self._waiting[:1], *self._preempted), default=None)
         if request is None or request in self._preempted:  # a preempted one waits until its tokens are read
@@ -391,7 +401,8 @@ class Scheduler:
         for prompt in prompts:
             # Log-weights of a fused prompt change the keys and values after it.
             shares = request.spec.shares and not request.isolated
-            key = (request.spec.key, prompt.log_weights, self._version) if shares else None
+            adapter = request.adapter and request.adapter.number
+            key = (request.spec.key, prompt.log_weights, adapter, self._version) if shares else None
             request.sequences.append(TokenSequence(prompt, tokens_of(prompt, new), key))
         copies = []
         for sequence in request.sequences:

@@ -38,6 +38,7 @@ class Stream(Batch):
         super().__init__(runner.for_prompts(self.plan, tokens, self.probes) if contiguous else runner, len(rows))
         self.requests, self.rows, self.cache = requests, dict(enumerate(rows)), cache
         self.kinds = self.kinds_of(requests)
+        self.adapters = runner.model.adapters.numbers_of(request.adapter for request, _ in rows)
         may_wait = first.cache is not None or self.captures or self.kinds.split
         self.ahead = self.model.device.type == "cuda" and not may_wait
         for row, (request, sequence) in self.rows.items():
@@ -65,7 +66,7 @@ class Stream(Batch):
         made_for = self.model.device, self.model.dtype
         self._decoding.last = LastRun(self.plan, _tokens_of(self.cache), self.cache.layers[0].kv_dtype)
         for n, left in enumerate(pieces := self._pieces(), start=1):
-            chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures)
+            chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures, self.adapters)
             for x in newest_outputs(left, chunks):
                 yield None if x is None or n < len(pieces) else self._first(x)
         while any(map(_continues, self.requests)):
@@ -73,6 +74,8 @@ class Stream(Batch):
             if now != made_for:
                 was, is_ = (f"{dtype} on {device}" for device, dtype in (made_for, now))
                 raise ValueError(f"the model changed from {was} to {is_} during a stream; start a new stream")
+            for request in self.requests if self.adapters is not None else ():
+                self.model.adapters.check(request.adapter)
             if self.runner is not self._decoding:
                 self._count_uncompiled()
             yield self._next()
@@ -80,11 +83,12 @@ class Stream(Batch):
     def _count_uncompiled(self) -> None:
         """Count an uncompiled step; compile ahead if a text may go beyond the last one, and after that take over."""
         first, cache = self.runner, self.cache
-        shape = len(self.rows), cache.max_length, cache.layers[0].kv_dtype, self.plan.structure, self.kinds
+        shape: tuple[Hashable, ...] = len(self.rows), cache.max_length, cache.layers[0].kv_dtype, self.plan.structure
+        shape += self.kinds, self.adapters is None
         if left := first.steps_left(shape):
             new = max(request.output_processor.limit - request.num_scheduled for request in self.requests)
             if new > left and shape not in first.compiling and isinstance(cache, Cache) and cache.window is None:
-                ahead = CompileAhead(self._decoding, self.plan, cache, self.kinds)
+                ahead = CompileAhead(self._decoding, self.plan, cache, self.kinds, self.adapters)
                 first.compiling[shape] = ahead.finish
             first.steps[shape] += 1
             return
@@ -111,7 +115,7 @@ class Stream(Batch):
             sequence.num_computed_tokens = sequence.num_tokens
         if not (sampled := self._fill_rows()):
             return None
-        self._sample(x, self._buffers, self.kinds)
+        self._sample(x, self._buffers, self.kinds, self.adapters)
         return self._sampled(self._buffers, sampled, self.kinds, replays=self.runner.replays(self.plan, self.probes))
 
     def _next(self) -> PendingOutput | None:
@@ -122,8 +126,9 @@ class Stream(Batch):
         ids, positions, segments = self._newest_tokens(self._buffers)
 
         def step() -> Captured | None:
-            x, captured = self.runner.step(ids, count, positions, segments, self.plan, self.cache, self.probes)
-            self._sample(x, self._buffers, self.kinds)
+            given = ids, count, positions, segments, self.plan, self.cache, self.probes, self.adapters
+            x, captured = self.runner.step(*given)
+            self._sample(x, self._buffers, self.kinds, self.adapters)
             return captured
 
         with self.cache.appending(1):

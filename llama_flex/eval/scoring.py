@@ -104,7 +104,9 @@ def score(
     cache = model.new_cache(1, slots, kv_dtype=engine.kv_dtype)
     plan = model.attention_plan(mask, score_mod, cache)
     probes = model.probes((), edit, 1, stepwise=True)
-    *_, first = prefill(engine.runner, [tokens_of(Prompt.plain(start), [])], plan, cache, probes)
+    *_, first = prefill(
+        engine.runner, [tokens_of(Prompt.plain(start), [])], plan, cache, probes, adapters=model.adapters.number
+    )
     found = []
     for group in (texts[n : n + batch_size] for n in range(0, len(texts), batch_size)):
         # Few batch sizes, to share compiled steps: rows without tokens fill up a group.
@@ -113,7 +115,7 @@ def score(
         x = [first[:, -1:].expand(b, -1, -1)]
         if any(rows):
             after = [tokens_of(Prompt.plain(row).shifted(len(start)), []) for row in rows]
-            x += prefill(engine.runner, after, plan, cache.expand(b), probes)
+            x += prefill(engine.runner, after, plan, cache.expand(b), probes, adapters=model.adapters.number)
         found += _scores(model, torch.cat(x, 1)[: len(group)], start, group, sampling)
     return found
 
@@ -129,7 +131,7 @@ def _scores(
     parts, step = [], max(1, _LOGITS // seen.numel())
     for n in range(0, count, step):
         here = ids[:, n : n + step]
-        logits = model.head(x[:, n : n + here.shape[1]]).float()
+        logits = model.head(x[:, n : n + here.shape[1]], model.adapters.number).float()
         flat, token = logits.flatten(0, 1), here.flatten()
         part = [logprob_of(flat, token), (flat.argmax(-1) == token).float()]
         if sampling is not None:

@@ -95,7 +95,7 @@ def test_a_folder_with_a_config_and_weights_of_another_kind_is_named(folder, fil
 @pytest.mark.parametrize(
     ("file", "way"),
     [
-        ("adapter_config.json", "merge it into its base model"),
+        ("adapter_config.json", "load its base model"),
         ("model-Q4_K_M.gguf", "GGUF files"),
         ("params.json", "Meta's own format"),
     ],

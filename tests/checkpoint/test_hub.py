@@ -106,7 +106,7 @@ def test_a_single_file_goes_before_an_index_as_it_does_in_loading(repository):
 @pytest.mark.parametrize(
     ("file", "what"),
     [
-        ("adapter_config.json", "an adapter (PEFT), which is not a model; merge it into its base model"),
+        ("adapter_config.json", "an adapter (PEFT), which is not a model; load its base model"),
         ("model-Q4_K_M.gguf", "GGUF files (model-Q4_K_M.gguf) are not read; give the folder of safetensors"),
         ("params.json", "Meta's own format"),
         ("README.md", ""),

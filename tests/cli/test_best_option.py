@@ -53,7 +53,7 @@ def test_one_prompt_gives_its_text_alone_and_fused_prompts_have_beams(cli, engin
         (["--best-of", "0"], ["--best-of must be at least 1, not 0"]),
         (["--length-penalty", "1"], ["--length-penalty needs --beams"]),
         (["--beams", "2", "--length-penalty", "nan"], ["length_penalty must be a number"]),
-        (["--beams", "2", "--best-of", "2"], ["--beams samples nothing", "--best-of"]),
+        (["--beams", "2", "--best-of", "2"], ["--beams takes of these only --repetition-penalty", "--best-of"]),
         (["--beams", "2", "--top-k", "2", "--seed", "0"], ["leave out --top-k, --seed"]),
         (["--beams", "2", "--fuse", "mean"], ["--fuse mean has no beams"]),
         (["--best-of", "2"], ["2 greedy samples", "temperature"]),

@@ -1,5 +1,6 @@
 """Loading a model and completing prompts with it: texts, JSON rows, sampling, and models that cannot be used."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -38,6 +39,24 @@ def test_keys_and_values_in_8_bits(cli, engine):
     code, _, err = cli("--chat", *options, stdin="The quick\n")
     assert code == 0
     assert "keys and values in fp8" in err
+
+
+def test_an_adapter_of_one_prompt_and_of_several(cli, engine, tmp_path):
+    adapted = Engine(copy.deepcopy(engine.model), engine.tokenizer, backend="dense")
+    adapted.model.adapters.add("mine", rank=2)
+    for name, parameter in adapted.model.named_parameters():
+        if ".adapter." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.model.adapters.save("mine", tmp_path / "mine")
+    adapted.model.adapters.activate("mine")
+    options = "--max-new-tokens", 6, "--adapter", tmp_path / "mine"
+    expected = [expected_text(adapted, prompt, 6) for prompt in ("The quick", "señor")]
+    assert expected[0] != expected_text(engine, "The quick", 6)
+    code, out, _ = cli("--prompt", "The quick", *options)
+    assert (code, out) == (0, expected[0] + "\n")
+    code, out, _ = cli("--prompt", "The quick", "--prompt", "señor", "--json", *options)
+    assert [row["text"] for row in parse_rows(out)] == expected
+    assert_one_error(cli("--prompt", "x", "--adapter", tmp_path), "adapter_config.json: no such file")
 
 
 def test_json_rows_hold_what_was_generated(cli, engine):

@@ -163,3 +163,26 @@ def test_a_model_learns_a_text_by_heart_and_transformers_loads_it(demo_folder, t
     assert logits[0, 3:-1].argmax(-1).tolist() == ids[0, 4:].tolist()
     with pytest.raises(FileExistsError):
         load_example("finetune").main(arguments)
+
+
+@pytest.mark.exhaustive
+def test_an_adapter_learns_a_text_by_heart_and_peft_loads_it(demo_folder, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    (tmp_path / "a.txt").write_text("The moon forgot her silver shoe.")
+    output = tmp_path / "out"
+    arguments = ["--model", str(demo_folder), "--text", str(tmp_path / "a.txt"), "--steps", "12", "--lora", "8"]
+    load_example("finetune").main([*arguments, "--output", str(output)])
+    out = capsys.readouterr().out
+    assert "' silver shoe.'" in out
+    losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.3 * losses[0]
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    reference = transformers.AutoModelForCausalLM.from_pretrained(demo_folder, **options)
+    reference = peft.PeftModel.from_pretrained(reference, output).eval()
+    model, tokenizer = Llama.from_pretrained(demo_folder, dtype=torch.float32), Tokenizer.from_pretrained(demo_folder)
+    model.adapters.activate(model.adapters.load(output))
+    ids = torch.tensor([tokenizer.encode("The moon forgot her silver shoe.")])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), reference(ids).logits, rtol=0, atol=1e-3)
+        model.adapters.activate(None)
+        assert (model(ids) - reference(ids).logits).abs().max() > 0.1
