@@ -174,7 +174,8 @@ class Block(nn.Module):
             return y
         x = hook("resid_pre", x)
         x = hook("resid_mid", self.attention(x, metadata, kv, hook))
-        return hook("resid_post", self.mlp(x, hook, metadata.adapters))
+        adapters = () if metadata.adapters is None else (metadata.adapters,)  # which a user's own module may not take
+        return hook("resid_post", self.mlp(x, hook, *adapters))
 
 
 def run_blocks(x: Tensor, layers: Iterable[tuple[nn.Module, AttentionMetadata, KV | None]]) -> Tensor | None:

@@ -255,8 +255,7 @@ class Llama(nn.Module):
                 raise ValueError(f"the cache would hold {longest} tokens, but {self._rotates_cached_keys}; use none")
         with nullcontext() if cache is None else cache.appending(t):
             run, active = run_checkpointed if recompute else run_eager, self._buffers.get("adapter")
-            given = input_ids, lengths, positions, segments, cache, plan, backend, run, probes, active
-            x, captured = self.step(*given)
+            x, captured = self.step(input_ids, lengths, positions, segments, cache, plan, backend, run, probes, active)
             for each in captures:
                 assert captured is not None
                 each.add(captured, plan, cache)

@@ -28,10 +28,10 @@ def test_a_step_that_fails_loses_nothing(dense, short_cases, monkeypatch, error,
     engine = new_engine(dense, max_batch_size=4, max_slots=6 * BLOCK, prefill_tokens=128)
     step, calls = engine.runner.step, 0
 
-    def failing(*given):
+    def failing(*given, **options):
         nonlocal calls
         calls += 1
-        found = step(*given) if computed or calls not in fails else None
+        found = step(*given, **options) if computed or calls not in fails else None
         if calls in fails:
             raise error
         return found
