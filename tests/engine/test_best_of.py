@@ -54,7 +54,7 @@ def test_other_requests_go_on_meanwhile(dense):
         ({"prompts": [[5], [999]]}, "token id outside the vocabulary"),
         ({"capture": Capture("resid_post")}, "capture: only one request at a time can have it"),
     ],
-    ids=str,
+    ids=["sampling", "type", "n", "returned", "none", "empty", "vocabulary", "capture"],
 )
 def test_what_is_wrong_is_said_in_one_line_and_nothing_stays_queued(dense, changes, match):
     engine = new_engine(dense, max_batch_size=2, max_slots=512)
