@@ -25,7 +25,7 @@ NEEDING_THEM = {"cuda_cpp", "few_rows", "gemv", "int4_gemv", "int4_matmul"}
 PARITY = "eval/parity.py"  # compares with transformers: imported by nothing else of the package
 # Import what only extras bring.
 LAZY = (
-    *(f"llama_flex.{file.removesuffix('.py').replace('/', '.')}" for file in CUDA_ONLY),
+    *(f"llama_flex.kernels.{name}" for name in NEEDING_THEM),
     *("llama_flex.eval.lm_eval", "llama_flex.eval.parity"),
 )
 

@@ -86,9 +86,9 @@ def test_submitted_requests_share_prefixes_with_the_same_adapter_only(loaded, ex
     assert tokens(first) == expected
     again = run_all(engine)
     assert tokens(again) == expected
-    assert [request.shared for request in again] == [True, True, True, False, True]
+    assert [request.num_cached_tokens > 0 for request in again] == [True, True, True, False, True]
     other = run_all(engine, PROMPTS[:1], ["vocabulary"])
-    assert not other[0].shared
+    assert not other[0].num_cached_tokens
 
 
 @pytest.mark.exhaustive
@@ -140,13 +140,13 @@ def test_changed_factors_are_noticed_by_requests_that_follow(loaded):
     with torch.no_grad():
         lora_in(model.layers[0].attention.qkv).down.mul_(-1)
     after = run_all(engine, PROMPTS[:1], ["patterns"])
-    assert not after[0].shared
+    assert not after[0].num_cached_tokens
     assert tokens(after) != tokens(before[:1])
     assert tokens(after)[0] == engine.generate(PROMPTS[:1], adapter="patterns", **OPTIONS)[0].tokens
     model.adapters.activate("patterns")
     model.adapters.merge("patterns")
     merged = run_all(engine, PROMPTS[:1], [None])
-    assert not merged[0].shared
+    assert not merged[0].num_cached_tokens
     assert tokens(merged) == tokens(after)
 
 

@@ -136,17 +136,17 @@ def test_an_empty_reply_is_left_out_of_the_conversation(cli, engine, folder, tmp
     if how == "end of text":
         put, made = OutputProcessor.put, []
 
-        def ended(self, token, logprob):
+        def ended(self, token, *rest):
             made.append(1)
-            return put(self, 2, logprob) if len(made) == 1 else put(self, token, logprob)
+            return put(self, 2 if len(made) == 1 else token, *rest)
 
         monkeypatch.setattr(OutputProcessor, "put", ended)
     if how == "white space":
         put, made = OutputProcessor.put, []
 
-        def blank(self, token, logprob):
+        def blank(self, token, *rest):
             made.append(1)
-            return put(self, token, logprob) if len(made) > 5 else dataclasses.replace(put(self, 5, logprob), text=" ")
+            return put(self, token, *rest) if len(made) > 5 else dataclasses.replace(put(self, 5, *rest), text=" ")
 
         monkeypatch.setattr(OutputProcessor, "put", blank)
     code, out, err = cli("--chat", "--max-new-tokens", 5, model=copy, stdin="hello\nhow are you?\nand now?\n")

@@ -312,9 +312,12 @@ def test_a_text_may_have_fewer_hypotheses_than_beams(spelling):
 def test_a_prompt_is_computed_once_and_the_host_reads_once_a_step(tiny, monkeypatch):
     ran, read = [], []
     step, read_async = ModelRunner.step, beams.read_async
-    monkeypatch.setattr(
-        ModelRunner, "step", lambda self, ids, *given: ran.append(tuple(ids.shape)) or step(self, ids, *given)
-    )
+
+    def counted(self, ids, *given, **options):
+        ran.append(tuple(ids.shape))
+        return step(self, ids, *given, **options)
+
+    monkeypatch.setattr(ModelRunner, "step", counted)
     monkeypatch.setattr(beams, "read_async", lambda x: read.append(tuple(x.shape)) or read_async(x))
     options = {"num_beams": 4, "stop_token_ids": [], "max_new_tokens": 10}
     Engine(tiny, backend="dense").beam_search(PROMPTS, **options)
