@@ -41,6 +41,9 @@ def url(engine):
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
+        while not server.started:  # it warms up first
+            assert thread.is_alive()
+            time.sleep(0.01)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         server.should_exit = True
         thread.join(30)
