@@ -71,10 +71,18 @@ class RequestLimits:
         return config.max_length
 
     def stop_ids(self, asked: Iterable[int] | None) -> frozenset[int]:
-        """Return the ids that end a text: the given ones, or the model's if None."""
+        """Return the ids that end a text: the given ones, or the model's if None. Raises ValueError for anything but
+        ids of the vocabulary."""
         if asked is None:
             return frozenset(self.model.eos_token_ids)
-        return frozenset(whole_numbers("stop_token_ids must be token ids, such as [2]", asked))
+        ids = frozenset(whole_numbers("stop_token_ids must be token ids, such as [2]", asked))
+        self._check_vocabulary("stop_token_ids", ids)
+        return ids
+
+    def _check_vocabulary(self, name: str, ids: Iterable[int]) -> None:
+        size = self.model.config.vocab_size
+        if beyond := [id for id in ids if not 0 <= id < size]:
+            raise ValueError(f"{name} has token id {beyond[0]}, which is outside the vocabulary of {size}")
 
     def processors(
         self, sampling: Sampling, text: Sequence[int], stop_ids: Collection[int], limit: int
@@ -83,8 +91,7 @@ class RequestLimits:
         limit: its most new tokens. Raises ValueError for sampling parameters that the request cannot have."""
         size = self.model.config.vocab_size
         for name, ids in ("logit_bias", sampling.logit_bias or ()), ("banned_tokens", sampling.banned_tokens):
-            if beyond := [id for id in ids if not 0 <= id < size]:
-                raise ValueError(f"{name} has token id {beyond[0]}, which is outside the vocabulary of {size}")
+            self._check_vocabulary(name, ids)
         if sampling.top_logprobs > size:
             raise ValueError(f"top_logprobs {sampling.top_logprobs} exceeds the vocabulary of {size}")
         if sampling.min_new_tokens > limit:
@@ -99,7 +106,7 @@ class RequestLimits:
             if self._tokenizer is None:
                 raise ValueError("a grammar needs a tokenizer: Engine(model, tokenizer)")
             if not stop_ids:
-                raise ValueError("a grammar needs stop tokens, to end the text: give stop_token_ids")
+                raise ValueError("a grammar needs stop tokens, to end the text: give stop_token_ids (--stop-token)")
             self._vocabulary = self._vocabulary or Vocabulary(self._tokenizer, size)
             matcher = self._vocabulary.matcher(sampling.grammar, stop_ids)
         ngram_size, functions = sampling.no_repeat_ngram_size, sampling.processors

@@ -141,3 +141,12 @@ def test_anything_but_ids_is_refused(successor_engine, wrong):
     if wrong is not None:
         with pytest.raises(ValueError, match="max_new_tokens must be a whole number"):
             successor_engine.generate([[ONE]], max_new_tokens=wrong)
+
+
+@pytest.mark.parametrize("id", [-1, -(10**6), 10**6])
+def test_a_stop_token_outside_the_vocabulary_is_refused(tiny_pair, id):
+    engine = Engine(tiny_pair("gqa")[1], max_length=128)
+    given = {"stop_token_ids": [id], "max_new_tokens": 4, "sampling": Sampling(min_new_tokens=2)}
+    for start in (lambda: engine.generate([[1]], **given), lambda: engine.submit([1], **given)):
+        with pytest.raises(ValueError, match=f"stop_token_ids has token id {id}, which is outside the vocabulary"):
+            start()
