@@ -140,6 +140,8 @@ def set_bits(bits: np.ndarray, ids: Iterable[int], on: bool) -> None:
 def _text(kind: str, given: Any) -> str:
     if not isinstance(given, str):
         raise ValueError(f"{kind} must be text, not {given!r:.60}")
+    if not given.isascii() and any("\ud800" <= each <= "\udfff" for each in given):
+        raise ValueError(f"{kind} must be Unicode text; {given!r:.60} has a lone surrogate")
     return given
 
 

@@ -201,6 +201,7 @@ def test_a_grammar_that_allows_no_token_is_an_error_in_words():
         (lambda: Grammar.regex(5), "a regex must be text, not 5"),
         (lambda: Grammar.lark("start: x"), "Lark grammar cannot be used: .*unknown name"),
         (lambda: Grammar.lark(None), "a Lark grammar must be text"),
+        (lambda: Grammar.regex("\ud800"), "a regex must be Unicode text"),
         (lambda: Grammar.json_schema("[1"), "JSON schema cannot be used: expected"),
         (lambda: Grammar.json_schema({"type": "colour"}), "JSON schema cannot be used: .*colour"),
         (lambda: Grammar.json_schema({"if": {}}), "JSON schema cannot be used: Unimplemented keys"),
