@@ -208,6 +208,8 @@ class Call:
                 for step in request.steps[taken[number] :]:
                     taken[number] += 1
                     yield number, step
+                if type(request.error) is ValueError:  # of its grammar, or its parameters leave no token
+                    raise Refusal(str(request.error))
                 if request.error is not None:
                     raise request.error
             if not finished:

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 
 import pytest
-from serve_helpers import NAME, PROMPTS, expected, is_free, openai, serve
+from serve_helpers import NAME, PROMPTS, expected, is_free, openai, serve, wait_until
 
 REFUSED = [
     ({"foo": 3}, "foo", "foo = 3 is not served"),
@@ -171,3 +171,14 @@ def test_unknown_routes_and_methods_are_refused_in_the_same_shape(client):
     with pytest.raises(openai.APIStatusError, match="Method Not Allowed") as caught:
         client.get("/completions", cast_to=object)
     assert caught.value.status_code == 405
+
+
+def test_parameters_that_leave_no_token_are_the_callers_error(engine, complete):
+    options = {"structured_outputs": {"regex": "[ab]"}, "min_new_tokens": 3}
+    with pytest.raises(openai.BadRequestError, match="ruled out by grammar with min_new_tokens") as caught:
+        complete(n=2, extra_body=options)
+    assert caught.value.body["type"] == "invalid_request_error"
+    with pytest.raises(openai.APIError, match="ruled out by grammar") as caught:
+        list(complete(n=2, stream=True, extra_body=options))
+    assert caught.value.body["type"] == "invalid_request_error"
+    wait_until(lambda: is_free(engine))
