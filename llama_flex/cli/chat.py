@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ..cache import Cache
 from ..engine.output import NonFiniteLogitsError, Step
 from ..logits.parameters import Sampling
+from ..usercode.errors import CompileError
 from .output import refuse
 from .prompts_file import Messages, UsageError
 from .session import Session
@@ -71,8 +72,12 @@ class Chat:
                     session.output.write(step.text or "")
             except KeyboardInterrupt:  # ends the reply, not the conversation
                 pass
-            except NonFiniteLogitsError as error:
-                reply, memory.cache = "", None  # its keys and values may hold NaN too
+            except CompileError:
+                raise
+            except ValueError as error:  # a grammar that allows no token, say: the conversation goes on
+                reply = ""
+                if isinstance(error, NonFiniteLogitsError):
+                    memory.cache = None  # its keys and values may hold NaN too
                 _refuse_message(error)
             # The last token was never fed; after an interrupt its step may be half done, and truncate() forgets it.
             memory.ids += [*prompt[len(memory.ids) :], *tokens[:-1]] if tokens else []

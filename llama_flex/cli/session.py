@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tqdm import tqdm
 
 from ..checkpoint import hub
 from ..config import LlamaConfig
+from ..engine.beams import BeamOptions
 from ..engine.engine import Engine
 from ..engine.fusion import AnyPrompt, Ensemble, as_ensemble, fuse
-from ..engine.output import ScoredCompletion, Step
+from ..engine.output import Completion, ScoredCompletion, Step
 from ..engine.request import Request
 from ..engine.scheduler import BATCH_SIZE
 from ..logits.grammar import Grammar
@@ -33,6 +35,8 @@ _PLACEHOLDER = "<the fused prompts>"  # where a chat template puts a message
 # New tokens from which `--compile auto` compiles for a batch on a GPU. Starting with the cache of compiled code takes
 # 3 s more; a token then takes 49 ms (1B) to 106 ms (8B) less on an H200: pays from 61 and 28 tokens.
 COMPILE_FROM = 32
+
+_Best: TypeAlias = ScoredCompletion | ValueError
 
 
 def _grammar(args: argparse.Namespace) -> Grammar | None:
@@ -118,7 +122,7 @@ class Session:
                 yield job, prompt
 
     def _refuse(self, job: Job, error: ValueError) -> None:
-        wrong = UsageError(f"{job.name}: " + str(error).removeprefix("prompt 0: "))
+        wrong = UsageError(_about(job, error))
         if job.where == "--prompt":
             raise wrong from None
         bad_row(self.args)(wrong)
@@ -172,6 +176,10 @@ class Session:
     def _complete_best(self, prompts: list[tuple[Job, AnyPrompt]], live: bool) -> None:
         """Write the best text of each job by --beams or --best-of, computed in batches of about `--batch-size` rows."""
         args, model = self.args, self.engine.model
+        if args.beams:
+            BeamOptions(num_beams=args.beams, length_penalty=self._length_penalty)  # raises what is wrong for all jobs
+        elif args.best_of > 1 and not self.sampling.divisor:
+            raise UsageError(f"--best-of: {args.best_of} greedy samples would be equal; give a --temperature above 0")
         size = args.batch_size or BATCH_SIZE[model.device.type]
         each = max(len(as_ensemble(prompt).prompts) for _, prompt in prompts) * (args.beams or args.best_of)
         longest = max(len(p.ids) for _, prompt in prompts for p in as_ensemble(prompt).prompts)
@@ -184,15 +192,38 @@ class Session:
             max_length=longest + self.expected,
             memory_fraction=args.memory_fraction,
         )
-        count = max(1, size // each)
-        for batch in (prompts[start : start + count] for start in range(0, len(prompts), count)):
-            try:
-                found = self._best(batch)
-            except CompileError as error:
-                self._go_on_uncompiled(error)
-                found = self._best(batch)
-            for (job, _), (best,) in zip(batch, found, strict=True):
+        failed = []
+        for batch in _batches(prompts, max(1, size // each)):
+            for job, best in self._best_of_each(batch):
+                if isinstance(best, ValueError):
+                    failed.append(_about(job, best))
+                    best = ScoredCompletion(finish_reason="error")
+                if live and failed:
+                    raise ValueError(failed[0])
+                best.text = self._begun(best)
                 self.output.write(f"{best.text}\n" if live else prompts_file.result(job, best, args.json))
+        _report_failed(failed, len(prompts))
+
+    def _best_of_each(self, batch: Sequence[tuple[Job, AnyPrompt]]) -> Iterator[tuple[Job, _Best]]:
+        """Yield the best text of each job, or why it has none: if a batch fails, its jobs run one by one."""
+        try:
+            found = self._best(batch)
+        except CompileError as error:
+            self._go_on_uncompiled(error)
+            yield from self._best_of_each(batch)
+        except ValueError as error:
+            if len(batch) == 1:
+                yield batch[0][0], error
+            else:
+                for each in batch:
+                    yield from self._best_of_each([each])
+        else:
+            for (job, _), (best,) in zip(batch, found, strict=True):
+                yield job, best
+
+    @property
+    def _length_penalty(self) -> float:
+        return 1.0 if self.args.length_penalty is None else self.args.length_penalty
 
     def _best(self, batch: Sequence[tuple[Job, AnyPrompt]]) -> list[list[ScoredCompletion]]:
         args = self.args
@@ -202,7 +233,7 @@ class Session:
         return self.engine.beam_search(
             [prompt for _, prompt in batch],
             num_beams=args.beams,
-            length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+            length_penalty=self._length_penalty,
             repetition_penalty=args.repetition_penalty,
             **self.options,
         )
@@ -245,7 +276,7 @@ class Session:
                     for request in ended:
                         job = going.pop(request)
                         if request.error is not None:
-                            failed.append(job.name + str(request.error).removeprefix(f"prompt {request.number}"))
+                            failed.append(_about(job, request.error))
                         with progress.external_write_mode():  # both may go to one terminal
                             self._write_result(job, request)
                         progress.update()
@@ -259,13 +290,16 @@ class Session:
                         f"{len(going)} of {len(prompts)} prompts are unfinished; use --resume to continue",
                         file=sys.stderr,
                     )
-        if failed:
-            raise ValueError(f"{len(failed)} of {len(prompts)} prompts ended in an error; the first: {failed[0]}")
+        _report_failed(failed, len(prompts))
 
     def _write_result(self, job: Job, request: Request) -> None:
         completion = request.completion
-        completion.text = self.prefill + (completion.text or "")
+        completion.text = self._begun(completion)
         self.output.write(prompts_file.result(job, completion, self.args.json))
+
+    def _begun(self, completion: Completion) -> str:
+        """Return the text of an answer with what it was to begin with."""
+        return self.prefill + (completion.text or "")
 
     def _encode(self, job: Job) -> AnyPrompt:
         if isinstance(job.prompt, Question):
@@ -313,6 +347,29 @@ class Session:
             options = {} if self.args.fuse_positions is None else {"positions": self.args.fuse_positions}
             return fuse(prompts, prefix=prefix, suffix=suffix, weights=question.weights, **options)
         return Ensemble([[*prefix, *prompt, *suffix] for prompt in prompts], self.args.fuse)
+
+
+def _batches(prompts: Sequence[tuple[Job, AnyPrompt]], most: int) -> Iterator[list[tuple[Job, AnyPrompt]]]:
+    """Yield up to `most` jobs at a time, of numbers in a row: those that are left out change no other one's seed."""
+    batch: list[tuple[Job, AnyPrompt]] = []
+    for each in prompts:
+        if batch and (len(batch) == most or each[0].number != batch[-1][0].number + 1):
+            yield batch
+            batch = []
+        batch.append(each)
+    yield batch
+
+
+def _about(job: Job, error: Exception) -> str:
+    """Return an error's words with the name of its job, in place of the engine's number for it."""
+    words = re.sub(r"^prompt \d+", "", str(error))
+    return job.name + (words if words != str(error) else f": {words}")
+
+
+def _report_failed(failed: Sequence[str], total: int) -> None:
+    """Raise ValueError if any prompts failed."""
+    if failed:
+        raise ValueError(f"{len(failed)} of {total} prompts ended in an error; the first: {failed[0]}")
 
 
 def _stop_id(token: str, tokenizer: Tokenizer, vocab_size: int) -> int:

@@ -78,7 +78,7 @@ def _nothing_left(request: Request) -> str:
     }
     by |= {"no_repeat_ngram_size": s.no_repeat_ngram_size, "min_new_tokens": s.min_new_tokens}
     names = " with ".join(name for name, value in by.items() if value)
-    return f"no token is left to sample as new token {len(request.steps) + 1}: {names} rule out all"
+    return f"no token is left to sample as new token {len(request.steps) + 1}: all are ruled out by {names}"
 
 
 def _invalid(request: Request) -> str:

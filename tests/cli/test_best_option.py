@@ -1,7 +1,9 @@
 """--beams and --best-of: the best of several texts, from the command line."""
 
+import json
+
 import pytest
-from cli_helpers import assert_one_error, parse_rows, prompt_arguments
+from cli_helpers import assert_one_error, parse_rows, prompt_arguments, write_jsonl
 
 from llama_flex import Sampling, fuse
 
@@ -66,3 +68,34 @@ def test_what_does_not_go_together_is_refused(cli, arguments, fragments):
 def test_a_conversation_has_neither(cli):
     for option in ("--beams", "--best-of"):
         assert_one_error(cli("--chat", option, "2"), f"--chat streams its answers; leave out {option}")
+
+
+def test_the_best_text_follows_what_the_answer_is_to_begin_with(cli):
+    given = ["--instruct", "--prompt", "hello", *NEW]
+    for option in (["--beams", 2], ["--best-of", 2, "--temperature", 1, "--seed", 1]):
+        (row,) = parse_rows(cli(*given, *option, "--prefill-response", "I am", "--json")[1])
+        assert row["text"].startswith("I am")
+        assert cli(*given, *option, "--prefill-response", "I am")[1] == row["text"] + "\n"
+
+
+def test_a_row_that_is_left_out_changes_no_other_row(cli, tmp_path):
+    rows = [{"id": n, "prompt": text} for n, text in enumerate(PROMPTS)]
+    sampled = ("--best-of", 2, "--temperature", 1.2, "--seed", 5, *NEW, "--json", "--batch-size", 6)
+    whole = parse_rows(cli("--prompts-file", write_jsonl(tmp_path / "whole.jsonl", rows), *sampled)[1])
+    file = write_jsonl(tmp_path / "bad.jsonl", [rows[0], {"id": 1, "prompt": 5}, rows[2]])
+    assert parse_rows(cli("--prompts-file", file, *sampled)[1]) == [whole[0], whole[2]]
+    out = tmp_path / "out.jsonl"
+    out.write_text(json.dumps(whole[1]) + "\n")
+    assert cli("--prompts-file", tmp_path / "whole.jsonl", *sampled, "--output", out, "--resume")[0] == 0
+    assert sorted(parse_rows(out.read_text()), key=lambda row: row["id"]) == whole
+
+
+@pytest.mark.parametrize("option", [["--beams", 2], ["--best-of", 2, "--temperature", 1, "--seed", 1]])
+def test_a_row_that_fails_ends_no_other_row(cli, damaged, tmp_path, option):
+    rows = [{"id": text, "prompt": text} for text in ("The quick", "lazy dog", "the sea")]
+    file = write_jsonl(tmp_path / "p.jsonl", rows)
+    code, out, err = cli("--prompts-file", file, *option, "--max-new-tokens", 2, "--json", model=damaged)
+    assert code == 2
+    assert [row["finish_reason"] for row in parse_rows(out)] == ["length", "error", "length"]
+    assert "1 of 3 prompts ended in an error; the first: " in err
+    assert "line 2 at new token 1: the model's logits" in err

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from cli_helpers import parse_rows
+from cli_helpers import assert_one_error, parse_rows
 
 from llama_flex import Grammar, Sampling
 
@@ -80,3 +80,18 @@ def test_a_grammar_holds_for_every_answer_of_a_conversation(cli):
     code, out, _ = cli("--chat", "--regex", "(yes|no)!", "--quiet", "--max-new-tokens", 20, stdin="The quick\nbrown\n")
     assert code == 0
     assert len(re.findall("(yes|no)!", out)) == 2
+
+
+def test_a_text_that_no_token_may_continue_is_named_and_ends_no_conversation(cli):
+    never = ["--regex", "[0-9]{3}", "--min-new-tokens", 8, "--max-new-tokens", 9]
+    code, _, err = cli("--prompt", "x", "--prompt", "y", *never, "--json")
+    assert code == 2
+    assert "the first: prompt 0: no token is left" in err
+    code, _, err = cli("--chat", *never, "--quiet", stdin="The quick\nbrown\n")
+    assert code == 0
+    assert len(re.findall("error: no token is left .*: all are ruled out by grammar with min_new_tokens", err)) == 2
+
+
+def test_a_grammar_without_stop_tokens_says_how_to_give_some(cli):
+    result = cli("--prompt", "x", "--regex", "[0-9]{3}", "--ignore-eos")
+    assert_one_error(result, "a grammar needs stop tokens", "--stop-token")

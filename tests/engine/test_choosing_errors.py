@@ -58,7 +58,7 @@ FAILING = {
     "nothing": (
         Sampling(processors=[at_third(lambda x: x - torch.inf)], temperature=1.0, top_p=0.5, seed=0),
         ValueError,
-        "no token is left to sample as new token 3: its logits processors rule out all",
+        "no token is left to sample as new token 3: all are ruled out by its logits processors",
     ),
     "shape": (Sampling(processors=[at_third(lambda x: x[1:])]), ValueError, r"must return logits.*\[159\]"),
     "grammar": (
@@ -69,9 +69,13 @@ FAILING = {
     "finished": (
         Sampling(grammar=Grammar.regex("1!"), min_new_tokens=3),
         ValueError,
-        "as new token 3: grammar with min_new_tokens rule out all",
+        "as new token 3: all are ruled out by grammar with min_new_tokens",
     ),
-    "all banned": (Sampling(banned_tokens=range(160), temperature=0.5), ValueError, "token 1: banned_tokens rule out"),
+    "all banned": (
+        Sampling(banned_tokens=range(160), temperature=0.5),
+        ValueError,
+        "token 1: all are ruled out by banned_tokens",
+    ),
 }
 
 
