@@ -122,7 +122,10 @@ def parser() -> argparse.ArgumentParser:
         "--length-penalty", type=float, metavar="P", help="of beams, as in transformers: favours long texts (default 1)"
     )
     best.add_argument(
-        "--best-of", type=int, metavar="N", help="of N samples, the one with the highest mean log-probability"
+        "--best-of",
+        type=int,
+        metavar="N",
+        help="of N samples, the one with the highest mean log-probability; number j of prompt i has seed + N * i + j",
     )
     run = p.add_argument_group("running")
     run.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

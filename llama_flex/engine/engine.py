@@ -354,6 +354,8 @@ class Engine:
         requests, samples = as_requests(prompts), list[list[Request]]()
         if not requests:
             raise ValueError("no prompts given")
+        if options.get("cache") is None:
+            self.limits.check(requests, options.get("max_new_tokens"))  # names the prompt by its number here
         try:
             for number, prompt in enumerate(requests):
                 samples.append(self.submit_samples(prompt, n, sampling=with_seed(first, number * n), **options))
@@ -362,8 +364,11 @@ class Engine:
         finally:
             for request in [request for each in samples for request in each]:
                 self.cancel(request)  # if an error or Ctrl-C came first
-        if errors := [request.error for each in samples for request in each if request.error is not None]:
-            raise errors[0]
+        for number, each in enumerate(samples):
+            for error in (request.error for request in each if request.error is not None):
+                if isinstance(error, NonFiniteLogitsError):  # it has the number of a sample
+                    raise NonFiniteLogitsError([(number, token) for _, token in error.where], self.model.dtype)
+                raise error
         return [sorted(map(_scored, each), key=lambda done: -done.score)[:num_return_sequences] for each in samples]
 
     def step(self) -> list[Request]:

@@ -1,7 +1,7 @@
 """Best of n: samples of a prompt that are computed together, ranked by mean log-probability."""
 
 import pytest
-from generation_helpers import ONE, TWO, assert_same, poisoned_model
+from generation_helpers import BANG, ONE, TWO, assert_same, poisoned_model
 from request_helpers import NEW, Refused, check_empty, new_engine, random_ids
 
 from llama_flex import Capture, Engine, Ensemble, Sampling, masks
@@ -50,7 +50,7 @@ def test_other_requests_go_on_meanwhile(dense):
         ({"n": 0}, "n must be at least 1, not 0"),
         ({"num_return_sequences": 3}, "num_return_sequences 3 is more than the 2 samples of a prompt"),
         ({"prompts": []}, "no prompts given"),
-        ({"prompts": [[5], []]}, "prompt 0 is empty"),
+        ({"prompts": [[5], []]}, "prompt 1 is empty"),
         ({"prompts": [[5], [999]]}, "token id outside the vocabulary"),
         ({"capture": Capture("resid_post")}, "capture: only one request at a time can have it"),
     ],
@@ -72,8 +72,8 @@ def test_an_unknown_option_is_named(dense):
 
 def test_what_ends_a_sample_reaches_the_caller(dense, tokenizer):
     engine = Engine(poisoned_model(TWO), tokenizer, backend="dense", max_batch_size=2, max_slots=512)
-    with pytest.raises(NonFiniteLogitsError):
-        engine.best_of([[ONE]], 2, sampling=Sampling(temperature=1e-3, seed=0), max_new_tokens=3)
+    with pytest.raises(NonFiniteLogitsError, match="prompt 1 at new token 2"):
+        engine.best_of([[BANG], [ONE]], 2, sampling=Sampling(temperature=1e-3, seed=0), max_new_tokens=3)
     check_empty(engine)
 
     def refuse(step):
