@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import time
@@ -192,9 +193,9 @@ class Session:
             max_length=longest + self.expected,
             memory_fraction=args.memory_fraction,
         )
-        failed = []
-        for batch in _batches(prompts, max(1, size // each)):
-            for job, best in self._best_of_each(batch):
+        failed, left = [], len(prompts)
+        try:
+            for job, best in itertools.chain.from_iterable(map(self._each, _batches(prompts, max(1, size // each)))):
                 if isinstance(best, ValueError):
                     failed.append(_about(job, best))
                     best = ScoredCompletion(finish_reason="error")
@@ -202,21 +203,24 @@ class Session:
                     raise ValueError(failed[0])
                 best.text = self._begun(best)
                 self.output.write(f"{best.text}\n" if live else prompts_file.result(job, best, args.json))
+                left -= 1
+        finally:  # on Ctrl-C too
+            self._report_unfinished(left, len(prompts))
         _report_failed(failed, len(prompts))
 
-    def _best_of_each(self, batch: Sequence[tuple[Job, AnyPrompt]]) -> Iterator[tuple[Job, _Best]]:
+    def _each(self, batch: Sequence[tuple[Job, AnyPrompt]]) -> Iterator[tuple[Job, _Best]]:
         """Yield the best text of each job, or why it has none: if a batch fails, its jobs run one by one."""
         try:
             found = self._best(batch)
         except CompileError as error:
             self._go_on_uncompiled(error)
-            yield from self._best_of_each(batch)
+            yield from self._each(batch)
         except ValueError as error:
             if len(batch) == 1:
                 yield batch[0][0], error
             else:
                 for each in batch:
-                    yield from self._best_of_each([each])
+                    yield from self._each([each])
         else:
             for (job, _), (best,) in zip(batch, found, strict=True):
                 yield job, best
@@ -285,12 +289,13 @@ class Session:
                 for request, job in going.items():
                     if request.steps:
                         self._write_result(job, request)
-                if going and args.json and args.output:
-                    print(
-                        f"{len(going)} of {len(prompts)} prompts are unfinished; use --resume to continue",
-                        file=sys.stderr,
-                    )
+                self._report_unfinished(len(going), len(prompts))
         _report_failed(failed, len(prompts))
+
+    def _report_unfinished(self, count: int, total: int) -> None:
+        """Say how to continue, if any prompts are unfinished."""
+        if count and self.args.json and self.args.output:
+            print(f"{count} of {total} prompts are unfinished; use --resume to continue", file=sys.stderr)
 
     def _write_result(self, job: Job, request: Request) -> None:
         completion = request.completion

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cli_helpers import assert_one_error, parse_rows, prompt_arguments, write_jsonl
+from cli_helpers import assert_one_error, assert_same_rows, interrupted, parse_rows, prompt_arguments, write_jsonl
 
 from llama_flex import Sampling, fuse
 
@@ -99,3 +99,15 @@ def test_a_row_that_fails_ends_no_other_row(cli, damaged, tmp_path, option):
     assert [row["finish_reason"] for row in parse_rows(out)] == ["length", "error", "length"]
     assert "1 of 3 prompts ended in an error; the first: " in err
     assert "line 2 at new token 1: the model's logits" in err
+
+
+@pytest.mark.parametrize("option", [["--beams", 2], ["--best-of", 2, "--temperature", 1, "--seed", 1]])
+def test_an_interrupted_run_is_resumed(cli, tmp_path, option):
+    out, given = tmp_path / "out.jsonl", [*prompt_arguments(PROMPTS), *option, *NEW, "--json", "--batch-size", 2]
+    whole = parse_rows(cli(*given)[1])
+    with interrupted(lambda step: step == 12):
+        code, _, err = cli(*given, "--output", out)
+    assert code == 130
+    assert "2 of 3 prompts are unfinished; use --resume to continue" in err
+    assert cli(*given, "--output", out, "--resume")[0] == 0
+    assert_same_rows(parse_rows(out.read_text()), whole)
