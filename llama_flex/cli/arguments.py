@@ -197,6 +197,9 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         raise UsageError("--top-logprobs go into rows of JSON; it needs --json")
     if args.resume and not (args.output and args.json):
         raise UsageError("--resume continues a file of JSON rows; it needs --output FILE and --json")
+    biased = [id for id, _ in args.logit_bias or ()]
+    if twice := [id for id in biased if biased.count(id) > 1]:
+        raise UsageError(f"--logit-bias has token {twice[0]} more than once; give one value")
     _check_best(args)
     question = None
     if args.fuse:

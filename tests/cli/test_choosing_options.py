@@ -95,3 +95,8 @@ def test_a_text_that_no_token_may_continue_is_named_and_ends_no_conversation(cli
 def test_a_grammar_without_stop_tokens_says_how_to_give_some(cli):
     result = cli("--prompt", "x", "--regex", "[0-9]{3}", "--ignore-eos")
     assert_one_error(result, "a grammar needs stop tokens", "--stop-token")
+
+
+def test_a_token_has_one_bias(cli):
+    result = cli("--prompt", "x", "--logit-bias", "5=1", "--logit-bias", "6=1", "--logit-bias", "5=2")
+    assert_one_error(result, "--logit-bias has token 5 more than once")
