@@ -270,8 +270,9 @@ class Engine:
         limits = self.limits.check(requests, max_new_tokens)
         options.check_length(max(limits))
         recommended = Sampling.recommended(model.generation_config, repetition_penalty=repetition_penalty)
-        names = "no_repeat_ngram_size", "min_new_tokens", "banned_tokens"
-        if asked := [name for name in names if getattr(recommended, name) != getattr(Sampling, name)]:
+        names = {name: name for name in ("no_repeat_ngram_size", "min_new_tokens")}
+        names["banned_tokens"] = "suppress_tokens"  # as the file has it
+        if asked := [key for name, key in names.items() if getattr(recommended, name) != getattr(Sampling, name)]:
             raise ValueError(
                 f"generation_config.json recommends {', '.join(asked)}, which beam search lacks; delete it there"
             )

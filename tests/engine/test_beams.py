@@ -13,7 +13,7 @@ from kv_dtype_helpers import rounding, uneven
 from request_helpers import random_ids as small_ids
 from request_helpers import random_model
 
-from llama_flex import Engine, Llama, LlamaConfig, Mask, ScoreMod, Tokenizer, fuse, masks, scores
+from llama_flex import Engine, GenerationConfig, Llama, LlamaConfig, Mask, ScoreMod, Tokenizer, fuse, masks, scores
 from llama_flex.engine import beams
 from llama_flex.engine.beams import BeamOptions, PromptBeams
 from llama_flex.engine.model_runner import ModelRunner
@@ -368,6 +368,13 @@ def test_what_is_wrong_is_said_in_one_line(engine, changes, match):
     with pytest.raises(ValueError, match=match) as error:
         engine.beam_search(**options)
     assert "\n" not in str(error.value)
+
+
+def test_what_the_file_recommends_and_beams_lack_is_named_as_there(tiny, monkeypatch):
+    recommended = GenerationConfig(suppress_tokens=(7,), min_new_tokens=2, do_sample=True, temperature=0.7)
+    monkeypatch.setattr(tiny, "generation_config", recommended)
+    with pytest.raises(ValueError, match="recommends min_new_tokens, suppress_tokens, which beam search lacks"):
+        Engine(tiny).beam_search(PROMPTS, num_beams=2, **NEW)
 
 
 def test_what_beams_do_not_have_is_refused_by_name(engine):
