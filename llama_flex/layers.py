@@ -17,7 +17,7 @@ from .config import LlamaConfig
 from .interp.hook_points import Hook, identity
 from .kernels import cpu, linear
 from .kernels.kv_cache import KV, keep
-from .kernels.lora import lora_of
+from .kernels.lora import lora_of, updated
 from .kernels.modules import MatrixModule, matrix_of
 from .kernels.weight import PARTS, Weight
 from .rope import apply_rotary_emb
@@ -51,9 +51,9 @@ class Linear(MatrixModule, nn.Linear):
         if not self.weight.is_meta:  # where it has no effect, but takes half of the time to build a model
             super().reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`."""
-        return linear.matmul(x, self.matrix, self.bias)
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """Return weight @ x + bias, `[B, T, in]` -> `[B, T, out]`. adapters: see `apply_linear`."""
+        return updated(self, x, linear.matmul(x, self.matrix, self.bias), adapters)
 
 
 class TiedLinear(Linear):
@@ -99,7 +99,7 @@ def apply_linear(
         if linear.can_fuse(x, module.matrix, module.bias, norm_weight, residual, gated):
             return linear.fused_linear(x, module.matrix, module.bias, norm_weight, eps, residual, gated)
     x = x if norm is None else norm(x)
-    y = module(x) if update is None else update(x, module(x), adapters)
+    y = module(x) if update is None else update.applied(module, x, adapters)
     if gated:
         gate, up = y.chunk(2, dim=-1)
         y = nn.functional.silu(gate) * up if (z := cpu.swiglu(y)) is None else z

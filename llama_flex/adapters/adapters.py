@@ -47,7 +47,8 @@ class Adapters:
     """A model's LoRA adapters, as `Llama.adapters`; iterates over their names.
 
     The forward, streams and requests compute with the active one, unless a request names another. Updates are computed
-    in float32 or wider beside weights of any kind, quantised ones included, and rounded once, as PEFT does.
+    in float32 or wider beside weights of any kind, quantised ones included, and rounded once, as PEFT does; casting
+    the model casts its adapters, too.
     """
 
     def __init__(self, model: Any) -> None:
@@ -105,7 +106,9 @@ class Adapters:
                 )
             if weights[key].dtype != self._model.dtype:
                 raise CheckpointError(f"{folder}: replaces {key} (modules_to_save), which is quantised; load floats")
-        self._add(Adapter(name, next(_numbers), config, {key: x.to(weights[key]) for key, x in saved.items()}), updates)
+        self._add(
+            Adapter(name, self._new_number(), config, {key: x.to(weights[key]) for key, x in saved.items()}), updates
+        )
         return name
 
     def add(
@@ -124,6 +127,10 @@ class Adapters:
         vocabulary's. The first factors are random, the second ones 0. Raises ValueError.
         """
         self._model.check_device()
+        if targets != ALL_LINEAR and (isinstance(targets, str) or not isinstance(targets, Iterable)):
+            raise ValueError(
+                f'targets must be {ALL_LINEAR!r} or a list of names such as ["q_proj"], not {targets!r:.200}'
+            )
         name, matrices = self._new_name(name), self._matrices()
         raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
         raw |= {"use_rslora": rslora, "target_modules": targets if isinstance(targets, str) else list(targets)}
@@ -137,7 +144,7 @@ class Adapters:
         if not updates:
             ends = sorted({key.rpartition(".")[2] for key in matrices})
             raise ValueError(f"targets {targets!r} name no matrix; choose from {', '.join(ends)}, or {ALL_LINEAR!r}")
-        self._add(Adapter(name, next(_numbers), config, {}), updates)
+        self._add(Adapter(name, self._new_number(), config, {}), updates)
         return name
 
     @torch.no_grad()
@@ -276,6 +283,11 @@ class Adapters:
             raise ValueError(f"there is an adapter {name!r} already; remove it, or give another name")
         return name
 
+    def _new_number(self) -> int:
+        """Return a number that no adapter of this process has, and none of a model from another one (`torch.load`)."""
+        held = {adapter.number for adapter in self._state.loaded.values()}
+        return next(number for number in _numbers if number not in held)
+
     def _products(self) -> Iterator[tuple[MatrixModule, list[str]]]:
         """Yield the modules of matrices, each with the checkpoint's names of those stacked in it."""
         config = self._model.config
@@ -306,14 +318,14 @@ class Adapters:
     def _add(self, adapter: Adapter, updates: Mapping[str, Update]) -> None:
         dtype, device = torch.promote_types(self._model.dtype, torch.float32), self._model.device
         for module, names in self._products():
-            new = [
-                (part, adapter.number, Update(x.down.to(device, dtype), x.up.to(device, dtype), x.scale))
-                for part, name in enumerate(names)
-                if (x := updates.get(name)) is not None
-            ]
+            new = [(part, adapter.number, x) for part, name in enumerate(names) if (x := updates.get(name)) is not None]
             if new:
                 held = [] if (lora := lora_in(module)) is None else list(lora.updates())
-                module.register_module("adapter", LoRA(_parts(module), [*held, *new]))
+                each = [  # those held may have been cast with the model
+                    (part, number, Update(x.down.to(device, dtype), x.up.to(device, dtype), x.scale))
+                    for part, number, x in (*held, *new)
+                ]
+                module.register_module("adapter", LoRA(_parts(module), each))
         self._state.loaded[adapter.name] = adapter
 
 

@@ -147,8 +147,7 @@ class AdapterConfig:
     def is_saved(self, name: str) -> bool:
         """Return whether a module is replaced as a whole, by itself or with one that holds it."""
         parts = name.split(".")
-        holders = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
-        return any(holder.endswith(end) for holder in holders for end in self.saved)
+        return any(".".join(parts[:n]).endswith(self.saved) for n in range(1, len(parts) + 1))
 
     def is_target(self, name: str, in_file: Container[str]) -> bool:
         """Return whether a module has an update. in_file: the modules of which the file holds one."""

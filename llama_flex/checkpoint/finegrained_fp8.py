@@ -73,4 +73,4 @@ def _tensors(block: tuple[int, int] | None, inputs: Inputs, name: str, rows: int
 
 def _of_rows(rows: int, each: int, scales: Tensor) -> Tensor:
     """Return the scales of blocks for each of their rows, `[N, K / C]`."""
-    return scales.repeat_interleave(each, 0)[:rows]
+    return scales.repeat_interleave(min(each, rows), 0)[:rows]

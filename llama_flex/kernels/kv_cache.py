@@ -7,7 +7,8 @@ of which there are few: q (s k) = (s q) k.
 The scales follow from the weights, not from the tokens: numbers are the same however tokens are fed, and prefixes can
 be shared. A row w of a weight and a normalised x, whose norm is at most sqrt(E), give |w x| <= sqrt(E) |w|; a head's
 scale is the least power of two with which that bound is at most 448. Where modules are not this package's own, with
-weights to read, it is 1. Beyond 448 times the scale, which takes an edit, a hook or new weights, numbers are cut off.
+weights to read, it is 1. Beyond 448 times the scale, which takes an edit, a hook, an adapter or new weights, numbers
+are cut off.
 
 A checkpoint may give scales of its own (the `kv_cache_scheme` of compressed-tensors): an attention's `k_scale` and
 `v_scale`, any positive numbers. The rule of that library is that rotated keys, and values, are rounded whenever the

@@ -6,10 +6,12 @@ Dimensions: B rows, T tokens, K inputs, N outputs; r ranks of one adapter, R ran
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+
+from ..usercode.modules import has_own_forward
 
 
 class Update(NamedTuple):
@@ -67,6 +69,13 @@ class LoRA(nn.Module):
         parts = [part @ up if len(up) else part.new_zeros(*part.shape[:-1], up.shape[1]) for part, up in each]
         return (y + torch.cat(parts, -1)).to(y.dtype)
 
+    def applied(self, module: nn.Module, x: Tensor, numbers: Tensor | None) -> Tensor:
+        """Return what a module that holds these updates makes of x, with them. The package's own forward adds them
+        itself, so that hooks of the module see and change what they are made of and what they give."""
+        if has_own_forward(module):
+            return cast(Tensor, module(x, adapters=numbers))
+        return updated(module, x, module(x), numbers)
+
     @property
     def ups(self) -> list[Tensor]:
         """The second factors, transposed, `[ranks, N]` for each stacked matrix."""
@@ -91,6 +100,12 @@ class LoRA(nn.Module):
         super()._apply(*args, **kwargs)
         self._make_scale()
         return self
+
+
+def updated(module: nn.Module, x: Tensor, y: Tensor, numbers: Tensor | None) -> Tensor:
+    """Return y, the product of a module with x, with the updates that it holds; see `LoRA.forward`."""
+    lora = lora_of(module, numbers)
+    return y if lora is None else cast(Tensor, lora(x, y, numbers))
 
 
 def lora_of(module: nn.Module, numbers: Tensor | None) -> LoRA | None:

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .lora import updated
 from .weight import PARTS, Weight
 
 
@@ -28,9 +29,9 @@ class MatrixModule(nn.Module):
 class Embedding(MatrixModule, nn.Embedding):
     """An embedding with weight `[V, E]`."""
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of the weight at ids, as floats, `[B, T]` -> `[B, T, E]`."""
-        return self.matrix.rows(ids).floats()
+    def forward(self, ids: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """Return the rows of the weight at ids, as floats, `[B, T]` -> `[B, T, E]`. adapters: see `LoRA.forward`."""
+        return updated(self, ids, self.matrix.rows(ids).floats(), adapters)
 
 
 def matrix_of(module: nn.Module) -> Weight:

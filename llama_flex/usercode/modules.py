@@ -20,6 +20,11 @@ def are_own(*modules: nn.Module | None) -> bool:
     return all(x is None or (in_package(type(x).__module__) and not is_changed(x)) for x in modules)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether this package defines a module's `forward`, whatever hooks it has."""
+    return in_package(getattr(type(module).forward, "__module__", None)) and "forward" not in vars(module)
+
+
 def is_changed(module: nn.Module) -> bool:
     """Return whether a module may do more than its class says: it has forward hooks, or its `forward` was replaced."""
     kind, hooks = type(module), (module._forward_pre_hooks, module._forward_hooks)

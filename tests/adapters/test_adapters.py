@@ -4,6 +4,7 @@ The budget of logits is 1.25 times the mean error of PEFT's own in float32, agai
 """
 
 import copy
+import io
 import itertools
 
 import peft
@@ -41,6 +42,14 @@ def without_gradients():
 
 def loras(model: Llama):
     return filter(None, map(lora_in, model.modules()))
+
+
+def random_adapter(model: Llama, name: str, **options) -> None:
+    """Give a model a new adapter, with second factors that are not 0."""
+    model.adapters.add(name, **options)
+    torch.manual_seed(0)
+    for update in (update for lora in loras(model) for *_, update in lora.updates() if not update.up.any()):
+        torch.nn.init.normal_(update.up, std=0.3)
 
 
 @pytest.mark.parametrize("config", few(FIRST, [name for name in CONFIGS if name not in FIRST]))
@@ -269,12 +278,66 @@ def test_edits_and_hooks_see_what_an_adapter_makes(twins, tmp_path):
     found, own = errors(model, theirs, ids)
     edited = model(ids, edit=edits.scale("mlp_post", 1.0))
     assert (edited - model(ids)).abs().mean() <= 1.25 * own
-    seen = []
-    handle = model.layers[0].mlp.down.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    assert (model(ids) - edited).abs().mean() <= 1.25 * own
-    handle.remove()
-    assert len(seen) == 1
     assert found <= 1.25 * own
+    merged = copy.deepcopy(model)
+    merged.adapters.merge("theirs")
+    seen = []
+    for each in (model, merged):  # what enters a product is doubled, and halved as it leaves another
+        each.layers[0].mlp.down.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+        each.layers[0].attention.qkv.register_forward_hook(
+            lambda module, inputs, output: seen.append(output / 2) or seen[-1]
+        )
+    first, second = model(ids), model(ids, edit=edits.scale("resid_post", 1.0))
+    assert (first - merged(ids)).abs().mean() <= 2 * own
+    assert (second - first).abs().mean() <= 1.25 * own
+    assert len(seen) == 3
+    assert (seen[0] - seen[2]).abs().max() < 1e-4
+    assert (first - edited).abs().mean() > 100 * own
+
+
+@pytest.mark.parametrize("way", ["instance", "class"])
+def test_a_forward_of_the_users_own_takes_no_adapters_and_gets_their_updates(twins, way):
+    model = twins()[1]
+    random_adapter(model, "mine")
+    model.adapters.activate("mine")
+    ids, down = random_batch(model, 20), model.layers[0].mlp.down
+    expected = model(ids)
+
+    class Own(Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    if way == "class":
+        down.__class__ = Own
+    else:
+        forward = down.forward
+        down.forward = lambda x: forward(x)
+    assert model(ids).equal(expected)
+
+
+def test_adapters_of_a_model_that_was_cast_are_joined_by_others(twins):
+    model = twins()[1]
+    random_adapter(model, "first")
+    model.bfloat16().adapters.activate("first")
+    ids = random_batch(model, 20)
+    before = model(ids)
+    random_adapter(model, "second", targets=["k_proj", "down_proj"])
+    assert (model(ids) - before).abs().mean() < 0.1 * before.abs().mean()
+    model.adapters.activate("second")
+    assert (model(ids) - before).abs().mean() > 0.1 * before.abs().mean()
+
+
+def test_adapters_of_a_model_from_another_process_are_not_taken_for_new_ones(twins, monkeypatch):
+    model = twins()[1]
+    random_adapter(model, "theirs")
+    model.adapters.activate("theirs")
+    (number,) = model.adapters.number.flatten().tolist()
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    again, ids = torch.load(file, weights_only=False), random_batch(model, 20)
+    monkeypatch.setattr("llama_flex.adapters.adapters._numbers", itertools.count(number))
+    random_adapter(again, "new")
+    assert (again(ids) - model(ids)).abs().max() < 1e-3
 
 
 def test_names_are_checked(twins, tmp_path):
@@ -292,6 +355,9 @@ def test_names_are_checked(twins, tmp_path):
         model.adapters.merge("b")
     with pytest.raises(ValueError, match="name no matrix; choose from down_proj, embed_tokens, gate_proj"):
         model.adapters.add("c", targets=["c_attn"])
+    for targets in ("q_proj", None):
+        with pytest.raises(ValueError, match=f"targets must be 'all-linear' or a list of names.*, not {targets!r}"):
+            model.adapters.add("c", targets=targets)
     model.adapters.load(tmp_path / "a", "b")
     model.adapters.activate("b")
     with pytest.raises(ValueError, match="adapter 'b' is active"):

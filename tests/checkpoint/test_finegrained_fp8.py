@@ -385,6 +385,14 @@ def test_other_tensors_are_refused(folder):
         refusal(folder, needle)
 
 
+def test_blocks_of_more_rows_than_a_matrix_has_take_no_memory(folder):
+    quantise(folder, weight_block_size=(1024, 64))
+    expected = logits(load(folder), 20)
+    config = Library(weight_block_size=(10**30, 64)).quantization_config.to_dict()
+    rewrite(folder, quantization_config=config)
+    assert logits(load(folder), 20).equal(expected)
+
+
 def test_gradients_and_floats(folder):
     """Rounding has no gradients; without it they go through the products. Floats are not quantised so on request."""
     quantise(folder, **KINDS["128 x 128"])
