@@ -17,6 +17,7 @@ def compiled(source: Path, architecture: str, defined: Mapping[str, int], before
     options = [
         f"--gpu-architecture={architecture}",
         "--std=c++17",
+        f"--include-path={source.parent}",
         *(f"-D{name}={int(x)}" for name, x in defined.items()),
     ]
     code = before.encode() + source.read_bytes()

@@ -12,47 +12,19 @@
 // Defined: N, of the result, half of the weight's with SwiGLU; K; GROUP, the columns that share a scale; HALF: whether x
 // is float16, else bfloat16; GATED: whether SwiGLU follows; WARPS, STAGES.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "int4.cuh"
 
 constexpr int BYTES = 128, CHUNKS = BYTES / 16, FOURS = CHUNKS / 4;      // of a row, in a piece
 constexpr int ROW = K / 2, PIECES = (ROW + BYTES - 1) / BYTES, GROUPS = K / GROUP;
 constexpr int ROWS = 16, OUTPUTS = GATED ? 8 : 16;  // of the weight and of the result, that a block computes at a time
-constexpr u32 MAGIC = HALF ? 0x64006400 : 0x43004300;  // two floats whose last bits are those of a small number added
-constexpr float BIAS = HALF ? 1024 : 128;
 constexpr bool WHOLE = ROW % BYTES == 0, EVEN = N % OUTPUTS == 0;  // whether a row is whole pieces, and the rows whole blocks
 constexpr size_t UPPER = GATED ? N : 8;  // rows from one that a block computes to the one eight further
 
 struct Four { float x[4]; };
 
-static __device__ float widened(u16 x) {
-    float y;
-    if (HALF) asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    else y = __uint_as_float(u32(x) << 16);
-    return y;
-}
-
-static __device__ u16 rounded(float x) {
-    u16 y;
-    if (HALF) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    else {
-        u32 pair;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.f), "f"(x));
-        y = u16(pair);
-    }
-    return y;
-}
-
 static __device__ Four four(const u16 *x) {  // from an address that is a multiple of 8
     const uint2 v = *(const uint2 *)x;
     return {{widened(u16(v.x)), widened(u16(v.x >> 16)), widened(u16(v.y)), widened(u16(v.y >> 16))}};
-}
-
-static __device__ u32 address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
-
-static __device__ void fetch(void *to, const void *from, bool there) {  // 16 bytes, of zeros if they are not there
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address(to)), "l"(from), "r"(there ? 16 : 0));
 }
 
 static __device__ void load_matrices(u32 (&to)[4], const void *from) {
@@ -67,12 +39,6 @@ static __device__ void multiply(Four &d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #endif
         : "+f"(d.x[0]), "+f"(d.x[1]), "+f"(d.x[2]), "+f"(d.x[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-static __device__ u32 floats(u32 w) {  // of bits 0 to 3 and 16 to 19, each added to BIAS
-    u32 y;
-    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(y) : "r"(w), "r"(MAGIC));  // (w & 0x000f000f) | MAGIC
-    return y;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) int4_gemv(

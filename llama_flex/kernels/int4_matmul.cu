@@ -12,42 +12,17 @@
 // Defined: TOKENS; TILES of 128 rows; SPLIT; STAGES, the chunks under way; GROUP, the columns that share a scale; HALF:
 // whether x is float16, else bfloat16; GATED: whether SwiGLU follows; and `multiply`, which adds a product of 16 columns.
 
+#include "int4.cuh"
+
 constexpr int THREADS = 256, ROWS = TILES * 128, OUTPUTS = GATED ? ROWS / 2 : ROWS;
 constexpr int CHUNK = 128, BYTES = CHUNK / 2;          // columns, and bytes of a row of the weight
 constexpr int WEIGHT = ROWS * BYTES, X = TOKENS * CHUNK * 2, STAGE = WEIGHT + X;  // bytes in shared memory
 constexpr int PIECES = TILES * TOKENS / 8;             // of the result, of which each thread has four sums
-constexpr u32 MAGIC = HALF ? 0x64006400 : 0x43004300;  // two floats whose last bits are those of a small number added
-constexpr float BIAS = HALF ? 1024 : 128;
-
-static __device__ float widened(u16 x) {
-    float y;
-    if (HALF) asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    else y = __uint_as_float(u32(x) << 16);
-    return y;
-}
-
-static __device__ u16 rounded(float x) {
-    u16 y;
-    if (HALF) asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    else {
-        u32 pair;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.f), "f"(x));
-        y = u16(pair);
-    }
-    return y;
-}
-
-static __device__ u32 address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
-
-static __device__ void fetch(void *to, const void *from, bool there) {  // 16 bytes, of zeros if they are not there
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address(to)), "l"(from), "r"(there ? 16 : 0));
-}
 
 static __device__ u32 twice(u16 x) { return x | u32(x) << 16; }
 
 static __device__ u32 floats(u32 w, u32 zero, u32 scale) {  // (number - zero) * scale, of bits 0 to 3 and 16 to 19
-    u32 y;
-    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(y) : "r"(w), "r"(MAGIC));  // (w & 0x000f000f) | MAGIC
+    u32 y = floats(w);
 #if HALF
     asm("sub.f16x2 %0, %0, %1; mul.f16x2 %0, %0, %2;" : "+r"(y) : "r"(zero), "r"(scale));
 #else

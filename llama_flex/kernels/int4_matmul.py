@@ -83,11 +83,7 @@ def _multiply(tokens: int, half: bool) -> str:
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
     return f"""
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
-static __device__ void multiply(float (&d)[{count}], const u32 (&a)[4], u64 b) {{
+static __device__ void multiply(float (&d)[{count}], const unsigned (&a)[4], unsigned long long b) {{
     asm volatile("{{ .reg .pred add; setp.eq.u32 add, 0, 0; "
         "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{dtype}.{dtype} "
         "{{{sums}}}, {{{others}}}, %{count + 4}, add, 1, 1, 0; }}"
