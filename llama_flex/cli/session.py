@@ -184,15 +184,7 @@ class Session:
         size = args.batch_size or BATCH_SIZE[model.device.type]
         each = max(len(as_ensemble(prompt).prompts) for _, prompt in prompts) * (args.beams or args.best_of)
         longest = max(len(p.ids) for _, prompt in prompts for p in as_ensemble(prompt).prompts)
-        self.engine = self.statistics.engine = Engine(
-            model,
-            self.tokenizer,
-            kv_dtype=args.kv_dtype,
-            compile=self.compiles,
-            max_batch_size=max(size, each),
-            max_length=longest + self.expected,
-            memory_fraction=args.memory_fraction,
-        )
+        self._resize(self.compiles, max(size, each), longest)
         failed, left = [], len(prompts)
         try:
             for job, best in itertools.chain.from_iterable(map(self._each, _batches(prompts, max(1, size // each)))):
@@ -249,15 +241,7 @@ class Session:
         rows = max(min(size, sum(map(len, each))), *map(len, each))
         longest = max(len(p.ids) for members in each for p in members)
         few = model.device.type == "cuda" and self.expected * -(-len(prompts) // size) < COMPILE_FROM
-        self.engine = self.statistics.engine = Engine(
-            model,
-            self.tokenizer,
-            kv_dtype=args.kv_dtype,
-            compile=False if few and self.compiles == "auto" else self.compiles,
-            max_batch_size=rows,
-            max_length=longest + self.expected,
-            memory_fraction=args.memory_fraction,
-        )
+        self._resize(False if few and self.compiles == "auto" else self.compiles, rows, longest)
         _ = self.engine.scheduler  # raises here if memory is short, which is no fault of a row
         going = {}
         for job, prompt in prompts:
@@ -291,6 +275,18 @@ class Session:
                         self._write_result(job, request)
                 self._report_unfinished(len(going), len(prompts))
         _report_failed(failed, len(prompts))
+
+    def _resize(self, compile: bool | Literal["auto"], rows: int, longest: int) -> None:
+        """Replace the engine by one for so many sequences at a time, of prompts of up to `longest` tokens."""
+        self.engine = self.statistics.engine = Engine(
+            self.engine.model,
+            self.tokenizer,
+            kv_dtype=self.args.kv_dtype,
+            compile=compile,
+            max_batch_size=rows,
+            max_length=longest + self.expected,
+            memory_fraction=self.args.memory_fraction,
+        )
 
     def _report_unfinished(self, count: int, total: int) -> None:
         """Say how to continue, if any prompts are unfinished."""

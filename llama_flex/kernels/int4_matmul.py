@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import cuda_cpp
-from .weight import tokens_of
+from .weight import CHUNK, tokens_of
 
 _SOURCE = Path(__file__).with_suffix(".cu")
-_ROWS, _CHUNK, _THREADS = 128, 128, 256  # rows of the weight in a tile, columns in a chunk, threads of a block
+_ROWS, _THREADS = 128, 256  # rows of the weight in a tile, threads of a block
 Shape = tuple[int, int, int, int]  # see `shape_of`
 _TYPES = (*[ctypes.c_void_p] * 7, *[ctypes.c_int] * 3)
 
@@ -34,18 +34,18 @@ def matmul(
     out = x.new_empty(m, n)
     given = [None if t is None else cuda_cpp.aligned(t) for t in (x, numbers, scale, zero, bias, residual)]
     device: Any = torch.cuda.get_device_properties(x.device)
-    shape = tokens, tiles, split, stages = shape_of(m, len(numbers), k, device.multi_processor_count)
+    shape = tokens, tiles, split, _ = shape_of(m, len(numbers), k, device.multi_processor_count)
     blocks = split * -(-m // tokens) * -(-len(numbers) // (tiles * _ROWS))
     with torch.cuda.device(x.device):
         kernel = _kernel(shape, k // scale.shape[1], x.dtype == torch.float16, gated, x.device.index)
-        memory = stages * _stage(tokens, tiles)
-        cuda_cpp.launch(kernel, blocks, _THREADS, memory, (*given, out, m, n, k), _TYPES, cluster=split)
+        cuda_cpp.launch(kernel, blocks, _THREADS, _memory(shape), (*given, out, m, n, k), _TYPES, cluster=split)
     return out
 
 
-def _stage(tokens: int, tiles: int) -> int:
-    """Return the shared memory for a chunk of the weight and of x, in bytes."""
-    return tiles * _ROWS * _CHUNK // 2 + tokens * _CHUNK * 2
+def _memory(shape: Shape) -> int:
+    """Return the shared memory of a block, in bytes: for chunks of the weight and of x."""
+    tokens, tiles, _, stages = shape
+    return stages * (tiles * _ROWS * CHUNK // 2 + tokens * CHUNK * 2)
 
 
 def shape_of(m: int, rows: int, k: int, processors: int) -> Shape:
@@ -54,7 +54,7 @@ def shape_of(m: int, rows: int, k: int, processors: int) -> Shape:
     tokens = tokens_of(m)
     tiles, stages = 2 if 64 <= tokens <= 128 else 1, 5 if tokens <= 32 else 4 if tokens <= 128 else 3
     at_a_time = processors * (2 if tokens <= 32 else 1)
-    blocks, chunks = -(-m // tokens) * -(-rows // (tiles * _ROWS)), -(-k // _CHUNK)
+    blocks, chunks = -(-m // tokens) * -(-rows // (tiles * _ROWS)), -(-k // CHUNK)
 
     def cost(split: int) -> float:  # a block's start and end take as long as some chunks
         return -(-blocks * split // at_a_time) * (-(-chunks // split) + 3)
@@ -65,7 +65,7 @@ def shape_of(m: int, rows: int, k: int, processors: int) -> Shape:
 @functools.cache
 def _kernel(shape: Shape, group: int, half: bool, gated: bool, device: int) -> Any:
     """Return the kernel, compiled, which takes a second."""
-    return cuda_cpp.load(compiled(shape, group, half, gated), "int4_matmul", shape[3] * _stage(*shape[:2]))
+    return cuda_cpp.load(compiled(shape, group, half, gated), "int4_matmul", _memory(shape))
 
 
 def compiled(shape: Shape, group: int, half: bool, gated: bool) -> bytes:

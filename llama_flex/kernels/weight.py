@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 RUN = 32  # columns whose numbers of 4 bits lie together
+CHUNK = 4 * RUN  # columns that `int4_matmul.cu` takes at a time
 GROUP_SIZES = RUN, 2 * RUN, 4 * RUN  # columns that share a scale, if not a whole row
 MIDDLE = 8  # the number of 4 bits that means 0 if there are no zero points
 MIDDLE_8 = 128  # the zero point of 8 bits that means 0, which int8 are without zero points
@@ -209,9 +210,9 @@ def in_chunks(x: Tensor) -> Tensor:
     columns of each row, then the next eight; with columns in the order in which it widens those of the weight, and with
     zeros up to whole parts."""
     tokens = tokens_of(len(x))
-    x = nn.functional.pad(x, (0, -x.shape[1] % 128, 0, -len(x) % tokens))
+    x = nn.functional.pad(x, (0, -x.shape[1] % CHUNK, 0, -len(x) % tokens))
     # Columns of a chunk by thread, number of a pair, product of a word, pair in a product, and word.
-    parts = x.reshape(-1, tokens, x.shape[1] // 128, 4, 2, 2, 2, 4)
+    parts = x.reshape(-1, tokens, x.shape[1] // CHUNK, 4, 2, 2, 2, 4)
     return parts.permute(0, 2, 7, 5, 6, 1, 3, 4).flatten()
 
 

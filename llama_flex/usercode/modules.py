@@ -27,11 +27,11 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def is_changed(module: nn.Module) -> bool:
     """Return whether a module may do more than its class says: it has forward hooks, or its `forward` was replaced."""
-    kind, hooks = type(module), (module._forward_pre_hooks, module._forward_hooks)
+    kind = type(module)
     defined_in = getattr(kind.forward, "__globals__", {}).get("__name__")
-    if defined_in != kind.__module__ or "forward" in vars(module) or any(hooks):
+    if defined_in != kind.__module__ or "forward" in vars(module):
         return True
-    return bool(all_modules._global_forward_pre_hooks or all_modules._global_forward_hooks)
+    return any(hooks_of(module)) or any(global_hooks())
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
