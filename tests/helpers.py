@@ -16,6 +16,8 @@ from llama_flex.layers import Linear, RMSNorm, apply_linear
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "weights" / "SmolLM2-135M-Instruct"
 TEST_INPUTS = ROOT / "weights" / "test-inputs"
+# Modules of kernels that need Triton or CUDA's bindings, which come with torch's CUDA builds only.
+CUDA_ONLY = "cuda_cpp", "few_rows", "gemv", "int4_gemv", "int4_matmul"
 
 # The shapes that differ in kind: (heads, key/value heads, head_dim or None), and switches.
 TINY = {
@@ -28,6 +30,20 @@ TINY = {
     "biases": {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "odd_vocab": {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 509},
 }
+
+
+def tokens_without_waiting(engine, submit) -> list[list[list[int]]]:
+    """Return the tokens of what `submit` submits, three times: torch refuses to synchronise the last time."""
+    tokens = []
+    for mode in ("default", "default", "error"):  # the first compiles, the second records
+        submitted = submit()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            engine.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        tokens.append([request.completion.tokens for request in submitted])
+    return tokens
 
 
 def few(first: Iterable, others: Iterable) -> list:

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import TINY, compiled_forward, random_batch, random_ids
+from helpers import TINY, compiled_forward, random_batch, random_ids, tokens_without_waiting
 from kv_dtype_helpers import (
     FP8,
     break_it,
@@ -303,15 +303,8 @@ def test_steps_of_many_requests_wait_for_nothing(tiny_pair):
     _, model = tiny_pair("gqa")
     engine = Engine(copy.deepcopy(model).cuda(), compile=True, max_batch_size=8, max_slots=4096)
     prompts = [random_ids(n) for n in (9, 140, 300)]
-    tokens = []
-    for mode in ("default", "default", "error"):  # the first compiles, the second records
-        submitted = [engine.submit(prompt, max_new_tokens=150, stop_token_ids=()) for prompt in prompts]
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            engine.run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        tokens.append([request.completion.tokens for request in submitted])
+    options = {"max_new_tokens": 150, "stop_token_ids": ()}
+    tokens = tokens_without_waiting(engine, lambda: [engine.submit(prompt, **options) for prompt in prompts])
     assert tokens[0] == tokens[1] == tokens[2]
 
 

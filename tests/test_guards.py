@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import few
+from helpers import CUDA_ONLY, few
 from torch.nn.attention import flex_attention as flex_module
 
 import llama_flex
@@ -19,13 +19,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in FILES}
 MODULES = [".".join(("llama_flex", *Path(name).with_suffix("").parts)).removesuffix(".__init__") for name in TREES]
 FORBIDDEN = ("transformers", "accelerate", "triton", "cuda", "flash_attn", "xformers")
-# Import Triton or CUDA's bindings, which come with torch's CUDA builds only.
-CUDA_ONLY = "kernels/cuda_cpp.py", "kernels/few_rows.py", "kernels/gemv.py"
-NEEDING_THEM = {"cuda_cpp", "few_rows", "gemv", "int4_gemv", "int4_matmul"}
+IMPORTING_THEM = "kernels/cuda_cpp.py", "kernels/few_rows.py", "kernels/gemv.py"  # Triton or CUDA's bindings
 PARITY = "eval/parity.py"  # compares with transformers: imported by nothing else of the package
 # Import what only extras bring.
 LAZY = (
-    *(f"llama_flex.kernels.{name}" for name in NEEDING_THEM),
+    *(f"llama_flex.kernels.{name}" for name in CUDA_ONLY),
     *("llama_flex.eval.lm_eval", "llama_flex.eval.parity"),
 )
 
@@ -67,7 +65,7 @@ def last_name(node: ast.AST) -> str | None:
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_file_imports_what_the_package_does_without(name):
-    allowed = {**{file: {"triton", "cuda"} for file in CUDA_ONLY}, PARITY: {"transformers"}}
+    allowed = {**{file: {"triton", "cuda"} for file in IMPORTING_THEM}, PARITY: {"transformers"}}
     assert imported(TREES[name]) & set(FORBIDDEN) <= allowed.get(name, set())
 
 
@@ -100,7 +98,7 @@ def imported_at_once(node: ast.AST) -> set[str]:
 @pytest.mark.parametrize("name", TREES)
 def test_imports_that_need_triton_or_an_extra_are_lazy(name):
     at_once = imported_at_once(TREES[name])
-    assert not at_once & NEEDING_THEM or Path(name).stem in NEEDING_THEM
+    assert not at_once & set(CUDA_ONLY) or Path(name).stem in CUDA_ONLY
     assert "lm_eval" not in at_once or name == "eval/lm_eval.py"
     assert "parity" not in at_once
 
@@ -524,7 +522,7 @@ def test_the_scan_of_prints_finds(source):
 
 
 def test_every_exemption_above_is_needed():
-    assert all(imported(TREES[file]) & set(FORBIDDEN) for file in CUDA_ONLY)
+    assert all(imported(TREES[file]) & set(FORBIDDEN) for file in IMPORTING_THEM)
     assert {(name, found) for name, tree in TREES.items() for found in patches(tree)} == ALLOWED
     for name in CATCHING:
         handlers = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler)]

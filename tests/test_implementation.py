@@ -6,7 +6,7 @@ import inspect
 import re
 from collections import defaultdict
 
-from helpers import ROOT
+from helpers import CUDA_ONLY, ROOT
 
 import llama_flex
 
@@ -36,8 +36,7 @@ def names_of_package() -> dict[str, set[str]]:
     for path in (ROOT / "llama_flex").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         module = ".".join(parts).removesuffix(".__init__")
-        # These import Triton or CUDA's bindings, which come with torch's CUDA builds only.
-        if path.stem in ("cuda_cpp", "few_rows", "gemv", "int4_gemv", "int4_matmul"):
+        if path.stem in CUDA_ONLY:
             tree = ast.parse(path.read_text())
             names[path.stem] |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peft
 import torch
+from helpers import random_ids
 from safetensors.torch import load_file, save_file
 
 from llama_flex import Llama
@@ -38,6 +39,13 @@ CONFIGS = {
     "whole names": {"target_modules": ["model.layers.1.mlp.up_proj", "model.layers.0.self_attn.v_proj"]},
     "vocabulary": {"target_modules": ["embed_tokens", "lm_head", "k_proj"]},
 }
+
+# Requests with adapters: prompts, some of which begin alike, and the adapter of each.
+NAMES = ["q and v", "patterns", "vocabulary"]
+OPTIONS = {"max_new_tokens": 5, "stop_token_ids": ()}
+PREFIX = random_ids(150)
+PROMPTS = [[*PREFIX, 20], [*PREFIX, 20], [*PREFIX, 30, 31], [7, 8, 9], [*PREFIX, 20]]
+ADAPTERS = ["q and v", "patterns", "patterns", "vocabulary", "__base__"]
 
 
 def peft_adapter(reference, folder: Path, seed: int = 1, **config) -> peft.PeftModel:

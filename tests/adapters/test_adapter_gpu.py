@@ -4,17 +4,12 @@ import copy
 
 import pytest
 import torch
-from adapter_helpers import CONFIGS, peft_adapter
-from helpers import random_batch, random_ids
+from adapter_helpers import ADAPTERS, CONFIGS, NAMES, OPTIONS, PROMPTS, peft_adapter
+from helpers import random_batch
 
 from llama_flex import Engine, Llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-NAMES = ["q and v", "patterns", "vocabulary"]
-OPTIONS = {"max_new_tokens": 5, "stop_token_ids": ()}
-PREFIX = random_ids(150)
-PROMPTS = [[*PREFIX, 20], [*PREFIX, 20], [*PREFIX, 30, 31], [7, 8, 9], [*PREFIX, 20]]
-ADAPTERS = ["q and v", "patterns", "patterns", "vocabulary", "__base__"]
 
 
 @pytest.fixture(scope="module")

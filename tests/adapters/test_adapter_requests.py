@@ -5,17 +5,11 @@ import itertools
 
 import pytest
 import torch
-from adapter_helpers import CONFIGS, peft_adapter
-from helpers import few, random_ids
+from adapter_helpers import ADAPTERS, CONFIGS, NAMES, OPTIONS, PROMPTS, peft_adapter
+from helpers import few
 
 from llama_flex import Capture, Engine, Ensemble, Llama, Sampling, edits, fuse, masks, score
 from llama_flex.kernels.lora import LoRA, lora_in
-
-NAMES = ["q and v", "patterns", "vocabulary"]
-OPTIONS = {"max_new_tokens": 5, "stop_token_ids": ()}
-PREFIX = random_ids(150)
-PROMPTS = [[*PREFIX, 20], [*PREFIX, 20], [*PREFIX, 30, 31], [7, 8, 9], [*PREFIX, 20]]
-ADAPTERS = ["q and v", "patterns", "patterns", "vocabulary", "__base__"]
 
 
 @pytest.fixture(scope="module")

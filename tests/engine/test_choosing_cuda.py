@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from choosing_helpers import SAMPLINGS, STOP, letters_tokenizer, requests
+from helpers import tokens_without_waiting
 from request_helpers import random_ids, random_model
 
 from llama_flex import Engine, Sampling
@@ -72,16 +73,8 @@ def test_parameters_that_need_no_host_never_wait_for_the_device(alone):
     penalties = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
     random = {"temperature": 0.8, "typical_p": 0.9, "seed": 1, "top_logprobs": 3}
     sampling = Sampling(logit_bias={7: 2.0}, banned_tokens=[9], min_new_tokens=5, **penalties, **random)
-    tokens = []
-    for mode in ("default", "default", "error"):  # the first compiles, the second records
-        options = {"sampling": sampling, "max_new_tokens": 30, "stop_token_ids": [STOP]}
-        submitted = [engine.submit(random_ids(n), **options) for n in (9, 140, 300)]
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            engine.run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        tokens.append([request.completion.tokens for request in submitted])
+    options = {"sampling": sampling, "max_new_tokens": 30, "stop_token_ids": [STOP]}
+    tokens = tokens_without_waiting(engine, lambda: [engine.submit(random_ids(n), **options) for n in (9, 140, 300)])
     assert tokens[0] == tokens[1] == tokens[2]
 
 

@@ -266,22 +266,27 @@ def test_a_product_of_inputs_in_8_bits_is_rounded_once(way, rows, dtype, monkeyp
         assert error_of(linear.matmul(x, weight, bias), exact, way) > 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["int8", "fp8"])
-@torch.no_grad()
-def test_a_model_of_inputs_in_8_bits_has_the_same_logits_compiled_in_chunks_and_steps(tiny_pair, form, dtype, tmp_path):
-    tiny_pair("gqa")[1].save_pretrained(tmp_path)
-    model = Llama.from_pretrained(tmp_path, device="cuda", dtype=dtype, quantize=f"{form}-dynamic")
+def check_logits_of_pieces(model):
+    """Assert that compiled logits, at once, in chunks and in steps, are as near to float64 as uncompiled dense ones."""
     ids = torch.tensor([random_ids(150), random_ids(150, 1)], device="cuda")
     truth = in_float64(model)(ids, backend="dense")
     plain = (model(ids, backend="dense").double() - truth).abs().median()
-    assert plain < (1e-4 if dtype == torch.float32 else 0.1) * truth.abs().max()
+    assert plain < (1e-4 if model.dtype == torch.float32 else 0.1) * truth.abs().max()
     forward, cache, parts = compiled_forward(model), model.new_cache(2, 200), []
     for count in (128, 4, *[1] * 18):
         start = sum(x.shape[1] for x in parts)
         parts.append(forward(ids[:, start : start + count], cache=cache))
     for found in (torch.cat(parts, 1), compiled_forward(model)(ids)):
         assert (found.double() - truth).abs().median() <= 1.5 * plain + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+@torch.no_grad()
+def test_a_model_of_inputs_in_8_bits_has_the_same_logits_compiled_in_chunks_and_steps(tiny_pair, form, dtype, tmp_path):
+    tiny_pair("gqa")[1].save_pretrained(tmp_path)
+    model = Llama.from_pretrained(tmp_path, device="cuda", dtype=dtype, quantize=f"{form}-dynamic")
+    check_logits_of_pieces(model)
 
 
 # ---- inputs in groups
@@ -341,16 +346,7 @@ def test_a_model_of_inputs_in_groups_has_the_same_logits_compiled_in_chunks_and_
     model = copy.deepcopy(tiny_pair("gqa")[1]).to("cuda", dtype)
     for module in linears(model):
         assign(module, in_groups(module.weight, 32))
-    ids = torch.tensor([random_ids(150), random_ids(150, 1)], device="cuda")
-    truth = in_float64(model)(ids, backend="dense")
-    plain = (model(ids, backend="dense").double() - truth).abs().median()
-    assert plain < (1e-4 if dtype == torch.float32 else 0.1) * truth.abs().max()
-    forward, cache, parts = compiled_forward(model), model.new_cache(2, 200), []
-    for count in (128, 4, *[1] * 18):
-        start = sum(x.shape[1] for x in parts)
-        parts.append(forward(ids[:, start : start + count], cache=cache))
-    for found in (torch.cat(parts, 1), compiled_forward(model)(ids)):
-        assert (found.double() - truth).abs().median() <= 1.5 * plain + 1e-5
+    check_logits_of_pieces(model)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])
