@@ -3,6 +3,7 @@
     throughput  output tokens per second for requests of random lengths, against transformers' continuous batching or
                 against one request after the other
     sweep       the time of a decoding step by batch size
+    grammar     the time of a decoding step of texts that conform to a JSON schema, against texts that do not
     prefix      the time to the first token for requests that share a prefix
     latency     the time between tokens while long prompts arrive, prefilled in chunks and in one piece
     requests    print the requests of `throughput` as JSON lines with tokens and max_new_tokens
@@ -16,6 +17,7 @@ greedily. Prints a table in Markdown, and last a line of JSON.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from llama_flex import Engine, Llama, Sampling
+from llama_flex import Engine, Grammar, Llama, Sampling, Tokenizer
 from llama_flex.checkpoint.files import FolderError
 from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.output import Step
@@ -56,6 +58,20 @@ from tools._measuring import (
 )
 
 STEPS = 10  # `sweep`: decoding steps per round
+SCHEMA = {  # `grammar`: it lets no text of the measured length end
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 40},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "emails": {"type": "array", "items": {"type": "string", "pattern": "^[a-z]+@[a-z]+\\.org$"}, "maxItems": 3},
+        },
+        "required": ["name", "age", "emails"],
+        "additionalProperties": False,
+    },
+}
 OWN = "the rest, prefix in caches of their own"  # a row of `prefix`
 
 
@@ -207,6 +223,64 @@ def _new_of_sweep(args: argparse.Namespace) -> int:
     return 16 + STEPS * args.rounds + max(args.sizes) * args.context // 512
 
 
+def grammar(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
+    """Measure the time of a step with and without a grammar, in turns: of one stream, and of requests by batch size."""
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer)
+    free = Sampling(temperature=1.0, seed=args.seed)
+    ways = {"free": free, "grammar": dataclasses.replace(free, grammar=Grammar.json_schema(SCHEMA))}
+    engine = Engine(
+        model,
+        tokenizer,
+        compile=True,
+        kv_dtype=args.kv_dtype,
+        max_batch_size=max(args.sizes),
+        max_length=args.context + args.new,
+    )
+    rng, rows, found = np.random.default_rng(args.seed), [], {}
+    for size in (None, *args.sizes):
+        prompts = [_ids(rng, args.context, model.config.vocab_size) for _ in range(size or 1)]
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for round in range(args.rounds + 1):  # the first compiles
+            for way, sampling in ways.items():
+                took = _seconds_a_step(engine, prompts, sampling, args.new, together=size is not None)
+                seconds[way] += [took] if round else []
+        medians = [statistics.median(each) for each in seconds.values()]
+        name = "stream" if size is None else str(size)
+        rows.append([name, *(f"{median * 1e3:.2f}" for median in medians), f"{medians[0] / medians[1]:.2f}"])
+        found[name] = seconds
+        print(*rows[-1], flush=True)
+    print_table(["batch", "free, ms a step", "JSON schema, ms a step", "rate with it, times that without"], rows)
+    return {"seconds": found}
+
+
+def _seconds_a_step(engine: Engine, prompts: list[list[int]], sampling: Sampling, new: int, *, together: bool) -> float:
+    """Return the seconds of a decoding step of prompts that run together, or of a stream of one."""
+    # A grammar needs a stop token, which it bans until the text may end.
+    stop = [engine.model.config.vocab_size - 1]
+    given: dict[str, Any] = {"max_new_tokens": new, "sampling": sampling, "stop_token_ids": stop}
+    if not together:
+        steps = engine.stream(prompts, **given)
+        return _seconds_each(lambda: next(steps), new - new // 2 - 1, before=new // 2)
+    submitted = [engine.submit(ids, **given) for ids in prompts]
+    while min(len(r.steps) for r in submitted) < 8:
+        engine.step()
+    seconds = _seconds_each(engine.step, new // 2, before=0)
+    assert engine.scheduler.num_running == len(submitted)
+    for request in submitted:
+        engine.cancel(request)
+    engine.run()
+    return seconds
+
+
+def _seconds_each(step: Callable[[], object], count: int, before: int) -> float:
+    for _ in range(before):
+        step()
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    return (time.perf_counter() - started) / count
+
+
 def prefix(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
     """Measure the time to the first token of requests that share a prefix.
 
@@ -295,12 +369,14 @@ def latency(args: argparse.Namespace, model: Llama) -> dict[str, Any]:
 NAMES: dict[str, Callable[[argparse.Namespace, Llama], dict[str, Any]]] = {
     "throughput": throughput,
     "sweep": sweep,
+    "grammar": grammar,
     "prefix": prefix,
     "latency": latency,
 }
 NEEDED: dict[str, Callable[[argparse.Namespace], int]] = {  # tokens in the longest sequence
     "throughput": lambda args: 2 * args.high,
     "sweep": lambda args: args.context + _new_of_sweep(args),
+    "grammar": lambda args: args.context + args.new,
     "prefix": lambda args: args.prefix + args.own + 1,
     "latency": lambda args: max(args.long + 1, args.own + args.new),
 }
@@ -336,6 +412,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     each["sweep"].add_argument("--context", type=whole_number, default=1024)
     each["sweep"].add_argument("--sizes", type=whole_number, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+    what = "a tokenizer's folder, if --config has another vocabulary than the default's"
+    each["grammar"].add_argument("--tokenizer", type=Path, metavar="DIR", default=DEMO, help=what)
+    each["grammar"].add_argument("--context", type=whole_number, default=256)
+    each["grammar"].add_argument("--new", type=whole_number, default=128, help="tokens that each text generates")
+    each["grammar"].add_argument("--sizes", type=whole_number, nargs="+", default=[1, 64])
     each["prefix"].add_argument("--prefix", type=whole_number, default=4000, help="tokens in the shared prefix")
     each["prefix"].add_argument("--own", type=whole_number, default=100, help="tokens after the prefix in each request")
     each["latency"].add_argument("--long", type=whole_number, default=8000, help="tokens in a long prompt")
