@@ -140,6 +140,14 @@ class Cache:
             held[row, slots] = new
         return slots
 
+    def drop(self, counts: Tensor) -> None:
+        """Forget the last `counts` `[B]` tokens of each row, such as rejected drafts; tensor operations only."""
+        self._free(self.tokens.index >= (self.length - counts)[:, None])
+
+    def release(self, count: int) -> None:
+        """Return room for `count` tokens that was reserved in every row, and is free again."""
+        self.reserved -= count if self.window is None else 0
+
     def truncate(self, length: int) -> None:
         """Forget all tokens of every row from index `length` on.
 

@@ -198,6 +198,23 @@ def prepare(model: nn.Module, quantization: Quantization | None, floats: Collect
                 module.register_parameter(name, nn.Parameter(scale, requires_grad=False))
 
 
+def quantise_beside(model: nn.Module, empty: nn.Module, quantization: Quantization) -> None:
+    """Make a model on the meta device, `empty`, another one with quantised matrices, which shares all else with it.
+
+    Raises ValueError for a model whose matrices are quantised, and for groups that do not divide rows.
+    """
+    for (path, module), own in zip(empty.named_modules(), model.modules(), strict=True):
+        for name, parameter in own.named_parameters(recurse=False):
+            module.register_parameter(name, parameter)
+        for name, buffer in own.named_buffers(recurse=False):
+            module.register_buffer(name, buffer)
+        if is_quantisable(own) and (each := quantization.of_matrix(path)) is not None:
+            if own._parameters["weight_scale"] is not None:
+                raise ValueError("the model is quantised already, so a copy of few bits is hardly faster")
+            weight = own.get_parameter("weight").detach()
+            assign(module, each.quantise(weight, weight.dtype))
+
+
 def is_quantisable(module: nn.Module) -> bool:
     """Return whether a module holds a matrix, which may be quantised: unlike an output matrix that is the embedding."""
     return isinstance(module, MatrixModule) and "weight" in module._parameters

@@ -6,7 +6,7 @@ need not wait for them. Dimensions: R rows of a step, N batch slots, E hidden si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels.reductions import all_finite, logsumexp
 from ..logits.parameters import SamplingTensors
+from ..masks.layout import SlotCache
 from ..model import Llama
 from ..sampling import adjust_logits, draw, logprob_of
 from .fusion import combined
@@ -26,9 +27,9 @@ from .request import Request, TokenSequence
 from .slot_tables import SlotTables
 from .transfer import StagingBuffer, read_async
 
-# The host's inputs for sampling the next token of each row of a step; _INTS as int64, _REALS as float32.
-_INTS = ("batch_slot", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max", "min_new")
-_FOLLOWING = slice(1, 4)  # those of _INTS that change from token to token
+# The host's inputs for sampling the next token of each row of a step; INTS as int64, _REALS as float32.
+INTS = ("batch_slot", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max", "min_new")
+_FOLLOWING = slice(1, 4)  # those of INTS that change from token to token
 _REALS = (
     *("temperature", "tail", "min_p", "repetition_penalty", "typical_p"),
     *("presence_penalty", "frequency_penalty"),
@@ -50,23 +51,36 @@ class Sampled(NamedTuple):
 
 
 class PendingOutput(NamedTuple):
-    """The sampled tokens of a step, which may not be computed yet, and the row of each request."""
+    """The sampled tokens of a step, which may not be computed yet, and the row of each request. width: how many tokens
+    a row may have at most; with more than one, the last of the results says how many it has."""
 
     read: Callable[[], list[list[float]]]
     rows: list[tuple[Request, int]]
     errors: Mapping[Request, Exception]
+    width: int = 1
+
+    def counts(self) -> dict[Request, int]:
+        """Wait for the step; return the number of tokens of each request."""
+        if self.width == 1:
+            return {request: 1 for request, _ in self.rows}
+        return {request: int(self.read()[-1][row * self.width]) for request, row in self.rows}
 
     def tokens(self) -> Iterator[tuple[Request, Sampled]]:
-        """Wait for the step; yield each request and what was sampled."""
+        """Wait for the step; yield each request and what was sampled, until something is wrong with it."""
         tokens, logprobs, outcomes, *more = self.read()
+        counts = more.pop() if self.width > 1 else None
         ids, values = more[: len(more) // 2], more[len(more) // 2 :]
         for request, row in self.rows:
-            top, error, k = None, self.errors.get(request), request.sampling.top_logprobs
-            if k:
-                top = [(int(i[row]), v[row]) for i, v in zip(ids[:k], values[:k], strict=True)]
-            if outcomes[row] > _FINE and error is None:
-                error = ValueError(_nothing_left(request) if outcomes[row] == _NOTHING_LEFT else _invalid(request))
-            yield request, Sampled(int(tokens[row]), logprobs[row], top, outcomes[row] != _NON_FINITE, error)
+            first, k = row * self.width, request.sampling.top_logprobs
+            for at in range(first, first + (1 if counts is None else int(counts[first]))):
+                top, error = None, self.errors.get(request)
+                if k:
+                    top = [(int(i[at]), v[at]) for i, v in zip(ids[:k], values[:k], strict=True)]
+                if outcomes[at] > _FINE and error is None:
+                    error = ValueError(_nothing_left(request) if outcomes[at] == _NOTHING_LEFT else _invalid(request))
+                yield request, Sampled(int(tokens[at]), logprobs[at], top, outcomes[at] != _NON_FINITE, error)
+                if outcomes[at] != _FINE:
+                    break
 
 
 def _nothing_left(request: Request) -> str:
@@ -87,7 +101,7 @@ def _invalid(request: Request) -> str:
 
 @dataclass
 class StepBuffers:
-    """The memory that steps of one shape work on: inputs from the host, and newest tokens `[R, 1]`; what they leave is
+    """The memory that steps of one shape work on: inputs from the host, and newest tokens `[R, T]`; what they leave is
     made when it is first needed."""
 
     inputs: StagingBuffer
@@ -97,9 +111,9 @@ class StepBuffers:
 
     def result(self, top: int) -> Tensor:
         """Return the results `[3 + 2 * top, R]`, float64: tokens, their log-probabilities, outcomes, then the most
-        likely tokens and their log-probabilities."""
+        likely tokens and their log-probabilities; of T tokens a row `[3 + 2 * top + 1, R * T]`, see `PendingOutput`."""
         if top not in self._results:
-            shape = 3 + 2 * top, len(self.ids)
+            shape = 3 + 2 * top + (self.ids.shape[1] > 1), self.ids.numel()
             self._results[top] = torch.zeros(shape, dtype=torch.float64, device=self.ids.device)
         return self._results[top]
 
@@ -117,9 +131,9 @@ class Batch:
         """batch_slots: the most sequences at a time."""
         self.runner, self.model, self.batch_slots = runner, runner.model, batch_slots
         self.recorded, self._draws = RecordedSteps(runner), RecordedSteps(runner)
-        self._ints = np.zeros((batch_slots + 1, len(_INTS)), np.int64)
+        self._ints = np.zeros((batch_slots + 1, len(INTS)), np.int64)
         self._reals = np.ones((batch_slots + 1, len(_REALS)), np.float32)
-        self._ints[:, _INTS.index("batch_slot")] = np.arange(batch_slots + 1)
+        self._ints[:, INTS.index("batch_slot")] = np.arange(batch_slots + 1)
         self._newest = torch.zeros(batch_slots + 1, dtype=torch.int64, device=self.model.device)
         self._tables = SlotTables()
         self._compiled_kinds: set[Kinds] = set()
@@ -139,7 +153,7 @@ class Batch:
             "min_new": s.min_new_tokens,
         }
         reals = s.divisor, 1 - s.top_p, s.min_p, s.repetition_penalty, s.typical_p
-        self._ints[slot] = [row.get(name, 0) for name in _INTS]
+        self._ints[slot] = [row.get(name, 0) for name in INTS]
         self._reals[slot] = *reals, s.presence_penalty, s.frequency_penalty
         self._newest[slot].fill_(int(sequence.tokens[0, -1]))  # assigning a number would wait for the device
         self._make_tables(request.kinds)
@@ -159,13 +173,16 @@ class Batch:
         )
         return compiled_for(kinds, self._compiled_kinds) if self.runner.compile else kinds
 
-    def _new_buffers(self, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> StepBuffers:
-        """Make the buffers of a step of R rows, with inputs of the given shapes and those of sampling."""
+    def _new_buffers(
+        self, rows: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], width: int = 1
+    ) -> StepBuffers:
+        """Make the buffers of a step of R rows, with inputs of the given shapes and those of sampling. width: the most
+        tokens that it samples in a row."""
         device = self.model.device
-        sampled = {"ints": (torch.int64, (len(_INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
+        sampled = {"ints": (torch.int64, (len(INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
         return StepBuffers(
             StagingBuffer(device, {**sampled, **shapes}),
-            torch.zeros(rows, 1, dtype=torch.int64, device=device),
+            torch.zeros(rows, width, dtype=torch.int64, device=device),
         )
 
     def _fill_state(self, host: Mapping[str, np.ndarray], rows: Mapping[int, tuple[Request, TokenSequence]]) -> None:
@@ -174,7 +191,7 @@ class Batch:
         slots = [rows[row][1].batch_slot if row in rows else self.batch_slots for row in range(count)]
         host["ints"][:] = self._ints[slots].T
         host["reals"][:] = self._reals[slots].T
-        host["ints"][_INTS.index("leader")] = np.arange(count)
+        host["ints"][INTS.index("leader")] = np.arange(count)
 
     def _fill_leaders(
         self, host: Mapping[str, np.ndarray], rows: Mapping[int, tuple[Request, TokenSequence]]
@@ -182,14 +199,14 @@ class Batch:
         """Let the rows of each request sample together; return the requests, each with its first row."""
         leaders: dict[Request, int] = {}
         for row, (request, _) in rows.items():
-            host["ints"][_INTS.index("leader"), row] = leaders.setdefault(request, row)
+            host["ints"][INTS.index("leader"), row] = leaders.setdefault(request, row)
         return list(leaders.items())
 
     def _newest_tokens(self, buffers: StepBuffers) -> tuple[Tensor, Tensor, Tensor]:
         """Return the ids, positions and segments that a decode step computes, each `[R, 1]`."""
         ints = buffers.inputs.on_device["ints"]
-        torch.index_select(self._newest, 0, ints[_INTS.index("batch_slot")], out=buffers.ids[:, 0])
-        return buffers.ids, ints[_INTS.index("position")][:, None], ints[_INTS.index("segment")][:, None]
+        torch.index_select(self._newest, 0, ints[INTS.index("batch_slot")], out=buffers.ids[:, 0])
+        return buffers.ids, ints[INTS.index("position")][:, None], ints[INTS.index("segment")][:, None]
 
     def _sample(self, x: Tensor, buffers: StepBuffers, kinds: Kinds, adapters: Tensor | None = None) -> None:
         """Sample the next token of each row from the last layer's output `[R, 1, E]`, or packed if "last" is given; if
@@ -202,9 +219,42 @@ class Batch:
         else:
             run("sample_next", _sample_next, self.model, x, state, result, kinds, adapters)
 
+    def _fill_drafts(
+        self,
+        host: Mapping[str, np.ndarray],
+        rows: Mapping[int, tuple[Request, TokenSequence]],
+        drafts: Mapping[Request, Sequence[int]],
+    ) -> None:
+        """Fill "tokens" `[3, R, T]` and "count" `[R]` with each row's newest token and the drafts after it."""
+        host["count"].fill(0)
+        host["tokens"].fill(0)  # a mask may index a table by padding
+        for row, (request, sequence) in rows.items():
+            ids, state = [request.new_tokens[-1], *drafts[request]], self._ints[sequence.batch_slot]
+            first, segment = state[_FOLLOWING][:2]
+            host["tokens"][:, row, : len(ids)] = ids, first + np.arange(len(ids)), [segment] * len(ids)
+            host["count"][row] = len(ids)
+
+    def _verify(
+        self, x: Tensor, buffers: StepBuffers, kinds: Kinds, cache: SlotCache, adapters: Tensor | None = None
+    ) -> None:
+        """Sample after every token of the rows, from the last layer's output `[R, T, E]`; keep what follows accepted
+        drafts, and drop the others from the cache."""
+        state, result = self._state(buffers, kinds), buffers.result(kinds.top)
+        given = buffers.inputs.on_device
+        run = self.runner.run_for("verify", x.shape, self.batch_slots, type(cache), kinds, adapters is not None)
+        drafts = given["tokens"][0, :, 1:], given["count"]
+        run("verify_next", _verify_next, self.model, x, state, *drafts, cache, result, kinds, adapters)
+
+    def _verified(self, buffers: StepBuffers, rows: list[tuple[Request, int]], kinds: Kinds) -> PendingOutput:
+        """Wait for a step that verified drafts, count the tokens that it has sampled, and return them."""
+        values = read_async(buffers.result(kinds.top))()
+        output = PendingOutput(lambda: values, rows, {}, buffers.ids.shape[1])
+        self._count(rows, list(output.counts().values()))
+        return output
+
     def _state(self, buffers: StepBuffers, kinds: Kinds) -> _State:
         given = buffers.inputs.on_device
-        ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
+        ints = dict(zip(INTS, given["ints"].unbind(0), strict=True))
         reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
         tables = self._tables.only(kinds)
         return _State(**ints, **reals, last=given.get("last"), newest=self._newest, tables=tables)
@@ -230,20 +280,24 @@ class Batch:
         """Finish a step that is split, count the tokens that the step has sampled, and return them. replays: see
         `ModelRunner.replays`."""
         errors = self._draw(buffers, kinds, rows, replays=replays) if kinds.split else {}
+        self._count(rows, [1] * len(rows))
+        return PendingOutput(read_async(buffers.result(kinds.top)), rows, errors)
+
+    def _count(self, rows: list[tuple[Request, int]], counts: Sequence[int]) -> None:
+        """Count the tokens that a step samples for each request."""
         following = []
-        for request, _ in rows:
-            request.num_scheduled = done = request.num_scheduled + 1
+        for (request, _), count in zip(rows, counts, strict=True):
+            request.num_scheduled = done = request.num_scheduled + count
             for sequence in request.sequences:
                 prompt = sequence.prompt
                 position = (prompt.generated_position or 0) + done - 1
                 following.append((sequence.batch_slot, position, prompt.generated_segment, done))
         slots, *columns = np.array(following).T
         self._ints[slots, _FOLLOWING] = np.array(columns).T
-        return PendingOutput(read_async(buffers.result(kinds.top)), rows, errors)
 
 
 class _State(NamedTuple):
-    """The tensors that sampling reads and updates: `[R]`, in the order of _INTS and _REALS, unless noted."""
+    """The tensors that sampling reads and updates: `[R]`, in the order of INTS and _REALS, unless noted."""
 
     batch_slot: Tensor
     position: Tensor
@@ -302,6 +356,58 @@ def _draw_next(s: _State, buffer: Tensor, result: Tensor, kinds: Kinds) -> None:
     _write(s, logits, draw(processed, _parameters(s, kinds)[0], s.done), outcome, result, kinds)
 
 
+def _verify_next(
+    model: Llama,
+    x: Tensor,
+    s: _State,
+    drafts: Tensor,
+    count: Tensor,
+    cache: SlotCache,
+    result: Tensor,
+    kinds: Kinds,
+    adapters: Tensor | None = None,
+) -> None:
+    """Sample after each row's newest token and its drafts `[R, T - 1]`, `count` `[R]` tokens in all, as steps of one
+    token would; keep the tokens up to the first that is not the draft there, update the newest tokens and the tables,
+    and drop the other drafts from the cache."""
+    r, t = x.shape[:2]
+    column = torch.arange(t, device=x.device)
+    rows = {name: f for name, f in s._asdict().items() if name not in ("last", "newest", "tables")}
+    each = s._replace(**{name: f.repeat_interleave(t) for name, f in rows.items()})
+    each = each._replace(done=(s.done[:, None] + column).flatten(), leader=(s.leader[:, None] * t + column).flatten())
+    numbers = None if adapters is None else adapters.expand(r, t).reshape(-1, 1)
+    logits, finite = _next_logits(model, x.reshape(r * t, 1, -1), each, kinds, numbers)
+    parameters, seen = _parameters(each, kinds)
+    if seen is not None or parameters.counts is not None:
+        # Each draft is followed by itself and those after it.
+        fed = torch.where((column[:, None] > column[: t - 1]), 1, 0).expand(r, t, t - 1)
+        times = torch.zeros(r, t, logits.shape[-1], dtype=torch.int32, device=x.device)
+        times = times.scatter_add(2, drafts[:, None].expand(r, t, t - 1), fed.to(torch.int32)).flatten(0, 1)
+        seen = None if seen is None else seen | (times > 0)
+        if parameters.counts is not None:
+            parameters = parameters._replace(counts=parameters.counts + times)
+    adjusted = adjust_logits(logits, parameters, seen)
+    outcome = _outcome(finite, adjusted) if kinds.bias or kinds.stops else finite.double()
+    token = draw(adjusted, parameters, each.done)
+    logprob = logprob_of(logits, token)
+    token = (token[each.leader] if kinds.several else token).view(r, t)
+    agreed = (token[:, :-1] == drafts) & (column[: t - 1] < count[:, None] - 1)
+    new = (agreed.int().cumprod(1).sum(1, dtype=torch.int32) + 1).minimum(count)
+    kept = column < new[:, None]
+    last = token.gather(1, (new - 1).clamp(min=0)[:, None].long())
+    slots = s.batch_slot[:, None].expand(r, t)
+    if s.tables.seen is not None:
+        s.tables.seen[slots, torch.where(kept, token, last)] = torch.ones_like(kept)
+    if s.tables.counts is not None:
+        s.tables.counts.index_put_((slots, token), kept.to(s.tables.counts.dtype), accumulate=True)
+    s.newest[s.batch_slot] = last[:, 0]
+    cache.drop(count - new)
+    results = torch.stack((token.flatten().double(), logprob.double(), outcome))
+    if kinds.top:
+        results = torch.cat((results, _top_logprobs(logits, kinds.top)))
+    result.copy_(torch.cat((results, new.repeat_interleave(t).double()[None])))
+
+
 def _next_logits(model: Llama, x: Tensor, s: _State, kinds: Kinds, adapters: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the next logits `[R, V]`, combined in a request's first row, and whether the model's own are finite."""
     x = x if s.last is None else x[0, s.last, None]
@@ -355,7 +461,11 @@ def _write(s: _State, logits: Tensor, token: Tensor, outcome: Tensor, result: Te
     s.newest[s.batch_slot] = token
     rows = torch.stack((token.double(), logprob.double(), outcome))
     if kinds.top:
-        values, ids = logits.topk(kinds.top)
-        top = torch.cat((ids.T.double(), (values - logsumexp(logits)[:, None]).T.double()))
-        rows = torch.cat((rows, top))
+        rows = torch.cat((rows, _top_logprobs(logits, kinds.top)))
     result.copy_(rows)
+
+
+def _top_logprobs(logits: Tensor, count: int) -> Tensor:
+    """Return the most likely tokens of each row and their log-probabilities, float64 `[2 * count, R]`."""
+    values, ids = logits.topk(count)
+    return torch.cat((ids.T.double(), (values - logsumexp(logits)[:, None]).T.double()))

@@ -25,6 +25,7 @@ from ..tokenizer import Tokenizer
 from ..usercode.arguments import check_options, whole_number
 from . import explain
 from .beams import BeamOptions, BeamSearch, PromptBeams
+from .drafting import Drafter
 from .fusion import AnyPrompt, as_requests
 from .graphs import Graphs
 from .limits import RequestLimits
@@ -33,7 +34,8 @@ from .output import Completion, NonFiniteLogitsError, OutputProcessor, ScoredCom
 from .request import Request, TokenSequence, longest_of, tokens_of
 from .request_masks import AttentionSpec, plan_of_rows
 from .scheduler import Scheduler
-from .stream import Stream
+from .speculation import Speculation
+from .verification import new_stream
 
 # Compiled graphs have static shapes, so caches come in few sizes: powers of two, from this many slots in total.
 MIN_SLOTS = 8192
@@ -54,6 +56,7 @@ class Engine:
         compile: bool | Literal["auto"] = False,
         backend: Backend = "flex",
         kv_dtype: KVDtype = None,
+        speculate: Literal["lookup", "self"] | Llama | Drafter | None = None,
         max_batch_size: int | None = None,
         max_slots: int | None = None,
         max_length: int | None = None,
@@ -67,6 +70,11 @@ class Engine:
         hooks and modules, they may see the values of parameters alone. Compiled steps refuse forward hooks.
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
         kv_dtype: of the keys and values of all caches that the engine makes, see `Llama.new_cache`.
+        speculate: let each step verify several drafted tokens. "lookup" drafts what followed before in the text, see
+        `drafting.prompt_lookup`; "self" with a copy of the model in 4 bits; a smaller `Llama` with the same vocabulary;
+        or a function from the ids so far and the most to draft to ids. It changes no token, but for what rounds
+        differently in 16 bits. Requests with no_repeat_ngram_size, grammar or processors have no drafts, nor have those
+        with a caller's cache from another model.
 
         The rest configures `submit`, before which it takes no memory. max_batch_size: the most sequences that run at a
         time, default 8 on a CPU, 256 on a GPU. max_slots: KV cache slots for the tokens of all of them; default enough
@@ -79,6 +87,7 @@ class Engine:
         self.kv_dtype = kv_dtype = kv_dtype_of(model, kv_dtype)
         check_kv_dtype(kv_dtype, model.device)
         self.runner = ModelRunner(model, compile=compile, backend=backend)
+        self.speculation = Speculation.of(speculate, self.runner)
         self.limits = RequestLimits(model, tokenizer)
         self._scheduler: Scheduler | None = None
         self._making = threading.Lock()  # guards making the scheduler: the first requests may come from several threads
@@ -93,6 +102,7 @@ class Engine:
             max_length=max_length,
             memory_fraction=memory_fraction,
             prefill_tokens=prefill_tokens,
+            speculation=self.speculation,
         )
 
     @property
@@ -211,7 +221,7 @@ class Engine:
         for request in requests:
             request.prepare(row)
             row += len(request.sequences)
-        stream = Stream(self.runner, requests, cache)
+        stream = new_stream(self.runner, requests, cache, self.speculation)
         failed = []
         for output in stream.outputs():
             for request, sampled in output.tokens():

@@ -91,6 +91,10 @@ class ModelRunner:
             self.uncompiled = ModelRunner(self.model)
             self.uncompiled._auto = True
 
+    def follow(self, other: ModelRunner) -> None:
+        """Compile, or not, and attend as another runner does."""
+        self._backend, self.compile = other._backend, "auto" if other._auto else other._compile
+
     @property
     def backend(self) -> Backend:
         """The backend of attention: the one asked for, but "dense" where "auto" does not compile."""

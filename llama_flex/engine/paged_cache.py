@@ -122,6 +122,9 @@ class PagedCacheView:
         self._cache.segment[at] = tokens.segment
         return at
 
+    def drop(self, counts: Tensor) -> None:
+        """Do nothing: the next step is given how many tokens its sequences have."""
+
 
 class PagedSequence(Protocol):
     """The pages of a sequence, in order, and how many of its tokens are in them."""
@@ -160,6 +163,13 @@ class PagedRows(PagedCacheView):
         at = super().append(tokens)
         self.length.add_((tokens.index >= 0).sum(1))
         return at
+
+    def drop(self, counts: Tensor) -> None:
+        """Forget the last `counts` `[B]` tokens of each row; tensor operations only."""
+        self.length.sub_(counts)
+
+    def release(self, count: int) -> None:
+        """Do nothing: pages are counted by whoever allocates them."""
 
 
 RowCache = Cache | PagedRows  # a cache with a row for each prompt

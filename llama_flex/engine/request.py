@@ -20,6 +20,7 @@ from ..logits.parameters import Sampling
 from ..logits.processors import RequestProcessors
 from ..masks.layout import BLOCK
 from ..tokens import Tokens
+from .drafting import Acceptance
 from .fusion import Ensemble, Prompt
 from .kinds import Kinds
 from .output import Completion, OutputProcessor, Step
@@ -114,6 +115,7 @@ class Request:
     processors: RequestProcessors | None = field(default=None, kw_only=True, repr=False)  # on the host
     adapter: Adapter | None = field(default=None, kw_only=True, repr=False)  # None: the bare model
     runs_alone: bool = field(default=False, kw_only=True, repr=False)  # in steps of its own, see `Stream`
+    drafts: Acceptance = field(default_factory=Acceptance, init=False, repr=False)
     start: Start | None = field(default=None, init=False, repr=False)  # None until it has begun, if it runs alone
     sequences: list[TokenSequence] = field(default_factory=list, repr=False)
     num_scheduled: int = field(default=0, repr=False)  # new tokens enqueued; the last may not be read yet
@@ -168,6 +170,11 @@ class Request:
                 sequence.num_computed_tokens = n
         for capture, parts in zip(self.captures, self.start.capture_parts, strict=True):
             capture.rewind(parts, ends)
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the text so far, as far as they were read: in its cache, in the first prompt, and new ones."""
+        return [*self.cached_ids, *self.ensemble.prompts[0].ids, *self.new_tokens]
 
     @property
     def new_tokens(self) -> list[int]:

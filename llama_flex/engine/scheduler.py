@@ -41,7 +41,9 @@ from .paged_batch import WIDTH, PagedBatch, PrefillChunk
 from .paged_cache import PagedCache, PagedRows, RowCache
 from .request import Request, TokenSequence, longest_of, tokens_of
 from .request_masks import AttentionSpec, plan_of_rows
+from .speculation import Speculation
 from .stream import Stream
+from .verification import new_stream
 
 BATCH_SIZE = {"cpu": 8, "cuda": 256}
 PREFILL_TOKENS = {"cpu": 512, "cuda": 2048}  # per step; a GPU needs many to be busy
@@ -67,9 +69,10 @@ class Scheduler:
         max_length: int | None,
         memory_fraction: float,
         prefill_tokens: int | None,
+        speculation: Speculation | None,
     ) -> None:
         self.runner, self.model, self.tokenizer, self.limits = runner, runner.model, tokenizer, limits
-        self.kv_dtype = kv_dtype
+        self.kv_dtype, self._speculation = kv_dtype, speculation
         self.model.check_device()
         device = self.model.device
         for name, value in (
@@ -577,7 +580,7 @@ class Scheduler:
         else:
             self.model.check_cache(cache, len(request.sequences))
         request.prepare()
-        return Stream(self.runner, [request], rows if cache is None else cache)
+        return new_stream(self.runner, [request], rows if cache is None else cache, self._speculation)
 
     def _process_output(self, output: PendingOutput) -> None:
         """Append sampled tokens; drop those of finished requests."""

@@ -69,7 +69,7 @@ class Stream(Batch):
             chunks = prefill(self.runner, left, self.plan, self.cache, self.probes, self.captures, self.adapters)
             for x in newest_outputs(left, chunks):
                 yield None if x is None or n < len(pieces) else self._first(x)
-        while any(map(_continues, self.requests)):
+        while any(map(continues, self.requests)):
             now = self.model.device, self.model.dtype
             if now != made_for:
                 was, is_ = (f"{dtype} on {device}" for device, dtype in (made_for, now))
@@ -150,7 +150,7 @@ class Stream(Batch):
 
     def _fill_rows(self) -> list[tuple[Request, int]]:
         """Send the state of the rows that continue; return their requests, each with its first row."""
-        rows = {row: each for row, each in self.rows.items() if _continues(each[0])}
+        rows = {row: each for row, each in self.rows.items() if continues(each[0])}
         if not rows:
             return []
         host = self._buffers.inputs.fill()
@@ -169,5 +169,6 @@ def _tokens_of(cache: RowCache) -> Callable[[], Tokens]:
     return lambda: held
 
 
-def _continues(request: Request) -> bool:
+def continues(request: Request) -> bool:
+    """Return whether a request of a stream may get more tokens."""
     return not request.finished and request.num_scheduled < request.output_processor.limit

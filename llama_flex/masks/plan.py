@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import Tokens
+from .library import causal
 from .mask import Mask
 from .scores import ScoreMod
 
@@ -101,6 +102,14 @@ class AttentionPlan:
     def with_flash(self) -> AttentionPlan:
         """This plan, with flash-attn-4 for what it has operations for."""
         return AttentionPlan(tuple(v._replace(flash=v.is_plain) for v in self.variants), self.of_layer)
+
+    @cached_property
+    def backward(self) -> AttentionPlan:
+        """This plan, but no token sees a later one, as when each is computed before the next one exists."""
+        if all(v.mask.never_looks_ahead for v in self.variants):
+            return self
+        variants = (v._replace(mask=v.mask & causal(), is_plain=False) for v in self.variants)
+        return AttentionPlan(tuple(variants), self.of_layer)
 
     def check_new_tokens(
         self, count: int, positions: Tensor | None, segments: Tensor | None, start: int, num_heads: int

@@ -1,0 +1,191 @@
+"""Speculation: a drafter proposes tokens, and streams verify several of them in a step; models as drafters.
+
+Dimensions: R rows of a step, K drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import Cache
+from ..checkpoint.quantization import Quantization, quantise_beside
+from ..model import Llama
+from ..usercode.arguments import whole_numbers
+from .batch import INTS, Batch
+from .drafting import COST, SIZES, Acceptance, Drafter, prompt_lookup
+from .explain import bytes_per_step
+from .model_runner import ModelRunner
+from .paged_cache import RowCache
+from .prefill import prefill
+from .request import Request, TokenSequence, tokens_of
+from .stream import Stream
+from .transfer import to_device_async
+
+
+@dataclass
+class Speculation:
+    """What drafts for the requests of an engine, and what came of it.
+
+    drafter: a function from the ids so far and the most to draft to ids; or the runner of a model, and shares: whether
+    this has the same keys and values. cost: the time of a draft, made and verified, in that of a step of one token.
+    texts: how many had drafts, and given_up: for how many they did not pay. steps, drafted, accepted: as in
+    `Acceptance`, of all of them.
+    """
+
+    drafter: Drafter | ModelRunner
+    vocab_size: int
+    cost: float
+    shares: bool = False
+    texts: int = 0
+    given_up: int = 0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether drafts come from a model with a cache of its own."""
+        return isinstance(self.drafter, ModelRunner) and not self.shares
+
+    @classmethod
+    def of(cls, drafter: Any, runner: ModelRunner) -> Speculation | None:
+        """Return the speculation of an engine with a runner; drafter: `speculate` of `Engine`. Raises ValueError for
+        anything else."""
+        model = runner.model
+        size, cost = model.config.vocab_size, COST[model.device.type]
+        if drafter is None:
+            return None
+        if shares := drafter == "self":
+            with torch.device("meta"):
+                drafter = type(model)(model.config)
+            quantise_beside(model, drafter.eval(), Quantization("int4"))
+        if isinstance(drafter, Llama):
+            drafter.check_device()
+            for name, theirs, ours in (
+                ("tokens", drafter.config.vocab_size, size),
+                ("device", drafter.device, model.device),
+            ):
+                if theirs != ours:
+                    raise ValueError(f"the draft model's {name}, {theirs}, must be those of the model, {ours}")
+            cost += bytes_per_step(drafter, []) / bytes_per_step(model, [])
+            return cls(ModelRunner(drafter), size, cost, shares)
+        if not callable(drafter := prompt_lookup if drafter == "lookup" else drafter):
+            what = "'lookup', 'self', a Llama or a function of token ids"
+            raise ValueError(f"speculate must be {what}, not {drafter!r:.60}")
+        return cls(drafter, size, cost)
+
+    def draft(self, ids: Sequence[int], most: int) -> list[int]:
+        """Return up to `most` drafts of a function for a text. Raises ValueError for anything but token ids."""
+        assert not isinstance(self.drafter, ModelRunner)
+        found = whole_numbers("a drafter must return a list of token ids", self.drafter(ids, most))[:most]
+        if beyond := [id for id in found if not 0 <= id < self.vocab_size]:
+            raise ValueError(f"the drafter returned {beyond[0]}, which is outside the vocabulary of {self.vocab_size}")
+        return found
+
+    def add(self, text: Acceptance, drafted: int, accepted: int) -> None:
+        """Count what came of a text's drafts in a step."""
+        self.texts += text.steps == 0
+        text.add(drafted, accepted, self.cost)
+        self.given_up += text.most == 0
+        self.steps, self.drafted, self.accepted = self.steps + 1, self.drafted + drafted, self.accepted + accepted
+
+
+class DraftedRows(Batch):
+    """The rows of a stream in a draft model, which samples with their noise and filters, on the device.
+
+    It has a cache of its own, or writes into the stream's: what it leaves there is dropped before anything reads it.
+    """
+
+    def __init__(self, speculation: Speculation, runner: ModelRunner, stream: Stream) -> None:
+        """runner: of the stream's model."""
+        assert isinstance(speculation.drafter, ModelRunner)
+        speculation.drafter.follow(runner)
+        drafter = speculation.drafter
+        super().__init__(drafter if stream.runner.compile else drafter.uncompiled or drafter, stream.batch_slots)
+        self._ints, self._reals, self._stream = stream._ints, stream._reals, stream
+        self._kinds = stream.kinds._replace(seen=False, counts=False, top=0)
+        self._held = dict.fromkeys(stream.rows, 0)  # tokens in its own cache
+        self._rows = self._new_buffers(len(stream.rows), {"count": (torch.int32, (len(stream.rows),))})
+        self._drafts = torch.zeros(len(stream.rows), SIZES[-1] + 1, dtype=torch.int64, device=self.model.device)
+        self._own: Cache | None = None
+        if speculation.shares:
+            self._cache: RowCache = stream.cache
+            self._plan = stream.plan
+            return
+        prompts = [sequence.prompt for _, sequence in stream.rows.values()]
+        masks = [variant.mask for variant in stream.plan.variants]
+        fused = any(prompt.is_fused for prompt in prompts)
+        self._plan = self.model.attention_plan(masks[0] if len(masks) == 1 else None, fused=fused)
+        longest = max(len(s.prompt.ids) + r.output_processor.limit for r, s in stream.rows.values())
+        self._cache = self._own = self.model.new_cache(len(prompts), longest + SIZES[-1] + 1)
+
+    def draft(self, counts: Mapping[int, int]) -> Tensor:
+        """Return drafts `[R, K]`, int64. counts: how many for each row."""
+        most, own = max(counts.values()), self._own is not None
+        rows = {row: self._stream.rows[row] for row in counts}
+        if self._own is not None:
+            self._catch_up(self._own, rows)
+        self._newest.copy_(self._stream._newest)
+        self._tables = self._stream._tables
+        with self._cache.appending(most + own):  # the last draft's keys and values, too, as it may be accepted
+            for n in range(most + own):
+                self._step(rows, {row: n < count + own for row, count in counts.items()}, n)
+                self._drafts[:, n].copy_(self._rows.result(0)[0])
+        if not own:
+            self._drop(counts)
+            self._cache.release(most)
+        return self._drafts[:, :most]
+
+    def _step(self, rows: Mapping[int, tuple[Request, TokenSequence]], goes_on: Mapping[int, bool], n: int) -> None:
+        host = self._rows.inputs.fill()
+        self._fill_state(host, rows)
+        self._fill_leaders(host, rows)
+        for name in ("position", "done"):
+            host["ints"][INTS.index(name)] += n
+        host["count"][:] = [goes_on.get(row, False) for row in self._stream.rows]
+        self._rows.inputs.send()
+        ids, positions, segments = self._newest_tokens(self._rows)
+        count = self._rows.inputs.on_device["count"]
+
+        def step() -> None:
+            x, _ = self.runner.step(ids, count, positions, segments, self._plan, self._cache)
+            self._sample(x, self._rows, self._kinds)
+
+        key = () if self.runner.compile or not isinstance(self._cache, Cache) else (self._cache.slots_in_use,)
+        self.recorded.run(("draft", *key), step, replays=self.runner.replays(self._plan), memory=self._cache.layers)
+
+    def count(self, drafted: Mapping[int, int], new: Mapping[int, int]) -> None:
+        """Drop what was not accepted. drafted: how many drafts each row had. new: how many tokens it got."""
+        if self._own is not None:
+            for row in drafted:
+                self._held[row] += new[row]
+            self._drop({row: count + 1 - new[row] for row, count in drafted.items()})
+            self._release(self._own)
+
+    def _drop(self, counts: Mapping[int, int]) -> None:
+        dropped = [counts.get(row, 0) for row in self._stream.rows]
+        self._cache.drop(to_device_async(torch.tensor(dropped, dtype=torch.int32), self.model.device))
+
+    def _release(self, own: Cache) -> None:
+        own.release(own.reserved - max(self._held.values()))
+
+    def _catch_up(self, own: Cache, rows: Mapping[int, tuple[Request, TokenSequence]]) -> None:
+        """Compute the tokens before each row's newest one that the cache lacks, such as the prompt."""
+        missing = []
+        for row in self._stream.rows:
+            if row not in rows:
+                missing.append(np.zeros((3, 0), np.int64))
+                continue
+            request, sequence = rows[row]
+            missing.append(tokens_of(sequence.prompt, request.new_tokens)[:, self._held[row] : -1])
+            self._held[row] += missing[-1].shape[1]
+        if any(each.shape[1] for each in missing):
+            for _ in prefill(self.runner, missing, self._plan, own):
+                pass
+            self._release(own)
