@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from .kernels import cpu
 from .kernels.flex_attention import eager_errors, kernel_options, padded_group
+from .masks import few_queries
 from .masks.block_mask import BlockLists, list_pages
 from .masks.layout import PackedRows, PageTable
 from .masks.plan import LayerAttention
@@ -73,7 +74,7 @@ def build_attention_metadata(
     elif pages is None or not torch.compiler.is_dynamo_compiling():
         visible = mask.block_lists(q, kv, num_heads)
     else:
-        decoding = q.index.is_cuda and q.index.shape[1] == 1
+        decoding = q.index.is_cuda and q.index.shape[1] <= few_queries.MOST
         lists = mask.block_lists(q, kv, num_heads, together=decoding)
         # Rows of padding visit no block; on a CPU their output and the last page are NaN, and never read.
         padding = (q.index < 0).all(1)[:, None, None]
@@ -114,11 +115,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
         k, v = k.to(q.dtype), v.to(q.dtype)
     # torch 2.13's compiled CPU kernel misreads strided values, such as a slice of a fused product: wrong by 100 %.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    block_mask = attention.mask.block_mask(metadata.q, metadata.kv, 1, visible, pages)
+    shape, few = q.shape, torch.compiler.is_dynamo_compiling() and few_queries.are_few(q, visible)
+    if few:
+        q, group = q.flatten(1, 2)[:, :, None], group * shape[2]
+        block_mask = few_queries.block_mask(metadata.q, metadata.kv, visible, pages)
+    else:
+        block_mask = attention.mask.block_mask(metadata.q, metadata.kv, 1, visible, pages)
     padded = padded_group(group) if q.is_cuda and q.shape[2] == 1 and visible.kv_num_blocks.shape[1] == 1 else group
     if padded != group:
         q = nn.functional.pad(q.unflatten(1, (-1, group)), (0, 0, 0, 0, 0, padded - group)).flatten(1, 2)
-    score_mod = None if scored is None else scored.score_mod(metadata.q, metadata.kv, pages, group, padded)
+    layout = metadata.q, metadata.kv, pages, group, padded
+    score_mod = None if scored is None else scored.score_mod(*layout)
+    if few:
+        score_mod = few_queries.score_mod(attention, *layout)
     options = kernel_options(q, k, pages is not None, attention.is_plain, attention.flash) if q.is_cuda else None
     with nullcontext() if torch.compiler.is_dynamo_compiling() else eager_errors(attention.described):
         out = flex_attention(
@@ -130,7 +139,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tens
             enable_gqa=q.shape[1] != k.shape[1],
             kernel_options=options,
         )
-    return out.unflatten(1, (k.shape[1], -1))[:, :, :group].flatten(1, 2)
+    return out.unflatten(1, (k.shape[1], -1))[:, :, :group].reshape(shape)
 
 
 def attention_weights(q: Tensor, k: Tensor, metadata: AttentionMetadata, heads: Tensor | None = None) -> Tensor:
