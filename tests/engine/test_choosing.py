@@ -163,7 +163,7 @@ def test_in_steps_compiled_for_more_each_gives_what_it_gives_alone(engine, alone
 
 @pytest.mark.exhaustive
 def test_submitted_and_compiled_each_gives_what_it_gives_alone(engine, alone):
-    names = "penalties", "functions"
+    names = "penalties", "functions", "grammar and more"
     engine = new_engine(engine, compile=True, max_batch_size=2, max_slots=60 * BLOCK, prefill_tokens=64)
     asked = [
         (*request, done) for request, name, done in zip(requests(), SAMPLINGS, alone, strict=False) if name in names
@@ -177,7 +177,7 @@ def test_submitted_and_compiled_each_gives_what_it_gives_alone(engine, alone):
 @pytest.mark.exhaustive
 def test_compiled_it_is_the_same_and_compiles_nothing_again(engine):
     other = Engine(engine.model, engine.tokenizer, compile=True)
-    sampling = [SAMPLINGS["functions"], SAMPLINGS["late"]]
+    sampling = [SAMPLINGS["functions"], SAMPLINGS["grammar"]]
     prompts = [random_ids(9), random_ids(40, 1)]
     expected = engine.generate(prompts, sampling=sampling, **OPTIONS)
     counts = []

@@ -120,12 +120,15 @@ def test_logits_of_the_model_that_are_nan_are_found_before_any_processor():
 
 
 @pytest.mark.parametrize("every", few([41], [7, 13]))
-def test_ctrl_c_at_any_line_of_the_processing_changes_no_token(engine, every):
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.usefixtures("read_later")
+def test_ctrl_c_at_any_line_of_the_processing_changes_no_token(engine, every, ahead):
     """Interrupt every so many lines."""
     files = {part.__file__ for part in (processing, processors, grammar)} | {__file__}
     asked = [(p, o) for p, o in requests() if o["sampling"].needs_host]
     expected = [engine.generate([prompt], **options)[0].tokens for prompt, options in asked]
     engine = Engine(engine.model, engine.tokenizer, backend="dense", max_batch_size=8, max_slots=60 * BLOCK)
+    engine.scheduler._ahead = ahead
     submitted = [engine.submit(prompt, **options) for prompt, options in asked]
     lines = interrupts = 0
 
