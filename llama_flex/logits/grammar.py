@@ -107,7 +107,7 @@ class Matcher:
 
     def __init__(self, first: Any, size: int, stop_ids: Collection[int]) -> None:
         """first: an `LLMatcher` before the first token. size: of the vocabulary, llguidance's own token not counted."""
-        self._first, self._size, self._stop_ids = first, size, [id for id in stop_ids if id < size]
+        self._first, self._stop_ids = first, [id for id in stop_ids if id < size]
         self._state: tuple[Any, list[int]] | None = None  # with the tokens consumed; None while it changes
 
     def advance(self, new: Sequence[int]) -> Any:

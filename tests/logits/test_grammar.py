@@ -51,9 +51,9 @@ def ids_of(bits: np.ndarray, size: int) -> list[int]:
     return unpack_bits(torch.from_numpy(bits[None]))[0, :size].nonzero()[:, 0].tolist()
 
 
-def allowed(matcher: Matcher, new: list[int]) -> np.ndarray:
-    """Return the tokens that may follow as bits."""
-    bits = np.full((1, matcher._size // 32 + 1), -1, np.int32)
+def allowed(matcher: Matcher, new: list[int], size: int = 8) -> np.ndarray:
+    """Return the tokens that may follow as bits. size: of the vocabulary."""
+    bits = np.full((1, size // 32 + 1), -1, np.int32)
     fill_masks([(matcher.advance(new), 0)], bits)
     matcher.complete(bits[0])
     return bits[0]
@@ -74,7 +74,7 @@ def check_masks(matcher: Matcher, theirs: llguidance.LLMatcher, ids: list[int], 
     for end in range(len(ids) + 1):
         mask = np.zeros(-(-size // 32), np.int32)
         theirs.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        assert ids_of(allowed(matcher, ids[:end]), size) == ids_of(mask, size), end
+        assert ids_of(allowed(matcher, ids[:end], size), size) == ids_of(mask, size), end
         if end < len(ids):
             assert theirs.consume_token(ids[end])
 
@@ -143,7 +143,7 @@ def test_whatever_a_mask_allows_is_a_text_of_the_grammar(folder, kind):
     for _ in range(12):
         new: list[int] = []
         while True:
-            ids = ids_of(allowed(matcher, new), size)
+            ids = ids_of(allowed(matcher, new, size), size)
             assert not {*ids} & {*tokenizer.special_ids, *range(tokenizer.vocab_size + 1, size)}
             if stop in ids and (len(ids) == 1 or len(new) > 6):
                 break
@@ -170,6 +170,28 @@ def test_stop_tokens_are_allowed_where_the_text_may_end_and_nowhere_else():
     assert ids_of(allowed(finished, [1, 2]), 8) == ids_of(allowed(finished, [4]), 8) == [7]
     newline = vocabulary.matcher(Grammar.regex("a\nb"), [5])
     assert ids_of(allowed(newline, [1]), 8) == []  # it may go on with a token only that would end it
+
+
+@pytest.mark.parametrize("size", [8, 31, 32, 64])
+def test_masks_of_several_texts_are_computed_together_each_in_its_row(size):
+    vocabulary, stop = Vocabulary(Letters(), size), size - 1
+    given = [("ab", [4]), ("a(b|\n)", [1]), ("ab", [2]), ("(a|b)b*", []), ("a", [1])]  # ended, going on, wrong
+    bits = np.full((8, size // 32 + 1), -1, np.int32)
+    matchers = [vocabulary.matcher(Grammar.regex(pattern), [stop]) for pattern, _ in given]
+    rows = [6, 0, 3, 5, 2]
+    states = [matcher.advance(new) for matcher, (_, new) in zip(matchers, given, strict=True)]
+    fill_masks(list(zip(states, rows, strict=True)), bits)
+    assert (bits[[1, 4, 7]] == -1).all()
+    for matcher, row, (pattern, new) in zip(matchers, rows, given, strict=True):
+        if new == [2]:
+            with pytest.raises(ValueError, match="allows no token after 1 new ones"):
+                matcher.complete(bits[row])
+            continue
+        matcher.complete(bits[row])
+        one = vocabulary.matcher(Grammar.regex(pattern), [stop])
+        assert ids_of(bits[row], size) == ids_of(allowed(one, new, size), size)
+    assert ids_of(bits[6], size) == [stop]
+    assert ids_of(bits[0], size) == [2, 5]
 
 
 def test_the_state_follows_the_tokens_forwards_and_back():
