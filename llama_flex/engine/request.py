@@ -173,8 +173,10 @@ class Request:
     @property
     def new_tokens(self) -> list[int]:
         """The tokens generated so far, as far as they were read; not to be changed."""
-        self._new_tokens += [step.token for step in self.steps[len(self._new_tokens) :]]
-        return self._new_tokens
+        known = self._new_tokens  # reading all steps again would take a millisecond for many requests
+        if len(known) < len(self.steps):  # a new list: another thread may do the same
+            known = self._new_tokens = [*known, *(step.token for step in self.steps[len(known) :])]
+        return known
 
     def add(self, token: int, logprob: float, top_logprobs: list[tuple[int, float]] | None = None) -> Step:
         """Append a new token and return its step."""

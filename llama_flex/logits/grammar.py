@@ -110,7 +110,7 @@ class Matcher:
         self._first, self._stop_ids = first, [id for id in stop_ids if id < size]
         self._state: tuple[Any, list[int]] | None = None  # with the tokens consumed; None while it changes
 
-    def advance(self, new: Sequence[int]) -> Any:
+    def advance(self, new: list[int]) -> Any:
         """Return the state after the new tokens, for `fill_masks`; those consumed already are not consumed again."""
         state, consumed = self._state or (None, [])
         if state is None or consumed != new[: len(consumed)]:

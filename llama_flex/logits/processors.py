@@ -32,18 +32,13 @@ class RequestProcessors:
         self._matcher = matcher
         self.functions = functions
 
-    @property
-    def masks(self) -> bool:
-        """Whether there are n-grams or a grammar, so that some tokens may be ruled out before the functions."""
-        return self._ngrams is not None or self._matcher is not None
-
-    def advance(self, new: Sequence[int]) -> Any:
+    def advance(self, new: list[int]) -> Any:
         """Return the grammar's state after the new tokens, for `fill_masks`; None without a grammar."""
         return self._matcher and self._matcher.advance(new)
 
     def complete(self, new: Sequence[int], bits: np.ndarray) -> None:
-        """Complete the mask of the tokens that may follow, which holds all, or those of the grammar; raises ValueError
-        as `Matcher.complete` does."""
+        """Complete the mask of the tokens that may follow: all of them, or what `fill_masks` has left. Raises
+        ValueError as `Matcher.complete` does."""
         if self._matcher is not None:
             self._matcher.complete(bits)
         if self._ngrams is not None:
