@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels.reductions import all_finite, logsumexp
 from ..logits.parameters import SamplingTensors
+from ..logits.processors import apply_masks
 from ..masks.layout import SlotCache
 from ..model import Llama
 from ..sampling import adjust_logits, draw, logprob_of
@@ -50,30 +51,43 @@ class Sampled(NamedTuple):
     error: Exception | None
 
 
-class PendingOutput(NamedTuple):
-    """The sampled tokens of a step, which may not be computed yet, and the row of each request. width: how many tokens
-    a row may have at most; with more than one, the last of the results says how many it has."""
+class PendingOutput:
+    """A step that is under way on the device, and the row of each request in it.
 
-    read: Callable[[], list[list[float]]]
-    rows: list[tuple[Request, int]]
-    errors: Mapping[Request, Exception]
-    width: int = 1
+    On CUDA it is enqueued before the tokens of the step before are read, and finished after that.
+    """
+
+    def __init__(
+        self,
+        rows: list[tuple[Request, int]],
+        finish: Callable[
+            [list[tuple[Request, int]]], tuple[Callable[[], list[list[float]]], Mapping[Request, Exception]]
+        ],
+        width: int = 1,
+    ) -> None:
+        """finish: samples the tokens of rows, unless the step has; returns a function that reads them, and errors.
+        width: how many tokens a row may have at most; with more than one, the last result says how many it has."""
+        self.rows, self._finish, self._width = rows, finish, width
+
+    def finish(self) -> None:
+        """Enqueue what is left of the step. Its requests' tokens so far must have been read."""
+        self._read, self._errors = self._finish(self.rows)
 
     def counts(self) -> dict[Request, int]:
-        """Wait for the step; return the number of tokens of each request."""
-        if self.width == 1:
+        """Wait for the step, which was finished; return the number of tokens of each request."""
+        if self._width == 1:
             return {request: 1 for request, _ in self.rows}
-        return {request: int(self.read()[-1][row * self.width]) for request, row in self.rows}
+        return {request: int(self._read()[-1][row * self._width]) for request, row in self.rows}
 
     def tokens(self) -> Iterator[tuple[Request, Sampled]]:
-        """Wait for the step; yield each request and what was sampled, until something is wrong with it."""
-        tokens, logprobs, outcomes, *more = self.read()
-        counts = more.pop() if self.width > 1 else None
+        """Wait for the step, which was finished; yield each request and what was sampled, until something is wrong."""
+        tokens, logprobs, outcomes, *more = self._read()
+        counts = self.counts()
         ids, values = more[: len(more) // 2], more[len(more) // 2 :]
         for request, row in self.rows:
-            first, k = row * self.width, request.sampling.top_logprobs
-            for at in range(first, first + (1 if counts is None else int(counts[first]))):
-                top, error = None, self.errors.get(request)
+            first, k = row * self._width, request.sampling.top_logprobs
+            for at in range(first, first + counts[request]):
+                top, error = None, self._errors.get(request)
                 if k:
                     top = [(int(i[at]), v[at]) for i, v in zip(ids[:k], values[:k], strict=True)]
                 if outcomes[at] > _FINE and error is None:
@@ -108,6 +122,7 @@ class StepBuffers:
     ids: Tensor
     _results: dict[int, Tensor] = field(default_factory=dict)
     _logits: Tensor | None = None
+    _masks: StagingBuffer | None = None
 
     def result(self, top: int) -> Tensor:
         """Return the results `[3 + 2 * top, R]`, float64: tokens, their log-probabilities, outcomes, then the most
@@ -122,6 +137,13 @@ class StepBuffers:
         if self._logits is None:
             self._logits = torch.zeros(2, len(self.ids), vocab_size, device=self.ids.device)
         return self._logits
+
+    def masks(self, vocab_size: int) -> StagingBuffer:
+        """Return the masks of grammars and n-grams, "bits", int32 `[R, V // 32 + 1]`; see `process`."""
+        if self._masks is None:
+            shape = len(self.ids), vocab_size // 32 + 1
+            self._masks = StagingBuffer(self.ids.device, {"bits": (torch.int32, shape)})
+        return self._masks
 
 
 class Batch:
@@ -168,9 +190,9 @@ class Batch:
         """Return the kinds of sampling in a step of some requests. split: whether it is split, default: if any of the
         requests needs that."""
         kinds = union(request.kinds for request in requests)
-        kinds = kinds._replace(
-            top=min(kinds.top, self.model.dims.vocab_size), split=kinds.split if split is None else split
-        )
+        split = kinds.split if split is None else split
+        top = min(kinds.top, self.model.dims.vocab_size)
+        kinds = kinds._replace(top=top, split=split, masked=split and kinds.masked)
         return compiled_for(kinds, self._compiled_kinds) if self.runner.compile else kinds
 
     def _new_buffers(
@@ -248,7 +270,8 @@ class Batch:
     def _verified(self, buffers: StepBuffers, rows: list[tuple[Request, int]], kinds: Kinds) -> PendingOutput:
         """Wait for a step that verified drafts, count the tokens that it has sampled, and return them."""
         values = read_async(buffers.result(kinds.top))()
-        output = PendingOutput(lambda: values, rows, {}, buffers.ids.shape[1])
+        output = PendingOutput(rows, lambda _: (lambda: values, {}), buffers.ids.shape[1])
+        output.finish()
         self._count(rows, list(output.counts().values()))
         return output
 
@@ -263,25 +286,34 @@ class Batch:
         self, buffers: StepBuffers, kinds: Kinds, rows: list[tuple[Request, int]], *, replays: bool
     ) -> Mapping[Request, Exception]:
         """Finish a step that is split: let the host process the logits, then draw; return the errors."""
-        logits, result = buffers.logits(self.model.dims.vocab_size), buffers.result(kinds.top)
-        errors = process(logits[1], rows)
-        state = self._state(buffers, kinds)
-        run = self.runner.run_for("draw", len(buffers.ids), self.batch_slots, kinds)
+        vocab_size = self.model.dims.vocab_size
+        logits, result = buffers.logits(vocab_size), buffers.result(kinds.top)
+        masks = buffers.masks(vocab_size) if kinds.masked else None
+        errors = process(logits[1], rows, None if masks is None else masks.fill()["bits"])
+        if masks is not None:
+            masks.send()
 
         def step() -> None:
-            run("draw_next", _draw_next, state, logits, result, kinds)
+            run = self.runner.run_for("draw", len(buffers.ids), self.batch_slots, kinds)
+            bits = None if masks is None else masks.on_device["bits"]
+            run("draw_next", _draw_next, self._state(buffers, kinds), logits, result, kinds, bits)
 
         self._draws.run((id(buffers), kinds), step, replays=replays)
         return errors
 
-    def _sampled(
+    def _pending(
         self, buffers: StepBuffers, rows: list[tuple[Request, int]], kinds: Kinds, *, replays: bool
     ) -> PendingOutput:
-        """Finish a step that is split, count the tokens that the step has sampled, and return them. replays: see
-        `ModelRunner.replays`."""
+        """Return a step that was enqueued, to be finished. replays: see `ModelRunner.replays`."""
+        return PendingOutput(rows, lambda rows: self._finish(buffers, rows, kinds, replays=replays))
+
+    def _finish(
+        self, buffers: StepBuffers, rows: list[tuple[Request, int]], kinds: Kinds, *, replays: bool
+    ) -> tuple[Callable[[], list[list[float]]], Mapping[Request, Exception]]:
+        """Draw the tokens if the step is split, and count them; return what `PendingOutput` takes."""
         errors = self._draw(buffers, kinds, rows, replays=replays) if kinds.split else {}
         self._count(rows, [1] * len(rows))
-        return PendingOutput(read_async(buffers.result(kinds.top)), rows, errors)
+        return read_async(buffers.result(kinds.top)), errors
 
     def _count(self, rows: list[tuple[Request, int]], counts: Sequence[int]) -> None:
         """Count the tokens that a step samples for each request."""
@@ -292,7 +324,7 @@ class Batch:
                 prompt = sequence.prompt
                 position = (prompt.generated_position or 0) + done - 1
                 following.append((sequence.batch_slot, position, prompt.generated_segment, done))
-        slots, *columns = np.array(following).T
+        slots, *columns = np.array(following, np.int64).reshape(-1, 4).T  # there may be none
         self._ints[slots, _FOLLOWING] = np.array(columns).T
 
 
@@ -348,9 +380,12 @@ def _adjust_next(
     result[2] = finite.double()
 
 
-def _draw_next(s: _State, buffer: Tensor, result: Tensor, kinds: Kinds) -> None:
-    """Draw the next token of each row from logits that were processed, and update the newest tokens and the tables."""
+def _draw_next(s: _State, buffer: Tensor, result: Tensor, kinds: Kinds, bits: Tensor | None) -> None:
+    """Draw the next token of each row from logits that were processed, and update the newest tokens and the tables.
+    bits: see `apply_masks`."""
     logits, processed = buffer.unbind(0)
+    if bits is not None:
+        processed = apply_masks(processed, bits)
     outcome = _outcome(result[2] == _FINE, processed)
     processed = torch.where((outcome == _FINE)[:, None], processed, logits)
     _write(s, logits, draw(processed, _parameters(s, kinds)[0], s.done), outcome, result, kinds)

@@ -17,6 +17,7 @@ class Kinds(NamedTuple):
     typical_p: bool
     several: bool  # rows a request
     split: bool  # processors on the host, between the logits and the draw
+    masked: bool  # by grammars or n-grams
     seen: bool  # this table, as the next ones; see `SlotTables`
     counts: bool
     bias: bool
@@ -34,6 +35,7 @@ class Kinds(NamedTuple):
             typical_p=random and s.typical_p < 1,
             several=several,
             split=s.needs_host,
+            masked=s.grammar is not None or s.no_repeat_ngram_size > 0,
             seen=s.repetition_penalty != 1,
             counts=s.presence_penalty != 0 or s.frequency_penalty != 0,
             bias=s.logit_bias is not None or len(s.banned_tokens) > 0,

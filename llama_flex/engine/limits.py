@@ -110,7 +110,7 @@ class RequestLimits:
             self._vocabulary = self._vocabulary or Vocabulary(self._tokenizer, size)
             matcher = self._vocabulary.matcher(sampling.grammar, stop_ids)
         ngram_size, functions = sampling.no_repeat_ngram_size, sampling.processors
-        return RequestProcessors(text, size, ngram_size=ngram_size, matcher=matcher, functions=functions)
+        return RequestProcessors(text, ngram_size=ngram_size, matcher=matcher, functions=functions)
 
     def cached_ids(
         self, given: Sequence[Sequence[int]] | None, cache: Cache | None, count: int

@@ -69,7 +69,7 @@ class PagedBatch(Batch):
             return []
         kinds = self.kinds_of(running, any(c.request.kinds.split for c in ends.values()))
         replays = self._run(size, WIDTH, buffers, host, rows, kinds)
-        return [self._sampled(buffers, [(c.request, row) for row, c in ends.items()], kinds, replays=replays)]
+        return [self._pending(buffers, [(c.request, row) for row, c in ends.items()], kinds, replays=replays)]
 
     def decode(self, requests: Sequence[Request]) -> PendingOutput:
         """Enqueue a decode step: one token for each request."""
@@ -84,7 +84,7 @@ class PagedBatch(Batch):
         sampled = self._fill_leaders(host, rows)
         kinds = self.kinds_of(requests)
         replays = self._run(size, 1, buffers, host, rows, kinds)
-        return self._sampled(buffers, sampled, kinds, replays=replays)
+        return self._pending(buffers, sampled, kinds, replays=replays)
 
     def _fill(self, size: int, width: int) -> tuple[StepBuffers, dict[str, np.ndarray]]:
         """Return the buffers of a step of `size` tokens in rows of `width`, and host arrays, filled with padding."""

@@ -10,32 +10,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..logits.processors import unpack_bits
+from ..logits.grammar import fill_masks
+from ..logits.processors import apply_masks
 from .request import Request
 from .transfer import to_device_async
 
 
-def process(logits: Tensor, rows: Sequence[tuple[Request, int]]) -> dict[Request, Exception]:
-    """Apply the processors of requests to their rows of logits `[R, V]`, in place; return the errors by request, whose
-    logits stay as they were. All tokens of the requests so far must have been read.
+def process(logits: Tensor, rows: Sequence[tuple[Request, int]], bits: np.ndarray | None) -> dict[Request, Exception]:
+    """Let the processors of requests work on their rows of logits `[R, V]`; return the errors by request, whose logits
+    and masks may be anything. All tokens of the requests so far must have been read.
 
-    The masks of grammars are computed while the device still works on the logits.
+    bits: filled with the masks that `apply_masks` is to apply, int32 `[R, V // 32 + 1]`; None if no request has any.
+    Functions come after the masks, and have the last word, so those of their rows are applied here.
     """
     errors: dict[Request, Exception] = {}
-    masks: dict[int, np.ndarray] = {}
     processed = [(r, row, r.processors, r.new_tokens) for r, row in rows if r.processors and not r.finished]
-    for request, row, processors, new in processed:
-        with _errors_end(request, errors):
-            if (bits := processors.allowed(new)) is not None:
-                masks[row] = bits
-    if masks:
-        at = to_device_async(torch.tensor(list(masks)), logits.device)
-        allowed = unpack_bits(to_device_async(torch.from_numpy(np.stack(list(masks.values()))), logits.device))
-        logits.index_copy_(0, at, logits[at].masked_fill(~allowed[:, : logits.shape[1]], -torch.inf))
-    for request, row, processors, new in processed:
-        if request not in errors and processors.functions:
+    if bits is not None:
+        bits.fill(-1)
+        states = [(processors.advance(new), row) for _, row, processors, new in processed]
+        fill_masks([(state, row) for state, row in states if state is not None], bits)
+        for request, row, processors, new in processed:
             with _errors_end(request, errors):
-                logits[row] = processors.apply(new, logits[row].clone())
+                processors.complete(new, bits[row])
+    for request, row, processors, new in processed:
+        if processors.functions and request not in errors:
+            with _errors_end(request, errors):
+                own = logits[row, None].clone()
+                if bits is not None:
+                    own = apply_masks(own, to_device_async(torch.tensor(bits[row, None]), logits.device))
+                    bits[row] = -1
+                logits[row] = processors.apply(new, own[0])
     return errors
 
 

@@ -123,6 +123,7 @@ class Request:
     spec_number: int = field(default=0, repr=False)
     num_cached_tokens: int = field(default=0, repr=False)
     isolated: bool = field(default=False, repr=False)  # whether it must not use such pages
+    _new_tokens: list[int] = field(default_factory=list, init=False, repr=False)
 
     @property
     def completion(self) -> Completion:
@@ -178,8 +179,11 @@ class Request:
 
     @property
     def new_tokens(self) -> list[int]:
-        """The tokens generated so far, as far as they were read."""
-        return [step.token for step in self.steps]
+        """The tokens generated so far, as far as they were read; not to be changed."""
+        known = self._new_tokens  # reading all steps again would take a millisecond for many requests
+        if len(known) < len(self.steps):  # a new list: another thread may do the same
+            known = self._new_tokens = [*known, *(step.token for step in self.steps[len(known) :])]
+        return known
 
     def add(self, token: int, logprob: float, top_logprobs: list[tuple[int, float]] | None = None) -> Step:
         """Append a new token and return its step."""

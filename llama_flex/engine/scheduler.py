@@ -321,17 +321,19 @@ class Scheduler:
             self._has_adapter(request)
         self._release_finished()
         self._allocate_or_preempt()
-        outputs = self._prefill()
-        first = {request for output in outputs for request, _ in output.rows}
+        before, self._pending = self._pending, self._prefill()
+        first = {request for output in self._pending for request, _ in output.rows}
         if decoding := [r for r in self.running if self._decodes(r) and r not in first and not r.runs_alone]:
-            outputs.append(self.batch.decode(decoding))
-        outputs += self._advance_streams()
-        if self._ahead and not any(r.kinds.split for r in self._running if not r.runs_alone):
-            outputs, self._pending = self._pending, outputs
-        else:  # processors on the host need the tokens so far before the next step
-            outputs, self._pending = self._pending + outputs, []
-        for output in outputs:
+            self._pending.append(self.batch.decode(decoding))
+        self._pending += self._advance_streams()
+        for output in before:  # while the device computes the next
             self._process_output(output)
+        for output in self._pending:
+            output.finish()
+        if not self._ahead:
+            before, self._pending = self._pending, []
+            for output in before:
+                self._process_output(output)
         self._release_finished()
         while self._preempted:
             heapq.heappush(self._waiting, self._preempted[-1])
@@ -507,8 +509,7 @@ class Scheduler:
     # ---- prefill and output
 
     def _prefill(self) -> list[PendingOutput]:
-        """Enqueue a prefill step: prompts already begun, then those that can start; return the tokens sampled after
-        it."""
+        """Enqueue a prefill step: prompts already begun, then those that can start; return it if it samples tokens."""
         chunks: list[PrefillChunk] = []
         left = self.prefill_tokens
         begun = (r for r in self.running if not all(sequence.is_prefilled for sequence in r.sequences))
@@ -535,7 +536,7 @@ class Scheduler:
         return outputs
 
     def _advance_streams(self) -> list[PendingOutput]:
-        """Enqueue a chunk or a decode step of each request that runs alone; return the tokens sampled."""
+        """Enqueue a chunk or a decode step of each request that runs alone; return those that may be read later."""
         outputs = []
         for request in [r for r in self.running if r.runs_alone]:
             if request.finished:  # by the callback of another, perhaps
@@ -550,13 +551,16 @@ class Scheduler:
         return outputs
 
     def _advance_stream(self, request: Request) -> tuple[PendingOutput | None, bool]:
-        """Enqueue the next chunk or decode step of a request that runs alone; return the tokens sampled, if any, and
-        whether they may be read later."""
+        """Enqueue the next chunk or decode step of a request that runs alone; return it if it samples tokens, and
+        whether it may be read later, else finished."""
         if request not in self._streams:
             stream = self._start_stream(request)
             self._streams[request] = stream, stream.steps()
         stream, steps = self._streams[request]
-        return next(steps, None), stream.ahead
+        output = next(steps, None)
+        if output is not None and not stream.ahead:
+            output.finish()
+        return output, stream.ahead
 
     @contextmanager
     def _errors_end(self, request: Request) -> Iterator[None]:

@@ -23,8 +23,7 @@ class Stream(Batch):
     """Requests with the same masks, captures, edits and cache, in which each of their sequences has a row.
 
     ahead: whether a step's tokens may be read after the next one is enqueued. A caller's cache must not run ahead: when
-    a token is read, it holds the tokens before that one. Captures may be copied to the host, which waits anyway, and
-    processors on the host need the token before.
+    a token is read, it holds the tokens before that one. Captures may be copied to the host, which waits anyway.
     """
 
     def __init__(self, runner: ModelRunner, requests: Sequence[Request], cache: RowCache) -> None:
@@ -39,19 +38,20 @@ class Stream(Batch):
         self.requests, self.rows, self.cache = requests, dict(enumerate(rows)), cache
         self.kinds = self.kinds_of(requests)
         self.adapters = runner.model.adapters.numbers_of(request.adapter for request, _ in rows)
-        may_wait = first.cache is not None or self.captures or self.kinds.split
-        self.ahead = self.model.device.type == "cuda" and not may_wait
+        self.ahead = self.model.device.type == "cuda" and first.cache is None and not self.captures
         for row, (request, sequence) in self.rows.items():
             sequence.batch_slot = row
             self.assign_batch_slot(request, sequence)
         self._buffers = self._new_buffers(len(rows), {"count": (torch.int32, (len(rows),))})
 
     def outputs(self) -> Iterator[PendingOutput]:
-        """Run all steps; yield the tokens of each, after the next one is enqueued if they may run ahead."""
+        """Run all steps, and yield them finished: each after the next one is enqueued, if they may run ahead."""
         before: PendingOutput | None = None
         for output in self.steps():
             if before is not None:
                 yield before
+            if output is not None:
+                output.finish()
             before = output if self.ahead else None
             if output is not None and not self.ahead:
                 yield output
@@ -59,7 +59,8 @@ class Stream(Batch):
             yield before
 
     def steps(self) -> Iterator[PendingOutput | None]:
-        """Enqueue a prefill chunk or a decode step at a time; yield the tokens that it samples, None if none.
+        """Enqueue a prefill chunk or a decode step at a time, after the one before was finished; yield it to be
+        finished, None if it samples no tokens.
 
         Raises ValueError if the model's dtype or device has changed, since the cached keys and values have not.
         """
@@ -116,7 +117,7 @@ class Stream(Batch):
         if not (sampled := self._fill_rows()):
             return None
         self._sample(x, self._buffers, self.kinds, self.adapters)
-        return self._sampled(self._buffers, sampled, self.kinds, replays=self.runner.replays(self.plan, self.probes))
+        return self._pending(self._buffers, sampled, self.kinds, replays=self.runner.replays(self.plan, self.probes))
 
     def _next(self) -> PendingOutput | None:
         """Compute one more token for each request that continues."""
@@ -140,7 +141,7 @@ class Stream(Batch):
         for request, _ in sampled:
             for sequence in request.sequences:
                 sequence.num_computed_tokens += 1
-        return self._sampled(self._buffers, sampled, self.kinds, replays=replays)
+        return self._pending(self._buffers, sampled, self.kinds, replays=replays)
 
     def _key(self) -> tuple[Hashable, ...]:
         """Return a key of what recorded decode steps depend on: uncompiled ones look at the slots in use only."""

@@ -107,30 +107,49 @@ class Matcher:
 
     def __init__(self, first: Any, size: int, stop_ids: Collection[int]) -> None:
         """first: an `LLMatcher` before the first token. size: of the vocabulary, llguidance's own token not counted."""
-        self._first, self._size, self._stop_ids = first, size, [id for id in stop_ids if id < size]
+        self._first, self._stop_ids = first, [id for id in stop_ids if id < size]
         self._state: tuple[Any, list[int]] | None = None  # with the tokens consumed; None while it changes
 
-    def allowed(self, new: Sequence[int]) -> np.ndarray:
-        """Return the tokens that may follow the new tokens as bits, int32 `[ceil(V / 32)]`, token 0 the lowest bit of
-        the first. Stop tokens may follow where the text may end, and nowhere else. Raises ValueError if no token may
-        follow, or if llguidance gives up, as on a grammar that is too complex."""
+    def advance(self, new: list[int]) -> Any:
+        """Return the state after the new tokens, for `fill_masks`; those consumed already are not consumed again."""
         state, consumed = self._state or (None, [])
-        if state is None or consumed != [*new[: len(consumed)]]:
+        if state is None or consumed != new[: len(consumed)]:
             state, consumed = self._first.deep_copy(), []
         self._state = None
-        bits = np.zeros(-(-(self._size + 1) // 32), np.int32)
-        state.consume_tokens([*new[len(consumed) :]])
-        if not state.is_stopped():
-            state.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        after = new[len(consumed) :]
+        state.consume_tokens(after)
+        consumed += after
+        self._state = state, consumed
+        return state
+
+    def complete(self, bits: np.ndarray) -> None:
+        """Complete a mask `[V // 32 + 1]` from `fill_masks`: stop tokens may follow where the text may end, and nowhere
+        else. Raises ValueError if no token may follow, or if llguidance gives up, as on a grammar that is too
+        complex."""
+        assert self._state is not None
+        state, consumed = self._state
         if state.is_error():
-            raise ValueError(f"the grammar allows no token after {len(new)} new ones, or is too complex{_why(state)}")
-        self._state = state, list(new)
+            self._state = None
+            raise ValueError(
+                f"the grammar allows no token after {len(consumed)} new ones, or is too complex{_why(state)}"
+            )
         set_bits(bits, self._stop_ids, state.is_accepting())
-        return bits[: -(-self._size // 32)]
+
+
+def fill_masks(states: Sequence[tuple[Any, int]], bits: np.ndarray) -> None:
+    """Write the tokens that may follow into rows of bits, int32 `[R, V // 32 + 1]`, token 0 the lowest bit of the
+    first word; in parallel threads. states: from `Matcher.advance`, each with its row."""
+    if states:
+        _executor().unsafe_compute_mask_ptr(states, bits.ctypes.data, bits.strides[0], len(bits))
+
+
+@functools.cache
+def _executor() -> Any:
+    return _llguidance().LLExecutor()
 
 
 def set_bits(bits: np.ndarray, ids: Iterable[int], on: bool) -> None:
-    """Set or clear the bits of ids, in int32 `[ceil(V / 32)]`."""
+    """Set or clear the bits of ids, in int32 `[N]`, 32 to a word."""
     words = bits.view(np.uint32)
     for id in ids:
         bit = np.uint32(1 << id % 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,27 +22,27 @@ class RequestProcessors:
     def __init__(
         self,
         prompt: Sequence[int],
-        vocab_size: int,
         *,
         ngram_size: int = 0,
         matcher: Matcher | None = None,
         functions: Sequence[LogitsProcessor] = (),
     ) -> None:
-        self._prompt, self._vocab_size = list(prompt), vocab_size
+        self._prompt = list(prompt)
         self._ngrams = _Ngrams(ngram_size, prompt) if ngram_size else None
         self._matcher = matcher
         self.functions = functions
 
-    def allowed(self, new: Sequence[int]) -> np.ndarray | None:
-        """Return the tokens that may follow the new tokens as bits, see `Matcher.allowed`; None if all may. Raises
-        ValueError as that does."""
-        if self._ngrams is None and self._matcher is None:
-            return None
-        bits = (
-            np.full(-(-self._vocab_size // 32), -1, np.int32) if self._matcher is None else self._matcher.allowed(new)
-        )
-        set_bits(bits, self._ngrams.banned(new) if self._ngrams else (), False)
-        return bits
+    def advance(self, new: list[int]) -> Any:
+        """Return the grammar's state after the new tokens, for `fill_masks`; None without a grammar."""
+        return self._matcher and self._matcher.advance(new)
+
+    def complete(self, new: Sequence[int], bits: np.ndarray) -> None:
+        """Complete the mask of the tokens that may follow: all of them, or what `fill_masks` has left. Raises
+        ValueError as `Matcher.complete` does."""
+        if self._matcher is not None:
+            self._matcher.complete(bits)
+        if self._ngrams is not None:
+            set_bits(bits, self._ngrams.banned(new), False)
 
     def apply(self, new: Sequence[int], logits: Tensor) -> Tensor:
         """Return logits `[V]` after the functions. Raises ValueError if one returns anything but such logits."""
@@ -78,6 +79,11 @@ class _Ngrams:
         for end in range(first, len(ids)):
             self._next.setdefault(tuple(ids[end - n + 1 : end]), []).append(ids[end])
         return self._next.get(tuple(ids[len(ids) - n + 1 :]), []) if len(ids) >= n - 1 else []
+
+
+def apply_masks(logits: Tensor, bits: Tensor) -> Tensor:
+    """Return logits `[R, V]` with -inf where a token's bit, see `fill_masks`, is not set."""
+    return logits.masked_fill(~unpack_bits(bits)[:, : logits.shape[1]], -torch.inf)
 
 
 def unpack_bits(bits: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -334,8 +335,9 @@ def filtered(logits: torch.Tensor, ids: torch.Tensor, s: Sampling, stop_ids: tup
     forbidden = torch.zeros(1, VOCAB, dtype=torch.bool)
     forbidden[:, [*s.banned_tokens, *(stop_ids if s.min_new_tokens else ())]] = True
     if s.no_repeat_ngram_size:
-        bits = RequestProcessors(ids[0].tolist(), VOCAB, ngram_size=s.no_repeat_ngram_size).allowed([])
-        forbidden |= ~unpack_bits(torch.from_numpy(bits[None]))[:, :VOCAB]
+        bits = np.full((1, VOCAB // 32 + 1), -1, np.int32)
+        RequestProcessors(ids[0].tolist(), ngram_size=s.no_repeat_ngram_size).complete([], bits[0])
+        forbidden |= ~unpack_bits(torch.from_numpy(bits))[:, :VOCAB]
     seen = torch.zeros(1, VOCAB, dtype=torch.bool).scatter(1, ids, True)
     return filter_logits(logits, stack([plain], torch.device("cpu"))._replace(forbidden=forbidden), seen)
 

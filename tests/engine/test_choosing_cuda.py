@@ -8,7 +8,7 @@ from choosing_helpers import SAMPLINGS, STOP, letters_tokenizer, requests
 from helpers import tokens_without_waiting
 from request_helpers import random_ids, random_model
 
-from llama_flex import Engine, Sampling
+from llama_flex import Engine, Sampling, edits
 from llama_flex.engine import model_runner
 from llama_flex.masks.layout import BLOCK
 
@@ -76,6 +76,60 @@ def test_parameters_that_need_no_host_never_wait_for_the_device(alone):
     options = {"sampling": sampling, "max_new_tokens": 30, "stop_token_ids": [STOP]}
     tokens = tokens_without_waiting(engine, lambda: [engine.submit(random_ids(n), **options) for n in (9, 140, 300)])
     assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_grammars_and_ngrams_never_wait_for_the_device(alone):
+    """Masks are computed and sent while the device works on the next forward."""
+    engine = on_cuda(alone[0], compile=True, max_batch_size=8, max_slots=32 * BLOCK)
+    each = ("grammar", "grammar and more", "ngrams", "plain")
+
+    def submit() -> list:
+        return [
+            engine.submit(random_ids(9 + n), sampling=SAMPLINGS[name], max_new_tokens=14, stop_token_ids=[STOP])
+            for n, name in enumerate(each)
+        ]
+
+    tokens = tokens_without_waiting(engine, submit)
+    assert tokens[0] == tokens[1] == tokens[2]
+    expected = [
+        alone[0].generate([random_ids(9 + n)], sampling=SAMPLINGS[name], max_new_tokens=14, stop_token_ids=[STOP])[0]
+        for n, name in enumerate(each)
+    ]
+    assert tokens[0] == [done.tokens for done in expected]
+
+
+@pytest.mark.parametrize("way", ["submitted", "submitted alone", "streamed"])
+def test_on_cuda_the_next_forward_is_enqueued_before_a_token_is_delivered_and_the_draw_after_that(
+    alone, way, monkeypatch
+):
+    engine, events, prompt = on_cuda(alone[0]), [], random_ids(9)
+    step = engine.runner.step
+    monkeypatch.setattr(engine.runner, "step", lambda *given, **more: events.append("forward") or step(*given, **more))
+
+    def note(ids, logits):
+        events.append(("draw", ids[9:]))
+        return logits.roll(1)
+
+    options = {"sampling": Sampling(processors=[note]), "max_new_tokens": 3, "stop_token_ids": ()}
+    if way == "streamed":
+        for each in engine.stream([prompt], **options):
+            events.append(("token", each.token))
+    else:
+        edit = edits.scale("z", 1.0) if way == "submitted alone" else None
+        engine.submit(prompt, **options, edit=edit, callback=lambda step: events.append(("token", step.token)))
+        engine.run()
+    a, b, c = (event[1] for event in events if event[0] == "token")
+    assert events == [
+        "forward",
+        ("draw", []),
+        "forward",
+        ("token", a),
+        ("draw", [a]),
+        "forward",
+        ("token", b),
+        ("draw", [a, b]),
+        ("token", c),
+    ]
 
 
 def test_a_request_that_fails_ends_alone_on_cuda(alone):

@@ -9,7 +9,7 @@ from helpers import few
 from request_helpers import check_empty, random_ids, random_model
 
 from llama_flex import Engine, Grammar, Sampling
-from llama_flex.engine import processing
+from llama_flex.engine import batch, processing, scheduler
 from llama_flex.engine.output import NonFiniteLogitsError
 from llama_flex.engine.request import Request
 from llama_flex.logits import grammar, processors
@@ -119,19 +119,24 @@ def test_logits_of_the_model_that_are_nan_are_found_before_any_processor():
         engine.generate([random_ids(9)], sampling=repair, **OPTIONS)
 
 
-@pytest.mark.parametrize("every", few([41], [7, 13]))
-def test_ctrl_c_at_any_line_of_the_processing_changes_no_token(engine, every):
-    """Interrupt every so many lines."""
-    files = {part.__file__ for part in (processing, processors, grammar)} | {__file__}
+@pytest.mark.parametrize("around", [(), (batch, scheduler)])
+@pytest.mark.parametrize("every", few([41], [7, 13, 331]))
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.usefixtures("read_later")
+def test_ctrl_c_at_any_line_of_the_processing_changes_no_token(engine, every, around, ahead):
+    """Interrupt every so many lines, of the code around it, too."""
+    files = {part.__file__ for part in (processing, processors, grammar, *around)} | {__file__}
     asked = [(p, o) for p, o in requests() if o["sampling"].needs_host]
     expected = [engine.generate([prompt], **options)[0].tokens for prompt, options in asked]
     engine = Engine(engine.model, engine.tokenizer, backend="dense", max_batch_size=8, max_slots=60 * BLOCK)
+    engine.scheduler._ahead = ahead
     submitted = [engine.submit(prompt, **options) for prompt, options in asked]
     lines = interrupts = 0
 
     def trace(frame, event, arg):
         nonlocal lines, interrupts
-        if frame.f_code.co_filename not in files:
+        # In `step`, a trace would raise it where a `with` block is left, too, which Python does not.
+        if frame.f_code.co_filename not in files or frame.f_code.co_name == "step":
             return None
         if event == "line" and frame.f_code.co_filename != __file__:
             lines += 1

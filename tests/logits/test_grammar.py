@@ -14,7 +14,7 @@ from helpers import DEMO, TEST_INPUTS, few
 
 from llama_flex import Grammar, Tokenizer
 from llama_flex.logits import grammar
-from llama_flex.logits.grammar import Matcher, Vocabulary, set_bits
+from llama_flex.logits.grammar import Matcher, Vocabulary, fill_masks, set_bits
 from llama_flex.logits.processors import unpack_bits
 
 SCHEMA = {
@@ -51,6 +51,14 @@ def ids_of(bits: np.ndarray, size: int) -> list[int]:
     return unpack_bits(torch.from_numpy(bits[None]))[0, :size].nonzero()[:, 0].tolist()
 
 
+def allowed(matcher: Matcher, new: list[int], size: int = 8) -> np.ndarray:
+    """Return the tokens that may follow as bits. size: of the vocabulary."""
+    bits = np.full((1, size // 32 + 1), -1, np.int32)
+    fill_masks([(matcher.advance(new), 0)], bits)
+    matcher.complete(bits[0])
+    return bits[0]
+
+
 @pytest.fixture(scope="module")
 def demo() -> tuple[Tokenizer, Vocabulary]:
     tokenizer = Tokenizer.from_pretrained(DEMO)
@@ -66,7 +74,7 @@ def check_masks(matcher: Matcher, theirs: llguidance.LLMatcher, ids: list[int], 
     for end in range(len(ids) + 1):
         mask = np.zeros(-(-size // 32), np.int32)
         theirs.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        assert ids_of(matcher.allowed(ids[:end]), size) == ids_of(mask, size), end
+        assert ids_of(allowed(matcher, ids[:end], size), size) == ids_of(mask, size), end
         if end < len(ids):
             assert theirs.consume_token(ids[end])
 
@@ -101,8 +109,8 @@ def test_comparison_with_llguidance_catches(demo, mutant, monkeypatch):
         monkeypatch.setattr(grammar, "set_bits", lambda bits, ids, on: set_bits(bits, ids, True))
     matcher, theirs = both(vocabulary, given, stop := tokenizer.eos_token_id)
     if mutant == "late":
-        allowed = matcher.allowed
-        monkeypatch.setattr(matcher, "allowed", lambda new: allowed(new[:-1]))
+        advance = matcher.advance
+        monkeypatch.setattr(matcher, "advance", lambda new: advance(new[:-1]))
     with pytest.raises(AssertionError):
         check_masks(matcher, theirs, ids, tokenizer.vocab_size, stop)
 
@@ -135,7 +143,7 @@ def test_whatever_a_mask_allows_is_a_text_of_the_grammar(folder, kind):
     for _ in range(12):
         new: list[int] = []
         while True:
-            ids = ids_of(matcher.allowed(new), size)
+            ids = ids_of(allowed(matcher, new, size), size)
             assert not {*ids} & {*tokenizer.special_ids, *range(tokenizer.vocab_size + 1, size)}
             if stop in ids and (len(ids) == 1 or len(new) > 6):
                 break
@@ -156,42 +164,69 @@ def test_whatever_a_mask_allows_is_a_text_of_the_grammar(folder, kind):
 def test_stop_tokens_are_allowed_where_the_text_may_end_and_nowhere_else():
     vocabulary = Vocabulary(Letters(), 8)
     matcher = vocabulary.matcher(Grammar.regex("(a|b)b*"), [6, 5, 99])  # 5 is a token of text, too
-    assert ids_of(matcher.allowed([]), 8) == [1, 2, 4]
-    assert ids_of(matcher.allowed([1]), 8) == [2, 5, 6]
+    assert ids_of(allowed(matcher, []), 8) == [1, 2, 4]
+    assert ids_of(allowed(matcher, [1]), 8) == [2, 5, 6]
     finished = vocabulary.matcher(Grammar.regex("ab"), [7])
-    assert ids_of(finished.allowed([1, 2]), 8) == ids_of(finished.allowed([4]), 8) == [7]
+    assert ids_of(allowed(finished, [1, 2]), 8) == ids_of(allowed(finished, [4]), 8) == [7]
     newline = vocabulary.matcher(Grammar.regex("a\nb"), [5])
-    assert ids_of(newline.allowed([1]), 8) == []  # it may go on with a token only that would end it
+    assert ids_of(allowed(newline, [1]), 8) == []  # it may go on with a token only that would end it
+
+
+@pytest.mark.parametrize("size", [8, 31, 32, 64])
+def test_masks_of_several_texts_are_computed_together_each_in_its_row(size):
+    vocabulary, stop = Vocabulary(Letters(), size), size - 1
+    given = [("ab", [4]), ("a(b|\n)", [1]), ("ab", [2]), ("(a|b)b*", []), ("a", [1])]  # ended, going on, wrong
+    bits = np.full((8, size // 32 + 1), -1, np.int32)
+    matchers = [vocabulary.matcher(Grammar.regex(pattern), [stop]) for pattern, _ in given]
+    rows = [6, 0, 3, 5, 2]
+    states = [matcher.advance(new) for matcher, (_, new) in zip(matchers, given, strict=True)]
+    fill_masks(list(zip(states, rows, strict=True)), bits)
+    assert (bits[[1, 4, 7]] == -1).all()
+    for matcher, row, (pattern, new) in zip(matchers, rows, given, strict=True):
+        if new == [2]:
+            with pytest.raises(ValueError, match="allows no token after 1 new ones"):
+                matcher.complete(bits[row])
+            continue
+        matcher.complete(bits[row])
+        one = vocabulary.matcher(Grammar.regex(pattern), [stop])
+        assert ids_of(bits[row], size) == ids_of(allowed(one, new, size), size)
+    assert ids_of(bits[6], size) == [stop]
+    assert ids_of(bits[0], size) == [2, 5]
 
 
 def test_the_state_follows_the_tokens_forwards_and_back():
     vocabulary = Vocabulary(Letters(), 8)
     matcher, texts = vocabulary.matcher(Grammar.regex("(ab)*a?a"), [7]), [[4], [4, 1], [4], [], [4, 4, 1], [1]]
     for new in texts:
-        assert ids_of(matcher.allowed(new), 8) == ids_of(
-            vocabulary.matcher(Grammar.regex("(ab)*a?a"), [7]).allowed(new), 8
+        assert ids_of(allowed(matcher, new), 8) == ids_of(
+            allowed(vocabulary.matcher(Grammar.regex("(ab)*a?a"), [7]), new), 8
         )
 
 
-def test_an_interrupt_while_tokens_are_consumed_loses_nothing(monkeypatch):
+def test_an_interrupt_while_tokens_are_consumed_loses_nothing():
     matcher = Vocabulary(Letters(), 8).matcher(Grammar.regex("(ab)+"), [7])
-    matcher.allowed([1])
+    allowed(matcher, [1])
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    class Interrupted:
+        def __init__(self, state):
+            self.consume = state.consume_tokens
 
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "zeros", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            matcher.allowed([1, 2])
-    assert ids_of(matcher.allowed([1, 2]), 8) == [1, 4, 7]
+        def consume_tokens(self, ids):
+            self.consume(ids)
+            raise KeyboardInterrupt
+
+    state, _ = matcher._state
+    matcher._state = Interrupted(state), [1]
+    with pytest.raises(KeyboardInterrupt):
+        matcher.advance([1, 2])
+    assert ids_of(allowed(matcher, [1, 2]), 8) == [1, 4, 7]
 
 
 def test_a_grammar_that_allows_no_token_is_an_error_in_words():
     vocabulary = Vocabulary(Letters(), 8)
     for new in ([1], [2], [1, 1]):
         with pytest.raises(ValueError, match=f"the grammar allows no token after {len(new)} new ones"):
-            vocabulary.matcher(Grammar.regex("ac"), [7]).allowed(new)
+            allowed(vocabulary.matcher(Grammar.regex("ac"), [7]), new)
 
 
 @pytest.mark.parametrize(

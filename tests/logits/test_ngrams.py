@@ -1,5 +1,6 @@
 """N-grams that may not come twice, as in transformers, and functions of the caller's."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,12 +15,14 @@ VOCAB = 70  # more than two words of bits
 
 
 def allowed(rules: RequestProcessors, new: list[int]) -> list[bool]:
-    return unpack_bits(torch.from_numpy(rules.allowed(new)[None]))[0, :VOCAB].tolist()
+    bits = np.full((1, VOCAB // 32 + 1), -1, np.int32)
+    rules.complete(new, bits[0])
+    return unpack_bits(torch.from_numpy(bits))[0, :VOCAB].tolist()
 
 
 def check_ngrams(ids: list[int], start: int, size: int) -> None:
     """Check the tokens that may follow every beginning of ids, the first `start` of which are the prompt."""
-    rules, theirs = RequestProcessors(ids[:start], VOCAB, ngram_size=size), NoRepeatNGramLogitsProcessor(size)
+    rules, theirs = RequestProcessors(ids[:start], ngram_size=size), NoRepeatNGramLogitsProcessor(size)
     for end in range(start, len(ids) + 1):
         expected = theirs(torch.tensor([ids[:end]]), torch.zeros(1, VOCAB)) == 0
         assert allowed(rules, ids[start:end]) == expected[0].tolist()
@@ -46,14 +49,10 @@ def test_comparison_of_ngrams_catches(mutant, monkeypatch):
 
 
 def test_the_state_follows_the_tokens_forwards_and_back():
-    rules = RequestProcessors([60, 61], VOCAB, ngram_size=2)
+    rules = RequestProcessors([60, 61], ngram_size=2)
     texts = [[60], [60, 62], [60, 62, 60], [], [60, 62, 60, 61], [62, 60, 62], [62]]
     for new in texts:
-        assert allowed(rules, new) == allowed(RequestProcessors([60, 61], VOCAB, ngram_size=2), new), new
-
-
-def test_without_ngrams_and_grammar_all_tokens_are_allowed_at_no_cost():
-    assert RequestProcessors([1], VOCAB, functions=[lambda ids, logits: logits]).allowed([2]) is None
+        assert allowed(rules, new) == allowed(RequestProcessors([60, 61], ngram_size=2), new), new
 
 
 def test_functions_are_called_in_turn_with_all_tokens_and_must_return_logits():
@@ -64,7 +63,7 @@ def test_functions_are_called_in_turn_with_all_tokens_and_must_return_logits():
         return 2 * logits.double()
 
     logits = torch.zeros(VOCAB)
-    found = RequestProcessors([1, 2], VOCAB, functions=[add, double]).apply([3], logits)
+    found = RequestProcessors([1, 2], functions=[add, double]).apply([3], logits)
     assert torch.equal(found, torch.full((VOCAB,), 6.0))
     for wrong, said in (
         (None, "NoneType"),
@@ -72,6 +71,6 @@ def test_functions_are_called_in_turn_with_all_tokens_and_must_return_logits():
         (logits.long(), "int64"),
         (logits[None], "1, 70"),
     ):
-        rules = RequestProcessors([1], VOCAB, functions=[lambda ids, logits, wrong=wrong: wrong])
+        rules = RequestProcessors([1], functions=[lambda ids, logits, wrong=wrong: wrong])
         with pytest.raises(ValueError, match=f"logits processor <lambda> must return .*{said}"):
             rules.apply([], logits)
