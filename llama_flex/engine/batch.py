@@ -251,7 +251,8 @@ class Batch:
         host["count"].fill(0)
         host["tokens"].fill(0)  # a mask may index a table by padding
         for row, (request, sequence) in rows.items():
-            ids, state = [request.new_tokens[-1], *drafts[request]], self._ints[sequence.batch_slot]
+            newest = request.new_tokens[-1] if request.steps else sequence.tokens[0, -1]
+            ids, state = [newest, *drafts[request]], self._ints[sequence.batch_slot]
             first, segment = state[_FOLLOWING][:2]
             host["tokens"][:, row, : len(ids)] = ids, first + np.arange(len(ids)), [segment] * len(ids)
             host["count"][row] = len(ids)

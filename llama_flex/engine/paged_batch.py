@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .batch import Batch, PendingOutput, StepBuffers
+from .batch import INTS, Batch, PendingOutput, StepBuffers
+from .drafting import SIZES
 from .kinds import Kinds
 from .model_runner import LastRun, ModelRunner
 from .paged_cache import PagedCache, PagedCacheView
@@ -45,6 +47,8 @@ class PagedBatch(Batch):
         self.masks = MaskRegistry(self.model, max(batch_slots, self.max_chunks))
         self._generation = self.masks.generation
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
+        self._drafted: dict[tuple[int, int], StepBuffers] = {}  # of steps that verify drafts
+        self.drafter: DraftingBatch | None = None
 
     def prefill(self, chunks: Sequence[PrefillChunk], running: Sequence[Request]) -> list[PendingOutput]:
         """Enqueue prefill chunks, and the next token of each prompt that ends in one, sampled with the filters of all
@@ -86,25 +90,62 @@ class PagedBatch(Batch):
         replays = self._run(size, 1, buffers, host, rows, kinds)
         return self._pending(buffers, sampled, kinds, replays=replays)
 
+    def verify(self, requests: Sequence[Request], drafts: Mapping[Request, Sequence[int]], size: int) -> PendingOutput:
+        """Compute each request's newest token and its drafts, up to `size` of them; return the tokens that it keeps.
+        All tokens so far must have been read."""
+        rows = dict(enumerate((request, sequence) for request in requests for sequence in request.sequences))
+        count = next(s for s in self.decode_sizes if s >= len(rows)) if self.runner.compile else len(rows)
+        width = size + 1
+        if (count, width) not in self._drafted:
+            shapes = self._shapes(count) | {
+                "tokens": (torch.int64, (3, count, width)),
+                "count": (torch.int32, (count,)),
+            }
+            self._drafted[count, width] = self._new_buffers(count, shapes, width)
+        buffers = self._drafted[count, width]
+        host = self._padding(buffers)
+        self._fill_state(host, rows)
+        self._fill_drafts(host, rows, drafts)
+        for row, (_, sequence) in rows.items():
+            new = host["count"][row]
+            host["rows"][:3, row] = sequence.num_computed_tokens, sequence.num_computed_tokens + new, new
+        sampled, kinds = self._fill_leaders(host, rows), self.kinds_of(requests)
+        drafted = None
+        if self.drafter is not None:
+            drafted = self.drafter.draft(rows, {row: len(drafts[request]) for row, (request, _) in rows.items()}, count)
+        self._run(count * width, width, buffers, host, rows, kinds, verifies=True, drafted=drafted)
+        output = self._verified(buffers, sampled, kinds)
+        for request, new in output.counts().items():
+            for sequence in request.sequences:
+                sequence.num_computed_tokens += new
+        return output
+
     def _fill(self, size: int, width: int) -> tuple[StepBuffers, dict[str, np.ndarray]]:
         """Return the buffers of a step of `size` tokens in rows of `width`, and host arrays, filled with padding."""
         rows = size if width == 1 else size // _ROW_MEAN
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "page_table": (torch.int32, (rows, self.blocks)),
-            "rows": (torch.int32, (4, rows)),  # start, end, count, and the number of the adapter
-        }
+        shapes = self._shapes(rows)
         if width > 1:
             shapes |= {"tokens": (torch.int64, (3, rows, width)), "token_indices": (torch.int64, (size,))}
             shapes |= {"last": (torch.int64, (rows,))}
         if (size, width) not in self._buffers:
             self._buffers[size, width] = self._new_buffers(rows, shapes)
         buffers = self._buffers[size, width]
-        host = buffers.inputs.fill()
-        host["page_table"].fill(self.cache.block_manager.num_pages)
-        host["rows"].fill(0)
+        host = self._padding(buffers)
         if width > 1:
             host["tokens"].fill(0)  # a mask may index a table by padding; stale values may be out of its range
         return buffers, host
+
+    def _shapes(self, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {
+            "page_table": (torch.int32, (rows, self.blocks)),
+            "rows": (torch.int32, (4, rows)),  # start, end, count, and the number of the adapter
+        }
+
+    def _padding(self, buffers: StepBuffers) -> dict[str, np.ndarray]:
+        host = buffers.inputs.fill()
+        host["page_table"].fill(self.cache.block_manager.num_pages)
+        host["rows"].fill(0)
+        return host
 
     def _run(
         self,
@@ -114,8 +155,11 @@ class PagedBatch(Batch):
         host: dict[str, np.ndarray],
         rows: Mapping[int, tuple[Request, TokenSequence]],
         kinds: Kinds | None,
+        verifies: bool = False,
+        drafted: Tensor | None = None,
     ) -> bool:
-        """Enqueue a step; return whether it is recorded and replayed. kinds: of sampling; None if no row samples."""
+        """Enqueue a step; return whether it is recorded and replayed. kinds: of sampling; None if no row samples.
+        verifies: whether rows hold drafts; drafted: those on the device, `[R, K]`."""
         adapted = False
         for row, (request, sequence) in rows.items():
             host["page_table"][row, : len(sequence.pages)] = sequence.pages
@@ -137,10 +181,16 @@ class PagedBatch(Batch):
         cache = PagedCacheView(self.cache, page_table, start, end, given.get("token_indices"))
         self.runner.last = LastRun(plan, lambda: cache.tokens, cache.layers[0].kv_dtype)
         ids, positions, segments = self._newest_tokens(buffers) if width == 1 else given["tokens"].unbind(0)
+        if drafted is not None:
+            ids[:, 1 : 1 + drafted.shape[1]].copy_(drafted)
+
+        attended = plan.backward if verifies else plan
 
         def step() -> None:
-            x, _ = self.runner.step(ids, count, positions, segments, plan, cache, adapters=adapters)
-            if kinds is not None:
+            x, _ = self.runner.step(ids, count, positions, segments, attended, cache, adapters=adapters)
+            if kinds is not None and verifies:
+                self._verify(x, buffers, kinds, cache, adapters)
+            elif kinds is not None:
                 self._sample(x, buffers, kinds, adapters)
 
         key = size, width, page_table.shape[1], kinds, adapted, plan  # `forget` reads the plan as the last
@@ -148,3 +198,35 @@ class PagedBatch(Batch):
         replays = self.runner.compile or (width == 1 and self.runner.replays(plan))
         self.recorded.run(key, step, replays=replays)
         return replays
+
+
+class DraftingBatch(PagedBatch):
+    """The sequences of a batch in a copy of its model that is faster, and has the same keys and values.
+
+    What it writes to their pages is overwritten, before anything reads it, by the step that verifies its drafts.
+    """
+
+    def __init__(self, runner: ModelRunner, batch: PagedBatch) -> None:
+        super().__init__(runner, batch.cache, batch.batch_slots, batch.prefill_sizes[-1], batch.blocks)
+        self._ints, self._reals, self.masks, self._batch = batch._ints, batch._reals, batch.masks, batch
+        self._drafts = torch.zeros(batch.batch_slots, SIZES[-1], dtype=torch.int64, device=self.model.device)
+
+    def draft(self, rows: Mapping[int, tuple[Request, TokenSequence]], counts: Mapping[int, int], size: int) -> Tensor:
+        """Return drafts `[size, K]` for the rows of a step, int64, sampled with their noise and filters, on the device.
+        counts: how many for each row."""
+        self.runner.follow(self._batch.runner)
+        self._newest.copy_(self._batch._newest)
+        self._tables = self._batch._tables
+        kinds = self.kinds_of(request for request, _ in rows.values())._replace(seen=False, counts=False, top=0)
+        for n in range(most := max(counts.values())):
+            buffers, host = self._fill(size, 1)
+            self._fill_state(host, rows)
+            self._fill_leaders(host, rows)
+            for name in ("position", "done"):
+                host["ints"][INTS.index(name)] += n
+            for row, (_, sequence) in rows.items():
+                start = sequence.num_computed_tokens + n
+                host["rows"][:3, row] = (start, start + 1, 1) if n < counts[row] else 0
+            self._run(size, 1, buffers, host, rows, kinds)
+            self._drafts[:size, n].copy_(buffers.result(0)[0])
+        return self._drafts[:size, :most]

@@ -33,11 +33,12 @@ from ..usercode.arguments import whole_number
 from ..usercode.modules import global_hooks, hooks_of
 from .batch import PendingOutput
 from .block_manager import BlockManager
+from .drafting import COMPILED_SIZES, SIZES
 from .fusion import AnyPrompt, Ensemble, as_requests
 from .limits import RequestLimits
 from .model_runner import ModelRunner
 from .output import NonFiniteLogitsError, OutputProcessor, Step
-from .paged_batch import WIDTH, PagedBatch, PrefillChunk
+from .paged_batch import WIDTH, DraftingBatch, PagedBatch, PrefillChunk
 from .paged_cache import PagedCache, PagedRows, RowCache
 from .request import Request, TokenSequence, longest_of, tokens_of
 from .request_masks import AttentionSpec, plan_of_rows
@@ -121,6 +122,8 @@ class Scheduler:
         dtype, device = self.model.dtype, self.model.device
         self.cache = PagedCache(self.model.dims, pages, KVFormat.of(self.model, self.kv_dtype))
         self.batch = PagedBatch(self.runner, self.cache, self.max_batch_size, self.prefill_tokens, self.blocks)
+        if self._speculation is not None and isinstance(drafter := self._speculation.drafter, ModelRunner):
+            self.batch.drafter = DraftingBatch(drafter, self.batch)
         self.masks = self.batch.masks
         self._ahead = device.type == "cuda"  # a step's tokens are read while the next one runs
         self._made_for = dtype, device
@@ -200,6 +203,11 @@ class Scheduler:
     ) -> Request:
         """See `Engine.submit`."""
         model = self.model
+        if self._speculation is not None and self._speculation.needs_cache:
+            raise ValueError(
+                "a draft model has no pages for submitted requests: use stream or generate, or an engine with "
+                "speculate='self' or 'lookup'"
+            )
         whole_number("priority", priority)
         if callback is not None and not callable(callback):
             raise ValueError(f"callback must be a function of a Step, not {callback!r}")
@@ -316,6 +324,10 @@ class Scheduler:
                 self.masks.number_of(self._inbox[0].spec, set())
             heapq.heappush(self._waiting, self._inbox[0])
             self._inbox.popleft()
+        if self._speculation is not None and any(self._has_drafts(r) for r in self._running):
+            before, self._pending = self._pending, []  # drafts follow tokens that were read
+            for output in before:
+                self._process_output(output)
         self._check_weights()
         for request in [r for r in self._running if r.adapter is not None]:
             self._has_adapter(request)
@@ -324,7 +336,7 @@ class Scheduler:
         before, self._pending = self._pending, self._prefill()
         first = {request for output in self._pending for request, _ in output.rows}
         if decoding := [r for r in self.running if self._decodes(r) and r not in first and not r.runs_alone]:
-            self._pending.append(self.batch.decode(decoding))
+            self._pending += self._decode(decoding)
         self._pending += self._advance_streams()
         for output in before:  # while the device computes the next
             self._process_output(output)
@@ -343,7 +355,10 @@ class Scheduler:
     def _check_weights(self) -> None:
         """Forget what was computed or recorded with other weights, modules or hooks."""
         modules, tensors = list[Any](itertools.chain(*global_hooks())), list[torch.Tensor | None]()
-        for module in self.model.modules():
+        left: list[Any] = [self.model]
+        while left:  # `Module.modules` takes longer than all else here, and the device may be waiting
+            module = left.pop()
+            left += [child for child in module._modules.values() if child is not None]
             modules += module, module.__dict__.get("forward"), *itertools.chain(*hooks_of(module))
             tensors += *module._parameters.values(), *module._buffers.values()
         weights = [(id(t), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
@@ -357,6 +372,28 @@ class Scheduler:
     def forget(self) -> None:
         """See `Engine.forget`."""
         self._version += 1
+
+    def _decode(self, requests: list[Request]) -> list[PendingOutput]:
+        """Enqueue a decode step of requests, and one that verifies drafts of those that have some."""
+        drafts, sizes = dict[Request, Sequence[int]](), COMPILED_SIZES if self.runner.compile else SIZES
+        for request in filter(self._has_drafts, requests):
+            assert self._speculation is not None
+            room = min(len(s.pages) * BLOCK - s.num_computed_tokens for s in request.sequences)
+            room = min(room, request.output_processor.limit - request.num_scheduled) - 1
+            drafts[request] = self._speculation.draft(request, min(room, sizes[-1]))
+        longest = max(map(len, drafts.values()), default=0)
+        if not longest:
+            return [self.batch.decode(requests)]
+        others = [r for r in requests if r.kinds.split]
+        drafts |= {r: [] for r in requests if r not in drafts and r not in others}
+        output = self.batch.verify(list(drafts), drafts, next(size for size in sizes if size >= longest))
+        assert self._speculation is not None
+        self._speculation.count(drafts, output.counts())
+        return [output, self.batch.decode(others)] if others else [output]
+
+    def _has_drafts(self, request: Request) -> bool:
+        """Return whether drafts are made for a request that runs with others."""
+        return self._speculation is not None and not request.runs_alone and self._speculation.drafts_for(request)
 
     # ---- admission and preemption
 

@@ -18,7 +18,7 @@ from ..checkpoint.quantization import Quantization, quantise_beside
 from ..model import Llama
 from ..usercode.arguments import whole_numbers
 from .batch import INTS, Batch
-from .drafting import COST, SIZES, Acceptance, Drafter, prompt_lookup
+from .drafting import COST, SIZES, Drafter, prompt_lookup
 from .explain import bytes_per_step
 from .model_runner import ModelRunner
 from .paged_cache import RowCache
@@ -80,20 +80,33 @@ class Speculation:
             raise ValueError(f"speculate must be {what}, not {drafter!r:.60}")
         return cls(drafter, size, cost)
 
-    def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """Return up to `most` drafts of a function for a text. Raises ValueError for anything but token ids."""
-        assert not isinstance(self.drafter, ModelRunner)
-        found = whole_numbers("a drafter must return a list of token ids", self.drafter(ids, most))[:most]
+    def drafts_for(self, request: Request) -> bool:
+        """Return whether drafts are made for a request now: not once they have not paid, and not with processors on the
+        host, as logits then depend on the token before."""
+        return request.drafts.most > 0 and not request.kinds.split
+
+    def draft(self, request: Request, room: int) -> list[int]:
+        """Return drafts for a request, whose tokens so far were read, at most as many as there is room for; of a model,
+        which makes them later, zeros. Raises ValueError for anything but token ids from a function."""
+        most = min(request.drafts.most, room)
+        if most <= 0:
+            return []
+        if isinstance(self.drafter, ModelRunner):
+            return [0] * most
+        found = whole_numbers("a drafter must return a list of token ids", self.drafter(request.ids, most))[:most]
         if beyond := [id for id in found if not 0 <= id < self.vocab_size]:
             raise ValueError(f"the drafter returned {beyond[0]}, which is outside the vocabulary of {self.vocab_size}")
         return found
 
-    def add(self, text: Acceptance, drafted: int, accepted: int) -> None:
-        """Count what came of a text's drafts in a step."""
-        self.texts += text.steps == 0
-        text.add(drafted, accepted, self.cost)
-        self.given_up += text.most == 0
-        self.steps, self.drafted, self.accepted = self.steps + 1, self.drafted + drafted, self.accepted + accepted
+    def count(self, drafts: Mapping[Request, Sequence[int]], new: Mapping[Request, int]) -> None:
+        """Count what came of drafts in a step. new: how many tokens each request got."""
+        for request, drafted in drafts.items():
+            if drafted:
+                self.texts += request.drafts.steps == 0
+                request.drafts.add(len(drafted), new[request] - 1, self.cost)
+                self.given_up += request.drafts.most == 0
+                self.steps, self.drafted = self.steps + 1, self.drafted + len(drafted)
+                self.accepted += new[request] - 1
 
 
 class DraftedRows(Batch):

@@ -88,11 +88,10 @@ class VerifyingStream(Stream):
                 each.add(kept, self._verified_plan, self.cache)
         if self._drafter is not None:
             self._drafter.count(counts, {row: new[self.rows[row][0]] for row in counts})
+        self._speculation.count(drafts, new)
         for request, _ in sampled:
             for sequence in request.sequences:
                 sequence.num_computed_tokens += new[request]
-            if drafts[request]:
-                self._speculation.add(request.drafts, len(drafts[request]), new[request] - 1)
         return output
 
     @property
@@ -107,9 +106,7 @@ class VerifyingStream(Stream):
             room = [request.output_processor.limit - request.num_scheduled, self.cache.largest_append]
             if isinstance(self.cache, PagedRows):
                 room += [len(s.pages) * BLOCK - s.num_computed_tokens for s in request.sequences]
-            most = min(request.drafts.most, self._sizes[-1], min(room) - 1)
-            known = self._drafter is None and most > 0  # else they will be on the device
-            drafts[request] = self._speculation.draft(request.ids, most) if known else [0] * most
+            drafts[request] = self._speculation.draft(request, min(*room, self._sizes[-1] + 1) - 1)
         return drafts
 
     def _buffers_of(self, width: int) -> StepBuffers:
