@@ -115,13 +115,16 @@ class DraftedRows(Batch):
         self._drafts = torch.zeros(len(stream.rows), SIZES[-1] + 1, dtype=torch.int64, device=self.model.device)
         self._own: Cache | None = None
         if speculation.shares:
+            self.model.to(stream.model.device, stream.model.dtype)  # which may have changed between streams
             self._cache: RowCache = stream.cache
             self._plan = stream.plan
             return
         prompts = [sequence.prompt for _, sequence in stream.rows.values()]
         masks = [variant.mask for variant in stream.plan.variants]
         fused = any(prompt.is_fused for prompt in prompts)
-        self._plan = self.model.attention_plan(masks[0] if len(masks) == 1 else None, fused=fused)
+        # A mask may be one for each layer or head, of which a draft model has other numbers.
+        alike = len(masks) == 1 and self.model.dims.num_heads == stream.model.dims.num_heads
+        self._plan = self.model.attention_plan(masks[0] if alike else None, fused=fused)
         longest = max(len(s.prompt.ids) + r.output_processor.limit for r, s in stream.rows.values())
         self._cache = self._own = self.model.new_cache(len(prompts), longest + SIZES[-1] + 1)
 
