@@ -17,6 +17,7 @@ from ..cache import Cache
 from ..checkpoint.quantization import Quantization, quantise_beside
 from ..model import Llama
 from ..usercode.arguments import whole_numbers
+from ..usercode.captured import name_of
 from .batch import INTS, Batch
 from .drafting import COST, SIZES, Acceptance, Drafter, prompt_lookup
 from .explain import bytes_per_step
@@ -34,19 +35,23 @@ class Speculation:
 
     drafter: a function from the ids so far and the most to draft to ids; or the runner of a model, and shares: whether
     this has the same keys and values. cost: the time of a draft, made and verified, in that of a step of one token.
-    texts: how many had drafts, and given_up: for how many they did not pay. steps, drafted, accepted: as in
-    `Acceptance`, of all of them.
+    weights: the bytes of weights that a step of a draft model reads, and one of the model. texts: how many had drafts,
+    and given_up: for how many they did not pay. steps, drafted, accepted: as in `Acceptance`, of all of them.
+    decoded, decode_steps: of those that have ended, the new tokens after the first, and the model's steps for them.
     """
 
     drafter: Drafter | ModelRunner
     vocab_size: int
     cost: float
     shares: bool = False
+    weights: tuple[int, int] | None = None
     texts: int = 0
     given_up: int = 0
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    decoded: int = 0
+    decode_steps: int = 0
 
     @property
     def needs_cache(self) -> bool:
@@ -73,8 +78,8 @@ class Speculation:
             ):
                 if theirs != ours:
                     raise ValueError(f"the draft model's {name}, {theirs}, must be those of the model, {ours}")
-            cost += bytes_per_step(drafter, []) / bytes_per_step(model, [])
-            return cls(ModelRunner(drafter), size, cost, shares)
+            weights = bytes_per_step(drafter, []), bytes_per_step(model, [])
+            return cls(ModelRunner(drafter), size, cost + weights[0] / weights[1], shares, weights)
         if not callable(drafter := prompt_lookup if drafter == "lookup" else drafter):
             what = "'lookup', 'self', a Llama or a function of token ids"
             raise ValueError(f"speculate must be {what}, not {drafter!r:.60}")
@@ -94,6 +99,34 @@ class Speculation:
         text.add(drafted, accepted, self.cost)
         self.given_up += text.most == 0
         self.steps, self.drafted, self.accepted = self.steps + 1, self.drafted + drafted, self.accepted + accepted
+
+    def finish(self, requests: Sequence[Request]) -> None:
+        """Count the tokens and the steps of texts that have ended, if they had drafts."""
+        for request in requests:
+            if request.drafts.steps:
+                decoded = request.num_scheduled - 1
+                self.decoded += decoded
+                self.decode_steps += decoded - request.drafts.accepted
+
+    def describe(self) -> str:
+        """Say in one line what drafts, how many drafts there were and were accepted, and what came of it."""
+        if isinstance(self.drafter, ModelRunner):
+            assert self.weights is not None
+            read, of_model = (size / 1e9 for size in self.weights)
+            drafter = "a copy in 4 bits" if self.shares else "a draft model"
+            drafter += f" (a step reads {read:.3f} GB of weights, one of the model {of_model:.3f} GB)"
+        else:
+            drafter = "prompt lookup" if self.drafter is prompt_lookup else name_of(self.drafter)
+        parts = [f"drafts by {drafter}: {self.drafted} in {_texts(self.texts)}, {self.accepted} accepted"]
+        if self.decode_steps:
+            parts.append(f"{self.decoded / self.decode_steps:.2f} tokens a step")
+        if self.given_up:
+            parts.append(f"given up in {_texts(self.given_up)}, where they did not pay")
+        return ", ".join(parts)
+
+
+def _texts(count: int) -> str:
+    return f"{count} text" + "s" * (count != 1)
 
 
 class DraftedRows(Batch):
