@@ -1,0 +1,184 @@
+"""Drafts change nothing that a stream leaves: its tokens, its cache, its captures, and what a later stream gives."""
+
+import inspect
+import sys
+from collections import Counter
+from types import FunctionType
+
+import pytest
+from choosing_helpers import letters_tokenizer
+from helpers import few
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from request_helpers import random_ids
+from speculation_helpers import DRAFTERS, MASKS, Schedule, check, held, oracle, run, schedules, texts_of
+
+from llama_flex import Engine, Ensemble, Sampling, fuse, scores
+from llama_flex.engine import batch, engine, verification
+from llama_flex.masks.plan import AttentionPlan
+
+NEW = {"max_new_tokens": 24, "stop_token_ids": ()}
+SAMPLED = {"sampling": Sampling(temperature=1.0, seed=6)}
+LIKED = dict.fromkeys(range(20, 60, 10), 9.0)  # so that tokens come again
+PENALISED = Sampling(
+    logit_bias=LIKED, repetition_penalty=1.1, frequency_penalty=1.5, temperature=0.7, seed=3, top_logprobs=2
+)
+STOPPED = {"stop_token_ids": range(3, 160, 12)}
+PROMPTS = [random_ids(9), random_ids(130), random_ids(2)]
+# Some of the schedules that hypothesis draws, for what takes long, and to find faults in a short time.
+EXAMPLES = {
+    "greedy": Schedule(PROMPTS, NEW, "plain"),
+    "sampled": Schedule(PROMPTS, NEW | SAMPLED, before=[random_ids(5), random_ids(140), [3]], cache="plain"),
+    "penalties": Schedule(PROMPTS[:1], NEW | {"sampling": PENALISED}, taken=20),
+    "stops": Schedule(PROMPTS, NEW | SAMPLED | STOPPED, "plain", capture=True),
+    "rolling": Schedule(PROMPTS, NEW | SAMPLED | STOPPED, "rolling", before=[random_ids(140, n) for n in range(3)]),
+    "looks ahead": Schedule(PROMPTS, NEW | SAMPLED | {"mask": MASKS["looks ahead"]}, "plain"),
+    "by layer": Schedule(PROMPTS[:2], NEW | {"mask": MASKS["by layer"], "score_mod": scores.alibi(4)}, capture=True),
+    "several": Schedule([fuse(PROMPTS[::2], suffix=[4]), Ensemble(PROMPTS, "max")], NEW | SAMPLED),
+}
+
+
+def limits(count: int) -> settings:
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    return letters_tokenizer(tmp_path_factory.mktemp("letters"))
+
+
+@pytest.mark.parametrize("count", few([30], [500]))
+def test_drafts_change_no_schedule(letters, count):
+    found = Counter()
+
+    @limits(count)
+    @given(schedules(), st.sampled_from(DRAFTERS), st.sampled_from([0.5, 0.9, 1.0]), st.sampled_from([False, "auto"]))
+    def test(schedule, drafter, probability, compile):
+        speculation = check(schedule, drafter, probability, letters, compile=compile)
+        found[drafter] += speculation.accepted
+
+    test()
+    assert found["oracle"] > count, "few drafts were accepted, so little was tested"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("drafter", few(["oracle"], ["lookup", "self", "small", "model", "guesses"]))
+def test_drafts_change_no_example(name, drafter):
+    speculation = check(EXAMPLES[name], drafter)
+    assert drafter != "oracle" or 0 < speculation.accepted == speculation.drafted
+
+
+@pytest.mark.parametrize("compile", few(["auto"], [True]))
+@pytest.mark.parametrize("drafter", few(["oracle"], ["self", "model"]))
+@pytest.mark.parametrize("name", few(["sampled"], [name for name in EXAMPLES if name != "sampled"]))
+def test_drafts_change_no_compiled_example(name, drafter, compile):
+    check(EXAMPLES[name], drafter, 0.9, compile=compile, backend="flex")
+
+
+@pytest.mark.parametrize(
+    "options", [NEW, NEW | SAMPLED, NEW | {"sampling": Sampling(top_k=5, temperature=0.8, seed=1)}]
+)
+@pytest.mark.parametrize("mask", ["default", "window", "by head"])
+def test_all_drafts_of_the_model_itself_are_accepted(options, mask):
+    prompts = [*PROMPTS, fuse(PROMPTS[::2])] if mask == "default" else PROMPTS
+    speculation = check(Schedule(prompts, options | {"mask": MASKS[mask]}), "model")
+    assert speculation.accepted == speculation.drafted >= 20 * len(prompts)
+
+
+def test_steps_are_saved():
+    speculation = check(EXAMPLES["greedy"], "oracle")
+    assert speculation.texts == 3
+    # 23 tokens follow the first one: with up to 3, 6 and 12 drafts in the three steps that are needed.
+    assert (speculation.decoded, speculation.decode_steps) == (3 * 23, 3 * 3)
+    assert speculation.describe() == "drafts by draft: 60 in 3 texts, 60 accepted, 7.67 tokens a step"
+
+
+@pytest.mark.parametrize("taken", [1, 2, 7, 20])
+def test_a_closed_stream_leaves_the_tokens_before_the_last_ones_taken(taken):
+    schedule = EXAMPLES["sampled"]
+    expected = run(Engine(schedule.model, backend="dense"), schedule)
+    drafting = Engine(schedule.model, backend="dense", speculate=oracle(texts_of(schedule, expected)))
+    cache, found = schedule.new_cache(drafting), [[], [], []]
+    stream = drafting.stream(schedule.prompts, cache=cache, **schedule.options)
+    for _ in range(taken):
+        step = next(stream)
+        found[step.row].append(step.token)
+    stream.close()
+    for row, tokens in enumerate(found):
+        assert tokens == [step.token for step in expected.steps[row]][: len(tokens)]
+        length = len(schedule.before[row]) + len(schedule.prompts[row]) + max(0, len(tokens) - 1)
+        assert [index for index, *_ in held(cache)[row]] == list(range(length))
+    assert cache.reserved == max(map(len, held(cache)))
+
+
+# ---- faults that must be found
+
+
+def mutate(monkeypatch, owner, name: str, old: str, new: str) -> None:
+    """Replace a part of a function's source."""
+    function = getattr(owner, name)
+    lines = inspect.getsource(function)
+    indent = len(lines) - len(lines.lstrip())
+    source = "\n".join(line[indent:] for line in lines.split("\n"))
+    assert source.count(old) == 1, f"{name} has changed: {old}"
+    scope = dict(vars(sys.modules[function.__module__]))
+    if inspect.isclass(owner):
+        source = source.replace("super()", f"super({owner.__name__}, self)")
+    exec(compile(f"from __future__ import annotations\n{source.replace(old, new)}", name, "exec"), scope)
+    made = scope[name]
+    assert isinstance(made, FunctionType)
+    monkeypatch.setattr(owner, name, made)
+
+
+FAULTS = {
+    "every draft is accepted": (batch, "_verify_next", "(token[:, :-1] == drafts) & ", ""),
+    "rejected drafts stay in the cache": (batch, "_verify_next", "cache.drop(count - new)", "pass"),
+    "drafts have the next positions": (
+        *(batch.Batch, "_fill_drafts"),
+        *("first + np.arange(len(ids))", "first + np.arange(len(ids)) + (np.arange(len(ids)) > 0)"),
+    ),
+    "the noise is that of the next step": (
+        batch,
+        "_verify_next",
+        "s.done[:, None] + column",
+        "s.done[:, None] + column + 1",
+    ),
+    "penalties do not count drafts": (
+        batch,
+        "_verify_next",
+        "column[:, None] > column[: t - 1]",
+        "column[:, None] < 0",
+    ),
+    "tokens after a stop stay in a rolling cache": (
+        *(verification.VerifyingStream, "_next"),
+        *("self._drop_unread()", "pass"),
+    ),
+    "tokens that were not taken stay": (verification.VerifyingStream, "_drop_unread", "if not drop:", "if True:"),
+    "rejected drafts are captured": (verification, "_first_tokens", "torch.where(kept, index, -1)", "index"),
+}
+
+
+def check_examples() -> None:
+    for name, schedule in EXAMPLES.items():
+        check(schedule, "oracle", 1.0 if name in ("rolling", "stops", "penalties") else 0.7)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_schedules_find_faults(monkeypatch, fault):
+    mutate(monkeypatch, *FAULTS[fault])
+    with pytest.raises(AssertionError):
+        check_examples()
+
+
+def test_the_schedules_find_drafts_that_see_later_ones(monkeypatch):
+    monkeypatch.setattr(AttentionPlan, "backward", property(lambda self: self))
+    with pytest.raises(AssertionError, match="tokens"):
+        check(EXAMPLES["looks ahead"], "oracle")
+
+
+def test_the_schedules_find_a_rolling_cache_that_drafts_roll(monkeypatch):
+    mutate(monkeypatch, engine, "new_stream", "held.window is not None", "False")
+    with pytest.raises(AssertionError):
+        check(EXAMPLES["rolling"], "self")
