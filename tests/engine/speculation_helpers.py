@@ -55,23 +55,24 @@ SCORES: dict[str, Any] = {"none": None, "alibi": scores_.alibi(4), "softcap": sc
 
 
 @functools.cache
-def small_model() -> Llama:
+def small_model(device: str = "cpu") -> Llama:
     """Make a one-layer model with the vocabulary of `model`, and more heads."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 8}
-    torch.manual_seed(1)
-    model = Llama(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=1024, **sizes)).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
-    return model
+    return _random(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=1024, head_dim=16, **sizes), 1).to(device)
 
 
 @functools.cache
-def model(num_key_value_heads: int = 2) -> Llama:
+def model(num_key_value_heads: int = 2, device: str = "cpu") -> Llama:
     """Make one of the two-layer models of the schedules."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(num_key_value_heads)
-    made = Llama(LlamaConfig(vocab_size=VOCAB, num_key_value_heads=num_key_value_heads, **sizes))
-    for name, parameter in made.eval().requires_grad_(False).named_parameters():
+    config = LlamaConfig(vocab_size=VOCAB, num_key_value_heads=num_key_value_heads, **sizes)
+    return _random(config, num_key_value_heads).to(device)
+
+
+def _random(config: LlamaConfig, seed: int) -> Llama:
+    torch.manual_seed(seed)
+    made = Llama(config).eval().requires_grad_(False)
+    for name, parameter in made.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     return made
 
@@ -108,11 +109,12 @@ class Schedule:
     taken: int | None = None
     capture: bool = False
     num_key_value_heads: int = 2
+    device: str = "cpu"
 
     @property
     def model(self) -> Llama:
         """The model."""
-        return model(self.num_key_value_heads)
+        return model(self.num_key_value_heads, self.device)
 
     @property
     def rows(self) -> int:
@@ -207,6 +209,27 @@ def assert_same_outcome(one: Outcome, other: Outcome) -> None:
     assert one.then == other.then, "then"
 
 
+NEW = {"max_new_tokens": 24, "stop_token_ids": ()}
+SAMPLED = {"sampling": Sampling(temperature=1.0, seed=6)}
+LIKED = dict.fromkeys(range(20, 60, 10), 9.0)  # so that tokens come again
+PENALISED = Sampling(
+    logit_bias=LIKED, repetition_penalty=1.1, frequency_penalty=1.5, temperature=0.7, seed=3, top_logprobs=2
+)
+STOPPED = {"stop_token_ids": range(3, 160, 12)}
+PROMPTS = [random_ids(9), random_ids(130), random_ids(2)]
+# Some of the schedules that hypothesis draws, for what takes long, and to find faults in a short time.
+EXAMPLES = {
+    "greedy": Schedule(PROMPTS, NEW, "plain"),
+    "sampled": Schedule(PROMPTS, NEW | SAMPLED, before=[random_ids(5), random_ids(140), [3]], cache="plain"),
+    "penalties": Schedule(PROMPTS[:1], NEW | {"sampling": PENALISED}, taken=20),
+    "stops": Schedule(PROMPTS, NEW | SAMPLED | STOPPED, "plain", capture=True),
+    "rolling": Schedule(PROMPTS, NEW | SAMPLED | STOPPED, "rolling", before=[random_ids(140, n) for n in range(3)]),
+    "looks ahead": Schedule(PROMPTS, NEW | SAMPLED | {"mask": MASKS["looks ahead"]}, "plain"),
+    "by layer": Schedule(PROMPTS[:2], NEW | {"mask": MASKS["by layer"], "score_mod": scores_.alibi(4)}, capture=True),
+    "several": Schedule([fuse(PROMPTS[::2], suffix=[4]), Ensemble(PROMPTS, "max")], NEW | SAMPLED),
+}
+
+
 def texts_of(schedule: Schedule, outcome: Outcome) -> list[list[int]]:
     """Return the ids of each text, with what followed."""
     cached = schedule.options.get("cached_ids") or [[] for _ in schedule.prompts]
@@ -294,7 +317,9 @@ def check(
     """Check that a schedule gives the same with drafts; return what came of them. options: of that engine."""
     plain = Engine(schedule.model, tokenizer, backend="dense")
     expected = run(plain, schedule)
-    made: Any = {"small": small_model(), "model": schedule.model, "guesses": guesses}.get(drafter, drafter)
+    made: Any = {"small": small_model(schedule.device), "model": schedule.model, "guesses": guesses}.get(
+        drafter, drafter
+    )
     if drafter == "oracle":
         going_on = schedule.options | {"stop": (), "stop_token_ids": ()}  # beyond what ends the text
         whole = run(plain, replace(schedule, taken=None, capture=False, options=going_on))

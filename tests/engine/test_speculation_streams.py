@@ -10,32 +10,25 @@ from choosing_helpers import letters_tokenizer
 from helpers import few
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from request_helpers import random_ids
-from speculation_helpers import DRAFTERS, MASKS, Schedule, check, held, oracle, run, schedules, texts_of
+from speculation_helpers import (
+    DRAFTERS,
+    EXAMPLES,
+    MASKS,
+    NEW,
+    PROMPTS,
+    SAMPLED,
+    Schedule,
+    check,
+    held,
+    oracle,
+    run,
+    schedules,
+    texts_of,
+)
 
-from llama_flex import Engine, Ensemble, Sampling, fuse, scores
+from llama_flex import Engine, Sampling, fuse
 from llama_flex.engine import batch, engine, verification
 from llama_flex.masks.plan import AttentionPlan
-
-NEW = {"max_new_tokens": 24, "stop_token_ids": ()}
-SAMPLED = {"sampling": Sampling(temperature=1.0, seed=6)}
-LIKED = dict.fromkeys(range(20, 60, 10), 9.0)  # so that tokens come again
-PENALISED = Sampling(
-    logit_bias=LIKED, repetition_penalty=1.1, frequency_penalty=1.5, temperature=0.7, seed=3, top_logprobs=2
-)
-STOPPED = {"stop_token_ids": range(3, 160, 12)}
-PROMPTS = [random_ids(9), random_ids(130), random_ids(2)]
-# Some of the schedules that hypothesis draws, for what takes long, and to find faults in a short time.
-EXAMPLES = {
-    "greedy": Schedule(PROMPTS, NEW, "plain"),
-    "sampled": Schedule(PROMPTS, NEW | SAMPLED, before=[random_ids(5), random_ids(140), [3]], cache="plain"),
-    "penalties": Schedule(PROMPTS[:1], NEW | {"sampling": PENALISED}, taken=20),
-    "stops": Schedule(PROMPTS, NEW | SAMPLED | STOPPED, "plain", capture=True),
-    "rolling": Schedule(PROMPTS, NEW | SAMPLED | STOPPED, "rolling", before=[random_ids(140, n) for n in range(3)]),
-    "looks ahead": Schedule(PROMPTS, NEW | SAMPLED | {"mask": MASKS["looks ahead"]}, "plain"),
-    "by layer": Schedule(PROMPTS[:2], NEW | {"mask": MASKS["by layer"], "score_mod": scores.alibi(4)}, capture=True),
-    "several": Schedule([fuse(PROMPTS[::2], suffix=[4]), Ensemble(PROMPTS, "max")], NEW | SAMPLED),
-}
 
 
 def limits(count: int) -> settings:
