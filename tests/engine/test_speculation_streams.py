@@ -10,6 +10,7 @@ from choosing_helpers import letters_tokenizer
 from helpers import few
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from request_helpers import random_ids
 from speculation_helpers import (
     DRAFTERS,
     EXAMPLES,
@@ -28,6 +29,7 @@ from speculation_helpers import (
 
 from llama_flex import Engine, Sampling, fuse
 from llama_flex.engine import batch, engine, verification
+from llama_flex.engine.model_runner import ModelRunner
 from llama_flex.masks.plan import AttentionPlan
 
 
@@ -104,6 +106,53 @@ def test_a_closed_stream_leaves_the_tokens_before_the_last_ones_taken(taken):
         length = len(schedule.before[row]) + len(schedule.prompts[row]) + max(0, len(tokens) - 1)
         assert [index for index, *_ in held(cache)[row]] == list(range(length))
     assert cache.reserved == max(map(len, held(cache)))
+
+
+@pytest.mark.parametrize("lengths", [[60], [60, 20], [1, 127]])
+def test_drafts_fill_a_cache_to_its_last_slot(lengths):
+    prompts = [random_ids(n) for n in lengths]
+    schedule = Schedule(prompts, SAMPLED | {"stop_token_ids": (), "max_new_tokens": 128 - max(lengths)})
+    plain = Engine(schedule.model, backend="dense")
+    texts = texts_of(schedule, run(plain, schedule))
+    for made in (oracle(texts), oracle(texts[:1]), oracle(texts[-1:], 0.7), "self"):
+        drafting = Engine(schedule.model, backend="dense", speculate=made)
+        cache = drafting.new_cache(len(prompts), 128)
+        done = drafting.generate(prompts, cache=cache, **schedule.options)
+        assert [[*prompt, *each.tokens] for prompt, each in zip(prompts, done, strict=True)] == texts
+        assert cache.length.tolist() == [len(text) - 1 for text in texts]
+
+
+@pytest.mark.parametrize(("drafter", "at"), [("oracle", 2), ("oracle", 3), *(("self", n) for n in range(5, 11))])
+def test_an_interrupt_leaves_a_cache_with_the_tokens_before_the_last_one_taken(monkeypatch, drafter, at):
+    schedule = EXAMPLES["greedy"]
+    texts = texts_of(schedule, run(Engine(schedule.model, backend="dense"), schedule))
+    drafting = Engine(schedule.model, backend="dense", speculate=oracle(texts) if drafter == "oracle" else drafter)
+    cache, tokens, calls, step = drafting.new_cache(3, 512), [[], [], []], [], ModelRunner.step
+
+    def interrupted(self, ids, *given):
+        calls.append(ids.shape[1])
+        result = step(self, ids, *given)
+        if len([width for width in calls if width < 128]) == at:
+            raise KeyboardInterrupt
+        return result
+
+    def take() -> None:
+        for each in drafting.stream(schedule.prompts, cache=cache, **schedule.options):
+            tokens[each.row].append(each.token)
+
+    monkeypatch.setattr(ModelRunner, "step", interrupted)  # of the drafter, too
+    with pytest.raises(KeyboardInterrupt):
+        take()
+    lengths = [len(p) + len(t) - 1 for p, t in zip(schedule.prompts, tokens, strict=True)]
+    assert cache.length.tolist() == lengths
+    assert cache.reserved == max(lengths)
+    monkeypatch.undo()
+    rest = [[t[-1]] for t in tokens]
+    more = 24 - max(map(len, tokens))
+    options = schedule.options | {"max_new_tokens": more}
+    again = drafting.generate(rest, cache=cache, **options)
+    for text, prompt, taken, done in zip(texts, schedule.prompts, tokens, again, strict=True):
+        assert [*prompt, *taken, *done.tokens] == text[: len(prompt) + len(taken) + more]
 
 
 # ---- faults that must be found
