@@ -31,7 +31,7 @@ from .transfer import to_device_async
 
 @dataclass
 class Speculation:
-    """What drafts for the requests of an engine, and what came of it.
+    """The drafter of an engine, and what came of its drafts.
 
     drafter: a function from the ids so far and the most to draft to ids; or the runner of a model, and shares: whether
     this has the same keys and values. cost: the time of a draft, made and verified, in that of a step of one token.

@@ -1,4 +1,4 @@
-"""What the tests of speculation share: drafters, schedules, and what a schedule gives with drafts and without.
+"""Helpers of the tests of speculation: drafters, schedules, and what a schedule gives with drafts and without.
 
 A schedule is a stream of any kind, over a caller's cache or not, taken to its end or not. Its outcome holds all that
 the stream leaves, which must not depend on drafts.

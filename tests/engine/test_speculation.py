@@ -1,4 +1,4 @@
-"""What drafts, how many drafts are made, and what the caches forget of them."""
+"""Drafters, the number of drafts, what is refused of them, and what caches forget of them."""
 
 from dataclasses import replace
 
