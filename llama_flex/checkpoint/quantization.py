@@ -212,6 +212,7 @@ def quantise_beside(model: nn.Module, empty: nn.Module, quantization: Quantizati
             if own._parameters["weight_scale"] is not None:
                 raise ValueError("the model is quantised already, so a copy of few bits is hardly faster")
             weight = own.get_parameter("weight").detach()
+            each.empty(weight.to("meta"))  # raises if groups do not divide its rows
             assign(module, each.quantise(weight, weight.dtype))
 
 

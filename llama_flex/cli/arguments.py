@@ -139,6 +139,16 @@ def parser() -> argparse.ArgumentParser:
         "--kv-dtype", choices=("fp8",), help="keys and values in 8 bits: room for twice as many tokens as in 16"
     )
     run.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter (PEFT) of the model, or its hub repository")
+    drafts = run.add_mutually_exclusive_group()
+    drafts.add_argument(
+        "--speculate",
+        choices=("lookup", "self"),
+        help="a step verifies several drafted tokens, which changes none: what followed in the text before, or drafts "
+        "of a copy of the model in 4 bits",
+    )
+    drafts.add_argument(
+        "--draft-model", metavar="MODEL", help="the same with drafts of a smaller model that has the same vocabulary"
+    )
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     run.add_argument(
@@ -201,6 +211,7 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     if twice := [id for id in biased if biased.count(id) > 1]:
         raise UsageError(f"--logit-bias has token {twice[0]} more than once; give one value")
     _check_best(args)
+    _check_drafts(args)
     question = None
     if args.fuse:
         question = Question([], args.fuse_prefix or "", args.fuse_suffix or "", args.fuse_weights)
@@ -267,6 +278,18 @@ def _check_best(args: argparse.Namespace) -> None:
         raise UsageError(f"--beams takes of these only --repetition-penalty; leave out {options}")
     if args.fuse in ("mean", "max"):
         raise UsageError(f"--fuse {args.fuse} has no beams; use --fuse attention")
+
+
+def _check_drafts(args: argparse.Namespace) -> None:
+    """Raise UsageError for options with which no tokens could be drafted."""
+    if args.speculate is None and args.draft_model is None:
+        return
+    name = "--speculate" if args.draft_model is None else "--draft-model"
+    others = "beams", "no_repeat_ngram_size", "json_schema", "regex", "grammar"
+    if given := ["--" + other.replace("_", "-") for other in others if getattr(args, other)]:
+        raise UsageError(f"{name} cannot draft with {', '.join(given)}; leave out one or the other")
+    if args.chat and args.draft_model is not None:
+        raise UsageError("--draft-model does not see what --chat keeps of the conversation; use --speculate")
 
 
 def bad_row(args: argparse.Namespace) -> Callable[[UsageError], None]:

@@ -40,8 +40,8 @@ class Chat:
 
     def run(self) -> None:
         """Read messages, one per line, until the end of input; keep the slots of tokens already computed."""
-        session, engine = self.session, self.session.engine
-        engine.compile = session.compiles
+        session = self.session
+        engine = session.new_engine(session.compiles)
         messages: Messages = []
         memory = _Memory()
         for turn, message in enumerate(self._messages(messages)):

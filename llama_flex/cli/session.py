@@ -77,7 +77,10 @@ class Session:
         model = Llama.from_pretrained(folder, device=args.device, dtype=dtype, quantize=args.quantize)
         if args.adapter is not None:
             model.adapters.activate(model.adapters.load(args.adapter))
-        self.engine = Engine(model, self.tokenizer, kv_dtype=args.kv_dtype)
+        self.drafter: str | Llama | None = args.speculate
+        if args.draft_model is not None:
+            self.drafter = Llama.from_pretrained(args.draft_model, device=args.device, dtype=model.dtype)
+        self.engine = Engine(model, self.tokenizer, kv_dtype=args.kv_dtype)  # until it is known what for
         self.statistics = Statistics(self.engine, time.perf_counter() - started)
         self.sampling = Sampling.recommended(model.generation_config, **asked)
         self.expected = args.max_new_tokens or self.engine.limits.default_new_tokens
@@ -102,7 +105,7 @@ class Session:
         elif self.args.beams or self.args.best_of:
             self._complete_best(prompts, live)
         elif live:
-            self.engine.compile = self.compiles
+            self.new_engine(self.compiles)
             self._complete_live(*prompts[0])
         else:
             self._complete_all(prompts)
@@ -278,15 +281,20 @@ class Session:
 
     def _resize(self, compile: bool | Literal["auto"], rows: int, longest: int) -> None:
         """Replace the engine by one for so many sequences at a time, of prompts of up to `longest` tokens."""
-        self.engine = self.statistics.engine = Engine(
-            self.engine.model,
-            self.tokenizer,
-            kv_dtype=self.args.kv_dtype,
-            compile=compile,
+        self.new_engine(
+            compile,
             max_batch_size=rows,
             max_length=longest + self.expected,
             memory_fraction=self.args.memory_fraction,
         )
+
+    def new_engine(self, compile: bool | Literal["auto"], **sizes: Any) -> Engine:
+        """Replace the engine by one that drafts tokens, if asked to; return it. sizes: as `Engine` takes them."""
+        started, options = time.perf_counter(), {"kv_dtype": self.args.kv_dtype, "speculate": self.drafter}
+        self.engine = Engine(self.engine.model, self.tokenizer, compile=compile, **options, **sizes)
+        self.statistics.engine = self.engine
+        self.statistics.load_seconds += time.perf_counter() - started  # of a copy in 4 bits
+        return self.engine
 
     def _report_unfinished(self, count: int, total: int) -> None:
         """Say how to continue, if any prompts are unfinished."""

@@ -43,7 +43,8 @@ class Statistics:
                 self.decode_seconds += elapsed
             if counts[step.row] and not compiling:  # the first token of a row comes from the prefill
                 self.decoded_tokens += 1
-                if counts[step.row] == max(counts):  # the first row of a step: the weights were read once more
+                first = counts[step.row] == max(counts)  # row of a step: the weights were read once more
+                if first and self.engine.speculation is None:  # else a step gives a row several tokens
                     contexts = [n + c for ns, c in zip(lengths, counts, strict=True) for n in ns]
                     self.bytes_read += bytes_per_step(self.engine.model, contexts, self.engine.kv_dtype)
             counts[step.row] += 1
@@ -77,12 +78,12 @@ class Statistics:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """The speed at which decoding read weights, keys and values; None if no step has been timed."""
-        return self.bytes_read / self.decode_seconds if self.decode_seconds else None
+        """The speed at which decoding read weights, keys and values; None if no step has been timed, or with drafts."""
+        return self.bytes_read / self.decode_seconds if self.bytes_read else None
 
     def print(self) -> None:
         """Print one line: load, time to first token, compiling (before and after that), prefill and decode speed, bytes
-        read per second decoding."""
+        read per second decoding, and what came of drafts."""
         parts, compiling = [f"load {self.load_seconds:.2f} s"], self.engine.compile_seconds
         if self.first_seconds is not None:
             before = f", {self.first_compile_seconds:.2f} s of it compiling" if self.first_compile_seconds else ""
@@ -91,10 +92,13 @@ class Statistics:
             parts.append(f"compiling {compiling:.2f} s in all")
         if self.prefill_seconds:
             parts.append(f"prefill {self.prompt_tokens} tokens, {self.prompt_tokens / self.prefill_seconds:.1f} tok/s")
-        if rate := self.bytes_per_second:
-            speed = self.decoded_tokens / self.decode_seconds
-            parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s, {rate / 1e9:.1f} GB/s")
+        if self.decode_seconds:
+            speed, rate = self.decoded_tokens / self.decode_seconds, self.bytes_per_second
+            read = "" if rate is None else f", {rate / 1e9:.1f} GB/s"
+            parts.append(f"decode {self.decoded_tokens} tokens, {speed:.1f} tok/s{read}")
         if self.batch_seconds:
             s, speed = self.engine.scheduler, self.batch_new_tokens / self.batch_seconds
             parts.append(f"{s.prompt_tokens} tokens in, {s.new_tokens} out, {speed:.1f} tok/s")
+        if self.engine.speculation is not None:
+            parts.append(self.engine.speculation.describe())
         print("; ".join(parts), file=sys.stderr)

@@ -74,7 +74,7 @@ class Engine:
         `drafting.prompt_lookup`; "self" with a copy of the model in 4 bits; a smaller `Llama` with the same vocabulary;
         or a function from the ids so far and the most to draft to ids. It changes no token, but for what rounds
         differently in 16 bits. Requests with no_repeat_ngram_size, grammar or processors have no drafts, nor have those
-        with a caller's cache from another model.
+        with a caller's cache from another model, or with a rolling one from "self".
 
         The rest configures `submit`, before which it takes no memory. max_batch_size: the most sequences that run at a
         time, default 8 on a CPU, 256 on a GPU. max_slots: KV cache slots for the tokens of all of them; default enough
@@ -223,18 +223,22 @@ class Engine:
             row += len(request.sequences)
         stream = new_stream(self.runner, requests, cache, self.speculation)
         failed = []
-        for output in stream.outputs():
-            for request, sampled in output.tokens():
-                if request.finished:
-                    continue
-                if not sampled.finite or sampled.error is not None:
-                    request.finish_reason, request.error = "error", sampled.error
-                    if not sampled.finite:
-                        failed.append((request.number, len(request.steps) + 1))
-                    continue
-                step = request.add(sampled.token, sampled.logprob, sampled.top_logprobs)
-                request.finish_reason = step.finish_reason
-                yield step
+        try:
+            for output in stream.outputs():
+                for request, sampled in output.tokens():
+                    if request.finished:
+                        continue
+                    if not sampled.finite or sampled.error is not None:
+                        request.finish_reason, request.error = "error", sampled.error
+                        if not sampled.finite:
+                            failed.append((request.number, len(request.steps) + 1))
+                        continue
+                    step = request.add(sampled.token, sampled.logprob, sampled.top_logprobs)
+                    request.finish_reason = step.finish_reason
+                    yield step
+        finally:
+            if self.speculation is not None:
+                self.speculation.finish(requests)
         if failed:
             raise NonFiniteLogitsError(failed, self.model.dtype)
         for request in requests:
@@ -410,12 +414,14 @@ class Engine:
 
     def explain(self, bytes_per_second: float | None = None) -> str:
         """Explain the last run in lines of text: kernels and why, precision, graphs, and the blocks that the last
-        query visits. bytes_per_second: the read rate of decoding (see `explain.bytes_per_step`); if given, measure how
-        fast memory can be read, and report the fraction reached.
+        query visits; and what came of drafts so far. bytes_per_second: the read rate of decoding (see
+        `explain.bytes_per_step`); if given, measure how fast memory can be read, and report the fraction reached.
 
         Raises ValueError if nothing has run.
         """
-        return explain.explain(self.runner, bytes_per_second)
+        lines = [explain.explain(self.runner, bytes_per_second)]
+        lines += [] if self.speculation is None else [self.speculation.describe()]
+        return "\n".join(lines)
 
     @property
     def compile_seconds(self) -> float:

@@ -17,6 +17,7 @@ from ..cache import Cache
 from ..checkpoint.quantization import Quantization, quantise_beside
 from ..model import Llama
 from ..usercode.arguments import whole_numbers
+from ..usercode.captured import name_of
 from .batch import INTS, Batch
 from .drafting import COST, SIZES, Drafter, prompt_lookup
 from .explain import bytes_per_step
@@ -30,23 +31,27 @@ from .transfer import to_device_async
 
 @dataclass
 class Speculation:
-    """What drafts for the requests of an engine, and what came of it.
+    """The drafter of an engine, and what came of its drafts.
 
     drafter: a function from the ids so far and the most to draft to ids; or the runner of a model, and shares: whether
     this has the same keys and values. cost: the time of a draft, made and verified, in that of a step of one token.
-    texts: how many had drafts, and given_up: for how many they did not pay. steps, drafted, accepted: as in
-    `Acceptance`, of all of them.
+    weights: the bytes of weights that a step of a draft model reads, and one of the model. texts: how many had drafts,
+    and given_up: for how many they did not pay. steps, drafted, accepted: as in `Acceptance`, of all of them.
+    decoded, decode_steps: of those that have ended, the new tokens after the first, and the model's steps for them.
     """
 
     drafter: Drafter | ModelRunner
     vocab_size: int
     cost: float
     shares: bool = False
+    weights: tuple[int, int] | None = None
     texts: int = 0
     given_up: int = 0
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    decoded: int = 0
+    decode_steps: int = 0
 
     @property
     def needs_cache(self) -> bool:
@@ -73,8 +78,8 @@ class Speculation:
             ):
                 if theirs != ours:
                     raise ValueError(f"the draft model's {name}, {theirs}, must be those of the model, {ours}")
-            cost += bytes_per_step(drafter, []) / bytes_per_step(model, [])
-            return cls(ModelRunner(drafter), size, cost, shares)
+            weights = bytes_per_step(drafter, []), bytes_per_step(model, [])
+            return cls(ModelRunner(drafter), size, cost + weights[0] / weights[1], shares, weights)
         if not callable(drafter := prompt_lookup if drafter == "lookup" else drafter):
             what = "'lookup', 'self', a Llama or a function of token ids"
             raise ValueError(f"speculate must be {what}, not {drafter!r:.60}")
@@ -108,6 +113,34 @@ class Speculation:
                 self.steps, self.drafted = self.steps + 1, self.drafted + len(drafted)
                 self.accepted += new[request] - 1
 
+    def finish(self, requests: Sequence[Request]) -> None:
+        """Count the tokens and the steps of texts that have ended, if they had drafts."""
+        for request in requests:
+            if request.drafts.steps:
+                decoded = request.num_scheduled - 1
+                self.decoded += decoded
+                self.decode_steps += decoded - request.drafts.accepted
+
+    def describe(self) -> str:
+        """Say in one line what drafts, how many drafts there were and were accepted, and what came of it."""
+        if isinstance(self.drafter, ModelRunner):
+            assert self.weights is not None
+            read, of_model = (size / 1e9 for size in self.weights)
+            drafter = "a copy in 4 bits" if self.shares else "a draft model"
+            drafter += f" (a step reads {read:.3f} GB of weights, one of the model {of_model:.3f} GB)"
+        else:
+            drafter = "prompt lookup" if self.drafter is prompt_lookup else name_of(self.drafter)
+        parts = [f"drafts by {drafter}: {self.drafted} in {_texts(self.texts)}, {self.accepted} accepted"]
+        if self.decode_steps:
+            parts.append(f"{self.decoded / self.decode_steps:.2f} tokens a step")
+        if self.given_up:
+            parts.append(f"given up in {_texts(self.given_up)}, where they did not pay")
+        return ", ".join(parts)
+
+
+def _texts(count: int) -> str:
+    return f"{count} text" + "s" * (count != 1)
+
 
 class DraftedRows(Batch):
     """The rows of a stream in a draft model, which samples with their noise and filters, on the device.
@@ -128,13 +161,16 @@ class DraftedRows(Batch):
         self._drafts = torch.zeros(len(stream.rows), SIZES[-1] + 1, dtype=torch.int64, device=self.model.device)
         self._own: Cache | None = None
         if speculation.shares:
+            self.model.to(stream.model.device, stream.model.dtype)  # which may have changed between streams
             self._cache: RowCache = stream.cache
             self._plan = stream.plan
             return
         prompts = [sequence.prompt for _, sequence in stream.rows.values()]
         masks = [variant.mask for variant in stream.plan.variants]
         fused = any(prompt.is_fused for prompt in prompts)
-        self._plan = self.model.attention_plan(masks[0] if len(masks) == 1 else None, fused=fused)
+        # A mask may be one for each layer or head, of which a draft model has other numbers.
+        alike = len(masks) == 1 and self.model.dims.num_heads == stream.model.dims.num_heads
+        self._plan = self.model.attention_plan(masks[0] if alike else None, fused=fused)
         longest = max(len(s.prompt.ids) + r.output_processor.limit for r, s in stream.rows.values())
         self._cache = self._own = self.model.new_cache(len(prompts), longest + SIZES[-1] + 1)
 

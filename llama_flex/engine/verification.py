@@ -33,6 +33,11 @@ class VerifyingStream(Stream):
         self._verified_plan = self.plan.backward
         self._of_width: dict[int, StepBuffers] = {}
         self._speculation = speculation
+        # Slots that each row has taken besides those of its computed tokens: of a caller's cache, with holes or not.
+        self._taken = [0] * len(self.rows)
+        if (held := requests[0].cache) is not None:
+            taken = (held.tokens.index >= 0).sum(1).tolist()
+            self._taken = [n - self.rows[row][1].num_computed_tokens for row, n in enumerate(taken)]
         by_model = isinstance(speculation.drafter, ModelRunner)
         self._drafter = DraftedRows(speculation, runner, self) if by_model else None
 
@@ -44,6 +49,7 @@ class VerifyingStream(Stream):
             self._drop_unread()
 
     def _next(self) -> PendingOutput | None:
+        self._drop_unread()  # of texts that have ended: later steps may roll the window of a cache
         drafts, before = self._drafts(), self._longest
         most = 1 + max(map(len, drafts.values()))
         output = super()._next() if most == 1 else self._verify_drafts(drafts, most)
@@ -52,7 +58,7 @@ class VerifyingStream(Stream):
 
     @property
     def _longest(self) -> int:
-        return max(sequence.num_computed_tokens for _, sequence in self.rows.values())
+        return max(self._taken[row] + sequence.num_computed_tokens for row, (_, sequence) in self.rows.items())
 
     def _verify_drafts(self, drafts: Mapping[Request, Sequence[int]], most: int) -> PendingOutput:
         """Compute each request's newest token and its drafts, up to `most` tokens a row."""
@@ -117,17 +123,23 @@ class VerifyingStream(Stream):
         return self._of_width[width]
 
     def _drop_unread(self) -> None:
-        """Drop what a caller's cache holds of tokens after a stop, or after the last one that was taken."""
-        if (cache := self.requests[0].cache) is None:
-            return
+        """Drop what captures and a caller's cache hold of tokens after a stop, or after the last one that was taken."""
         ends, drop = [], False
         for request in self.requests:
             assert request.start is not None
             for start, sequence in zip(request.start.lengths, request.sequences, strict=True):
-                computed = len(sequence.prompt.ids) + max(len(request.steps) - 1, 0)
+                failed = request.finish_reason == "error"  # at the token after the last step
+                computed = len(sequence.prompt.ids) + max(len(request.steps) + failed - 1, 0)
                 ends.append(start + computed)
                 drop |= sequence.num_computed_tokens > computed
-        if drop:
+                sequence.num_computed_tokens = min(sequence.num_computed_tokens, computed)
+        if not drop:
+            return
+        first = self.requests[0]
+        assert first.start is not None
+        for capture, parts in zip(self.captures, first.start.capture_parts, strict=True):
+            capture.rewind(parts, ends)
+        if (cache := first.cache) is not None:
             after = torch.tensor(ends, device=cache.length.device)[:, None]
             cache.evict(lambda t: t.index >= after)
 
@@ -136,9 +148,12 @@ def new_stream(
     runner: ModelRunner, requests: Sequence[Request], cache: RowCache, speculation: Speculation | None
 ) -> Stream:
     """Return a stream, one that verifies drafts if there is a drafter, unless processors on the host make the logits
-    depend on the token before, or a draft model would lack the tokens in a caller's cache."""
-    split = any(request.kinds.split for request in requests)
-    if speculation is None or split or (requests[0].cache is not None and speculation.needs_cache):
+    depend on the token before, a draft model would lack the tokens in a caller's cache, or one that shares a rolling
+    cache would roll it past tokens that the model still sees."""
+    if speculation is None or any(request.kinds.split for request in requests):
+        return Stream(runner, requests, cache)
+    held = requests[0].cache
+    if held is not None and (speculation.needs_cache or (speculation.shares and held.window is not None)):
         return Stream(runner, requests, cache)
     return VerifyingStream(runner, requests, cache, speculation)
 
