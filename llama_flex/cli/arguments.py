@@ -147,7 +147,9 @@ def parser() -> argparse.ArgumentParser:
         "of a copy of the model in 4 bits",
     )
     drafts.add_argument(
-        "--draft-model", metavar="MODEL", help="the same with drafts of a smaller model that has the same vocabulary"
+        "--draft-model",
+        metavar="MODEL",
+        help="the same, for one prompt, with drafts of a smaller model that has the same vocabulary",
     )
     run.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     run.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
@@ -290,6 +292,9 @@ def _check_drafts(args: argparse.Namespace) -> None:
         raise UsageError(f"{name} cannot draft with {', '.join(given)}; leave out one or the other")
     if args.chat and args.draft_model is not None:
         raise UsageError("--draft-model does not see what --chat keeps of the conversation; use --speculate")
+    several = args.prompts_file or args.json or (len(args.prompt) > 1 and not args.fuse)
+    if several and args.draft_model is not None:
+        raise UsageError("--draft-model drafts for one prompt, printed as it comes; for others use --speculate")
 
 
 def bad_row(args: argparse.Namespace) -> Callable[[UsageError], None]:

@@ -289,6 +289,8 @@ class Scheduler:
             self._end(request, "cancelled")
 
     def _end(self, request: Request, reason: str) -> None:
+        if self._speculation is not None and not request.runs_alone:
+            self._speculation.finish([request])
         self._ended.setdefault(request)  # first: an interrupt between the two must not lose it
         request.finish_reason = reason
 
@@ -324,8 +326,8 @@ class Scheduler:
                 self.masks.number_of(self._inbox[0].spec, set())
             heapq.heappush(self._waiting, self._inbox[0])
             self._inbox.popleft()
-        if self._speculation is not None and any(self._has_drafts(r) for r in self._running):
-            before, self._pending = self._pending, []  # drafts follow tokens that were read
+        if drafting := any(self._has_drafts(r) for r in self._running):  # drafts follow tokens that were read
+            before, self._pending = self._pending, []
             for output in before:
                 self._process_output(output)
         self._check_weights()
@@ -336,7 +338,7 @@ class Scheduler:
         before, self._pending = self._pending, self._prefill()
         first = {request for output in self._pending for request, _ in output.rows}
         if decoding := [r for r in self.running if self._decodes(r) and r not in first and not r.runs_alone]:
-            self._pending += self._decode(decoding)
+            self._pending += self._verify(decoding) if drafting else [self.batch.decode(decoding)]
         self._pending += self._advance_streams()
         for output in before:  # while the device computes the next
             self._process_output(output)
@@ -373,14 +375,17 @@ class Scheduler:
         """See `Engine.forget`."""
         self._version += 1
 
-    def _decode(self, requests: list[Request]) -> list[PendingOutput]:
-        """Enqueue a decode step of requests, and one that verifies drafts of those that have some."""
+    def _verify(self, requests: list[Request]) -> list[PendingOutput]:
+        """Run a step that verifies the drafts of requests, and another of those that cannot have any; if none has, a
+        decode step."""
         drafts, sizes = dict[Request, Sequence[int]](), COMPILED_SIZES if self.runner.compile else SIZES
         for request in filter(self._has_drafts, requests):
             assert self._speculation is not None
             room = min(len(s.pages) * BLOCK - s.num_computed_tokens for s in request.sequences)
             room = min(room, request.output_processor.limit - request.num_scheduled) - 1
-            drafts[request] = self._speculation.draft(request, min(room, sizes[-1]))
+            drafts[request] = []
+            with self._errors_end(request):
+                drafts[request] = self._speculation.draft(request, min(room, sizes[-1]))
         longest = max(map(len, drafts.values()), default=0)
         if not longest:
             return [self.batch.decode(requests)]

@@ -64,11 +64,12 @@ def test_a_chat_gets_the_same_replies(cli, drafter):
     assert figures(err)[0] >= (drafter == "self")  # the random model repeats nothing
 
 
-def test_a_file_of_prompts_gets_the_same_rows(cli, drafts, tmp_path):
+@pytest.mark.parametrize("drafter", ["lookup", "self"])
+def test_a_file_of_prompts_gets_the_same_rows(cli, drafter, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [REPEATS, "hello", "The quick", "1 2 3 1 2 3 1 2"])
     arguments = "--prompts-file", path, "--json", "--max-new-tokens", 9, "--temperature", 0.7, "--seed", 3
     _, plain, _ = cli(*arguments)
-    code, out, err = cli(*arguments, *drafts)
+    code, out, err = cli(*arguments, "--speculate", drafter)
     assert code == 0
     rows, expected = ({row["id"]: row["text"] for row in parse_rows(text)} for text in (out, plain))
     assert rows == expected
