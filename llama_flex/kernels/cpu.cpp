@@ -804,6 +804,7 @@ static void swiglu_rows(int64_t begin, int64_t end, void* context) {
 
 constexpr int PART = 128;   // slots of a row that are attended to at a time; a page
 constexpr int TOKENS = 32;  // queries at a time
+constexpr int FEW = 16;     // queries that are computed as single ones are, so that drafts change no bit
 constexpr float NONE = -INFINITY;
 
 struct Heads {  // of the newest tokens, [B, T, heads, D]
@@ -823,13 +824,16 @@ struct Attention {
   int64_t pages_stride;
   void *k, *v, *y;
   const bool* visible;  // [B, 1 or H, T, slots]
-  float* q;             // [B, K, T, H/K, D], rotated; arranged if T is 1
-  float* parts;         // [B, H, parts, D + 2]: the sum of weighted values, the greatest score, the sum of weights
+  float* q;             // rotated; arranged [B, T, H, D] if there are few, else [B, K, T, H/K, D]
+  float* parts;         // [B, T, H, parts, D + 2]: the sum of weighted values, the greatest score, the sum of weights
   int64_t tokens, heads, kv_heads, dim, visible_heads, slots, held_slots, count;
   float scale;
 
+  bool few() const { return tokens <= FEW; }
+
   int64_t query(int64_t b, int64_t t, int64_t head) const {
     int64_t group = heads / kv_heads;
+    if (few()) return (b * tokens + t) * heads + head;
     return ((b * kv_heads + head / group) * tokens + t) * group + head % group;
   }
 
@@ -887,19 +891,19 @@ static float weigh(float* x, const bool* seen, int64_t n, float scale, float bef
 
 // One query of M heads with the same keys, from `head` on, and one part of the slots.
 template <int M>
-static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t part) {
+static void attend_part(const Attention& p, int64_t b, int64_t t, int64_t head, int64_t part) {
   int64_t start = part * PART, given = p.slots - start < PART ? p.slots - start : PART, n = 0, d = p.dim;
   int64_t kv_head = head / (p.heads / p.kv_heads), held = p.place(b, kv_head, p.first_slot(b, part));
   const Stored *k = (const Stored*)p.k + held, *v = (const Stored*)p.v + held;
   const Stored* next = part + 1 < p.count ? (const Stored*)p.k + p.place(b, kv_head, p.first_slot(b, part + 1)) : k;
-  const float* q = p.q + (b * p.heads + head) * d;
+  const float* q = p.q + p.query(b, t, head) * d;
   float* out[M];
   alignas(64) float w[M][PART];
   for (int m = 0; m < M; m++) {
-    out[m] = p.parts + ((b * p.heads + head + m) * p.count + part) * (d + 2);
+    out[m] = p.parts + (p.query(b, t, head + m) * p.count + part) * (d + 2);
     memset(out[m], 0, (d + 2) * sizeof(float));
     out[m][d] = NONE;
-    int64_t end = end_of(p.seen(b, head + m, 0) + start, given);
+    int64_t end = end_of(p.seen(b, head + m, t) + start, given);
     n = end > n ? end : n;
   }
   if (!n) return;
@@ -930,7 +934,7 @@ static void attend_part(const Attention& p, int64_t b, int64_t head, int64_t par
     dot<Numbers, 1, M>(k + s * d, q, d, y);
     for (int m = 0; m < M; m++) w[m][s] = y[0][m];
   }
-  for (int m = 0; m < M; m++) out[m][d] = weigh(w[m], p.seen(b, head + m, 0) + start, n, p.scale, NONE, out[m][d + 1]);
+  for (int m = 0; m < M; m++) out[m][d] = weigh(w[m], p.seen(b, head + m, t) + start, n, p.scale, NONE, out[m][d + 1]);
   int64_t i = 0;
   for (; i + 2 * LANES <= d; i += 2 * LANES) {
     Vector low[M] = {}, high[M] = {};
@@ -954,15 +958,16 @@ static void attend_parts(int64_t begin, int64_t end, void* context) {
   const Attention& p = *(const Attention*)context;
   int64_t group = p.heads / p.kv_heads;
   for (int64_t at = begin; at < end; at++) {
-    int64_t part = at % p.count, b = at / p.count / p.kv_heads, head = at / p.count % p.kv_heads * group, last = head + group;
-    for (; head + 4 <= last; head += 4) attend_part<4>(p, b, head, part);
-    if (head + 3 == last) attend_part<3>(p, b, head, part);
-    if (head + 2 == last) attend_part<2>(p, b, head, part);
-    if (head + 1 == last) attend_part<1>(p, b, head, part);
+    int64_t t = at % p.tokens, part = at / p.tokens % p.count, row = at / p.tokens / p.count;  // keys and values of a part stay near
+    int64_t b = row / p.kv_heads, head = row % p.kv_heads * group, last = head + group;
+    for (; head + 4 <= last; head += 4) attend_part<4>(p, b, t, head, part);
+    if (head + 3 == last) attend_part<3>(p, b, t, head, part);
+    if (head + 2 == last) attend_part<2>(p, b, t, head, part);
+    if (head + 1 == last) attend_part<1>(p, b, t, head, part);
   }
 }
 
-// Rows of (row, head), whose parts are merged.
+// Rows of (row, token, head), whose parts are merged.
 static void merge_parts(int64_t begin, int64_t end, void* context) {
   const Attention& p = *(const Attention*)context;
   int64_t d = p.dim;
@@ -977,7 +982,8 @@ static void merge_parts(int64_t begin, int64_t end, void* context) {
     }
     for (int64_t i = 0; i + 2 * LANES <= d; i += 2 * LANES) Numbers::restore(parts + i);
     Stored* y = (Stored*)p.y + at * d;
-    bool none = p.sees_nothing(at / p.heads, at % p.heads, 0, sum);
+    int64_t row = at / p.heads;
+    bool none = p.sees_nothing(row / p.tokens, at % p.heads, row % p.tokens, sum);
     for (int64_t i = 0; i < d; i++) y[i] = Numbers::round(none ? 0 : parts[i] / sum);
   }
 }
@@ -1011,7 +1017,7 @@ static void rotate_and_store(int64_t begin, int64_t end, void* context) {
       rotate(p.newest_q.of(b, t) + h * d, p.newest_q, cos, sin, d, wide.data, rotated.data);
       float* query = p.q + p.query(b, t, h) * d;
       widen_row(rotated.data, d, query);
-      for (int64_t i = 0; p.tokens == 1 && i + 2 * LANES <= d; i += 2 * LANES) Numbers::arrange(query + i);
+      for (int64_t i = 0; p.few() && i + 2 * LANES <= d; i += 2 * LANES) Numbers::arrange(query + i);
     }
   }
 }
@@ -1100,12 +1106,12 @@ static void attend_blocks(int64_t begin, int64_t end, void* context) {
 
 static void attend(Attention p, int64_t rows) {
   int64_t d = p.dim, queries = rows * p.tokens * p.heads;
-  Buffer<float> q(queries * d), parts(p.tokens == 1 ? queries * p.count * (d + 2) : 0);
+  Buffer<float> q(queries * d), parts(p.few() ? queries * p.count * (d + 2) : 0);
   p.q = q.data;
   torch_parallel_for(0, rows * p.tokens, 1 + 65536 / (p.heads * d), rotate_and_store, &p);
-  if (p.tokens == 1) {
+  if (p.few()) {
     p.parts = parts.data;
-    torch_parallel_for(0, rows * p.kv_heads * p.count, 1 + 32768 / (PART * d), attend_parts, &p);
+    torch_parallel_for(0, rows * p.kv_heads * p.count * p.tokens, 1 + 32768 / (PART * d), attend_parts, &p);
     torch_parallel_for(0, queries, 1 + 65536 / (1 + p.count * d), merge_parts, &p);
   } else {
     torch_parallel_for(0, rows * p.kv_heads * ((p.tokens + TOKENS - 1) / TOKENS), 1, attend_blocks, &p);

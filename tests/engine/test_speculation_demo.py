@@ -1,4 +1,4 @@
-"""Drafts for the demo weights: the same texts in float32, and in bfloat16 others only where tokens are as likely."""
+"""Drafts for the demo weights: the same texts in float32, and on a CPU, one at a time, in bfloat16."""
 
 import pytest
 import torch
@@ -12,8 +12,6 @@ ASKED = [
     "Copy this text twice: a stitch in time saves nine, and the early bird catches the worm.",
     "Count from one to fifty in words.",
 ]
-# Logits of 16 to 32, such as the largest ones, are an eighth apart in bfloat16; either of two may move by one step.
-STEP = 0.125
 
 
 def prompts(tokenizer: Tokenizer) -> list[list[int]]:
@@ -38,20 +36,13 @@ def test_texts_in_float32_are_the_same(demo, demo_folder, drafter, sampling):
 
 @pytest.mark.weights
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=2)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("drafter", ["lookup", "self"])
-def test_texts_in_bfloat16_differ_where_tokens_are_as_likely(demo_folder, drafter):
+def test_a_text_in_bfloat16_is_the_same(demo_folder, drafter, sampling):
+    """The kernels of up to 16 rows round each row as they do alone."""
     model = Llama.from_pretrained(demo_folder, device="cpu", dtype=torch.bfloat16)
-    asked = prompts(Tokenizer.from_pretrained(demo_folder))
-    options = {"max_new_tokens": 100, "stop_token_ids": (), "sampling": Sampling(top_logprobs=4)}
-    expected = Engine(model, backend="dense").generate(asked, **options)
-    found = Engine(model, backend="dense", speculate=drafter).generate(asked, **options)
-    compared = differing = 0
-    for one, other in zip(found, expected, strict=True):
-        pairs = zip(one.tokens, other.tokens, other.top_logprobs, strict=True)
-        first = next(((n, mine, dict(top)) for n, (mine, token, top) in enumerate(pairs) if mine != token), None)
-        compared += len(one.tokens) if first is None else first[0] + 1
-        if first is not None:
-            n, mine, top = first
-            differing += 1
-            assert top[other.tokens[n]] - top[mine] <= 2 * STEP
-    assert differing <= 0.03 * compared
+    options = {"max_new_tokens": 48, "stop_token_ids": (), "sampling": sampling}
+    for ids in prompts(Tokenizer.from_pretrained(demo_folder))[:2]:
+        (expected,) = Engine(model, backend="dense").generate([ids], **options)
+        (found,) = Engine(model, backend="dense", speculate=drafter).generate([ids], **options)
+        assert found == expected, "log-probabilities, too"
