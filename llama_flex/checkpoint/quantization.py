@@ -201,9 +201,13 @@ def prepare(model: nn.Module, quantization: Quantization | None, floats: Collect
 def quantise_beside(model: nn.Module, empty: nn.Module, quantization: Quantization) -> None:
     """Make a model on the meta device, `empty`, another one with quantised matrices, which shares all else with it.
 
-    Raises ValueError for a model whose matrices are quantised, and for groups that do not divide rows.
+    It lacks the model's adapters. Raises ValueError for a model whose matrices are quantised or whose modules were
+    replaced, and for groups that do not divide rows.
     """
-    for (path, module), own in zip(empty.named_modules(), model.modules(), strict=True):
+    modules = dict(model.named_modules())
+    for path, module in empty.named_modules():
+        if (own := modules.get(path)) is None:
+            raise ValueError(f"the model has no module {path} any more, so there is no copy of it in few bits")
         for name, parameter in own.named_parameters(recurse=False):
             module.register_parameter(name, parameter)
         for name, buffer in own.named_buffers(recurse=False):

@@ -292,7 +292,7 @@ def _check_drafts(args: argparse.Namespace) -> None:
         raise UsageError(f"{name} cannot draft with {', '.join(given)}; leave out one or the other")
     if args.chat and args.draft_model is not None:
         raise UsageError("--draft-model does not see what --chat keeps of the conversation; use --speculate")
-    several = args.prompts_file or args.json or (len(args.prompt) > 1 and not args.fuse)
+    several = args.prompts_file or args.json or args.best_of or (len(args.prompt) > 1 and not args.fuse)
     if several and args.draft_model is not None:
         raise UsageError("--draft-model drafts for one prompt, printed as it comes; for others use --speculate")
 

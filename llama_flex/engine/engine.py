@@ -163,7 +163,8 @@ class Engine:
         score_mod: default none. One for all layers or one each. Masks of the same code share compiled steps, whatever
         the values of their tensors.
         cache: continue after its tokens; default a new one. It must have a row per prompt (for an ensemble, one per
-        member). It lacks the last generated token, which was never fed: begin the next prompt with that token.
+        member). It lacks the last generated token, which was never fed: begin the next prompt with that token. With
+        `speculate` it may be ahead of the last token taken: close a stream that is left early before going on with it.
         cached_ids: for each prompt the ids of the tokens in the cache, which does not store ids: the repetition penalty
         then counts them too, and the text continues from them.
         capture: tensors inside the layers to keep, for prompts and new tokens; edit: changes to them; one or several of

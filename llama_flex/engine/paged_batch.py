@@ -207,6 +207,7 @@ class DraftingBatch(PagedBatch):
     """
 
     def __init__(self, runner: ModelRunner, batch: PagedBatch) -> None:
+        runner.model.to(batch.model.device, batch.model.dtype)  # which may have changed
         super().__init__(runner, batch.cache, batch.batch_slots, batch.prefill_sizes[-1], batch.blocks)
         self._ints, self._reals, self.masks, self._batch = batch._ints, batch._reals, batch.masks, batch
         self._drafts = torch.zeros(batch.batch_slots, SIZES[-1], dtype=torch.int64, device=self.model.device)

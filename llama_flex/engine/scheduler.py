@@ -289,7 +289,7 @@ class Scheduler:
             self._end(request, "cancelled")
 
     def _end(self, request: Request, reason: str) -> None:
-        if self._speculation is not None and not request.runs_alone:
+        if self._speculation is not None and not request.finished:  # its last callback may fail
             self._speculation.finish([request])
         self._ended.setdefault(request)  # first: an interrupt between the two must not lose it
         request.finish_reason = reason
@@ -536,6 +536,7 @@ class Scheduler:
     def _recover(self) -> None:
         """Restart all requests after a failed step, with no pages in use: what it wrote or allocated is unknown."""
         under_way = {*self._running, *self._waiting, *self._preempted}
+        self._streams = {}  # first: as they close, they use the sequences
         for request in {*self._running, *self._preempted}:
             request.output_processor.rewind(request.steps)
             self._deliver(request)
@@ -544,7 +545,6 @@ class Scheduler:
         arriving = set(self._inbox.copy())  # one may be in both while it is moved
         self._waiting = sorted(r for r in under_way - arriving if not r.finished)
         self._running, self._preempted, self._new_pages, self._copies, self._pending = [], [], [], [], []
-        self._streams = {}
         self._free_batch_slots = list(range(self.max_batch_size))[::-1]
         self.cache.block_manager = BlockManager(self.block_manager.num_pages)
 

@@ -51,9 +51,10 @@ class VerifyingStream(Stream):
     def _next(self) -> PendingOutput | None:
         self._drop_unread()  # of texts that have ended: later steps may roll the window of a cache
         drafts, before = self._drafts(), self._longest
-        most = 1 + max(map(len, drafts.values()))
+        most = 1 + max(map(len, drafts.values()), default=0)
         output = super()._next() if most == 1 else self._verify_drafts(drafts, most)
-        self.cache.release(most - (self._longest - before))  # which row is the longest may have changed
+        if output is not None:  # else all were cancelled meanwhile
+            self.cache.release(most - (self._longest - before))  # which row is the longest may have changed
         return output
 
     @property
@@ -123,14 +124,16 @@ class VerifyingStream(Stream):
         return self._of_width[width]
 
     def _drop_unread(self) -> None:
-        """Drop what captures and a caller's cache hold of tokens after a stop, or after the last one that was taken."""
-        ends, drop = [], False
+        """Drop what captures and a caller's cache hold of tokens after a stop, or after the last one that was taken; of
+        a cache that the caller has gone on with meanwhile, nothing."""
+        ends, lengths, drop = [], [], False
         for request in self.requests:
             assert request.start is not None
             for start, sequence in zip(request.start.lengths, request.sequences, strict=True):
                 failed = request.finish_reason == "error"  # at the token after the last step
                 computed = len(sequence.prompt.ids) + max(len(request.steps) + failed - 1, 0)
                 ends.append(start + computed)
+                lengths.append(start + sequence.num_computed_tokens)
                 drop |= sequence.num_computed_tokens > computed
                 sequence.num_computed_tokens = min(sequence.num_computed_tokens, computed)
         if not drop:
@@ -140,8 +143,10 @@ class VerifyingStream(Stream):
         for capture, parts in zip(self.captures, first.start.capture_parts, strict=True):
             capture.rewind(parts, ends)
         if (cache := first.cache) is not None:
-            after = torch.tensor(ends, device=cache.length.device)[:, None]
-            cache.evict(lambda t: t.index >= after)
+            length = cache.length.tolist()
+            if all(now <= known for now, known in zip(length, lengths, strict=True)):
+                after = torch.tensor(ends, device=cache.length.device)[:, None]
+                cache.evict(lambda t: t.index >= after)
 
 
 def new_stream(

@@ -71,6 +71,7 @@ from llama_flex import generate
         (["--chat", "--draft-model", "y"], ["--draft-model", "--chat", "--speculate"]),
         (["--prompt", "x", "--prompt", "z", "--draft-model", "y"], ["--draft-model", "one prompt", "--speculate"]),
         (["--prompt", "x", "--json", "--draft-model", "y"], ["--draft-model", "one prompt", "--speculate"]),
+        (["--prompt", "x", "--best-of", "2", "--draft-model", "y"], ["--draft-model", "one prompt", "--speculate"]),
         (["--prompt", "x", "--speculate", "self", "--quantize", "int8"], ["quantised already"]),
         (["--prompt", "x", "--draft-model", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["--prompt", "x", "--compile", "maybe"], ["--compile", "maybe"]),

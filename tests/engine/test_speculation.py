@@ -16,6 +16,7 @@ from llama_flex.checkpoint.quantization import quantise_beside
 from llama_flex.engine.drafting import COST, SIZES, Acceptance, prompt_lookup
 from llama_flex.engine.model_runner import ModelRunner
 from llama_flex.engine.speculation import Speculation
+from llama_flex.kernels.lora import LoRA
 from llama_flex.layers import Linear
 
 NEW = {"max_new_tokens": 9, "stop_token_ids": ()}
@@ -256,6 +257,32 @@ def test_a_copy_in_4_bits_shares_all_but_the_matrices_of_its_layers(tmp_path):
     loaded = Llama.from_pretrained(tmp_path, device="cpu", quantize="int4")
     ids = torch.tensor([random_ids(20)]) % VOCAB
     assert torch.equal(copied(ids), loaded(ids))
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_a_model_with_adapters_has_a_copy_without_them(active):
+    mine = random_model()
+    name = mine.adapters.add("one")
+    for each in (module for module in mine.modules() if isinstance(module, LoRA)):
+        for factor in each.parameters():
+            torch.nn.init.normal_(factor, std=0.2)
+    mine.requires_grad_(False)
+    mine.adapters.activate(name if active else None)
+    options = NEW | {"adapter": [None, "one", "__base__"]}
+    expected = [c.tokens for c in Engine(mine, backend="dense").generate([[5, 6, 7]] * 3, **options)]
+    assert expected[1] != expected[2]
+    engine = Engine(mine, backend="dense", speculate="self", max_slots=512)
+    assert [c.tokens for c in engine.generate([[5, 6, 7]] * 3, **options)] == expected
+    requests = [engine.submit([5, 6, 7], adapter=each, **NEW) for each in options["adapter"]]
+    engine.run()
+    assert [r.completion.tokens for r in requests] == expected
+
+
+def test_a_model_whose_modules_were_replaced_has_no_copy():
+    mine = random_model()
+    mine.layers[1].mlp = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"the model has no module layers\.1\.mlp\.\w+ any more"):
+        Engine(mine, speculate="self")
 
 
 def test_a_quantised_model_has_no_copy(tiny_pair, tmp_path):

@@ -155,6 +155,19 @@ def test_an_interrupt_leaves_a_cache_with_the_tokens_before_the_last_one_taken(m
         assert [*prompt, *taken, *done.tokens] == text[: len(prompt) + len(taken) + more]
 
 
+def test_a_stream_that_ends_late_leaves_what_the_caller_has_appended_to_the_cache():
+    schedule = Schedule([[5, 6, 7]], NEW)
+    texts = texts_of(schedule, run(Engine(schedule.model, backend="dense"), schedule))
+    engine = Engine(schedule.model, backend="dense", speculate=oracle(texts))
+    cache = engine.new_cache(1, 128)
+    stream = engine.stream(schedule.prompts, cache=cache, **NEW)
+    next(stream), next(stream)
+    engine.generate([[8, 9]], cache=cache, max_new_tokens=1, stop_token_ids=())
+    before = held(cache)
+    stream.close()
+    assert held(cache) == before
+
+
 # ---- faults that must be found
 
 

@@ -1,10 +1,14 @@
 """Drafts of submitted requests change none of their tokens: batches that change, preemption, ends within drafts."""
 
+import gc
+import sys
+
 import pytest
 import torch
+from request_helpers import random_model
 from speculation_helpers import model, oracle, small_model
 
-from llama_flex import Engine, Sampling, masks, scores
+from llama_flex import Capture, Engine, Sampling, masks, scores
 from llama_flex.engine.batch import Batch
 
 PROMPTS = [[3, 4, 5, 6, 3, 4, 5, 6, 3, 4], list(range(2, 32)), [9] * 20, [5], list(range(3, 33)) * 4]
@@ -107,6 +111,56 @@ def test_an_error_in_a_drafter_ends_its_request_only():
     requests = served(engine, sampling=Sampling(), stop_token_ids=())
     assert [r.finish_reason for r in requests] == ["length", "length", "error", "length", "length"]
     assert "no idea" in str(requests[2].error)
+
+
+@pytest.mark.parametrize("steps", [0, 4, 1000])
+@pytest.mark.parametrize("capturing", [False, True])
+def test_requests_go_on_after_the_model_was_moved(steps, capturing, monkeypatch):
+    """Before the first step, in the middle, or after the last: of requests that run together, and of streams."""
+    mine, unraisable = random_model(), []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    options = {"max_new_tokens": 20, "sampling": Sampling(), "stop_token_ids": ()}
+    expected = Engine(mine).generate(PROMPTS[:1], **options)[0].tokens
+    engine = Engine(mine, compile="auto", speculate="self", max_slots=512)
+    first = engine.submit(PROMPTS[0], capture=Capture("resid_post") if capturing else None, **options)
+    for _ in range(steps):
+        engine.step()
+    mine.to(torch.float64)
+    second = engine.submit(PROMPTS[0], **options)
+    engine.run()
+    gc.collect()
+    assert [r.completion.tokens for r in (first, second)] == [expected] * 2
+    assert unraisable == []
+    assert engine.speculation.drafted > 0
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_came_of_drafts_is_counted_once(capturing):
+    def fails_in_the_end(step):
+        if step.finish_reason is not None:
+            raise RuntimeError("no idea")
+
+    options = {"max_new_tokens": 30, "sampling": Sampling(), "stop_token_ids": ()}
+    expected = served(Engine(model(), compile="auto"), 1, 30, sampling=Sampling(), stop_token_ids=())
+    engine = Engine(model(), compile="auto", speculate=right(expected, 1.0))
+    capture = Capture("resid_post") if capturing else None
+    engine.submit(PROMPTS[0], callback=fails_in_the_end, capture=capture, **options)
+    engine.run()
+    assert (engine.speculation.decoded, engine.speculation.decode_steps) == (29, engine.speculation.steps)
+
+
+def test_a_request_that_a_drafter_cancels_leaves_its_cache_as_it_is():
+    def cancels(ids, most):
+        if len(ids) == len(PROMPTS[0]) + 4:
+            engine.cancel(request)
+        return []
+
+    engine = Engine(model(), compile="auto", speculate=cancels)
+    cache = engine.new_cache(1, 128)
+    request = engine.submit(PROMPTS[0], cache=cache, max_new_tokens=20, sampling=Sampling(), stop_token_ids=())
+    engine.run()
+    assert (request.finish_reason, len(request.steps)) == ("cancelled", 4)
+    assert cache.length.tolist() == [cache.reserved] == [len(PROMPTS[0]) + 3]
 
 
 def test_a_model_with_pages_of_its_own_is_refused():
