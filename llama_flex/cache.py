@@ -144,6 +144,12 @@ class Cache:
         """Forget the last `counts` `[B]` tokens of each row, such as rejected drafts; tensor operations only."""
         self._free(self.tokens.index >= (self.length - counts)[:, None])
 
+    def wipe(self) -> None:
+        """Zero the keys and values of free slots, which may not be finite: see `KVFormat.new_layers`."""
+        free = (self.tokens.index < 0)[:, None, :, None]
+        for kv in self.layers:
+            kv.zero(free)
+
     def release(self, count: int) -> None:
         """Return room for `count` tokens that was reserved in every row, and is free again."""
         self.reserved -= count if self.window is None else 0

@@ -79,6 +79,11 @@ class PendingOutput:
             return {request: 1 for request, _ in self.rows}
         return {request: int(self._read()[-1][row * self._width]) for request, row in self.rows}
 
+    def spoiled(self) -> bool:
+        """Wait for the step, which was finished; return whether logits after drafts were not finite, so that their keys
+        and values may not be, either."""
+        return self._width > 1 and _NON_FINITE in self._read()[2]
+
     def tokens(self) -> Iterator[tuple[Request, Sampled]]:
         """Wait for the step, which was finished; yield each request and what was sampled, until something is wrong."""
         tokens, logprobs, outcomes, *more = self._read()
@@ -320,6 +325,8 @@ class Batch:
         """Count the tokens that a step samples for each request."""
         following = []
         for (request, _), count in zip(rows, counts, strict=True):
+            if not count:
+                continue
             request.num_scheduled = done = request.num_scheduled + count
             for sequence in request.sequences:
                 prompt = sequence.prompt
@@ -429,8 +436,12 @@ def _verify_next(
     token = (token[each.leader] if kinds.several else token).view(r, t)
     agreed = (token[:, :-1] == drafts) & (column[: t - 1] < count[:, None] - 1)
     new = (agreed.int().cumprod(1).sum(1, dtype=torch.int32) + 1).minimum(count)
+    # Values of a draft that are not finite spoil the tokens before it, too: 0 * NaN is NaN. Another step will tell.
+    spoiled = ((finite.view(r, t) < 1) & (column < new[:, None])).any(1) & (count > 1)
+    new = new.masked_fill(spoiled[s.leader], 0)
     kept = column < new[:, None]
     last = token.gather(1, (new - 1).clamp(min=0)[:, None].long())
+    last = torch.where(new[:, None] == 0, s.newest[s.batch_slot][:, None], last)
     slots = s.batch_slot[:, None].expand(r, t)
     if s.tables.seen is not None:
         s.tables.seen[slots, torch.where(kept, token, last)] = torch.ones_like(kept)

@@ -47,9 +47,11 @@ class Acceptance:
     accepted: int = 0
     most: int = _FIRST
 
-    def add(self, drafted: int, accepted: int, cost: float) -> None:
-        """Count a step. cost: of a draft, see COST."""
+    def add(self, drafted: int, new: int, cost: float) -> None:
+        """Count a step. new: how many tokens it gave, none if a draft's values were not finite. cost: of a draft, see
+        COST."""
+        accepted = max(new - 1, 0)
         self.steps, self.drafted, self.accepted = self.steps + 1, self.drafted + drafted, self.accepted + accepted
         self.most = min(2 * self.most, SIZES[-1]) if accepted == drafted else accepted + 1
-        if self.steps >= _PATIENCE and self.accepted < cost * self.drafted:
+        if not new or (self.steps >= _PATIENCE and self.accepted < cost * self.drafted):
             self.most = 0

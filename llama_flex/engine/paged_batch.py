@@ -118,6 +118,8 @@ class PagedBatch(Batch):
         for request, new in output.counts().items():
             for sequence in request.sequences:
                 sequence.num_computed_tokens += new
+                if output.spoiled():
+                    self.cache.wipe(sequence)
         return output
 
     def _fill(self, size: int, width: int) -> tuple[StepBuffers, dict[str, np.ndarray]]:

@@ -59,6 +59,12 @@ class PagedCache:
         for blocks in self._blocks():
             blocks.index_fill_(1, at, 0)
 
+    def wipe(self, sequence: PagedSequence) -> None:
+        """Zero the keys and values of a sequence's slots after its computed tokens, without synchronising."""
+        first, rest = divmod(sequence.num_computed_tokens, BLOCK)
+        if left := sequence.pages[first:]:
+            self.copy([(page, page, 0 if n else rest) for n, page in enumerate(left)])
+
     def _blocks(self) -> Iterator[Tensor]:
         """Yield the keys and the values of each layer, split into pages: `[K, P, 128, D]`."""
         for held in itertools.chain.from_iterable((kv.k, kv.v) for kv in self.layers):
@@ -167,6 +173,11 @@ class PagedRows(PagedCacheView):
     def drop(self, counts: Tensor) -> None:
         """Forget the last `counts` `[B]` tokens of each row; tensor operations only."""
         self.length.sub_(counts)
+
+    def wipe(self) -> None:
+        """Zero the keys and values of slots after the sequences' computed tokens."""
+        for sequence in self._sequences:
+            self._cache.wipe(sequence)
 
     def release(self, count: int) -> None:
         """Do nothing: pages are counted by whoever allocates them."""

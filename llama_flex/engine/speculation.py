@@ -108,10 +108,11 @@ class Speculation:
         for request, drafted in drafts.items():
             if drafted:
                 self.texts += request.drafts.steps == 0
-                request.drafts.add(len(drafted), new[request] - 1, self.cost)
+                before = request.drafts.accepted
+                request.drafts.add(len(drafted), new[request], self.cost)
                 self.given_up += request.drafts.most == 0
                 self.steps, self.drafted = self.steps + 1, self.drafted + len(drafted)
-                self.accepted += new[request] - 1
+                self.accepted += request.drafts.accepted - before
 
     def finish(self, requests: Sequence[Request]) -> None:
         """Count the tokens and the steps of texts that have ended, if they had drafts."""

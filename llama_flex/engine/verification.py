@@ -99,6 +99,8 @@ class VerifyingStream(Stream):
         for request, _ in sampled:
             for sequence in request.sequences:
                 sequence.num_computed_tokens += new[request]
+        if output.spoiled():
+            self.cache.wipe()
         return output
 
     @property

@@ -115,6 +115,11 @@ class KV(NamedTuple):
             held[row, :, slots] = as_bytes(held)[rows[:, None], :, slots].view(held.dtype)
         return self
 
+    def zero(self, slots: Tensor) -> None:
+        """Zero slots, booleans `[B, 1, S, 1]`, in place."""
+        for held in (self.k, self.v):
+            as_bytes(held).masked_fill_(slots, 0)
+
     def scale_queries(self, q: Tensor) -> Tensor:
         """Multiply queries `[B, H, T, D]` by the scales of the keys that they meet."""
         return q if self.scales is None else _scaled(q, self.scales.k)

@@ -64,11 +64,11 @@ def test_drafts_double_while_all_are_accepted():
     text, asked = Acceptance(), []
     for _ in range(4):
         asked.append(text.most)
-        text.add(text.most, text.most, 0.1)
+        text.add(text.most, text.most + 1, 0.1)
     assert asked == [3, 6, 12, SIZES[-1]]
-    text.add(15, 4, 0.1)
+    text.add(15, 5, 0.1)
     assert text.most == 5
-    text.add(5, 0, 0.1)
+    text.add(5, 1, 0.1)
     assert text.most == 1
     assert (text.steps, text.drafted, text.accepted) == (6, 3 + 6 + 12 + 15 + 15 + 5, 3 + 6 + 12 + 15 + 4)
 
@@ -79,11 +79,11 @@ def test_a_text_gives_up_when_drafts_cost_more_than_they_give(cost):
     for step in range(1, 40):
         if text.most == 0:
             break
-        text.add(3, 0, cost)
+        text.add(3, 1, cost)
         assert (text.most == 0) == (step >= 16)
     paying = Acceptance()
     for _ in range(40):
-        paying.add(3, 2, cost)
+        paying.add(3, 3, cost)
     assert paying.most == 3
 
 

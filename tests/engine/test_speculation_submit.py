@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from generation_helpers import ONE, poisoned_model
 from request_helpers import random_model
 from speculation_helpers import model, oracle, small_model
 
@@ -199,3 +200,26 @@ def test_drafts_change_no_token_on_cuda(drafter):
     expected = served(Engine(model(device="cuda"), compile=True), **options)
     made = right(expected) if drafter == "oracle" else drafter
     assert_same(served(Engine(model(device="cuda"), compile=True, speculate=made), **options), expected)
+
+
+@pytest.mark.parametrize("backend", ["dense", "flex"])
+@pytest.mark.parametrize("submitted", [False, True])
+def test_drafts_that_are_not_finite_spoil_nothing(submitted, backend):
+    """What a rejected draft leaves is multiplied by 0 later, and 0 * NaN is NaN."""
+    poisoned = poisoned_model(1)
+    options = {"max_new_tokens": 6, "sampling": Sampling(), "stop_token_ids": ()}
+
+    def run(speculate):
+        engine = Engine(poisoned, backend=backend, speculate=speculate)
+        if not submitted:
+            return engine, engine.generate([[ONE]], **options)[0].tokens
+        request = engine.submit([ONE], **options)
+        engine.run()
+        return engine, request.new_tokens
+
+    _, expected = run(None)
+    engine, found = run(lambda ids, most: [1] * most)
+    assert found == expected
+    assert engine.speculation.steps == 1, "nobody drafts for this text any more"
+    _, found = run(lambda ids, most: [expected[len(ids) - 1], 1])
+    assert found == expected
