@@ -71,9 +71,9 @@ class Engine:
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
         kv_dtype: of the keys and values of all caches that the engine makes, see `Llama.new_cache`.
         speculate: let each step verify several drafted tokens. "lookup" drafts what followed before in the text, see
-        `drafting.prompt_lookup`; "self" with a copy of the model in 4 bits, without its adapters; a smaller `Llama` with
-        the same vocabulary; or a function from the ids so far and the most to draft to ids. It changes no token, but
-        for what rounds differently in 16 bits. Requests with no_repeat_ngram_size, grammar or processors have no
+        `drafting.prompt_lookup`; "self" with a copy of the model in 4 bits, without its adapters; a smaller `Llama`
+        with the same vocabulary; or a function from the ids so far and the most to draft to ids. It changes no token,
+        but for what rounds differently in 16 bits. Requests with no_repeat_ngram_size, grammar or processors have no
         drafts. In a caller's cache, another model has none, nor has "self" if it is a rolling one. `submit` refuses
         another model.
 
