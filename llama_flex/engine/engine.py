@@ -71,10 +71,11 @@ class Engine:
         backend: of attention; "dense" is its definition, see `attention.attention_weights`.
         kv_dtype: of the keys and values of all caches that the engine makes, see `Llama.new_cache`.
         speculate: let each step verify several drafted tokens. "lookup" drafts what followed before in the text, see
-        `drafting.prompt_lookup`; "self" with a copy of the model in 4 bits; a smaller `Llama` with the same vocabulary;
-        or a function from the ids so far and the most to draft to ids. It changes no token, but for what rounds
-        differently in 16 bits. Requests with no_repeat_ngram_size, grammar or processors have no drafts, nor have those
-        with a caller's cache from another model, or with a rolling one from "self". `submit` refuses another model.
+        `drafting.prompt_lookup`; "self" with a copy of the model in 4 bits, without its adapters; a smaller `Llama`
+        with the same vocabulary; or a function from the ids so far and the most to draft to ids. It changes no token,
+        but for what rounds differently in 16 bits. Requests with no_repeat_ngram_size, grammar or processors have no
+        drafts. In a caller's cache, another model has none, nor has "self" if it is a rolling one. `submit` refuses
+        another model.
 
         The rest configures `submit`, before which it takes no memory. max_batch_size: the most sequences that run at a
         time, default 8 on a CPU, 256 on a GPU. max_slots: KV cache slots for the tokens of all of them; default enough

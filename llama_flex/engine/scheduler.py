@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave while others run, over one pool of pages.
 
 Every step prefills chunks of prompts, which may be of different requests, with the first new token of each that ends
-there, and then decodes one token for each running request. On CUDA, tokens are read while the next step runs.
+there, and then decodes one token for each running request, or verifies its drafts. On CUDA, tokens are read while the
+next step runs, unless that one has drafts.
 """
 
 from __future__ import annotations

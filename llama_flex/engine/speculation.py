@@ -1,4 +1,4 @@
-"""Speculation: a drafter proposes tokens, and streams verify several of them in a step; models as drafters.
+"""Speculation: a drafter proposes tokens, and a step verifies several of them; models as drafters of streams.
 
 Dimensions: R rows of a step, K drafts.
 """

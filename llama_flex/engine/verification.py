@@ -22,7 +22,8 @@ class VerifyingStream(Stream):
     """A stream whose steps verify drafts, if its requests have any.
 
     Every token is the one that a step of one token would sample at that place, with the same noise, so drafts change
-    nothing but the time; what rounds differently in 16 bits may decide between tokens that are nearly as likely.
+    nothing but the time; what rounds differently in 16 bits may decide between tokens that are nearly as likely. While
+    it runs, a caller's cache holds all tokens that were accepted, also those that were not taken yet.
     """
 
     def __init__(
