@@ -65,9 +65,16 @@ def test_drafts_change_no_example(name, drafter):
     assert drafter != "oracle" or 0 < speculation.accepted == speculation.drafted
 
 
-@pytest.mark.parametrize("compile", few(["auto"], [True]))
-@pytest.mark.parametrize("drafter", few(["oracle"], ["self", "model"]))
-@pytest.mark.parametrize("name", few(["sampled"], [name for name in EXAMPLES if name != "sampled"]))
+@pytest.mark.parametrize(
+    ("name", "drafter", "compile"),
+    [
+        ("sampled", "oracle", "auto"),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)  # each compiles for a minute
+            for case in (("sampled", "oracle", True), ("penalties", "self", True), ("several", "model", True))
+        ),
+    ],
+)
 def test_drafts_change_no_compiled_example(name, drafter, compile):
     check(EXAMPLES[name], drafter, 0.9, compile=compile, backend="flex")
 
