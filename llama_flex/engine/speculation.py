@@ -62,10 +62,11 @@ class Speculation:
     def of(cls, drafter: Any, runner: ModelRunner) -> Speculation | None:
         """Return the speculation of an engine with a runner; drafter: `speculate` of `Engine`. Raises ValueError for
         anything else."""
-        model = runner.model
-        size, cost = model.config.vocab_size, COST[model.device.type]
         if drafter is None:
             return None
+        model = runner.model
+        model.check_device()
+        size, cost = model.config.vocab_size, COST[model.device.type]
         if shares := drafter == "self":
             with torch.device("meta"):
                 drafter = type(model)(model.config)
