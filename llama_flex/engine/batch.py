@@ -28,9 +28,9 @@ from .request import Request, TokenSequence
 from .slot_tables import SlotTables
 from .transfer import StagingBuffer, read_async
 
-# The host's inputs for sampling the next token of each row of a step; INTS as int64, _REALS as float32.
-INTS = ("batch_slot", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max", "min_new")
-_FOLLOWING = slice(1, 4)  # those of INTS that change from token to token
+# The host's inputs for sampling the next token of each row of a step; _INTS as int64, _REALS as float32.
+_INTS = ("batch_slot", "position", "segment", "done", "top_k", "seed", "leader", "members", "is_max", "min_new")
+_FOLLOWING = slice(1, 4)  # those of _INTS that change from token to token
 _REALS = (
     *("temperature", "tail", "min_p", "repetition_penalty", "typical_p"),
     *("presence_penalty", "frequency_penalty"),
@@ -158,9 +158,9 @@ class Batch:
         """batch_slots: the most sequences at a time."""
         self.runner, self.model, self.batch_slots = runner, runner.model, batch_slots
         self.recorded, self._draws = RecordedSteps(runner), RecordedSteps(runner)
-        self._ints = np.zeros((batch_slots + 1, len(INTS)), np.int64)
+        self._ints = np.zeros((batch_slots + 1, len(_INTS)), np.int64)
         self._reals = np.ones((batch_slots + 1, len(_REALS)), np.float32)
-        self._ints[:, INTS.index("batch_slot")] = np.arange(batch_slots + 1)
+        self._ints[:, _INTS.index("batch_slot")] = np.arange(batch_slots + 1)
         self._newest = torch.zeros(batch_slots + 1, dtype=torch.int64, device=self.model.device)
         self._tables = SlotTables()
         self._compiled_kinds: set[Kinds] = set()
@@ -180,7 +180,7 @@ class Batch:
             "min_new": s.min_new_tokens,
         }
         reals = s.divisor, 1 - s.top_p, s.min_p, s.repetition_penalty, s.typical_p
-        self._ints[slot] = [row.get(name, 0) for name in INTS]
+        self._ints[slot] = [row.get(name, 0) for name in _INTS]
         self._reals[slot] = *reals, s.presence_penalty, s.frequency_penalty
         self._newest[slot].fill_(int(sequence.tokens[0, -1]))  # assigning a number would wait for the device
         self._make_tables(request.kinds)
@@ -206,19 +206,24 @@ class Batch:
         """Make the buffers of a step of R rows, with inputs of the given shapes and those of sampling. width: the most
         tokens that it samples in a row."""
         device = self.model.device
-        sampled = {"ints": (torch.int64, (len(INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
+        sampled = {"ints": (torch.int64, (len(_INTS), rows)), "reals": (torch.float32, (len(_REALS), rows))}
         return StepBuffers(
             StagingBuffer(device, {**sampled, **shapes}),
             torch.zeros(rows, width, dtype=torch.int64, device=device),
         )
 
-    def _fill_state(self, host: Mapping[str, np.ndarray], rows: Mapping[int, tuple[Request, TokenSequence]]) -> None:
-        """Copy each sequence's state into its row; unused rows point at the dummy slot."""
+    def _fill_state(
+        self, host: Mapping[str, np.ndarray], rows: Mapping[int, tuple[Request, TokenSequence]], ahead: int = 0
+    ) -> None:
+        """Copy each sequence's state into its row; unused rows point at the dummy slot. ahead: the number of drafts
+        after the newest token."""
         count = host["ints"].shape[1]
         slots = [rows[row][1].batch_slot if row in rows else self.batch_slots for row in range(count)]
         host["ints"][:] = self._ints[slots].T
         host["reals"][:] = self._reals[slots].T
-        host["ints"][INTS.index("leader")] = np.arange(count)
+        host["ints"][_INTS.index("leader")] = np.arange(count)
+        for name in ("position", "done"):
+            host["ints"][_INTS.index(name)] += ahead
 
     def _fill_leaders(
         self, host: Mapping[str, np.ndarray], rows: Mapping[int, tuple[Request, TokenSequence]]
@@ -226,14 +231,14 @@ class Batch:
         """Let the rows of each request sample together; return the requests, each with its first row."""
         leaders: dict[Request, int] = {}
         for row, (request, _) in rows.items():
-            host["ints"][INTS.index("leader"), row] = leaders.setdefault(request, row)
+            host["ints"][_INTS.index("leader"), row] = leaders.setdefault(request, row)
         return list(leaders.items())
 
     def _newest_tokens(self, buffers: StepBuffers) -> tuple[Tensor, Tensor, Tensor]:
         """Return the ids, positions and segments that a decode step computes, each `[R, 1]`."""
         ints = buffers.inputs.on_device["ints"]
-        torch.index_select(self._newest, 0, ints[INTS.index("batch_slot")], out=buffers.ids[:, 0])
-        return buffers.ids, ints[INTS.index("position")][:, None], ints[INTS.index("segment")][:, None]
+        torch.index_select(self._newest, 0, ints[_INTS.index("batch_slot")], out=buffers.ids[:, 0])
+        return buffers.ids, ints[_INTS.index("position")][:, None], ints[_INTS.index("segment")][:, None]
 
     def _sample(self, x: Tensor, buffers: StepBuffers, kinds: Kinds, adapters: Tensor | None = None) -> None:
         """Sample the next token of each row from the last layer's output `[R, 1, E]`, or packed if "last" is given; if
@@ -245,6 +250,13 @@ class Batch:
             run("adjust_next", _adjust_next, self.model, x, state, logits, result, kinds, adapters)
         else:
             run("sample_next", _sample_next, self.model, x, state, result, kinds, adapters)
+
+    def _new_draft_buffers(
+        self, rows: int, width: int, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None
+    ) -> StepBuffers:
+        """Make the buffers of a step that verifies drafts in R rows of `width` tokens; see `_fill_drafts`."""
+        own = {"tokens": (torch.int64, (3, rows, width)), "count": (torch.int32, (rows,))}
+        return self._new_buffers(rows, own | dict(shapes or {}), width)
 
     def _fill_drafts(
         self,
@@ -283,7 +295,7 @@ class Batch:
 
     def _state(self, buffers: StepBuffers, kinds: Kinds) -> _State:
         given = buffers.inputs.on_device
-        ints = dict(zip(INTS, given["ints"].unbind(0), strict=True))
+        ints = dict(zip(_INTS, given["ints"].unbind(0), strict=True))
         reals = dict(zip(_REALS, given["reals"].unbind(0), strict=True))
         tables = self._tables.only(kinds)
         return _State(**ints, **reals, last=given.get("last"), newest=self._newest, tables=tables)
@@ -337,7 +349,7 @@ class Batch:
 
 
 class _State(NamedTuple):
-    """The tensors that sampling reads and updates: `[R]`, in the order of INTS and _REALS, unless noted."""
+    """The tensors that sampling reads and updates: `[R]`, in the order of _INTS and _REALS, unless noted."""
 
     batch_slot: Tensor
     position: Tensor

@@ -44,6 +44,11 @@ class Kinds(NamedTuple):
         )
 
     @property
+    def of_drafts(self) -> Kinds:
+        """The same without what counts tokens, as drafts may be rejected, or reports them."""
+        return self._replace(seen=False, counts=False, top=0)
+
+    @property
     def is_common(self) -> bool:
         """Whether it is worth a graph of its own: no biases, counts, stop tokens, typical_p or top_logprobs."""
         return not (self.counts or self.bias or self.stops or self.typical_p or self.top)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import INTS, Batch, PendingOutput, StepBuffers
+from .batch import Batch, PendingOutput, StepBuffers
 from .drafting import SIZES
 from .kinds import Kinds
 from .model_runner import LastRun, ModelRunner
@@ -97,11 +97,7 @@ class PagedBatch(Batch):
         count = next(s for s in self.decode_sizes if s >= len(rows)) if self.runner.compile else len(rows)
         width = size + 1
         if (count, width) not in self._drafted:
-            shapes = self._shapes(count) | {
-                "tokens": (torch.int64, (3, count, width)),
-                "count": (torch.int32, (count,)),
-            }
-            self._drafted[count, width] = self._new_buffers(count, shapes, width)
+            self._drafted[count, width] = self._new_draft_buffers(count, width, self._shapes(count))
         buffers = self._drafted[count, width]
         host = self._padding(buffers)
         self._fill_state(host, rows)
@@ -115,10 +111,11 @@ class PagedBatch(Batch):
             drafted = self.drafter.draft(rows, {row: len(drafts[request]) for row, (request, _) in rows.items()}, count)
         self._run(count * width, width, buffers, host, rows, kinds, verifies=True, drafted=drafted)
         output = self._verified(buffers, sampled, kinds)
+        spoiled = output.spoiled()
         for request, new in output.counts().items():
             for sequence in request.sequences:
                 sequence.num_computed_tokens += new
-                if output.spoiled():
+                if spoiled:
                     self.cache.wipe(sequence)
         return output
 
@@ -220,13 +217,11 @@ class DraftingBatch(PagedBatch):
         self.runner.follow(self._batch.runner)
         self._newest.copy_(self._batch._newest)
         self._tables = self._batch._tables
-        kinds = self.kinds_of(request for request, _ in rows.values())._replace(seen=False, counts=False, top=0)
+        kinds = self.kinds_of(request for request, _ in rows.values()).of_drafts
         for n in range(most := max(counts.values())):
             buffers, host = self._fill(size, 1)
-            self._fill_state(host, rows)
+            self._fill_state(host, rows, ahead=n)
             self._fill_leaders(host, rows)
-            for name in ("position", "done"):
-                host["ints"][INTS.index(name)] += n
             for row, (_, sequence) in rows.items():
                 start = sequence.num_computed_tokens + n
                 host["rows"][:3, row] = (start, start + 1, 1) if n < counts[row] else 0

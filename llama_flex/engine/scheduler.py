@@ -327,7 +327,8 @@ class Scheduler:
                 self.masks.number_of(self._inbox[0].spec, set())
             heapq.heappush(self._waiting, self._inbox[0])
             self._inbox.popleft()
-        if drafting := any(self._has_drafts(r) for r in self._running):  # drafts follow tokens that were read
+        drafting = self._speculation is not None and any(map(self._has_drafts, self._running))
+        if drafting:  # drafts follow tokens that were read
             before, self._pending = self._pending, []
             for output in before:
                 self._process_output(output)

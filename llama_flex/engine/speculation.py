@@ -18,7 +18,7 @@ from ..checkpoint.quantization import Quantization, quantise_beside
 from ..model import Llama
 from ..usercode.arguments import whole_numbers
 from ..usercode.captured import name_of
-from .batch import INTS, Batch
+from .batch import Batch
 from .drafting import COST, SIZES, Drafter, prompt_lookup
 from .explain import bytes_per_step
 from .model_runner import ModelRunner
@@ -157,7 +157,7 @@ class DraftedRows(Batch):
         drafter = speculation.drafter
         super().__init__(drafter if stream.runner.compile else drafter.uncompiled or drafter, stream.batch_slots)
         self._ints, self._reals, self._stream = stream._ints, stream._reals, stream
-        self._kinds = stream.kinds._replace(seen=False, counts=False, top=0)
+        self._kinds = stream.kinds.of_drafts
         self._held = dict.fromkeys(stream.rows, 0)  # tokens in its own cache
         self._rows = self._new_buffers(len(stream.rows), {"count": (torch.int32, (len(stream.rows),))})
         self._drafts = torch.zeros(len(stream.rows), SIZES[-1] + 1, dtype=torch.int64, device=self.model.device)
@@ -195,10 +195,8 @@ class DraftedRows(Batch):
 
     def _step(self, rows: Mapping[int, tuple[Request, TokenSequence]], goes_on: Mapping[int, bool], n: int) -> None:
         host = self._rows.inputs.fill()
-        self._fill_state(host, rows)
+        self._fill_state(host, rows, ahead=n)
         self._fill_leaders(host, rows)
-        for name in ("position", "done"):
-            host["ints"][INTS.index(name)] += n
         host["count"][:] = [goes_on.get(row, False) for row in self._stream.rows]
         self._rows.inputs.send()
         ids, positions, segments = self._newest_tokens(self._rows)

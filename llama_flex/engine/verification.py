@@ -121,9 +121,7 @@ class VerifyingStream(Stream):
 
     def _buffers_of(self, width: int) -> StepBuffers:
         if width not in self._of_width:
-            rows = len(self.rows)
-            shapes = {"tokens": (torch.int64, (3, rows, width)), "count": (torch.int32, (rows,))}
-            self._of_width[width] = self._new_buffers(rows, shapes, width)
+            self._of_width[width] = self._new_draft_buffers(len(self.rows), width)
         return self._of_width[width]
 
     def _drop_unread(self) -> None:
