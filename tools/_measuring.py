@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "weights/SmolLM2-135M-Instruct"
+COMPILE: dict[str, Any] = {"auto": "auto", "on": True, "off": False}
 
 
 def whole_number(text: str) -> int:

@@ -38,6 +38,7 @@ from llama_flex.engine.explain import bytes_per_step, read_bandwidth
 from llama_flex.engine.graphs import Graphs
 from llama_flex.eval.samples import PARAPHRASES
 from tools._measuring import (
+    COMPILE,
     CONFIGS,
     DEMO,
     ROOT,
@@ -63,7 +64,6 @@ Run = Callable[[], tuple[float, list[int]]]  # does the work once; returns the s
 OURS = "llama_flex"
 LLAMA_CPP = {"llama.cpp": "Peer", "llama-bench": "NativePeer"}  # the peers, and their classes in tools._llama_cpp
 PEERS = ("dynamic", "static", "flex", *LLAMA_CPP)
-COMPILE: dict[str, Any] = {"auto": "auto", "on": True, "off": False}
 START_LENGTH, START_NEW = 30, 10  # `startup`: tokens in the prompt, and tokens generated
 
 

@@ -25,6 +25,7 @@ from llama_flex.engine.model_runner import ModelRunner, RecordedSteps
 from llama_flex.engine.speculation import Speculation
 from llama_flex.kernels.reductions import argmax
 from tools._measuring import (
+    COMPILE,
     CONFIGS,
     DEMO,
     ROOT,
@@ -38,7 +39,6 @@ from tools._measuring import (
     whole_number,
 )
 
-COMPILE: dict[str, Any] = {"auto": "auto", "on": True, "off": False}
 STEPS = 20  # `verify`: in a round
 TASKS = {
     "edit": "Copy this text and mend its spelling:\n\n",

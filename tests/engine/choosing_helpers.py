@@ -113,3 +113,19 @@ def conforms(engine: Engine, prompt: list[int], tokens: list[int]) -> bool:
     text = engine.tokenizer.decode([*prompt[:1], *tokens], skip_special_tokens=False)[1:].removesuffix("</s>")
     whole = re.fullmatch(r"[0-9]{2,4}(-[0-9]{2,4})*\.", text)
     return whole is not None if tokens[-1] == STOP else re.fullmatch(r"[0-9.-]*", text) is not None
+
+
+def in_turn(a: int, b: int, c: int) -> list:
+    """Return the events of three steps that run ahead: each forward is enqueued before the token before is delivered,
+    and each draw comes after that."""
+    return [
+        "forward",
+        ("draw", []),
+        "forward",
+        ("token", a),
+        ("draw", [a]),
+        "forward",
+        ("token", b),
+        ("draw", [a, b]),
+        ("token", c),
+    ]

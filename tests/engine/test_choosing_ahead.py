@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from choosing_helpers import SAMPLINGS, STOP, letters_tokenizer, requests, shifted
+from choosing_helpers import SAMPLINGS, STOP, in_turn, letters_tokenizer, requests, shifted
 from helpers import few
 from request_helpers import check_empty, random_ids, random_model, tokens_of
 
@@ -105,17 +105,7 @@ def test_the_next_forward_is_enqueued_before_a_token_is_delivered_and_the_draw_a
     )
     engine.run()
     a, b, c = tokens_of(request)
-    assert events == [
-        "forward",
-        ("draw", []),
-        "forward",
-        ("token", a),
-        ("draw", [a]),
-        "forward",
-        ("token", b),
-        ("draw", [a, b]),
-        ("token", c),
-    ]
+    assert events == in_turn(a, b, c)
 
 
 @pytest.mark.usefixtures("streams_ahead")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from choosing_helpers import SAMPLINGS, STOP, letters_tokenizer, requests
+from choosing_helpers import SAMPLINGS, STOP, in_turn, letters_tokenizer, requests
 from helpers import tokens_without_waiting
 from request_helpers import random_ids, random_model
 
@@ -119,17 +119,7 @@ def test_on_cuda_the_next_forward_is_enqueued_before_a_token_is_delivered_and_th
         engine.submit(prompt, **options, edit=edit, callback=lambda step: events.append(("token", step.token)))
         engine.run()
     a, b, c = (event[1] for event in events if event[0] == "token")
-    assert events == [
-        "forward",
-        ("draw", []),
-        "forward",
-        ("token", a),
-        ("draw", [a]),
-        "forward",
-        ("token", b),
-        ("draw", [a, b]),
-        ("token", c),
-    ]
+    assert events == in_turn(a, b, c)
 
 
 def test_a_request_that_fails_ends_alone_on_cuda(alone):
